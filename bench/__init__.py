@@ -1,0 +1,1 @@
+"""Benchmarks and checks on real weights, behind `skipjack bench`."""

@@ -1,0 +1,1 @@
+"""Hand-written operations on tensors: every op in the table of `ops`, launcher beside oracle."""

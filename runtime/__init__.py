@@ -1,0 +1,1 @@
+"""The engine, the decoding loop and the methods."""

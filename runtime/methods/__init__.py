@@ -1,0 +1,1 @@
+"""One file per layer-skipping method; `base` holds the protocol they implement."""

