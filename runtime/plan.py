@@ -1,0 +1,91 @@
+"""Which sub-layers a pass runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from .errors import RequestError
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The sub-layers of one pass through a model of L layers.
+
+    Sub-layer 2i is the attention block of layer i, 2i+1 its MLP block. A sub-layer that does not run is the identity:
+    its norm is skipped too, and a skipped attention block writes no keys and values. `span` (a, b), in sub-layers, is
+    the part of the model the pass covers: the residual stream enters before sub-layer a and leaves after b - 1.
+    """
+
+    runs: tuple[bool, ...]
+    span: tuple[int, int]
+
+    @staticmethod
+    def full(num_layers: int) -> LayerPlan:
+        """Every sub-layer of `num_layers` layers."""
+        return LayerPlan((True,) * (2 * num_layers), (0, 2 * num_layers))
+
+    def without(self, attention: Iterable[int] = (), mlp: Iterable[int] = ()) -> LayerPlan:
+        """The same plan with the attention and MLP blocks of the given layers skipped."""
+        skipped = {2 * self._layer(i) for i in attention} | {2 * self._layer(i) + 1 for i in mlp}
+        return replace(self, runs=tuple(run and i not in skipped for i, run in enumerate(self.runs)))
+
+    def early_exit(self, exit_layer: int) -> LayerPlan:
+        """Layers 0 to `exit_layer` - 1 (LayerSkip, arXiv 2404.16710: self-drafting)."""
+        self._between(exit_layer, 1, self.num_layers, "exit_layer")
+        return replace(self, span=(0, 2 * exit_layer))
+
+    def resume(self, exit_layer: int) -> LayerPlan:
+        """Layers `exit_layer` to L - 1, entered with a residual stream (LayerSkip: self-verification)."""
+        self._between(exit_layer, 0, self.num_layers - 1, "exit_layer")
+        return replace(self, span=(2 * exit_layer, 2 * self.num_layers))
+
+    def balanced(self, speedup: float) -> LayerPlan:
+        """Evenly spaced layers, about 1 in `speedup` (Unified Layer Skipping, arXiv 2404.06954).
+
+        The authors' rule for an integer `speedup` that leaves at least two layers, rounded even spacing otherwise.
+        """
+        if not speedup >= 1:
+            raise RequestError(f"speedup: expected a number of at least 1, got {speedup}")
+        layers = self.num_layers
+        count = int(layers / speedup)
+        if float(speedup).is_integer() and count >= 2:
+            interval = int(layers / (count - 1))
+            inner = [i for i in range(1, layers - 1) if i % interval == 0]
+            kept = {0, layers - 1, *inner[: count - 2]}
+        else:
+            count = min(layers, max(2, round(layers / speedup)))
+            kept = {round(i * (layers - 1) / (count - 1)) for i in range(count)} if layers > 1 else {0}
+        skipped = [i for i in range(layers) if i not in kept]
+        return self.without(attention=skipped, mlp=skipped)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.runs) // 2
+
+    @property
+    def sublayers(self) -> tuple[int, ...]:
+        """The sub-layers that run, in order."""
+        return tuple(i for i in range(*self.span) if self.runs[i])
+
+    @property
+    def skipped_attention(self) -> tuple[int, ...]:
+        return tuple(i // 2 for i in range(*self.span) if i % 2 == 0 and not self.runs[i])
+
+    @property
+    def skipped_mlp(self) -> tuple[int, ...]:
+        return tuple(i // 2 for i in range(*self.span) if i % 2 == 1 and not self.runs[i])
+
+    @property
+    def layers_kept(self) -> float:
+        """Layers' worth of sub-layers that run."""
+        return len(self.sublayers) / 2
+
+    def _layer(self, index: int) -> int:
+        self._between(index, 0, self.num_layers - 1, "layer")
+        return index
+
+    @staticmethod
+    def _between(value: int, low: int, high: int, name: str) -> None:
+        if not low <= value <= high:
+            raise RequestError(f"{name}: expected {low} to {high}, got {value}")

@@ -1,0 +1,209 @@
+"""What a caller asks for and what comes back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import RequestError
+
+MAX_STOP_STRINGS = 64
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when generation ends; the names are vLLM's.
+
+    `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 switch their filter off. Penalties follow
+    vLLM: `repetition_penalty` counts prompt and output, the other two the output only. `seed` None draws a fresh one.
+    `logprobs` n returns the n most likely tokens beside the chosen one, from the unmodified logits.
+
+    Raises:
+        RequestError: a field is out of range; the message names it.
+    """
+
+    max_tokens: int = 128
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    logprobs: int | None = None
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        _integer("max_tokens", self.max_tokens, 1)
+        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _number("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        _integer("top_k", self.top_k, -1)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, low_open=True)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _integer("n", self.n, 1, 256)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, 2**64 - 1)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, 100)
+        if len(stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in stop):
+            raise RequestError(f"stop: expected at most {MAX_STOP_STRINGS} non-empty strings, got {self.stop!r}")
+        for token in (*self.stop_token_ids, *self.logit_bias):
+            _integer("stop_token_ids" if token in self.stop_token_ids else "logit_bias", token, 0)
+        for token, bias in self.logit_bias.items():
+            _number(f"logit_bias[{token}]", bias, -100.0, 100.0)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def reshapes_logits(self) -> bool:
+        """Whether penalties, bias or a minimum length change the logits before a token is chosen."""
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.min_tokens
+        )
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural-log probabilities of one generated token and of the most likely ones at its position."""
+
+    token_id: int
+    logprob: float
+    top: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One continuation. `token_ids` are the generated tokens only, the one that ended it included."""
+
+    text: str | None
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One generated token of a stream: the text it added, and whether it was drafted and accepted."""
+
+    token_id: int
+    text: str
+    drafted: bool
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one round added to continuation `choice` of prompt `index`; `finish_reason` is set in its last chunk."""
+
+    index: int
+    choice: int
+    pieces: tuple[Piece, ...]
+    finish_reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [piece.token_id for piece in self.pieces]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a request cost. Times are seconds of wall clock; rounds shared by a batch count fully for each member.
+
+    acceptance rate = accepted / drafted; mean acceptance length = 1 + accepted / rounds.
+    `accepted_per_position[i]` counts rounds in which draft token i was accepted. `layers_kept` is what a draft step
+    runs, of `layers`. `executed_skips` counts sub-layers not run, once per row and pass. `phases` are (name, first
+    generated token); `events` are the method's own records (for SWIFT one per optimisation step).
+    """
+
+    method: str
+    lossless: bool
+    backend: str
+    seed: int
+    prompt_tokens: int
+    completion_tokens: int
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    search_s: float = 0.0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_per_position: tuple[int, ...] = ()
+    layers: int = 0
+    layers_kept: float = 0.0
+    executed_skips: int = 0
+    phases: tuple[tuple[str, int], ...] = ()
+    events: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def acceptance_rate(self) -> float:
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        return 1 + self.accepted / self.rounds if self.rounds else 1.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoded tokens per second: the first token belongs to the prefill."""
+        return (self.completion_tokens - 1) / self.decode_s if self.decode_s else 0.0
+
+
+@dataclass(frozen=True)
+class Output:
+    """The answer to one prompt: `n` choices, and what they cost together."""
+
+    prompt_ids: list[int]
+    choices: tuple[Choice, ...]
+    stats: Stats
+
+    @property
+    def text(self) -> str | None:
+        """The first choice's text; None when the model folder has no tokenizer."""
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.choices[0].token_ids
+
+    @property
+    def finish_reason(self) -> str:
+        """"stop" (end of text, stop token or stop string) or "length" (max_tokens or the context limit)."""
+        return self.choices[0].finish_reason
+
+
+def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise RequestError(f"{name}: expected an integer {bounds}, got {value!r}")
+
+
+def _number(name: str, value: object, low: float, high: float, *, low_open: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high or (low_open and value == low):
+        raise RequestError(f"{name}: expected a number {'above' if low_open else 'from'} {low} up to {high}, got {value!r}")
