@@ -1,0 +1,100 @@
+"""ModelConfig: what config.json says, checked, in one vocabulary for every model family."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from .errors import ConfigError
+from .fields import Fields
+from .json_files import read_object
+
+MAX_CONFIG_BYTES = 1_000_000
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched: none, by `factor`, or by Llama 3's bands of wavelengths (in positions)."""
+
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape and the switches of a decoder-only model.
+
+    `max_context`, `window`: positions. A windowed token sees itself and the `window` - 1 tokens before it.
+    `rope_layers`, `window_layers`: per layer, whether it rotates, whether it uses the window.
+    `eos_token_ids`, `bos_token_id`: ids the model has; ids beyond the vocabulary cannot be produced and are left out.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_context: int
+    norm_eps: float
+    layer_norm: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    gated: bool = True
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    rope_layers: tuple[bool, ...] = ()
+    alibi: bool = False
+    window: int | None = None
+    window_layers: tuple[bool, ...] = ()
+    tied_head: bool = False
+    embedding_norm: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str = "float32"
+
+    @staticmethod
+    def load(folder: Path) -> ModelConfig:
+        """Read config.json, and the end-of-text ids of generation_config.json where it gives them.
+
+        Raises:
+            ConfigError: a file is missing or malformed, or describes a model that is not supported.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: expected a model folder, found {'a file' if folder.exists() else 'nothing'}")
+        path = folder / "config.json"
+        fields = dict(read_object(path, MAX_CONFIG_BYTES, ConfigError))
+        generation_path = folder / "generation_config.json"
+        if generation_path.exists():
+            generation = read_object(generation_path, MAX_CONFIG_BYTES, ConfigError)
+            Fields(generation, str(generation_path)).token_ids("eos_token_id")
+            if generation.get("eos_token_id") is not None:
+                fields["eos_token_id"] = generation["eos_token_id"]
+        if fields.get("auto_map") is not None:
+            _log.warning("%s: auto_map is ignored: no code of a model folder is executed", path)
+        return ModelConfig.parse(fields, str(path))
+
+    @staticmethod
+    def parse(fields: Mapping[str, object], source: str) -> ModelConfig:
+        """Check the fields of a config.json; `source` names the file in errors.
+
+        Raises:
+            ConfigError: a field is missing, of the wrong type or out of range, or the model is not supported.
+        """
+        from .families import parse_family  # families builds ModelConfig
+
+        return parse_family(Fields(fields, source))

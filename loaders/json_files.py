@@ -1,0 +1,98 @@
+"""JSON files of a model folder, read with limits: size, encoding, duplicate keys, depth."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import NoReturn, cast
+
+from .errors import SkipjackError
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """`repr` of a value found in a file, on one line and short enough for an error message."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return "an integer of more than 256 bits"
+    if isinstance(value, (list, tuple, dict, set, frozenset)) and len(cast("list[object]", value)) > 64:
+        return f"a {type(value).__name__} of {len(cast('list[object]', value))} entries"
+    try:
+        text = repr(value[: limit + 1] if isinstance(value, (str, bytes)) else value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def read_bytes(path: Path, limit: int, error: type[SkipjackError]) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes.
+
+    Raises:
+        error: no such file, not a regular file, larger than `limit`, or unreadable.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for its writer.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise error(f"{path}: expected a regular file, found another kind")
+            if status.st_size > limit:
+                raise error(f"{path}: expected at most {limit} bytes, found {status.st_size}")
+            content = file.read(limit + 1)
+    except FileNotFoundError:
+        raise error(f"{path}: expected a file, found none") from None
+    except (OSError, ValueError) as problem:
+        raise error(f"{path}: cannot be read: {_one_line(problem)}") from None
+    if len(content) > limit:
+        raise error(f"{path}: expected at most {limit} bytes, found more")
+    return content
+
+
+def parse_object(content: bytes, source: str, error: type[SkipjackError]) -> dict[str, object]:
+    """A JSON object from UTF-8 bytes; `source` names the file in errors.
+
+    Raises:
+        error: not UTF-8, not JSON, not an object, a key twice, NaN or Infinity, or nested too deeply.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
+            seen: set[str] = set()
+            for key, _ in pairs:
+                if key in seen:
+                    raise _DuplicateKeyError(f"{source}: expected each key once, found {shown(key)} twice")
+                seen.add(key)
+        return fields
+
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        parsed: object = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except UnicodeDecodeError as problem:
+        raise error(f"{source}: expected UTF-8, found byte 0x{content[problem.start]:02x} at {problem.start}") from None
+    except _DuplicateKeyError as problem:
+        raise error(str(problem)) from None
+    except ValueError as problem:
+        raise error(f"{source}: expected JSON, found: {_one_line(problem)}") from None
+    except RecursionError:
+        raise error(f"{source}: expected JSON of moderate depth, found too many nested brackets") from None
+    if not isinstance(parsed, dict):
+        raise error(f"{source}: expected a JSON object, found a {type(parsed).__name__}")
+    return cast("dict[str, object]", parsed)
+
+
+def read_object(path: Path, limit: int, error: type[SkipjackError]) -> dict[str, object]:
+    """The JSON object in a file of at most `limit` bytes. Raises `error` as `read_bytes` and `parse_object` do."""
+    return parse_object(read_bytes(path, limit, error), str(path), error)
+
+
+def _one_line(problem: Exception) -> str:
+    reason = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
+    return " ".join(reason.split())[:160]
