@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,12 +75,14 @@ class ModelConfig:
             ConfigError: a file is missing or malformed, or describes a model that is not supported.
         """
         folder = Path(folder)
-        if not folder.is_dir():
-            raise ConfigError(f"{folder}: expected a model folder, found {'a file' if folder.exists() else 'nothing'}")
+        if not os.path.isdir(folder):
+            raise ConfigError(
+                f"{folder}: expected a model folder, found {'a file' if os.path.exists(folder) else 'nothing'}"
+            )
         path = folder / "config.json"
         fields = dict(read_object(path, MAX_CONFIG_BYTES, ConfigError))
         generation_path = folder / "generation_config.json"
-        if generation_path.exists():
+        if os.path.exists(generation_path):
             generation = read_object(generation_path, MAX_CONFIG_BYTES, ConfigError)
             Fields(generation, str(generation_path)).token_ids("eos_token_id")
             if generation.get("eos_token_id") is not None:

@@ -6,9 +6,11 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Final, NoReturn, cast
 
 from .errors import SkipjackError
+
+MAX_PARTS: Final = 2_000_000
 
 
 class _DuplicateKeyError(ValueError):
@@ -57,8 +59,13 @@ def parse_object(content: bytes, source: str, error: type[SkipjackError]) -> dic
     """A JSON object from UTF-8 bytes; `source` names the file in errors.
 
     Raises:
-        error: not UTF-8, not JSON, not an object, a key twice, NaN or Infinity, or nested too deeply.
+        error: not UTF-8, not JSON, not an object, a key twice, NaN or Infinity, too many parts, or nested too deeply.
     """
+
+    # Every value of a list or object takes one of these bytes: a bound on memory before anything is built.
+    parts = sum(content.count(byte) for byte in b"[{,")
+    if parts > MAX_PARTS:
+        raise error(f"{source}: expected at most {MAX_PARTS} lists, objects and commas, found {parts}")
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         fields = dict(pairs)

@@ -1,0 +1,138 @@
+"""Weights: a model's tensors stacked by layer and fused, streamed from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint
+from .config import ModelConfig
+from .errors import CheckpointError
+from .json_files import shown
+from .naming import Naming, Piece, field_shapes, naming, pieces
+
+
+@dataclass(frozen=True)
+class Weights:
+    """L layers, H hidden, D head_dim, I intermediate, V vocabulary; the layer is the leading axis of a stacked tensor.
+
+    `qkv`: q rows, then k rows, then v rows. `up`: gate rows, then up rows where the MLP is gated.
+    `head` is `embedding` itself where the head is tied. A tensor that the model does not have is None.
+    """
+
+    embedding: Tensor  # [V, H]
+    embedding_norm: Tensor | None  # [H]
+    embedding_norm_bias: Tensor | None  # [H]
+    attention_norm: Tensor  # [L, H]
+    attention_norm_bias: Tensor | None  # [L, H]
+    qkv: Tensor  # [L, (heads + 2 * kv_heads) * D, H]
+    qkv_bias: Tensor | None  # [L, (heads + 2 * kv_heads) * D]
+    q_norm: Tensor | None  # [L, D]
+    k_norm: Tensor | None  # [L, D]
+    output: Tensor  # [L, H, heads * D]
+    output_bias: Tensor | None  # [L, H]
+    mlp_norm: Tensor  # [L, H]
+    mlp_norm_bias: Tensor | None  # [L, H]
+    up: Tensor  # [L, 2 * I, H] gated, [L, I, H] not
+    up_bias: Tensor | None  # [L, 2 * I] or [L, I]
+    down: Tensor  # [L, H, I]
+    down_bias: Tensor | None  # [L, H]
+    norm: Tensor  # [H]
+    norm_bias: Tensor | None  # [H]
+    head: Tensor  # [V, H]
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> Weights:
+        """Weights from tensors by field name; fields left out are None, a head left out is the embedding."""
+        head = tensors.get("head", tensors["embedding"])
+        return Weights(**{f.name: tensors.get(f.name) for f in fields(Weights)} | {"head": head})  # pyright: ignore[reportArgumentType]
+
+
+def load_weights(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, progress: Callable[[int, int], None] | None = None
+) -> Weights:
+    """Read every tensor of a model folder once, cast to `dtype`, into the fused and stacked layout on the CPU.
+
+    `progress` is called with the bytes read so far and the bytes in all.
+
+    Raises:
+        CheckpointError: a file is malformed, a tensor is missing, left over or not of the shape config.json implies.
+    """
+    folder = Path(folder)
+    with Checkpoint.open(folder) as checkpoint:
+        plan = _checked_plan(folder, checkpoint, config)
+        fused = {name: torch.empty(shape, dtype=dtype) for name, shape in field_shapes(config).items()}
+        interleaved = naming(config.model_type).interleaved_qkv
+        total = sum(checkpoint.size(piece.name) for piece in plan)
+        done = 0
+        for piece in plan:
+            source = checkpoint.read(piece.name)
+            if interleaved and piece.field in ("qkv", "qkv_bias"):
+                source = split_heads(source, config.num_heads)
+            place(fused, piece).copy_(source)
+            done += checkpoint.size(piece.name)
+            if progress is not None:
+                progress(done, total)
+    return Weights.of(fused)
+
+
+def place(tensors: Mapping[str, Tensor], piece: Piece) -> Tensor:
+    """The view of a field of Weights where a checkpoint's tensor belongs."""
+    target = tensors[piece.field] if piece.layer is None else tensors[piece.field][piece.layer]
+    return target[piece.start : piece.start + piece.shape[0]]
+
+
+def split_heads(fused: Tensor, heads: int) -> Tensor:
+    """[heads, 3, D] rows of a fused q/k/v tensor to [3, heads, D] rows."""
+    return fused.view(heads, 3, -1, *fused.shape[1:]).transpose(0, 1).reshape(fused.shape)
+
+
+def join_heads(fused: Tensor, heads: int) -> Tensor:
+    """The inverse of `split_heads`."""
+    return fused.view(3, heads, -1, *fused.shape[1:]).transpose(0, 1).reshape(fused.shape)
+
+
+def checkpoint_tensors(weights: Weights, config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors under the names of a model folder: views of `weights`, copies where rows must be reordered."""
+    fused = {name: getattr(weights, name) for name in field_shapes(config)}
+    tensors = {piece.name: place(fused, piece) for piece in pieces(config)}
+    if naming(config.model_type).interleaved_qkv:
+        for piece in pieces(config):
+            if piece.field in ("qkv", "qkv_bias"):
+                tensors[piece.name] = join_heads(tensors[piece.name], config.num_heads)
+    return tensors
+
+
+def _checked_plan(folder: Path, checkpoint: Checkpoint, config: ModelConfig) -> list[Piece]:
+    """Which tensor goes where. Every shape is compared before memory is taken, and no tensor is left over."""
+    table = naming(config.model_type)
+    present = checkpoint.names()
+    bare = table.prefix_optional and not any(name.startswith(table.prefix) for name in present)
+    plan = list(pieces(config, "" if bare else None))
+    for piece in plan:
+        if piece.name not in present:
+            raise CheckpointError(f"{folder}: {piece.name}: expected shape {list(piece.shape)}, found no such tensor")
+        found = checkpoint.shape(piece.name)
+        if found != piece.shape:
+            raise CheckpointError(
+                f"{checkpoint.file(piece.name)}: {piece.name}: expected shape {list(piece.shape)} by config.json, "
+                f"found {list(found)}"
+            )
+        checkpoint.check_dtype(piece.name)
+    left_over = sorted(name for name in present - {piece.name for piece in plan} if not _ignorable(table, config, name))
+    if left_over:
+        more = f" and {len(left_over) - 1} more" if len(left_over) > 1 else ""
+        raise CheckpointError(
+            f"{checkpoint.file(left_over[0])}: {shown(left_over[0])}: expected no such tensor in a {config.model_type} "
+            f"model of this config.json, found shape {list(checkpoint.shape(left_over[0]))}{more}"
+        )
+    return plan
+
+
+def _ignorable(table: Naming, config: ModelConfig, name: str) -> bool:
+    # A copy of the embedding that some writers leave beside a tied head decides nothing.
+    return (config.tied_head and name in table.bare["head"]) or table.ignorable.fullmatch(name) is not None
