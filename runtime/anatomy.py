@@ -1,0 +1,149 @@
+"""What a model folder holds, from its config.json and the headers of its checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..loaders.checkpoint import Checkpoint
+from ..loaders.config import ModelConfig
+from ..loaders.json_files import read_object
+from .errors import TokenizerError
+
+MAX_SETTINGS_BYTES = 16_000_000
+PARTS = ("embedding", "attention", "mlp", "norms", "head", "other")
+_MATCHES = (
+    ("norms", re.compile(r"norm|\bln_")),
+    ("head", re.compile(r"^lm_head\.")),
+    ("embedding", re.compile(r"embed_tokens|word_embeddings")),
+    ("attention", re.compile(r"\b(self_attn|self_attention)\.")),
+    ("mlp", re.compile(r"\bmlp\.")),
+)
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def examine(folder: Path) -> dict[str, Any]:
+    """The model's sizes, its parameters and stored bytes by part, and what decoding a token reads of them.
+
+    `h` is the head's parameters over those of one layer: what a draft that skips layers still pays for.
+
+    Raises:
+        ConfigError: config.json is missing, malformed or describes a model that is not supported.
+        CheckpointError: the checkpoint is missing or malformed.
+    """
+    config = ModelConfig.load(folder)
+    with Checkpoint.open(folder) as checkpoint:
+        tensors = [(name, prod(checkpoint.shape(name)), checkpoint.dtype(name)) for name in checkpoint.names()]
+    parts = {part: _size((n, dtype) for name, n, dtype in tensors if _part(name) == part) for part in PARTS}
+    tied = config.tied_head or not parts["head"]["parameters"]
+    if tied:
+        parts["head"] = {**parts["embedding"], "tied": True}
+    read = [parts[part] for part in PARTS if part != "embedding"]
+    layer = sum(parts[part]["parameters"] for part in ("attention", "mlp")) / config.num_layers
+    kv_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * _DTYPE_BYTES[config.dtype]
+    return {
+        "folder": str(folder),
+        "model_type": config.model_type,
+        "dtype": config.dtype,
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_context": config.max_context,
+        "tied_head": tied,
+        "position": _position(config),
+        "window": None if config.window is None else {"size": config.window, "layers": sum(config.window_layers)},
+        "parts": parts,
+        "parameters": sum(count for _, count, _ in tensors),
+        "bytes": sum(count * _BYTES.get(dtype, 0) for _, count, dtype in tensors),
+        "read_per_token": {"weight_bytes": sum(part["bytes"] for part in read), "kv_bytes_per_position": kv_bytes},
+        "h": parts["head"]["parameters"] / layer if layer else None,
+        **_text_files(folder),
+        "methods": _methods(),
+    }
+
+
+def show(anatomy: dict[str, Any]) -> None:
+    """The anatomy as two tables on standard output."""
+    from rich.table import Table
+
+    from .terminal import answers
+
+    rope, window, read = anatomy["position"], anatomy["window"], anatomy["read_per_token"]
+    rows = [
+        ("folder", anatomy["folder"]),
+        ("architecture", f"{anatomy['model_type']}, {anatomy['dtype']}"),
+        (
+            "layers",
+            f"{anatomy['layers']}, hidden {anatomy['hidden_size']}, intermediate {anatomy['intermediate_size']}",
+        ),
+        ("heads", f"{anatomy['heads']} of {anatomy['head_dim']}, {anatomy['kv_heads']} for keys and values"),
+        ("vocabulary", f"{anatomy['vocab_size']}, head {'tied' if anatomy['tied_head'] else 'separate'}"),
+        ("context", str(anatomy["max_context"])),
+        ("position", ", ".join(f"{key} {value}" for key, value in rope.items())),
+        ("window", "none" if window is None else f"{window['size']} in {window['layers']} layers"),
+        ("tokenizer", "present" if anatomy["tokenizer"] else "absent: use --prompt-ids"),
+        ("chat template", "present" if anatomy["chat_template"] else "absent"),
+        ("read per token", f"{_megabytes(read['weight_bytes'])} of weights"),
+        ("", f"{read['kv_bytes_per_position']:,} bytes of keys and values per position"),
+        ("h", f"{anatomy['h']:.2f} (head parameters / one layer's parameters)"),
+        ("methods", ", ".join(anatomy["methods"])),
+    ]
+    facts = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        facts.add_row(name, value)
+    sizes = Table("part", "parameters", "stored")
+    for name, part in anatomy["parts"].items():
+        if part["parameters"]:
+            note = " (tied: the embedding again)" if part.get("tied") else ""
+            sizes.add_row(name, f"{part['parameters']:,}{note}", _megabytes(part["bytes"]))
+    sizes.add_row("total", f"{anatomy['parameters']:,}", _megabytes(anatomy["bytes"]))
+    console = answers()
+    console.print(facts, markup=False)
+    console.print(sizes, markup=False)
+
+
+def _part(name: str) -> str:
+    return next((part for part, pattern in _MATCHES if pattern.search(name)), "other")
+
+
+def _size(tensors: Iterable[tuple[int, str]]) -> dict[str, Any]:
+    counted = list(tensors)
+    return {
+        "parameters": sum(count for count, _ in counted),
+        "bytes": sum(count * _BYTES.get(dtype, 0) for count, dtype in counted),
+    }
+
+
+def _position(config: ModelConfig) -> dict[str, Any]:
+    if config.alibi:
+        return {"kind": "alibi"}
+    scaling = config.rope_scaling
+    stretched = {} if scaling.kind == "default" else {"factor": scaling.factor}
+    layers = sum(config.rope_layers)
+    return {"kind": "rope", "theta": config.rope_theta, "layers": layers, "scaling": scaling.kind, **stretched}
+
+
+def _text_files(folder: Path) -> dict[str, bool]:
+    settings = folder / "tokenizer_config.json"
+    template = (folder / "chat_template.jinja").is_file()
+    if not template and settings.is_file():
+        template = bool(read_object(settings, MAX_SETTINGS_BYTES, TokenizerError).get("chat_template"))
+    return {"tokenizer": (folder / "tokenizer.json").is_file(), "chat_template": template}
+
+
+def _methods() -> list[str]:
+    from .methods import registry
+
+    return registry.names()
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

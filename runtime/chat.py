@@ -1,0 +1,96 @@
+"""A conversation on the terminal or through a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING
+
+from .errors import SkipjackError
+from .terminal import interrupts, notes, visible, write
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .request import SamplingParams
+
+LEAVE = "/exit"
+RESET = "/reset"
+
+
+class Chat:
+    """A conversation that remembers what was said.
+
+    A line is a message; `/reset` forgets everything but the system message, `/exit` or the end of input leaves. Ctrl-C
+    ends an answer early and keeps what was written of it.
+    """
+
+    def __init__(self, engine: Engine, params: SamplingParams, system: str | None = None) -> None:
+        self.engine = engine
+        self.params = params
+        self.opening = [{"role": "system", "content": system}] if system else []
+        self.messages = list(self.opening)
+        self.interactive = sys.stdin.isatty()
+        self.notes = notes()
+        if self.interactive:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 (line editing in input)
+
+    def run(self) -> None:
+        """Read, answer, repeat until the user leaves."""
+        if self.interactive:
+            self.notes.print(f"{RESET} starts over, {LEAVE} or Ctrl-D leaves, Ctrl-C stops an answer", style="dim")
+        while (line := self._read()) is not None:
+            message = line.strip()
+            if message == LEAVE:
+                return
+            if message == RESET:
+                self.messages = list(self.opening)
+            elif message:
+                self._turn(message)
+
+    def _read(self) -> str | None:
+        if not self.interactive:
+            return sys.stdin.readline() or None
+        try:
+            if sys.stdout.isatty():
+                return input("> ")
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+            return sys.stdin.readline() or None
+        except EOFError:
+            sys.stderr.write("\n")
+            return None
+        except KeyboardInterrupt:
+            sys.stderr.write("\n")
+            return ""
+
+    def _turn(self, message: str) -> None:
+        self.messages.append({"role": "user", "content": message})
+        try:
+            answer, stopped = self._answer()
+        except SkipjackError as error:
+            if not self.interactive:
+                raise
+            self.messages.pop()
+            self.notes.print(f"error: {visible(str(error))}", style="red", markup=False)
+            return
+        if stopped and not self.interactive:
+            raise KeyboardInterrupt
+        if answer:
+            self.messages.append({"role": "assistant", "content": answer})
+        else:
+            self.messages.pop()
+
+    def _answer(self) -> tuple[str, bool]:
+        parts: list[str] = []
+        stopped = False
+        with interrupts() as pressed:
+            stream = self.engine.stream(list(self.messages), self.params)
+            for chunk in stream:
+                parts.append(chunk.text)
+                write(chunk.text)
+                if stopped := pressed():
+                    stream.close()
+                    break
+        write("\n")
+        return "".join(parts), stopped

@@ -1,0 +1,225 @@
+"""The `skipjack` command: standard output is the answer, standard error the rest."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from . import options
+from .errors import SkipjackError
+
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+# The click that typer builds on is a package of its own or typer's copy, by version.
+UsageError = cast("type[Exception]", typer.BadParameter.__base__)
+
+
+class Commands(TyperGroup):
+    """The commands here and those other packages add, which are imported when they are invoked."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *sorted(_added_commands())]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        added = _added_commands().get(cmd_name)
+        if added is None:
+            return super().get_command(ctx, cmd_name)
+        return TyperCommand(cmd_name, help=f"Added by {added.module}.")
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        added = _added_commands().get(args[0])
+        if added is None:
+            return super().resolve_command(ctx, args)
+        try:
+            command = typer.main.get_command(added.load())
+        except ImportError as error:
+            raise SkipjackError(f"{args[0]}: cannot import {added.value}: {error}") from error
+        return args[0], command, args[1:]
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def skipjack(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Layer skipping that pays in milliseconds, with the same text, bit for bit."""
+    if version:
+        from .. import __version__
+
+        typer.echo(f"skipjack {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def generate(
+    model: options.Model,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from standard input.")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
+    prompt_ids: Annotated[str | None, typer.Option(metavar="1,2,3", help="The prompt as token ids.")] = None,
+    method: options.Method = "autoregressive",
+    max_tokens: options.MaxTokens = 128,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    device: options.DeviceName = options.Device.AUTO,
+    dtype: options.DtypeName = options.Dtype.AUTO,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
+    json: options.Json = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print as it is generated.")] = False,
+) -> None:
+    """Continue a prompt. Without a tokenizer in the folder, prompt and answer are token ids."""
+    from .generate import answer
+    from .request import SamplingParams
+
+    source = options.read_prompt(prompt, prompt_file, prompt_ids)
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+    )
+    with options.load_engine(model, method, device, dtype) as engine:
+        answer(engine, source, params, as_json=json, as_stream=stream)
+
+
+@app.command()
+def chat(
+    model: options.Model,
+    system: Annotated[str | None, typer.Option(help="Instructions the conversation opens with.")] = None,
+    method: options.Method = "autoregressive",
+    max_tokens: options.MaxTokens = 512,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    seed: options.Seed = None,
+    device: options.DeviceName = options.Device.AUTO,
+    dtype: options.DtypeName = options.Dtype.AUTO,
+) -> None:
+    """Talk to a model, one message a line. /reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
+    from .chat import Chat
+    from .errors import TokenizerError
+    from .request import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
+    )
+    with options.load_engine(model, method, device, dtype) as engine:
+        if engine.tokenizer is None:
+            raise TokenizerError(f"{engine.model_path}: expected tokenizer.json, which chat needs, found none")
+        Chat(engine, params, system).run()
+
+
+@app.command()
+def inspect(model: options.Model, json: options.Json = False) -> None:
+    """Show what a model folder holds, without loading the weights."""
+    from .anatomy import examine, show
+    from .report import print_json
+
+    anatomy = examine(options.model_folder(model))
+    if json:
+        print_json(anatomy)
+    else:
+        show(anatomy)
+
+
+@app.command()
+def doctor(json: options.Json = False) -> None:
+    """Show what Skipjack finds on this machine, which backend it will use, and what is missing."""
+    from .doctor import examine, show
+    from .report import print_json
+
+    findings = examine()
+    if json:
+        print_json(findings)
+    else:
+        show(findings)
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = "Explain in a few sentences why the sky is blue.",
+    method: options.Method = "swift",
+    max_tokens: options.MaxTokens = 96,
+    device: options.DeviceName = options.Device.AUTO,
+    dtype: options.DtypeName = options.Dtype.AUTO,
+) -> None:
+    """Answer with the packaged model by layer skipping, then plainly, and compare the two."""
+    from .request import SamplingParams
+    from .showcase import compare
+
+    params = SamplingParams(max_tokens=max_tokens)
+    with options.load_engine(options.DEMO, method, device, dtype) as engine:
+        if not compare(engine, prompt, method, params):
+            raise typer.Exit(1)
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command line and return its exit code; a mistake is one line on standard error."""
+    from .terminal import restore
+
+    try:
+        command = typer.main.get_command(app)
+        with command.make_context("skipjack", list(args)) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as request:
+        return request.exit_code
+    except SkipjackError as error:
+        return _refuse(str(error))
+    except UsageError as error:
+        return _refuse(cast("Any", error).format_message())
+    except (KeyboardInterrupt, typer.Abort):
+        restore()
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes standard output once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return 0
+
+
+def main() -> None:
+    """The console entry point."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    sys.exit(run(sys.argv[1:]))
+
+
+def _added_commands() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group="skipjack.commands")}
+
+
+def _refuse(message: str) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return EXIT_MISTAKE

