@@ -55,11 +55,7 @@ def show(findings: dict[str, Any]) -> None:
         ("threads", f"{cpu['threads']} used, {cpu['available']} available"),
         ("memory", "unknown" if cpu["memory_gib"] is None else f"{cpu['memory_gib']:g} GiB"),
         ("oneDNN packed products", ", ".join(packed) or "not usable: the plain products are used"),
-        *(
-            ("GPU", f"{gpu['name']}, {gpu['memory_gib']:g} GiB, compute {gpu['capability']}")
-            for gpu in findings["gpus"]
-        ),
-        *([("GPU", "none found")] if not findings["gpus"] else []),
+        *(("GPU", gpu) for gpu in gpus or ["none found"]),
         ("backend", findings["backend"]),
         ("demo model", demo["state"]),
         ("cache folder", demo["cache"] or "unknown"),

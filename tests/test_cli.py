@@ -1,0 +1,397 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from skipjack.runtime import cli
+from skipjack.runtime.errors import RequestError
+from skipjack.runtime.request import Choice, Chunk, Output, Piece, SamplingParams, Stats
+
+REPORT_FIELDS = {
+    "token_ids", "text", "finish_reason", "method", "lossless", "backend", "seed",
+    "usage", "timing", "speculative", "layers",
+}  # fmt: skip
+NESTED_FIELDS = {
+    "usage": {"prompt_tokens", "completion_tokens"},
+    "timing": {"prefill_s", "decode_s", "tokens_per_s", "draft_s", "verify_s", "search_s"},
+    "speculative": {
+        "rounds", "drafted", "accepted", "acceptance_rate", "mean_acceptance_length", "accepted_per_position",
+    },
+    "layers": {"kept", "of", "executed_skips"},
+}  # fmt: skip
+WORDS = ["one", " two", " three"]
+
+
+class FakeStream:
+    def __init__(self, output: Output, pieces: list[Piece], interrupt: bool) -> None:
+        self.outputs: list[Output] = []
+        self.closed = False
+        self._steps = self._run(output, pieces, interrupt)
+
+    def _run(self, output: Output, pieces: list[Piece], interrupt: bool) -> Iterator[Chunk]:
+        for i, piece in enumerate(pieces):
+            yield Chunk(0, 0, (piece,), "length" if i + 1 == len(pieces) else None)
+            if interrupt:
+                os.kill(os.getpid(), signal.SIGINT)
+        self.outputs = [output]
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self._steps
+
+    def __next__(self) -> Chunk:
+        return next(self._steps)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeEngine:
+    """Answers "one two three" to anything; what it was asked is kept in `asked`."""
+
+    made: "list[FakeEngine]"
+    tokenizer: object | None = object()
+    interrupt = False
+    differ = False
+
+    def __init__(self, model: str, options: dict) -> None:
+        self.model_path = Path(model)
+        self.backend = "torch (fake)"
+        self.options = options
+        self.method = options["method"]
+        self.asked: list[tuple] = []
+        self.closed = False
+
+    @classmethod
+    def load(cls, model: str, **options: object) -> "FakeEngine":
+        if options["method"] == "nonsense":
+            raise RequestError("method: expected one of autoregressive, swift, got\n'nonsense'")
+        cls.made.append(cls(model, options))
+        return cls.made[-1]
+
+    def __enter__(self) -> "FakeEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed = True
+
+    def _answer(self, method: str | None) -> tuple[Output, list[Piece]]:
+        name = method or self.method
+        speculative = name != "autoregressive"
+        ids = [7, 8, 9 if speculative and self.differ else 10]
+        text = "".join(WORDS) if self.tokenizer else None
+        stats = Stats(
+            name,
+            True,
+            self.backend,
+            0,
+            4,
+            3,
+            decode_s=0.5,
+            rounds=2,
+            drafted=2,
+            accepted=1,
+            layers=30,
+            layers_kept=15.5,
+        )
+        pieces = [
+            Piece(t, w if self.tokenizer else "", speculative and t == 8) for t, w in zip(ids, WORDS, strict=True)
+        ]
+        return Output([1, 2, 3, 4], (Choice(text, ids, "length"),), stats), pieces
+
+    def generate(self, prompt: object, params: SamplingParams, *, method: str | None = None) -> Output:
+        self.asked.append((prompt, params))
+        return self._answer(method)[0]
+
+    def stream(self, prompt: object, params: SamplingParams, *, method: str | None = None) -> FakeStream:
+        self.asked.append((prompt, params))
+        return FakeStream(*self._answer(method), self.interrupt)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
+    class Fresh(FakeEngine):
+        made: "list[FakeEngine]" = []  # noqa: RUF012
+
+    module = ModuleType("skipjack.runtime.engine")
+    module.Engine = Fresh
+    monkeypatch.setitem(sys.modules, "skipjack.runtime.engine", module)
+    return Fresh
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    return str(tmp_path)
+
+
+def feed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line a mistake prints."""
+    assert cli.run(arguments) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    return one_line(streams.err)
+
+
+def one_line(errors: str) -> str:
+    assert errors.startswith("error: ")
+    assert errors.endswith("\n")
+    assert errors.count("\n") == 1
+    assert "Traceback" not in errors
+    return errors
+
+
+def assert_report(report: dict) -> None:
+    assert set(report) == REPORT_FIELDS
+    for name, fields in NESTED_FIELDS.items():
+        assert set(report[name]) == fields
+
+
+class TestGenerate:
+    def test_prints_the_text_alone(self, engine, folder, capsys) -> None:
+        assert cli.run(["generate", folder, "hello"]) == 0
+        streams = capsys.readouterr()
+        assert streams.out == "one two three\n"
+        assert streams.err == ""
+        assert engine.made[0].closed
+
+    def test_prints_ids_without_a_tokenizer(self, engine, folder, capsys) -> None:
+        engine.tokenizer = None
+        assert cli.run(["generate", folder, "--prompt-ids", "1, 2,3"]) == 0
+        assert cli.run(["generate", folder, "--prompt-ids", "1,2,3", "--stream"]) == 0
+        assert capsys.readouterr().out == "7,8,10\n7,8,10\n"
+        assert engine.made[0].asked[0][0] == [1, 2, 3]
+
+    def test_json_is_one_object_with_the_documented_fields(self, engine, folder, capsys) -> None:
+        assert cli.run(["generate", folder, "hello", "--json", "--method", "swift"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert_report(report)
+        assert report["text"] == "one two three"
+        assert report["speculative"]["mean_acceptance_length"] == 1.5
+        assert report["layers"] == {"kept": 15.5, "of": 30, "executed_skips": 0}
+
+    def test_json_text_is_null_without_a_tokenizer(self, engine, folder, capsys) -> None:
+        engine.tokenizer = None
+        assert cli.run(["generate", folder, "--prompt-ids", "1", "--json", "--stream"]) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert all(line["text"] is None for line in lines)
+
+    def test_a_json_stream_is_a_line_a_chunk_and_the_report(self, engine, folder, capsys) -> None:
+        assert cli.run(["generate", folder, "hello", "--json", "--stream"]) == 0
+        *chunks, report = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [token for chunk in chunks for token in chunk["token_ids"]] == report["token_ids"]
+        assert [chunk["finish_reason"] for chunk in chunks] == [None, None, "length"]
+        assert_report(report)
+
+    def test_options_reach_the_engine(self, engine, folder) -> None:
+        line = "--max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 40 --min-p 0.1 --seed 3 --stop a --stop b"
+        rest = "--ignore-eos --device cpu --dtype bfloat16 --method swift:skip_ratio=0.4"
+        assert cli.run(["generate", folder, "hello", *line.split(), *rest.split()]) == 0
+        made = engine.made[0]
+        assert made.asked == [("hello", SamplingParams(5, 0, 0.5, 0.9, 40, 0.1, 3, ("a", "b"), ignore_eos=True))]
+        made.options.pop("progress")
+        assert made.options == {"method": "swift:skip_ratio=0.4", "device": "cpu", "dtype": "bfloat16"}
+
+    def test_reads_the_prompt_from_a_pipe_or_a_file(self, engine, folder, tmp_path, monkeypatch) -> None:
+        feed(monkeypatch, "käse\n\n".encode())
+        assert cli.run(["generate", folder, "-"]) == 0
+        (tmp_path / "prompt.txt").write_bytes(b"line\r\n")
+        assert cli.run(["generate", folder, "--prompt-file", str(tmp_path / "prompt.txt")]) == 0
+        assert [made.asked[0][0] for made in engine.made] == ["käse\n", "line"]
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            (["hello", "--max-tokens", "-1"], "max_tokens"),
+            (["hello", "--max-tokens", "many"], "--max-tokens"),
+            (["hello", "--temperature", "-0.5"], "temperature"),
+            (["hello", "--temperature", "nan"], "temperature"),
+            (["hello", "--top-p", "0"], "top_p"),
+            (["hello", "--top-k", "-2"], "top_k"),
+            (["hello", "--min-p", "2"], "min_p"),
+            (["hello", "--seed", "-1"], "seed"),
+            (["hello", "--stop", ""], "stop"),
+            (["hello", "--dtype", "int4"], "--dtype"),
+            (["hello", "--device", "tpu"], "--device"),
+            (["hello", "--nonsense"], "--nonsense"),
+            (["hello", "more"], "more"),
+            ([], "got none"),
+            (["hello", "--prompt-ids", "1"], "got 2"),
+            (["-", "--prompt-file", "f", "--prompt-ids", "1"], "got 3"),
+            (["--prompt-ids", "1,two"], "'two'"),
+            (["--prompt-ids", "1,-2"], "'-2'"),
+            (["--prompt-ids", "1.5"], "'1.5'"),
+            (["--prompt-ids", ""], "''"),
+            (["--prompt-file", "absent.txt"], "absent.txt"),
+        ],
+    )
+    def test_is_refused_before_a_model_is_loaded(self, engine, folder, capsys, arguments, named) -> None:
+        assert named in refusal(capsys, "generate", folder, *arguments)
+        assert engine.made == []
+
+    @pytest.mark.parametrize("command", ["generate", "chat", "inspect"])
+    def test_a_missing_folder_is_named(self, capsys, command) -> None:
+        prompt = ["hello"] if command == "generate" else []
+        assert "'no/such/folder'" in refusal(capsys, command, "no/such/folder", *prompt)
+
+    def test_an_error_of_the_engine_is_one_line(self, engine, folder, capsys) -> None:
+        assert "'nonsense'" in refusal(capsys, "generate", folder, "hello", "--method", "nonsense")
+
+    def test_a_prompt_that_is_not_utf8(self, folder, capsys, monkeypatch) -> None:
+        feed(monkeypatch, b"ab\xff")
+        assert "0xff at 2" in refusal(capsys, "generate", folder, "-")
+
+    @pytest.mark.parametrize("arguments", [["nonsense"], ["generate"], ["--nonsense"], ["demo", "extra"]])
+    def test_usage(self, capsys, arguments) -> None:
+        refusal(capsys, *arguments)
+
+    def test_a_missing_folder_is_found_without_torch(self) -> None:
+        script = (
+            "import sys; from skipjack.runtime import cli; cli.run(['generate', 'absent', 'x']); print(*sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        assert "torch" not in done.stdout.split()
+
+
+class TestEndings:
+    def test_ctrl_c_exits_130_without_a_traceback(self, engine, folder, capsys) -> None:
+        engine.interrupt = True
+        assert cli.run(["generate", folder, "hello", "--stream"]) == 130
+        assert "Traceback" not in capsys.readouterr().err
+        assert engine.made[0].closed
+
+    def test_a_reader_that_left_is_no_error(self) -> None:
+        script = "import sys; from skipjack.runtime.cli import main; sys.argv[1:] = ['doctor', '--json']; main()"
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run([sys.executable, "-c", script], check=False, stdout=writing, stderr=subprocess.PIPE)
+        os.close(writing)
+        assert (done.returncode, done.stderr) == (141, b"")
+
+    def test_version_and_help(self, capsys) -> None:
+        from skipjack import __version__
+
+        assert cli.run(["--version"]) == 0
+        assert capsys.readouterr().out == f"skipjack {__version__}\n"
+        for arguments in (["--help"], ["-h"], [], ["generate", "--help"]):
+            assert cli.run(arguments) == 0
+            assert "Usage" in capsys.readouterr().out
+
+
+class TestAddedCommands:
+    def test_are_listed_and_imported_only_when_invoked(self, monkeypatch, capsys) -> None:
+        import typer
+
+        added = typer.Typer()
+        loaded = []
+
+        @added.command()
+        def shout(word: str) -> None:
+            typer.echo(word.upper())
+
+        entry = SimpleNamespace(
+            name="shout", module="elsewhere", value="elsewhere:app", load=lambda: loaded.append(1) or added
+        )
+        monkeypatch.setattr(cli, "entry_points", lambda group: [entry] if group == "skipjack.commands" else [])
+        assert cli.run(["--help"]) == 0
+        assert "elsewhere" in capsys.readouterr().out
+        assert loaded == []
+        assert cli.run(["shout", "fish"]) == 0
+        assert capsys.readouterr().out == "FISH\n"
+
+    def test_that_cannot_be_imported_are_refused(self, monkeypatch, capsys) -> None:
+        def load() -> None:
+            raise ImportError("no module")
+
+        entry = SimpleNamespace(name="shout", module="elsewhere", value="elsewhere:app", load=load)
+        monkeypatch.setattr(cli, "entry_points", lambda group: [entry])
+        assert "elsewhere:app" in refusal(capsys, "shout")
+
+
+class TestChat:
+    def test_keeps_the_history_of_a_piped_conversation(self, engine, folder, capsys, monkeypatch) -> None:
+        feed(monkeypatch, b"hi\n\nagain\n/reset\nfresh\n/exit\nnever\n")
+        assert cli.run(["chat", folder, "--system", "be brief"]) == 0
+        system = {"role": "system", "content": "be brief"}
+        turns = [[message["content"] for message in prompt] for prompt, _ in engine.made[0].asked]
+        assert engine.made[0].asked[0][0][0] == system
+        assert turns == [
+            ["be brief", "hi"],
+            ["be brief", "hi", "one two three", "again"],
+            ["be brief", "fresh"],
+        ]
+        streams = capsys.readouterr()
+        assert streams.out == "one two three\n" * 3
+        assert streams.err == ""
+
+    def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(self, engine, folder, capsys, monkeypatch) -> None:
+        engine.interrupt = True
+        lines = iter(["hi", "again"])
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True, readline=lambda: next(lines, "")))
+        before = signal.getsignal(signal.SIGINT)
+        assert cli.run(["chat", folder]) == 0
+        assert signal.getsignal(signal.SIGINT) is before
+        assert capsys.readouterr().out == "one two\none two\n"
+        assert [message["content"] for message in engine.made[0].asked[1][0]] == ["hi", "one two", "again"]
+
+    def test_needs_a_tokenizer(self, engine, folder, capsys) -> None:
+        engine.tokenizer = None
+        assert "tokenizer.json" in refusal(capsys, "chat", folder)
+
+
+class TestDemo:
+    def test_shows_both_answers_and_compares(self, engine, capsys) -> None:
+        assert cli.run(["demo", "--prompt", "Why?"]) == 0
+        out = capsys.readouterr().out
+        assert out.count("one two three") == 2
+        for word in ("Why?", "identical", "yes", "acceptance rate", "15.5 of 30", "1.00 times"):
+            assert word in out
+        assert "\x1b" not in out
+
+    def test_a_lossless_method_that_differs_is_a_failure(self, engine, capsys) -> None:
+        engine.differ = True
+        assert cli.run(["demo"]) == 1
+        assert "NOT IDENTICAL" in capsys.readouterr().out
+
+    def test_colours_tell_accepted_from_generated(self, engine, capsys, monkeypatch) -> None:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        assert cli.run(["demo"]) == 0
+        out = capsys.readouterr().out
+        assert "\x1b[38;5;208m two\x1b[0m" in out
+        assert "\x1b[32mone\x1b[0m" in out
+
+    def test_no_color_is_respected(self, engine, capsys, monkeypatch) -> None:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert cli.run(["demo"]) == 0
+        assert "\x1b[3" not in capsys.readouterr().out
+
+
+def test_control_characters_do_not_reach_a_terminal() -> None:
+    from skipjack.runtime.terminal import visible
+
+    assert visible("a\x1b[2Jb\r\n\tc\x9b") == "a␛[2Jb␍\n\tc\ufffd"
+
+
+def test_doctor(capsys) -> None:
+    assert cli.run(["doctor", "--json"]) == 0
+    findings = json.loads(capsys.readouterr().out)
+    assert set(findings) == {
+        "skipjack", "python", "platform", "packages", "cpu", "gpus", "backend", "demo", "advice",
+    }  # fmt: skip
+    assert findings["backend"].startswith("torch")
+    assert findings["advice"]
+    assert cli.run(["doctor"]) == 0
+    assert findings["python"] in capsys.readouterr().out

@@ -1,0 +1,115 @@
+"""The command line on real model folders."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from skipjack.runtime import cli
+
+CASE = "plain-llama-tied-1"
+
+
+@pytest.fixture
+def folder(golden: Path) -> str:
+    return str(golden / CASE)
+
+
+@pytest.fixture
+def known(golden: Path) -> dict:
+    return json.loads((golden / CASE / "expected.json").read_text())["runs"][0]
+
+
+@pytest.fixture
+def line(folder: str, known: dict) -> list[str]:
+    ids = ",".join(map(str, known["prompt_ids"]))
+    length = str(known["max_new_tokens"])
+    return f"generate {folder} --prompt-ids {ids} --max-tokens {length} --dtype float32 --ignore-eos".split()
+
+
+def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    assert cli.run(arguments) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert streams.err.startswith("error: ")
+    assert streams.err.count("\n") == 1
+    return streams.err
+
+
+def test_json_through_the_console_entry(line, known) -> None:
+    script = "from skipjack.runtime.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script, *line, "--json"], capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    assert done.stderr == ""
+    assert report["token_ids"] == known["token_ids"]
+    assert report["text"] is None
+    assert report["lossless"] is True
+    assert report["usage"] == {
+        "prompt_tokens": len(known["prompt_ids"]),
+        "completion_tokens": len(known["token_ids"]),
+    }
+
+
+@pytest.mark.parametrize("method", ["autoregressive", "swift"])
+def test_a_stream_says_what_the_report_says(line, known, capsys, method) -> None:
+    assert cli.run([*line, "--method", method, "--json", "--stream"]) == 0
+    *chunks, report = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [token for chunk in chunks for token in chunk["token_ids"]] == report["token_ids"] == known["token_ids"]
+    assert [chunk["finish_reason"] for chunk in chunks][-1] == report["finish_reason"] == "length"
+    assert sum(sum(chunk["drafted"]) for chunk in chunks) <= report["speculative"]["accepted"]
+
+
+def test_ids_are_the_answer_without_a_tokenizer(line, known, capsys) -> None:
+    assert cli.run(line) == 0
+    assert cli.run([*line, "--stream"]) == 0
+    assert capsys.readouterr().out == 2 * (",".join(map(str, known["token_ids"])) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        (["--method", "nonsense"], "nonsense"),
+        (["--method", "swift:nonsense=1"], "nonsense"),
+        (["--method", "swift:skip_ratio"], "skip_ratio"),
+        (["--method", "swift:skip_ratio=much"], "much"),
+        (["--method", ""], "method"),
+        (["--stop", "word"], "stop"),
+    ],
+)
+def test_a_mistake_is_one_line(line, capsys, extra, named) -> None:
+    assert named in refusal(capsys, [*line, *extra])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [(["--prompt-ids", "1,223"], "223"), (["--prompt-ids", ",".join(["1"] * 600)], "600"), (["words"], "token")],
+)
+def test_a_prompt_the_model_cannot_take_is_refused(folder, capsys, prompt, named) -> None:
+    assert named in refusal(capsys, ["generate", folder, *prompt])
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path, capsys) -> None:
+    assert "config.json" in refusal(capsys, ["generate", str(tmp_path), "hello"])
+    assert "config.json" in refusal(capsys, ["inspect", str(tmp_path)])
+
+
+def test_chat_needs_a_tokenizer(folder, capsys) -> None:
+    assert "tokenizer" in refusal(capsys, ["chat", folder])
+
+
+def test_inspect_adds_up(golden, capsys) -> None:
+    cases = sorted(path for path in golden.glob("plain-*") if path.is_dir())
+    assert cases
+    for case in cases:
+        assert cli.run(["inspect", str(case), "--json"]) == 0
+        anatomy = json.loads(capsys.readouterr().out)
+        stored = [part for part in anatomy["parts"].values() if not part.get("tied")]
+        assert sum(part["parameters"] for part in stored) == anatomy["parameters"]
+        assert sum(part["bytes"] for part in stored) == anatomy["bytes"]
+        assert anatomy["parts"]["other"]["parameters"] == 0
+        assert anatomy["h"] > 0
+        assert not anatomy["tokenizer"]
+        assert "autoregressive" in anatomy["methods"]
+        assert cli.run(["inspect", str(case)]) == 0
+        assert anatomy["model_type"] in capsys.readouterr().out
