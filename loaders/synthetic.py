@@ -1,0 +1,211 @@
+"""Random models of named shapes, for tests and benchmarks without a download."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .errors import ConfigError
+from .naming import field_shapes
+from .save import save_checkpoint
+from .weights import Weights, checkpoint_tensors
+
+_LLAMA3_ROPE: Final = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_TINY: Final[dict[str, object]] = {
+    "num_hidden_layers": 8,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 512,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+_SHAPES: Final[dict[str, dict[str, object]]] = {
+    "tiny-llama": {"model_type": "llama", **_TINY},
+    "tiny-mistral": {"model_type": "mistral", **_TINY, "sliding_window": 32},
+    "tiny-qwen2": {"model_type": "qwen2", **_TINY, "tie_word_embeddings": True},
+    "tiny-qwen3": {"model_type": "qwen3", **_TINY, "head_dim": 32},
+    "tiny-smollm3": {"model_type": "smollm3", **_TINY, "no_rope_layer_interval": 4, "tie_word_embeddings": True},
+    "tiny-bloom": {
+        "model_type": "bloom",
+        "n_layer": 8,
+        "hidden_size": 64,
+        "n_head": 4,
+        "vocab_size": 512,
+        "seq_length": 1024,
+        "layer_norm_epsilon": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+        "torch_dtype": "float32",
+    },
+    # The shape of SmolLM2-135M.
+    "135m": {
+        **_TINY,
+        "model_type": "llama",
+        "num_hidden_layers": 30,
+        "hidden_size": 576,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    },
+    # The shape of Llama-3.2-1B.
+    "1b": {
+        **_TINY,
+        "model_type": "llama",
+        "num_hidden_layers": 16,
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "intermediate_size": 8192,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "rope_scaling": {**_LLAMA3_ROPE, "factor": 32.0},
+        "tie_word_embeddings": True,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "torch_dtype": "bfloat16",
+    },
+    # The shape of Llama-3.1-8B.
+    "8b": {
+        **_TINY,
+        "model_type": "llama",
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "rope_scaling": {**_LLAMA3_ROPE, "factor": 8.0},
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "torch_dtype": "bfloat16",
+    },
+    # The shape of Qwen3-4B.
+    "4b": {
+        **_TINY,
+        "model_type": "qwen3",
+        "num_hidden_layers": 36,
+        "hidden_size": 2560,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 9728,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "torch_dtype": "bfloat16",
+    },
+}
+_SHAPES["tiny"] = _SHAPES["tiny-llama"]
+NAMES: Final = tuple(sorted(_SHAPES))
+# The standard deviation of the logits, and of q and k per channel (attention scores deviate by its square).
+_LOGIT_SCALE: Final = 2.0
+_SHARPNESS: Final = 1.5
+
+
+def synthetic_config(name: str) -> dict[str, object]:
+    """The config.json fields of a named shape.
+
+    Raises:
+        ConfigError: no such shape; the message lists them.
+    """
+    if name not in _SHAPES:
+        raise ConfigError(f"synthetic model: expected one of {', '.join(NAMES)}, found {name!r}")
+    return dict(_SHAPES[name])
+
+
+def synthetic_weights(
+    config: ModelConfig,
+    seed: int,
+    dtype: torch.dtype,
+    late_scale: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> Weights:
+    """Random weights whose greedy text wanders: attention is sharp, and the head looks away from the
+    last token.
+
+    `late_scale` multiplies what the late half of the layers adds to the residual (their output and down matrices):
+    1 is plainly random, 0 makes the late layers do nothing, so that a draft that skips them always agrees; between
+    them the rate at which it agrees falls as the scale grows. The same seed gives the same weights per device kind.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    shapes = field_shapes(config)
+    tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        stacked = len(shapes[name]) == (2 if _is_vector(name) else 3)
+        for block in tensor if stacked else (tensor,):
+            block.copy_(_draw(name, block, config, generator))
+    late = config.num_layers // 2
+    for name in ("output", "output_bias", "down", "down_bias"):
+        if name in tensors:
+            tensors[name][late:] *= late_scale
+    return Weights.of(tensors)
+
+
+def write_synthetic(folder: Path, name: str, seed: int, late_scale: float = 1.0) -> None:
+    """Write a named shape with random weights as a model folder, in the dtype of its configuration.
+
+    Raises:
+        ConfigError: no such shape.
+        CheckpointError: the folder is there already and not empty, or cannot be written.
+    """
+    fields = synthetic_config(name)
+    config = ModelConfig.parse(fields, f"synthetic model {name}")
+    weights = synthetic_weights(config, seed, getattr(torch, config.dtype), late_scale)
+    save_checkpoint(folder, fields, checkpoint_tensors(weights, config))
+
+
+def _is_vector(name: str) -> bool:
+    return name.endswith(("norm", "bias"))
+
+
+def _draw(name: str, block: Tensor, config: ModelConfig, generator: torch.Generator) -> Tensor:
+    values = torch.randn(block.shape, generator=generator, device=block.device)
+    if name.endswith("bias"):
+        return values * 0.02
+    if name in ("q_norm", "k_norm"):
+        return (1 + 0.1 * values) * _SHARPNESS
+    if name == "norm":
+        # Random signs: a tied head would otherwise find the token it was given most likely, for ever.
+        return (1 + 0.1 * values.abs()) * values.sign()
+    if name.endswith("norm"):
+        return 1 + 0.1 * values
+    # Each sub-layer adds 1/sqrt(L), so that half of the layers add up to a residual of about one per channel.
+    per_layer = 1 / math.sqrt(config.num_layers)
+    gain = {"embedding": _LOGIT_SCALE, "head": _LOGIT_SCALE, "output": 1.5 * per_layer, "down": 1.7 * per_layer}
+    values *= gain.get(name, 1.0) / math.sqrt(block.shape[-1])
+    if name == "qkv" and not config.qk_norm:
+        queries_and_keys = (config.num_heads + config.num_kv_heads) * config.head_dim
+        values[:queries_and_keys] *= _SHARPNESS
+    return values
