@@ -193,7 +193,7 @@ class Output:
 
     @property
     def finish_reason(self) -> str:
-        """"stop" (end of text, stop token or stop string) or "length" (max_tokens or the context limit)."""
+        """ "stop" (end of text, stop token or stop string) or "length" (max_tokens or the context limit)."""
         return self.choices[0].finish_reason
 
 
@@ -206,4 +206,6 @@ def _integer(name: str, value: object, low: int, high: int | None = None) -> Non
 def _number(name: str, value: object, low: float, high: float, *, low_open: bool = False) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not low <= value <= high or (low_open and value == low):
-        raise RequestError(f"{name}: expected a number {'above' if low_open else 'from'} {low} up to {high}, got {value!r}")
+        raise RequestError(
+            f"{name}: expected a number {'above' if low_open else 'from'} {low} up to {high}, got {value!r}"
+        )

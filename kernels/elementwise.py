@@ -1,0 +1,34 @@
+"""Transcendental functions that give an element the same bits wherever it lies.
+
+PyTorch computes the main part of a range with vector code and its tail with scalar code, whose last bits differ, and
+several threads each have a tail. Ranges of whole vectors, no longer than the span one thread takes, have none.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+VECTOR = 64
+ONE_THREAD = 32768
+
+
+def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function` of every element of `x`, any shape; independent of the element's place and of the thread count."""
+    flat = x.reshape(-1)
+    padding = -flat.numel() % VECTOR
+    if padding:
+        flat = torch.nn.functional.pad(flat, (0, padding))
+    if flat.numel() <= ONE_THREAD:
+        result = function(flat)
+    else:
+        result = torch.cat([function(part) for part in flat.split(ONE_THREAD)])
+    return result[: x.numel()].view(x.shape)
+
+
+def steady_columns(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`steady` for the rows of a matrix [M, N] of one fixed M: an element's bits depend on its column alone."""
+    width = ONE_THREAD // x.shape[0]
+    if x.shape[1] <= width:
+        return function(x)
+    return torch.cat([function(part) for part in x.split(width, dim=1)], dim=1)

@@ -1,0 +1,287 @@
+"""Every op in PyTorch: the backend of the CPU, and the oracle of the hand-written kernels.
+
+An op works through its rows in tiles of exactly `tile` rows, each tile padded to that size, so that the shape of every
+product and reduction is the same for any number of rows. That is what makes row i of a verify pass equal, bit for bit,
+the decode pass of that token. Notation: R rows, H hidden size, D head dimension, P slots per page.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import packed
+from .attention_index import AttentionIndex
+from .elementwise import steady, steady_columns
+from .noise import gumbel
+from .packed import Matrix
+
+_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+class Norm(NamedTuple):
+    """RMSNorm; LayerNorm when `bias` is given. weight, bias: [H]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+class Rope(NamedTuple):
+    """Rotation of each row: cos and sin float32 [R, 1, D], the first half of sin negated."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Slots(NamedTuple):
+    """Where rows write their keys and values: page and offset in it, int64 [R]."""
+
+    page: Tensor
+    offset: Tensor
+
+
+class Prediction(NamedTuple):
+    """The most likely token of each row, its logit, and the log-sum-exp of the row's logits: [R] each."""
+
+    token: Tensor
+    value: Tensor
+    log_sum_exp: Tensor
+
+
+def prepare(weight: Tensor) -> Matrix:
+    """The physical layout of a weight [N, K] for `linear`, `qkv_rope_append`, `logits` and `head`."""
+    return packed.pack(weight)
+
+
+def normalise(x: Tensor, norm: Norm) -> Tensor:
+    """RMSNorm: w·x/√(mean x² + eps); LayerNorm: w·(x − mean)/√(var + eps) + b. [R, H] → [R, H]."""
+    if norm.bias is None:
+        return functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.eps)
+    return functional.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
+
+
+def linear(
+    x: Tensor,
+    weight: Matrix,
+    *,
+    tile: int,
+    norm: Norm | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """activation(norm(x)·Wᵀ + bias), added in place to `residual` where that is given.
+
+    x [R, K], W [N, K] → [R, N]; with activation "silu_gate" W holds gate rows above up rows and the result is
+    silu(gate)·up, [R, N/2]; "gelu_tanh" is elementwise. `active` bool [R]: rows that are False leave `residual`
+    untouched (their result is undefined without one).
+    """
+    parts = [
+        _linear_tile(part, weight, norm, bias, activation, None if residual is None else residual[start : start + tile])
+        for start, part in _tiles(x, tile)
+    ]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    y = y[: x.shape[0]]
+    if residual is None:
+        return y
+    if active is not None:
+        y = torch.where(active[:, None], y, residual)
+    return residual.copy_(y)
+
+
+def qkv_rope_append(
+    x: Tensor,
+    norm: Norm,
+    weight: Matrix,
+    bias: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    rope: Rope | None,
+    keys: Tensor,
+    values: Tensor,
+    slots: Slots,
+    *,
+    heads: int,
+    tile: int,
+    active: Tensor | None = None,
+) -> Tensor:
+    """q, k, v = norm(x)·Wᵀ + bias; RMSNorm of q and k over D; rotation; k and v written to their slots.
+
+    x [R, H]; W [(heads + 2·kv_heads)·D, H]; keys, values [pages, kv_heads, P, D], one layer's cache; q_norm, k_norm
+    [D]. Returns q [R, heads, D]. Rows that are not `active` write nothing.
+    """
+    _, kv_heads, _, head_dim = keys.shape
+    qkv = linear(x, weight, tile=tile, norm=norm, bias=bias).view(x.shape[0], heads + 2 * kv_heads, head_dim)
+    qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+    if q_norm is not None and k_norm is not None:
+        q = _head_norm(qk[:, :heads], q_norm, norm.eps, tile)
+        qk = torch.cat([q, _head_norm(qk[:, heads:], k_norm, norm.eps, tile)], dim=1)
+    if rope is not None:
+        qk = (qk * rope.cos + torch.roll(qk, head_dim // 2, -1) * rope.sin).to(x.dtype)
+    page, offset = slots
+    k = qk[:, heads:]
+    if active is not None:
+        page, offset, k, v = page[active], offset[active], k[active], v[active]
+    keys[page, :, offset] = k
+    values[page, :, offset] = v
+    return qk[:, :heads]
+
+
+def attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    index: AttentionIndex,
+    *,
+    scale: float,
+    window: int | None = None,
+    slopes: Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale·q·kᵀ + slope·(key position − position))·v over the keys at or before each row's position.
+
+    q [R, heads, D]; keys, values [pages, kv_heads, P, D]; slopes float32 [heads] for ALiBi; `window`: a row sees itself
+    and the window − 1 positions before it. Returns [R, heads·D]; rows of no sequence, and rows that are not `active`,
+    are zero. One page is one block of the reduction: blocks are merged in order from position 0 by their log-sum-exp,
+    and a block no key of which is seen adds exactly nothing.
+    """
+    rows, heads, head_dim = q.shape
+    kv_heads = keys.shape[1]
+    group = heads // kv_heads
+    tile = index.tile
+    out = q.new_zeros(rows, heads * head_dim)
+    for start, count, blocks in index.blocks(window, slopes, kv_heads, group):
+        if active is not None and not bool(active[start : start + count].any()):
+            continue
+        rows_q = q[start : start + tile]
+        if rows_q.shape[0] < tile:
+            rows_q = functional.pad(rows_q, (0, 0, 0, 0, 0, tile - rows_q.shape[0]))
+        packed_q = rows_q.view(tile, kv_heads, group, head_dim).transpose(0, 1).reshape(1, kv_heads, -1, head_dim)
+        partial = [
+            _attention(packed_q, keys[page][None], values[page][None], 0.0, False, attn_mask=mask, scale=scale)
+            for page, mask in blocks
+        ]
+        merged = partial[0][0] if len(partial) == 1 else _merge(partial)
+        by_row = merged.view(kv_heads, tile, group * head_dim).transpose(0, 1).reshape(tile, -1)
+        out[start : start + count] = by_row[:count]
+    return out if active is None else out.masked_fill_(~active[:, None], 0)
+
+
+def logits(x: Tensor, norm: Norm, weight: Matrix, *, tile: int) -> Tensor:
+    """norm(x)·Wᵀ: x [R, H], W [V, H] → [R, V]."""
+    return linear(x, weight, tile=tile, norm=norm)
+
+
+def head(x: Tensor, norm: Norm, weight: Matrix, *, tile: int) -> Prediction:
+    """argmax of norm(x)·Wᵀ with its logit and the log-sum-exp; ties go to the lowest id."""
+    scores = logits(x, norm, weight, tile=tile)
+    value, token = scores.max(dim=-1)
+    return Prediction(token, value, scores.float().logsumexp(dim=-1))
+
+
+def sample(
+    scores: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> Tensor:
+    """Draw one token per row: argmax of warped log-probability + Gumbel(seed, position, id).
+
+    scores [R, V]; temperature, top_p, min_p float32 [R]; top_k (≤ 0: off), seed, position int64 [R]; → int64 [R].
+    Rows with temperature 0 take the argmax. Order: temperature, min-p, top-k, top-p; ties at a threshold stay.
+    """
+    token = scores.argmax(dim=-1)
+    for i in torch.nonzero(temperature > 0).flatten().tolist():
+        warped = _warp(scores[i].float() / temperature[i], int(top_k[i]), float(top_p[i]), float(min_p[i]))
+        noise = gumbel(seed[i : i + 1], position[i : i + 1], scores.shape[1])[0]
+        token[i] = (warped + noise).argmax()
+    return token
+
+
+def verify(target: Tensor, draft: Tensor, count: Tensor) -> Tensor:
+    """Length of the longest prefix of each draft that the target chose too.
+
+    target [S, K] with K ≥ k, draft [S, k], count [S] drafted tokens per sequence → accepted int64 [S].
+    """
+    k = draft.shape[1]
+    drafted = torch.arange(k, device=draft.device) < count[:, None]
+    return ((draft == target[:, :k]) & drafted).long().cumprod(dim=1).sum(dim=1)
+
+
+def _tiles(x: Tensor, tile: int) -> list[tuple[int, Tensor]]:
+    rows = x.shape[0]
+    if rows % tile:
+        x = functional.pad(x, (0, 0, 0, -rows % tile))
+    return [(start, x[start : start + tile]) for start in range(0, x.shape[0], tile)]
+
+
+def _linear_tile(
+    x: Tensor, weight: Matrix, norm: Norm | None, bias: Tensor | None, activation: str | None, residual: Tensor | None
+) -> Tensor:
+    if norm is not None:
+        x = normalise(x, norm)
+    if residual is not None and residual.shape[0] < x.shape[0]:
+        residual = functional.pad(residual, (0, 0, 0, x.shape[0] - residual.shape[0]))
+    y = packed.product(x, weight, bias, residual)
+    if activation is None:
+        return y
+    if activation == "silu_gate":
+        gate, up = y.chunk(2, dim=-1)
+        return steady_columns(functional.silu, gate) * up
+    return steady_columns(_gelu_tanh, y)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+def _head_norm(x: Tensor, weight: Tensor, eps: float, tile: int) -> Tensor:
+    """RMSNorm over D of [R, heads, D], in tiles of rows."""
+    flat = x.reshape(x.shape[0], -1)
+    shape = (tile, x.shape[1], x.shape[2])
+    parts = [normalise(part.view(shape), Norm(weight, None, eps)) for _, part in _tiles(flat, tile)]
+    return torch.cat(parts)[: x.shape[0]]
+
+
+def _merge(partial: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Combine attention over blocks, (output [1, G, M, D], log-sum-exp [1, G, M]) each, in the order given."""
+    peak = torch.stack([lse for _, lse in partial]).amax(dim=0)
+    weights = [steady(torch.exp, lse - peak)[..., None] for _, lse in partial]
+    total, output = weights[0], partial[0][0] * weights[0]
+    for weight, (block, _) in zip(weights[1:], partial[1:], strict=True):
+        total, output = total + weight, output + block * weight
+    return (output / total).to(partial[0][0].dtype)
+
+
+def _warp(row: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """Scaled logits [V] with everything outside min-p, top-k and top-p at −∞."""
+    if min_p > 0:
+        row = _keep_at_least(row, row.max() + torch.tensor(min_p, dtype=row.dtype).log())
+    if 0 < top_k < row.shape[0]:
+        row = _keep_at_least(row, row.topk(top_k).values[-1])
+    if top_p < 1:
+        row = _keep_at_least(row, _nucleus_threshold(row, top_p))
+    return row
+
+
+def _keep_at_least(row: Tensor, threshold: Tensor) -> Tensor:
+    return row.masked_fill(row < threshold, -torch.inf)
+
+
+def _nucleus_threshold(row: Tensor, top_p: float, first: int = 1024) -> Tensor:
+    """The smallest logit of the smallest set of most likely ids whose probability reaches `top_p`."""
+    probability = row.softmax(dim=-1)
+    size = min(first, row.shape[0])
+    while True:
+        ordered, ids = probability.topk(size)
+        reached = ordered.cumsum(dim=0) >= top_p
+        if bool(reached[-1]) or size == row.shape[0]:
+            last = int(reached.long().argmax()) if bool(reached[-1]) else size - 1
+            return row[ids[last]]
+        size = row.shape[0]

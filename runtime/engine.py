@@ -1,0 +1,274 @@
+"""The engine: a loaded model that generates."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+from typing import cast, overload
+
+import torch
+
+from ..kernels.ops import TORCH
+from ..loaders.config import ModelConfig
+from ..loaders.demo import demo_folder
+from ..loaders.tokenizer import Tokenizer
+from ..loaders.weights import Weights, load_weights
+from .cache import KVCache
+from .errors import CapacityError, ConfigError, RequestError
+from .methods import registry
+from .methods.base import Method
+from .model import Model
+from .prompts import Prompt, check_params, is_many, to_ids
+from .request import Chunk, Output, Piece, SamplingParams
+from .sequence import Sequence
+from .speculate import prefill, speculate
+from .summary import summarise
+from .text import TextStream
+
+MAX_BATCH = 16
+BATCH_CONTEXT = 2048
+SPARE_PAGES = 4
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Progress = Callable[[str, int, int], None]
+
+
+class Engine:
+    """A model in memory and everything needed to generate with it.
+
+    Threads may share an engine: their calls take turns round by round. `model_path` is where the weights lie, `backend`
+    the op table in use, `config` the model's shape.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        *,
+        tokenizer: Tokenizer | None = None,
+        model_path: Path | None = None,
+        method: str = "autoregressive",
+        cache_tokens: int | None = None,
+    ) -> None:
+        """An engine over weights that are already in memory; `load` reads them from a folder."""
+        self.config = config
+        self.tokenizer = tokenizer
+        self.model_path = model_path
+        self.dtype = weights.embedding.dtype
+        self.backend = TORCH.description(self.dtype)
+        self._default = registry.parse(method)
+        self._methods: dict[registry.MethodSpec, Method] = {}
+        self._lock = threading.RLock()
+        self._model: Model | None = Model(config, weights, TORCH)
+        tokens = cache_tokens or max(config.max_context, MAX_BATCH * min(config.max_context, BATCH_CONTEXT))
+        self._cache: KVCache | None = self._model.new_cache(-(-tokens // TORCH.page_size) + SPARE_PAGES)
+        self._method(self._default)
+
+    @staticmethod
+    def load(
+        model: str | Path,
+        *,
+        method: str = "autoregressive",
+        device: str = "auto",
+        dtype: str = "auto",
+        numerics: str = "exact",
+        cache_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> Engine:
+        """Load a model folder, or "demo" for the packaged one.
+
+        `dtype` auto is the checkpoint's own. `cache_tokens` bounds the tokens all running requests hold together.
+        `progress` is called with a label, what is done and what there is to do.
+
+        Raises:
+            ConfigError, CheckpointError, TokenizerError: the folder is not a model this version runs.
+            RequestError: an argument is not one of its choices.
+        """
+        spec = registry.parse(method)
+        _one_of("device", device, ("auto", "cpu", "cuda"))
+        _one_of("dtype", dtype, ("auto", *DTYPES))
+        _one_of("numerics", numerics, ("exact",))
+        if device == "cuda":
+            raise RequestError("device: this version has no kernels for CUDA yet; expected auto or cpu")
+        folder = demo_folder(progress) if str(model) == "demo" else Path(model)
+        if not folder.is_dir():
+            raise ConfigError(f"model: no such folder: {folder}")
+        config = ModelConfig.load(folder)
+        spec.build(config.num_layers)
+        tokenizer = Tokenizer.load(folder, config)
+        weights = load_weights(
+            folder,
+            config,
+            DTYPES[config.dtype if dtype == "auto" else dtype],
+            (lambda done, total: progress("loading weights", done, total)) if progress else None,
+        )
+        return Engine(config, weights, tokenizer=tokenizer, model_path=folder, method=method, cache_tokens=cache_tokens)
+
+    @overload
+    def generate(self, prompt: Prompt, params: SamplingParams = ..., *, method: str | None = ...) -> Output: ...
+    @overload
+    def generate(
+        self, prompt: list[Prompt], params: SamplingParams = ..., *, method: str | None = ...
+    ) -> list[Output]: ...
+
+    def generate(
+        self, prompt: Prompt | list[Prompt], params: SamplingParams | None = None, *, method: str | None = None
+    ) -> Output | list[Output]:
+        """Generate for one prompt (text, token ids or chat messages), or for a list of prompts, decoded together.
+
+        `method` overrides the engine's own for this request.
+
+        Raises:
+            RequestError: the request cannot be served; nothing was generated.
+            CapacityError: it needs more cache than there is.
+        """
+        stream = self.stream(prompt, params, method=method)
+        for _ in stream:
+            pass
+        return stream.outputs if is_many(prompt) else stream.outputs[0]
+
+    def stream(
+        self, prompt: Prompt | list[Prompt], params: SamplingParams | None = None, *, method: str | None = None
+    ) -> Stream:
+        """As `generate`, yielding what every round adds; `Stream.outputs` holds the results when it is exhausted."""
+        params = params or SamplingParams()
+        model, cache = self._loaded()
+        spec = registry.parse(method) if method else self._default
+        check_params(params, self.tokenizer, self.config)
+        prompts = cast("list[Prompt]", prompt) if is_many(prompt) else [cast(Prompt, prompt)]
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        sequences = [
+            self._sequence(i, choice, ids, params, (seed + choice) % 2**64)
+            for i, ids in enumerate(to_ids(p, self.tokenizer, self.config) for p in prompts)
+            for choice in range(params.n)
+        ]
+        for sequence in sequences:
+            if cache.pages_for(sequence.max_length) > cache.total_pages:
+                raise CapacityError(
+                    f"the request may grow to {sequence.max_length} tokens and the KV cache holds "
+                    f"{cache.total_pages * cache.page_size}: lower max_tokens or raise cache_tokens"
+                )
+        drafter = self._method(spec)
+        return Stream(self._run(model, cache, sequences, drafter), sequences, drafter, self.backend, seed)
+
+    async def astream(
+        self, prompt: Prompt | list[Prompt], params: SamplingParams | None = None, *, method: str | None = None
+    ) -> AsyncIterator[Chunk]:
+        """As `stream`, for an event loop: rounds run in a worker thread."""
+        stream = self.stream(prompt, params, method=method)
+        try:
+            while (chunk := await asyncio.to_thread(next, stream, None)) is not None:
+                yield chunk
+        finally:
+            stream.close()
+
+    def close(self) -> None:
+        """Give back the weights and the cache. A closed engine refuses requests."""
+        with self._lock:
+            self._model = self._cache = None
+            self._methods.clear()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _loaded(self) -> tuple[Model, KVCache]:
+        if self._model is None or self._cache is None:
+            raise RequestError("engine: it is closed")
+        return self._model, self._cache
+
+    def _method(self, spec: registry.MethodSpec) -> Method:
+        with self._lock:
+            if spec not in self._methods:
+                self._methods[spec] = spec.build(self.config.num_layers)
+            return self._methods[spec]
+
+    def _sequence(self, index: int, choice: int, ids: list[int], params: SamplingParams, seed: int) -> Sequence:
+        text = TextStream(self.tokenizer, params.stop) if self.tokenizer else None
+        eos = frozenset() if params.ignore_eos else frozenset(self.config.eos_token_ids)
+        return Sequence(index, choice, ids, params, seed, eos, self.config.max_context, text)
+
+    def _run(
+        self, model: Model, cache: KVCache, sequences: list[Sequence], method: Method
+    ) -> Generator[Chunk, None, None]:
+        waiting, running = deque(sequences), list[Sequence]()
+        try:
+            while waiting or running:
+                chunks: list[Chunk] = []
+                with self._lock, torch.inference_mode():
+                    while waiting and len(running) < MAX_BATCH and _admit(cache, waiting[0], bool(running)):
+                        running.append(waiting.popleft())
+                        chunks.append(_chunk(running[-1], prefill(model, cache, running[-1])))
+                    running = _without_finished(cache, running)
+                    if running:
+                        pieces = speculate(model, cache, running, method)
+                        chunks += [_chunk(sequence, new) for sequence, new in zip(running, pieces, strict=True)]
+                        running = _without_finished(cache, running)
+                yield from chunks
+        finally:
+            with self._lock:
+                for sequence in sequences:
+                    cache.release(sequence.pages)
+
+
+class Stream(Iterator[Chunk]):
+    """The chunks of a request as they come. Closing it early, or dropping it, frees what the request holds."""
+
+    def __init__(
+        self,
+        chunks: Generator[Chunk, None, None],
+        sequences: list[Sequence],
+        method: Method,
+        backend: str,
+        seed: int,
+    ) -> None:
+        self._chunks, self._sequences, self._method = chunks, sequences, method
+        self._backend, self._seed = backend, seed
+        self._known_events = len(method.events())
+
+    def __next__(self) -> Chunk:
+        return next(self._chunks)
+
+    def close(self) -> None:
+        """End the request now; its pages are free when this returns."""
+        self._chunks.close()
+
+    @property
+    def outputs(self) -> list[Output]:
+        """One result per prompt, of what has been generated so far."""
+        events = self._method.events()[self._known_events :]
+        prompts = groupby(self._sequences, key=lambda sequence: sequence.index)
+        return [summarise(list(own), self._method, self._backend, self._seed, events) for _, own in prompts]
+
+
+def _admit(cache: KVCache, sequence: Sequence, others: bool) -> bool:
+    """Reserve all the pages a sequence may need; False to wait for `others` of the same request to finish."""
+    if others and cache.pages_for(sequence.max_length) > cache.free_pages:
+        return False
+    sequence.pages = cache.reserve(sequence.max_length)
+    return True
+
+
+def _without_finished(cache: KVCache, running: list[Sequence]) -> list[Sequence]:
+    for sequence in running:
+        if sequence.finish_reason:
+            cache.release(sequence.pages)
+    return [sequence for sequence in running if not sequence.finish_reason]
+
+
+def _chunk(sequence: Sequence, pieces: list[Piece]) -> Chunk:
+    return Chunk(sequence.index, sequence.choice, tuple(pieces), sequence.finish_reason)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise RequestError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

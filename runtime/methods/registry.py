@@ -1,0 +1,80 @@
+"""The methods by name, and `name:key=value,…` as the command line and the API take it."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import RequestError
+from . import autoregressive, swift
+from .base import Method
+
+_METHODS: dict[str, tuple[type[Any], type[Any]]] = {
+    "autoregressive": (autoregressive.Autoregressive, autoregressive.Options),
+    "swift": (swift.Swift, swift.Options),
+}
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method's name and its options, hashable."""
+
+    name: str
+    options: Any
+
+    @property
+    def lossless(self) -> bool:
+        return _METHODS[self.name][0].lossless
+
+    def build(self, num_layers: int) -> Method:
+        """A fresh instance for a model of `num_layers` layers; refuses options that do not fit it."""
+        return _METHODS[self.name][0](self.options, num_layers)
+
+
+def names() -> list[str]:
+    """The methods of this version."""
+    return list(_METHODS)
+
+
+def describe(name: str) -> list[tuple[str, str, object, str]]:
+    """(option, type, default, help) of every option of a method."""
+    options = _METHODS[name][1]
+    return [
+        (field.name, str(field.type), field.default, field.metadata.get("help", ""))
+        for field in dataclasses.fields(options)
+    ]
+
+
+def parse(text: str) -> MethodSpec:
+    """Read `name` or `name:key=value,…`; lists are joined with +.
+
+    Raises:
+        RequestError: an unknown method or option, or a value of the wrong type.
+    """
+    name, _, rest = text.partition(":")
+    if name not in _METHODS:
+        raise RequestError(f"method: unknown method {name!r}, expected one of {', '.join(_METHODS)}")
+    options = _METHODS[name][1]
+    types = typing.get_type_hints(options)
+    values: dict[str, object] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if key not in types:
+            known = ", ".join(types) or "none"
+            raise RequestError(f"method {name}: unknown option {key!r}, known options: {known}")
+        if not equals or key in values:
+            raise RequestError(f"method {name}: expected {key}=VALUE once, got {item!r}")
+        values[key] = _convert(name, key, value, types[key])
+    return MethodSpec(name, options(**values))
+
+
+def _convert(method: str, key: str, value: str, kind: Any) -> object:
+    try:
+        if kind == tuple[int, ...]:
+            return tuple(int(part) for part in value.split("+") if part)
+        return kind(value)
+    except ValueError:
+        expected = "integers joined with +" if kind == tuple[int, ...] else kind.__name__
+        raise RequestError(f"method {method}: option {key} expects {expected}, got {value!r}") from None

@@ -1,0 +1,168 @@
+"""One forward pass for every method."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..kernels.attention_index import AttentionIndex
+from ..kernels.ops import Ops
+from ..kernels.packed import Matrix
+from ..kernels.reference import Norm, Prediction, Rope, Slots, normalise
+from ..loaders.config import ModelConfig
+from ..loaders.weights import Weights
+from .cache import KVCache
+from .plan import LayerPlan
+from .rope import RotaryTable
+from .rows import Rows
+
+
+class Layer(NamedTuple):
+    """One layer's parameters in the layout of its op table; what the architecture lacks is None."""
+
+    attention_norm: Norm
+    qkv: Matrix
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    output: Matrix
+    output_bias: Tensor | None
+    mlp_norm: Norm
+    up: Matrix
+    up_bias: Tensor | None
+    down: Matrix
+    down_bias: Tensor | None
+
+
+class Model:
+    """A decoder-only transformer: weights prepared for one op table, and the pass over them."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops) -> None:
+        self.config = config
+        self.ops = ops
+        self.full = LayerPlan.full(config.num_layers)
+        self.dtype = weights.embedding.dtype
+        self.device = weights.embedding.device
+        self._embedding = weights.embedding
+        self._embedding_norm = (
+            Norm(weights.embedding_norm, weights.embedding_norm_bias, config.norm_eps)
+            if weights.embedding_norm is not None
+            else None
+        )
+        self._layers = [_layer(weights, i, config.norm_eps, ops) for i in range(config.num_layers)]
+        self._norm = Norm(weights.norm, weights.norm_bias, config.norm_eps)
+        self._head = ops.prepare(weights.head)
+        self._rotary = RotaryTable(config, self.device) if any(config.rope_layers) else None
+        self._slopes = alibi_slopes(config.num_heads).to(self.device) if config.alibi else None
+        self._activation = "silu_gate" if config.gated else config.activation
+
+    def new_cache(self, pages: int) -> KVCache:
+        """An empty cache of `pages` pages for this model."""
+        config = self.config
+        return KVCache(
+            config.num_layers,
+            config.num_kv_heads,
+            config.head_dim,
+            pages=pages,
+            page_size=self.ops.page_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def forward(self, rows: Rows, cache: KVCache, plan: LayerPlan) -> Tensor:
+        """The residual stream [R, H] of `rows` after the sub-layers of `plan`.
+
+        Keys and values of every attention block that runs are written to the rows' slots; a row attends to the slots of
+        its own sequence at or before its position, which must have been written in that layer.
+        """
+        count = len(rows)
+        rows = rows.padded()
+        x = self._embed(rows.token)
+        slots = Slots(*rows.slots(cache.page_size))
+        index = self.ops.index(
+            rows.sequence, rows.position, rows.block_table, page_size=cache.page_size, tile=rows.tile
+        )
+        rope = self._rotary.rows(rows.position, int(rows.position.max())) if self._rotary else None
+        for sublayer in plan.sublayers:
+            layer = sublayer // 2
+            if sublayer % 2 == 0:
+                self._attention(layer, x, cache, slots, index, rope if self.config.rope_layers[layer] else None)
+            else:
+                self._mlp(layer, x, rows.tile)
+        return x[:count]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Final norm and LM head: [R, H] → [R, V]."""
+        return self.ops.logits(x, self._norm, self._head, tile=self.ops.decode_tile)
+
+    def predict(self, x: Tensor) -> Prediction:
+        """The most likely token of each row of the residual stream [R, H]."""
+        return self.ops.head(x, self._norm, self._head, tile=self.ops.decode_tile)
+
+    def _embed(self, token: Tensor) -> Tensor:
+        x = functional.embedding(token, self._embedding)
+        return x if self._embedding_norm is None else normalise(x, self._embedding_norm)
+
+    def _attention(
+        self, number: int, x: Tensor, cache: KVCache, slots: Slots, index: AttentionIndex, rope: Rope | None
+    ) -> None:
+        layer, config, tile = self._layers[number], self.config, index.tile
+        keys, values = cache.keys[number], cache.values[number]
+        q = self.ops.qkv_rope_append(
+            x,
+            layer.attention_norm,
+            layer.qkv,
+            layer.qkv_bias,
+            layer.q_norm,
+            layer.k_norm,
+            rope,
+            keys,
+            values,
+            slots,
+            heads=config.num_heads,
+            tile=tile,
+        )
+        window = config.window if config.window is not None and config.window_layers[number] else None
+        mixed = self.ops.attend(q, keys, values, index, scale=config.head_dim**-0.5, window=window, slopes=self._slopes)
+        self.ops.linear(mixed, layer.output, tile=tile, bias=layer.output_bias, residual=x)
+
+    def _mlp(self, number: int, x: Tensor, tile: int) -> None:
+        layer = self._layers[number]
+        inner = self.ops.linear(
+            x, layer.up, tile=tile, norm=layer.mlp_norm, bias=layer.up_bias, activation=self._activation
+        )
+        self.ops.linear(inner, layer.down, tile=tile, bias=layer.down_bias, residual=x)
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """The slope of each head, float32 [heads] (Press et al., arXiv 2108.12409).
+
+    Heads beyond a power of two take every other slope of the next power.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
+    extra = [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(heads - power)]
+    return torch.tensor(slopes + extra)
+
+
+def _layer(weights: Weights, i: int, eps: float, ops: Ops) -> Layer:
+    def row(stacked: Tensor | None) -> Tensor | None:
+        return None if stacked is None else stacked[i]
+
+    return Layer(
+        Norm(weights.attention_norm[i], row(weights.attention_norm_bias), eps),
+        ops.prepare(weights.qkv[i]),
+        row(weights.qkv_bias),
+        row(weights.q_norm),
+        row(weights.k_norm),
+        ops.prepare(weights.output[i]),
+        row(weights.output_bias),
+        Norm(weights.mlp_norm[i], row(weights.mlp_norm_bias), eps),
+        ops.prepare(weights.up[i]),
+        row(weights.up_bias),
+        ops.prepare(weights.down[i]),
+        row(weights.down_bias),
+    )

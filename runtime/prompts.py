@@ -1,0 +1,59 @@
+"""What a caller may pass as a prompt, turned into token ids and checked against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias, cast
+
+from ..loaders.config import ModelConfig
+from ..loaders.tokenizer import Tokenizer
+from .errors import RequestError
+from .request import SamplingParams
+
+Message: TypeAlias = Mapping[str, str]
+Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message]"
+
+
+def is_many(prompt: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is a list of prompts rather than one: one is a string, a list of ids or a list of messages."""
+    return not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], (int, Mapping))
+
+
+def to_ids(prompt: Prompt, tokenizer: Tokenizer | None, config: ModelConfig) -> list[int]:
+    """Token ids of one prompt.
+
+    Raises:
+        RequestError: it is empty, has an id outside the vocabulary, is text without a tokenizer, or fills the context.
+    """
+    if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
+        if tokenizer is None:
+            raise RequestError("prompt: this model folder has no tokenizer.json: pass token ids")
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.chat(cast(Sequence[Message], prompt))
+    else:
+        ids = _checked_ids(cast(Sequence[object], prompt), config.vocab_size)
+    if not ids:
+        raise RequestError("prompt: expected at least one token, got none")
+    if len(ids) >= config.max_context:
+        raise RequestError(f"prompt: {len(ids)} tokens leave no room in the model's context of {config.max_context}")
+    return ids
+
+
+def check_params(params: SamplingParams, tokenizer: Tokenizer | None, config: ModelConfig) -> None:
+    """Refuse sampling parameters that name tokens or text this model does not have."""
+    if params.stop and tokenizer is None:
+        raise RequestError("stop: this model folder has no tokenizer.json, so stop strings cannot be found")
+    for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", list(params.logit_bias))):
+        outside = [token for token in ids if token >= config.vocab_size]
+        if outside:
+            raise RequestError(f"{name}: token {outside[0]} is outside the vocabulary of {config.vocab_size}")
+
+
+def _checked_ids(ids: Sequence[object], vocab_size: int) -> list[int]:
+    checked: list[int] = []
+    for i, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise RequestError(f"prompt: expected a token id at place {i}, got {token!r}")
+        if not 0 <= token < vocab_size:
+            raise RequestError(f"prompt: token {token} at place {i} is outside the vocabulary of {vocab_size}")
+        checked.append(token)
+    return checked

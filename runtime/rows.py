@@ -1,0 +1,47 @@
+"""The rows of a pass: one token's activations each, of any number of sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A ragged batch, sorted by sequence. R rows; S sequences.
+
+    token, position and sequence are int64 [R]; `sequence` names a row of `block_table` int64 [S, pages], -1 marks a
+    row that belongs to none and whose results nobody reads. Position (what RoPE sees) is also the logical slot.
+    `tile` is the number of rows every product is padded to.
+    """
+
+    token: Tensor
+    position: Tensor
+    sequence: Tensor
+    block_table: Tensor
+    tile: int
+
+    def __len__(self) -> int:
+        return self.token.shape[0]
+
+    def padded(self) -> Rows:
+        """The same rows and as many of no sequence as fill the last tile."""
+        missing = -len(self) % self.tile
+        if not missing:
+            return self
+        token, position = functional.pad(self.token, (0, missing)), functional.pad(self.position, (0, missing))
+        return Rows(token, position, functional.pad(self.sequence, (0, missing), value=-1), self.block_table, self.tile)
+
+    def slots(self, page_size: int) -> tuple[Tensor, Tensor]:
+        """Page and offset in it where each row's keys and values go; page 0 for rows of no sequence."""
+        page = self.block_table[self.sequence.clamp(min=0), self.position // page_size]
+        return torch.where(self.sequence >= 0, page, 0), self.position % page_size
+
+
+def one_sequence(tokens: list[int], start: int, pages: list[int], tile: int) -> Rows:
+    """Rows for consecutive `tokens` from position `start` of the sequence that lies in `pages`."""
+    position = torch.arange(start, start + len(tokens))
+    return Rows(torch.tensor(tokens), position, torch.zeros_like(position), torch.tensor([pages]), tile)

@@ -1,0 +1,82 @@
+"""From the residual stream to tokens, the same way for drafts and for the full model.
+
+A token is argmax(log p + Gumbel(seed, position, id)) with p fully warped, so that a draft and its verification use the
+same noise (coupled sampling): speculative output then equals plain sampling token for token.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .batch import Batch, Sampling
+from .model import Model
+from .request import TokenLogprob
+from .sequence import Sequence
+
+
+class Chosen(NamedTuple):
+    """Tokens int64 [S, n], the probability the unwarped model gives each, and the logits where they were needed."""
+
+    tokens: Tensor
+    probability: Tensor
+    logits: Tensor | None
+
+
+def choose(model: Model, hidden: Tensor, batch: Batch, path: Tensor) -> Chosen:
+    """The token after each of the last n columns of `path`.
+
+    path int64 [S, J] starts with each sequence's newest token and goes on with its draft; hidden [S·n, H] is the
+    residual stream of its last n columns.
+    """
+    sequences, depth = path.shape
+    n = hidden.shape[0] // sequences
+    params = [s.params for s in batch.sequences]
+    if all(p.greedy and not p.reshapes_logits and p.logprobs is None for p in params):
+        token, value, log_sum_exp = model.predict(hidden)
+        probability = (value.float() - log_sum_exp.float()).exp()
+        return Chosen(token.view(sequences, n), probability.view(sequences, n), None)
+
+    logits = model.logits(hidden)
+    scores = logits
+    if any(p.reshapes_logits for p in params):
+        scores = logits.float()
+        for row in range(scores.shape[0]):
+            s, column = batch.sequences[row // n], depth - n + row % n
+            if s.params.reshapes_logits:
+                scores[row] = reshape_logits(scores[row], s, s.tokens + path[row // n, 1 : column + 1].tolist())
+    rule = Sampling(*(field.repeat_interleave(n) for field in batch.sampling()))
+    position = (batch.length[:, None] + torch.arange(depth - n + 1, depth + 1)).flatten()
+    token = model.ops.sample(scores, rule.temperature, rule.top_k, rule.top_p, rule.min_p, rule.seed, position)
+    probability = (logits.float().gather(1, token[:, None])[:, 0] - logits.float().logsumexp(dim=-1)).exp()
+    return Chosen(token.view(sequences, n), probability.view(sequences, n), logits.view(sequences, n, -1))
+
+
+def reshape_logits(row: Tensor, sequence: Sequence, history: list[int]) -> Tensor:
+    """Logit bias, minimum length and penalties, as vLLM defines them; row float32 [V], history = prompt and output."""
+    params, prompt = sequence.params, len(sequence.prompt)
+    row = row.clone()
+    for token, bias in params.logit_bias.items():
+        row[token] += bias
+    if len(history) - prompt < params.min_tokens:
+        row[sorted(sequence.forbidden)] = -torch.inf
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(history)))
+        value = row[seen]
+        row[seen] = torch.where(value > 0, value / params.repetition_penalty, value * params.repetition_penalty)
+    counts = Counter(history[prompt:])
+    if counts and (params.presence_penalty or params.frequency_penalty):
+        ids, times = torch.tensor(list(counts)), torch.tensor(list(counts.values()), dtype=row.dtype)
+        row[ids] -= params.presence_penalty + params.frequency_penalty * times
+    return row
+
+
+def logprob(logits: Tensor, token: int, top: int) -> TokenLogprob:
+    """Natural-log probabilities of `token` and of the `top` most likely ids; logits [V]."""
+    values = logits.float().log_softmax(dim=-1)
+    best = values.topk(top) if top else None
+    ranked = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best else {}
+    return TokenLogprob(token, float(values[token]), ranked)

@@ -1,0 +1,101 @@
+"""One continuation in the making."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .request import Choice, Piece, SamplingParams, TokenLogprob
+from .text import TextStream
+
+
+@dataclass
+class Counters:
+    """What one sequence's rounds added up to; prefill token + accepted + bonus = emitted tokens."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    bonus: int = 0
+    accepted_per_position: list[int] = field(default_factory=list[int])
+    executed_skips: int = 0
+    prefill_s: float = 0.0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    search_s: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass
+class Sequence:
+    """Tokens, cache pages and stop rules of one continuation.
+
+    Between rounds the keys and values of all tokens but the last are cached: `cached` == len(tokens) - 1.
+    """
+
+    index: int
+    choice: int
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    eos: frozenset[int]
+    max_length: int
+    text: TextStream | None
+    tokens: list[int] = field(default_factory=list[int])
+    pages: list[int] = field(default_factory=list[int])
+    logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    counters: Counters = field(default_factory=Counters)
+    phases: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
+    finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+        self.max_length = min(self.max_length, len(self.prompt) + self.params.max_tokens)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def cached(self) -> int:
+        return len(self.tokens) - 1
+
+    @property
+    def room(self) -> int:
+        """Draft tokens that can still be of use: a round adds one token more than it accepts."""
+        return self.max_length - len(self.tokens) - 1
+
+    @property
+    def forbidden(self) -> frozenset[int]:
+        """Tokens that end generation, while it is too short to end."""
+        return (self.eos | frozenset(self.params.stop_token_ids)) if self.params.min_tokens else frozenset()
+
+    def enter(self, phase: str) -> None:
+        """Note the phase the next token is produced in."""
+        if not self.phases or self.phases[-1][0] != phase:
+            self.phases.append((phase, self.generated))
+
+    def extend(self, tokens: list[int], drafted: int) -> list[Piece]:
+        """Append the tokens of a round, the first `drafted` of them accepted drafts, up to the first that ends it."""
+        pieces: list[Piece] = []
+        for i, token in enumerate(tokens):
+            self.tokens.append(token)
+            text = self.text.push(token) if self.text else ""
+            self.finish_reason = self._ends_with(token)
+            if self.finish_reason and self.text:
+                text += self.text.finish()
+            pieces.append(Piece(token, text, i < drafted))
+            if self.finish_reason:
+                break
+        return pieces
+
+    def result(self) -> Choice:
+        text = self.text.text if self.text else None
+        logprobs = self.logprobs[: self.generated] if self.params.logprobs is not None else None
+        return Choice(text, self.tokens[len(self.prompt) :], self.finish_reason or "length", logprobs)
+
+    def _ends_with(self, token: int) -> str | None:
+        if self.generated >= self.params.min_tokens and (
+            token in self.eos or token in self.params.stop_token_ids or (self.text is not None and self.text.stopped)
+        ):
+            return "stop"
+        return "length" if len(self.tokens) >= self.max_length else None

@@ -1,0 +1,92 @@
+"""The round: draft, verify, commit. Every lossless method decodes through this one function."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import torch
+
+from .batch import Batch
+from .cache import KVCache
+from .methods.base import Method
+from .model import Model
+from .request import Piece
+from .rows import one_sequence
+from .sampling import Chosen, choose, logprob
+from .sequence import Sequence
+
+PREFILL_CHUNK = 1024
+
+
+def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: Method) -> list[list[Piece]]:
+    """One round of speculative decoding (Leviathan et al., arXiv 2211.17192) for sequences that share it.
+
+    The method drafts up to k tokens per sequence. One pass of the full model over each sequence's newest token and its
+    draft gives the token the full model itself chooses after every one of them. The longest prefix of the draft that
+    equals those choices is accepted, and the choice after it comes free. The pass wrote the keys and values of all
+    those rows; not counting the rejected ones is the whole rollback.
+    """
+    start, phase = perf_counter(), method.phase()
+    batch = Batch.of(sequences, model.ops.decode_tile)
+    draft = method.propose(model, cache, batch)
+    drafted = perf_counter()
+
+    path = torch.cat([batch.last[:, None], draft.tokens], dim=1)
+    hidden = model.forward(batch.rows(path, batch.length, draft.count + 1), cache, model.full)
+    target = choose(model, hidden, batch, path)
+    accepted = model.ops.verify(target.tokens, draft.tokens, draft.count)
+    verified = perf_counter()
+
+    for sequence in sequences:
+        sequence.enter(phase)
+    pieces = [
+        _commit(sequence, target, row, int(draft.count[row]), count)
+        for row, (sequence, count) in enumerate(zip(sequences, accepted.tolist(), strict=True))
+    ]
+    searched = method.observe(model, cache, sequences, sum(map(len, pieces)), verified - start)
+    skipped = 2 * model.config.num_layers - len(method.plan.sublayers)
+    for sequence, count in zip(sequences, draft.count.tolist(), strict=True):
+        counters = sequence.counters
+        counters.rounds += 1
+        counters.draft_s += drafted - start
+        counters.verify_s += verified - drafted
+        counters.search_s += searched
+        counters.decode_s += perf_counter() - start
+        counters.executed_skips += skipped * count
+    return pieces
+
+
+def prefill(model: Model, cache: KVCache, sequence: Sequence) -> list[Piece]:
+    """Cache a prompt and choose the first token.
+
+    The prompt has tiles of its own, of the same size for every prompt and batch: its neighbours cannot change it.
+    """
+    start = perf_counter()
+    hidden = torch.empty(0)
+    for first in range(0, len(sequence.prompt), PREFILL_CHUNK):
+        chunk = sequence.prompt[first : first + PREFILL_CHUNK]
+        rows = one_sequence(chunk, first, sequence.pages, model.ops.prefill_tile)
+        hidden = model.forward(rows, cache, model.full)
+    batch = Batch.of([sequence], model.ops.decode_tile)
+    pieces = _commit(sequence, choose(model, hidden[-1:], batch, batch.last[:, None]), 0, 0, 0)
+    sequence.counters.prefill_s += perf_counter() - start
+    return pieces
+
+
+def _commit(sequence: Sequence, target: Chosen, row: int, drafted: int, accepted: int) -> list[Piece]:
+    """Append the accepted draft tokens and the one after them, as far as the sequence's stop rules allow."""
+    pieces = sequence.extend(target.tokens[row, : accepted + 1].tolist(), accepted)
+    counters = sequence.counters
+    counters.drafted += drafted
+    emitted = min(len(pieces), accepted)
+    counters.accepted += emitted
+    counters.bonus += len(pieces) - emitted
+    per_position = counters.accepted_per_position
+    per_position.extend([0] * (emitted - len(per_position)))
+    for position in range(emitted):
+        per_position[position] += 1
+    if sequence.params.logprobs is not None and target.logits is not None:
+        sequence.logprobs += [
+            logprob(target.logits[row, i], piece.token_id, sequence.params.logprobs) for i, piece in enumerate(pieces)
+        ]
+    return pieces

@@ -1,0 +1,43 @@
+"""Finished sequences to results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import zip_longest
+from typing import Any
+
+from .methods.base import Method
+from .request import Output, Stats
+from .sequence import Sequence
+
+
+def summarise(
+    sequences: list[Sequence], method: Method, backend: str, seed: int, events: list[Mapping[str, Any]]
+) -> Output:
+    """The result of one prompt from the sequences of its choices."""
+    counters = [sequence.counters for sequence in sequences]
+    per_position = [c.accepted_per_position for c in counters]
+    first = sequences[0]
+    stats = Stats(
+        method=method.name,
+        lossless=method.lossless,
+        backend=backend,
+        seed=seed,
+        prompt_tokens=len(first.prompt),
+        completion_tokens=sum(sequence.generated for sequence in sequences),
+        prefill_s=sum(c.prefill_s for c in counters),
+        decode_s=max(c.decode_s for c in counters),
+        draft_s=max(c.draft_s for c in counters),
+        verify_s=max(c.verify_s for c in counters),
+        search_s=max(c.search_s for c in counters),
+        rounds=sum(c.rounds for c in counters),
+        drafted=sum(c.drafted for c in counters),
+        accepted=sum(c.accepted for c in counters),
+        accepted_per_position=tuple(sum(counts) for counts in zip_longest(*per_position, fillvalue=0)),
+        layers=method.plan.num_layers,
+        layers_kept=method.plan.layers_kept,
+        executed_skips=sum(c.executed_skips for c in counters),
+        phases=tuple(first.phases),
+        events=tuple(events),
+    )
+    return Output(first.prompt, tuple(sequence.result() for sequence in sequences), stats)
