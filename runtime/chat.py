@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .errors import SkipjackError
@@ -33,7 +34,7 @@ class Chat:
         self.notes = notes()
         if self.interactive:
             with contextlib.suppress(ImportError):
-                import readline  # noqa: F401 (line editing in input)
+                import_module("readline")  # gives `input` line editing
 
     def run(self) -> None:
         """Read, answer, repeat until the user leaves."""
@@ -85,7 +86,7 @@ class Chat:
         parts: list[str] = []
         stopped = False
         with interrupts() as pressed:
-            stream = self.engine.stream(list(self.messages), self.params)
+            stream = self.engine.stream(self.messages, self.params)
             for chunk in stream:
                 parts.append(chunk.text)
                 write(chunk.text)

@@ -30,7 +30,7 @@ def examine() -> dict[str, Any]:
         "packages": packages,
         "cpu": cpu,
         "gpus": gpus,
-        "backend": _backend(cpu["packed_products"]),
+        "backend": _backend(),
         "demo": demo,
         "advice": [*gpu_advice, *_triton_advice(packages), *_cpu_advice(cpu), *demo_advice],
     }
@@ -76,9 +76,12 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _backend(packed: dict[str, bool]) -> str:
-    path = "oneDNN packed" if packed.get("float32") else "plain"
-    return f"torch ({path} products), on the CPU"
+def _backend() -> str:
+    import torch
+
+    from ..kernels.ops import TORCH
+
+    return f"{TORCH.description(torch.float32)}, on the CPU"
 
 
 def _gpus() -> tuple[list[dict[str, Any]], list[str]]:
@@ -86,10 +89,10 @@ def _gpus() -> tuple[list[dict[str, Any]], list[str]]:
 
     try:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        devices = [torch.cuda.get_device_properties(i) for i in range(count)]
+        devices: list[Any] = [torch.cuda.get_device_properties(i) for i in range(count)]
     except RuntimeError as error:
         return [], [f"the GPU driver answers with an error: {str(error).splitlines()[0]}"]
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "name": device.name,
             "memory_gib": round(device.total_memory / 2**30, 1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -101,7 +101,7 @@ def _text(data: bytes, source: str) -> str:
 
 
 @contextmanager
-def load_engine(model: str, method: str, device: Device, dtype: Dtype) -> Iterator[Engine]:
+def load_engine(model: str, method: str, device: Device, dtype: Dtype) -> Generator[Engine, None, None]:
     """An engine for the time of a command, loaded behind a progress bar."""
     existing_model(model)
     from .engine import Engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,11 @@ GENERATED = "green"
 DRAFT = "blue"
 ACCEPTED = "dark_orange"
 
-_CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
-_CONTROL_PICTURES |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
+_CONTROL_PICTURES = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
 
 Progress = Callable[[str, int, int], None]
 
@@ -62,7 +65,7 @@ def paint_piece(console: Console, piece: Piece) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
+def progress_bar() -> Generator[Progress, None, None]:
     """A bar on standard error for each label reported; silent when standard error is not a terminal."""
     from rich import progress
 
@@ -79,7 +82,7 @@ def progress_bar() -> Iterator[Progress]:
 
 
 @contextmanager
-def interrupts() -> Iterator[Callable[[], bool]]:
+def interrupts() -> Generator[Callable[[], bool], None, None]:
     """Whether Ctrl-C was pressed inside the block; a second press interrupts at once."""
     pressed = False
 
