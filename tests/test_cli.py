@@ -105,11 +105,11 @@ class FakeEngine:
         return Output([1, 2, 3, 4], (Choice(text, ids, "length"),), stats), pieces
 
     def generate(self, prompt: object, params: SamplingParams, *, method: str | None = None) -> Output:
-        self.asked.append((prompt, params))
+        self.asked.append((prompt[:], params))
         return self._answer(method)[0]
 
     def stream(self, prompt: object, params: SamplingParams, *, method: str | None = None) -> FakeStream:
-        self.asked.append((prompt, params))
+        self.asked.append((prompt[:], params))
         return FakeStream(*self._answer(method), self.interrupt)
 
 
