@@ -101,6 +101,7 @@ def interrupts() -> Generator[Callable[[], bool], None, None]:
 
 def restore() -> None:
     """Give the terminal its cursor and colours back."""
-    if sys.stderr.isatty():
-        sys.stderr.write("\x1b[0m\x1b[?25h\n")
-        sys.stderr.flush()
+    terminal = next((stream for stream in (sys.stderr, sys.stdout) if stream.isatty()), None)
+    if terminal:
+        terminal.write("\x1b[0m\x1b[?25h\n")
+        terminal.flush()

@@ -395,3 +395,19 @@ def test_doctor(capsys) -> None:
     assert findings["advice"]
     assert cli.run(["doctor"]) == 0
     assert findings["python"] in capsys.readouterr().out
+
+
+def test_doctor_does_not_promise_a_gpu_that_will_not_be_used(capsys, monkeypatch) -> None:
+    import torch
+
+    card = SimpleNamespace(name="H100", total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    assert cli.run(["doctor", "--json"]) == 0
+    findings = json.loads(capsys.readouterr().out)
+    assert findings["gpus"] == [{"name": "H100", "memory_gib": 80.0, "capability": "9.0"}]
+    assert findings["backend"].endswith("on the CPU")
+    assert "run on the CPU" in findings["advice"][0]
+    assert cli.run(["doctor"]) == 0
+    assert "H100, 80 GiB, compute 9.0" in capsys.readouterr().out
