@@ -76,7 +76,7 @@ def show(anatomy: dict[str, Any]) -> None:
 
     from .terminal import answers
 
-    rope, window, read = anatomy["position"], anatomy["window"], anatomy["read_per_token"]
+    position, window, read = anatomy["position"], anatomy["window"], anatomy["read_per_token"]
     rows = [
         ("folder", anatomy["folder"]),
         ("architecture", f"{anatomy['model_type']}, {anatomy['dtype']}"),
@@ -87,12 +87,12 @@ def show(anatomy: dict[str, Any]) -> None:
         ("heads", f"{anatomy['heads']} of {anatomy['head_dim']}, {anatomy['kv_heads']} for keys and values"),
         ("vocabulary", f"{anatomy['vocab_size']}, head {'tied' if anatomy['tied_head'] else 'separate'}"),
         ("context", str(anatomy["max_context"])),
-        ("position", ", ".join(f"{key} {value}" for key, value in rope.items())),
+        ("position", ", ".join(f"{key} {value}" for key, value in position.items()).removeprefix("kind ")),
         ("window", "none" if window is None else f"{window['size']} in {window['layers']} layers"),
         ("tokenizer", "present" if anatomy["tokenizer"] else "absent: use --prompt-ids"),
         ("chat template", "present" if anatomy["chat_template"] else "absent"),
-        ("read per token", f"{_megabytes(read['weight_bytes'])} of weights"),
-        ("", f"{read['kv_bytes_per_position']:,} bytes of keys and values per position"),
+        ("read per token", f"{_readable(read['weight_bytes'])} of weights"),
+        ("", f"{_readable(read['kv_bytes_per_position'])} of keys and values per position in the context"),
         ("h", f"{anatomy['h']:.2f} (head parameters / one layer's parameters)"),
         ("methods", ", ".join(anatomy["methods"])),
     ]
@@ -103,8 +103,8 @@ def show(anatomy: dict[str, Any]) -> None:
     for name, part in anatomy["parts"].items():
         if part["parameters"]:
             note = " (tied: the embedding again)" if part.get("tied") else ""
-            sizes.add_row(name, f"{part['parameters']:,}{note}", _megabytes(part["bytes"]))
-    sizes.add_row("total", f"{anatomy['parameters']:,}", _megabytes(anatomy["bytes"]))
+            sizes.add_row(name, f"{part['parameters']:,}{note}", _readable(part["bytes"]))
+    sizes.add_row("total", f"{anatomy['parameters']:,}", _readable(anatomy["bytes"]))
     console = answers()
     console.print(facts, markup=False)
     console.print(sizes, markup=False)
@@ -145,5 +145,6 @@ def _methods() -> list[str]:
     return registry.names()
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
+def _readable(count: int) -> str:
+    unit, size = next((unit for unit in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= unit[1]), ("B", 1))
+    return f"{count / size:,.1f} {unit}" if size > 1 else f"{count} B"
