@@ -24,11 +24,3 @@ def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     else:
         result = torch.cat([function(part) for part in flat.split(ONE_THREAD)])
     return result[: x.numel()].view(x.shape)
-
-
-def steady_columns(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`steady` for the rows of a matrix [M, N] of one fixed M: an element's bits depend on its column alone."""
-    width = ONE_THREAD // x.shape[0]
-    if x.shape[1] <= width:
-        return function(x)
-    return torch.cat([function(part) for part in x.split(width, dim=1)], dim=1)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from . import packed
 from .attention_index import AttentionIndex
-from .elementwise import steady, steady_columns
+from .elementwise import steady
 from .noise import gumbel
 from .packed import Matrix
 
@@ -233,8 +233,8 @@ def _linear_tile(
         return y
     if activation == "silu_gate":
         gate, up = y.chunk(2, dim=-1)
-        return steady_columns(functional.silu, gate) * up
-    return steady_columns(_gelu_tanh, y)
+        return steady(functional.silu, gate) * up
+    return steady(_gelu_tanh, y)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

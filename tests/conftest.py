@@ -1,7 +1,14 @@
 import os
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import torch
+
+from skipjack import Engine
+from skipjack.loaders.config import ModelConfig
+from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 
 
 def _from_environment(variable: str) -> Path:
@@ -21,3 +28,25 @@ def golden() -> Path:
 def prompts_file() -> Path:
     """A JSON-lines file of prompts with the fields question_id, category and turns."""
     return _from_environment("SKIPJACK_PROMPTS")
+
+
+@pytest.fixture(scope="session")
+def synthetic() -> Callable[..., Engine]:
+    """Engines over small random models, one per (shape, dtype, late_scale), shared by the tests."""
+
+    @lru_cache(maxsize=None)
+    def engine(
+        shape: str = "tiny", dtype: torch.dtype = torch.float32, late_scale: float = 0.3, vocab: int | None = None
+    ) -> Engine:
+        fields = synthetic_config(shape) | ({"vocab_size": vocab} if vocab else {})
+        config = ModelConfig.parse(fields, shape)
+        return Engine(config, synthetic_weights(config, 0, dtype, late_scale))
+
+    return engine
+
+
+@pytest.fixture(scope="session")
+def demo() -> Engine:
+    """The packaged model, in its own dtype."""
+    pytest.importorskip("gguf", reason="the demo model's packages are not installed")
+    return Engine.load("demo")
