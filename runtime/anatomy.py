@@ -8,12 +8,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ..loaders.chat_template import ChatTemplate
 from ..loaders.checkpoint import Checkpoint
 from ..loaders.config import ModelConfig
-from ..loaders.json_files import read_object
-from .errors import TokenizerError
 
-MAX_SETTINGS_BYTES = 16_000_000
 PARTS = ("embedding", "attention", "mlp", "norms", "head", "other")
 _MATCHES = (
     ("norms", re.compile(r"norm|\bln_")),
@@ -34,6 +32,7 @@ def examine(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: config.json is missing, malformed or describes a model that is not supported.
         CheckpointError: the checkpoint is missing or malformed.
+        TokenizerError: tokenizer_config.json or the chat template is malformed.
     """
     config = ModelConfig.load(folder)
     with Checkpoint.open(folder) as checkpoint:
@@ -132,11 +131,8 @@ def _position(config: ModelConfig) -> dict[str, Any]:
 
 
 def _text_files(folder: Path) -> dict[str, bool]:
-    settings = folder / "tokenizer_config.json"
-    template = (folder / "chat_template.jinja").is_file()
-    if not template and settings.is_file():
-        template = bool(read_object(settings, MAX_SETTINGS_BYTES, TokenizerError).get("chat_template"))
-    return {"tokenizer": (folder / "tokenizer.json").is_file(), "chat_template": template}
+    template = ChatTemplate.load(folder)
+    return {"tokenizer": (folder / "tokenizer.json").is_file(), "chat_template": template is not None}
 
 
 def _methods() -> list[str]:

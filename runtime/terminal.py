@@ -67,10 +67,13 @@ def paint_piece(console: Console, piece: Piece) -> None:
 @contextmanager
 def progress_bar() -> Generator[Progress, None, None]:
     """A bar on standard error for each label reported; silent when standard error is not a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda *_: None
+        return
     from rich import progress
 
     columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TaskProgressColumn())
-    with progress.Progress(*columns, console=notes(), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with progress.Progress(*columns, console=notes(), transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
         def advance(label: str, done: int, total: int) -> None:
