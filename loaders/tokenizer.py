@@ -1,0 +1,151 @@
+"""Tokenizer: text to ids and back, streams, and chats, from the files of a model folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final, TypeVar
+
+import tokenizers
+
+from .chat_template import ChatTemplate, checked_messages
+from .config import ModelConfig
+from .errors import TokenizerError
+from .json_files import read_bytes
+
+MAX_TOKENIZER_BYTES: Final = 64_000_000
+_UNFINISHED: Final = "\N{REPLACEMENT CHARACTER}"
+
+_T = TypeVar("_T")
+
+
+class Tokenizer:
+    """A tokenizer.json, with the chat template that lies beside it. Safe to use from several threads."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, source: str, max_ids: int, template: ChatTemplate | None) -> None:
+        self._backend = backend
+        self._source = source
+        self._max_ids = max_ids
+        self._template = template
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        added = backend.get_added_tokens_decoder()
+        self.special_ids: frozenset[int] = frozenset(token for token, entry in added.items() if entry.special)
+
+    @staticmethod
+    def load(folder: Path, config: ModelConfig) -> Tokenizer | None:
+        """The tokenizer of a model folder; None where there is no tokenizer.json.
+
+        Raises:
+            TokenizerError: a file is malformed, or the tokenizer has ids that the model does not.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not os.path.exists(path):
+            return None
+        content = read_bytes(path, MAX_TOKENIZER_BYTES, TokenizerError)
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as problem:
+            raise TokenizerError(f"{path}: expected UTF-8, found byte {problem.start} that is not") from None
+        backend = _guarded(f"{path}: expected a tokenizer", lambda: tokenizers.Tokenizer.from_str(text))
+        # A tokenizer.json may ask for prompts to be cut or padded; neither may happen unseen.
+        backend.no_truncation()
+        backend.no_padding()
+        highest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        if highest >= config.vocab_size:
+            raise TokenizerError(
+                f"{path}: vocab: expected ids below vocab_size {config.vocab_size} of config.json, found {highest}"
+            )
+        return Tokenizer(backend, str(path), config.vocab_size, ChatTemplate.load(folder))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with the special tokens that the tokenizer's post-processor adds.
+
+        Raises:
+            TokenizerError: the text is not valid Unicode, or the tokenizer fails on it.
+        """
+        return self._encode(text, add_special_tokens=True)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            TokenizerError: an id is negative or too large.
+        """
+        return self._decode(list(ids))
+
+    def stream(self) -> TokenStream:
+        """A decoder that takes one id at a time."""
+        return TokenStream(self._decode)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a chat by the model's template; every message has a `role` and a `content`.
+
+        Raises:
+            TokenizerError: there is no template, the messages are malformed, or the template fails or exceeds limits.
+        """
+        entries = checked_messages(messages)
+        if self._template is None:
+            raise TokenizerError(
+                f"{self._source}: expected a chat template in tokenizer_config.json or chat_template.jinja, found none"
+            )
+        return self._encode(self._template.render(entries, add_generation_prompt), add_special_tokens=False)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids = _guarded(
+            f"{self._source}: cannot encode",
+            lambda: self._backend.encode(text, add_special_tokens=add_special_tokens).ids,
+        )
+        if ids and max(ids) >= self._max_ids:
+            raise TokenizerError(f"{self._source}: expected ids below vocab_size {self._max_ids}, found {max(ids)}")
+        return ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return _guarded(f"{self._source}: cannot decode", lambda: self._backend.decode(ids, skip_special_tokens=True))
+
+
+class TokenStream:
+    """Text as tokens arrive. What `step` and `finish` return adds up to what `decode` says of all the ids."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        # Ids whose text is out, kept because a decoder may treat the first id of a text differently; then new ids.
+        self._context: list[int] = []
+        self._pending: list[int] = []
+        self._shown = 0
+
+    def step(self, token: int) -> str:
+        """The text that this token completes; empty while it ends within a UTF-8 character."""
+        self._pending.append(token)
+        text = self._decode(self._context + self._pending)
+        complete = text.rstrip(_UNFINISHED)
+        start = len(self._decode(self._context)) + self._shown
+        if len(complete) < len(text):
+            self._shown += max(len(complete) - start, 0)
+            return complete[start:]
+        if text[start:]:
+            self._context, self._pending, self._shown = self._pending, [], 0
+        return text[start:]
+
+    def finish(self) -> str:
+        """What is held back at the end of the text: characters that never became whole, as U+FFFD."""
+        start = len(self._decode(self._context)) + self._shown
+        text = self._decode(self._context + self._pending)
+        self._context, self._pending, self._shown = self._pending, [], 0
+        return text[start:]
+
+
+def _guarded(what: str, operation: Callable[[], _T]) -> _T:
+    """Run a call into the tokenizers library, whose panics are no `Exception`."""
+    try:
+        return operation()
+    except BaseException as problem:
+        if not isinstance(problem, Exception) and type(problem).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(problem).split())[:200]
+    raise TokenizerError(f"{what}, found: {reason}")
