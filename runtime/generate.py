@@ -17,7 +17,7 @@ def answer(engine: Engine, prompt: str | list[int], params: SamplingParams, *, a
     if as_stream:
         output = _stream(engine, prompt, params, as_json=as_json)
     else:
-        (output,) = [engine.generate(prompt, params)]
+        output = engine.generate(prompt, params)
         if not as_json:
             write(",".join(map(str, output.token_ids)) if output.text is None else output.text)
     if as_json:

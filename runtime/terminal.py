@@ -68,7 +68,7 @@ def paint_piece(console: Console, piece: Piece) -> None:
 def progress_bar() -> Generator[Progress, None, None]:
     """A bar on standard error for each label reported; silent when standard error is not a terminal."""
     if not sys.stderr.isatty():
-        yield lambda *_: None
+        yield lambda label, done, total: None
         return
     from rich import progress
 
