@@ -1,0 +1,301 @@
+"""Generation end to end: losslessness, batches, stop rules, resources."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from skipjack import CapacityError, Engine, RequestError, SamplingParams
+from skipjack.loaders.config import ModelConfig
+from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
+from skipjack.runtime.request import Output
+
+PROMPTS = [[5, 9, 200, 31], [7] * 3, list(range(20, 90)), [400, 3, 3, 17, 250, 8]]
+EAGER = "threshold=0.0"
+
+
+def skip_set(seed: int, layers: int, count: int) -> str:
+    """A random set of `count` sub-layers of layers 1 to L - 2, as an option string."""
+    chosen = np.random.default_rng(seed).choice(2 * (layers - 2), count, replace=False)
+    attention = sorted(int(i) // 2 + 1 for i in chosen if i % 2 == 0)
+    mlp = sorted(int(i) // 2 + 1 for i in chosen if i % 2)
+    return f"skip_attention={'+'.join(map(str, attention))},skip_mlp={'+'.join(map(str, mlp))}"
+
+
+def counts_add_up(output: Output) -> bool:
+    stats = output.stats
+    rounds_bonus = stats.completion_tokens - 1 - stats.accepted
+    return stats.rounds - 1 <= rounds_bonus <= stats.rounds and stats.accepted <= stats.drafted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k", range(1, 9))
+def test_swift_is_plain_decoding(synthetic: Callable[..., Engine], k: int, dtype: torch.dtype) -> None:
+    engine = synthetic("tiny", dtype)
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    plain = engine.generate(PROMPTS[k % 4], params)
+    for threshold in (0.0, 0.4):
+        method = f"swift:{skip_set(k, 8, 5)},num_draft_tokens={k},threshold={threshold}"
+        swift = engine.generate(PROMPTS[k % 4], params, method=method)
+        assert swift.token_ids == plain.token_ids
+        assert counts_add_up(swift)
+    assert len(set(plain.token_ids)) > 5
+
+
+@pytest.mark.parametrize("k", [3, 8])
+def test_swift_is_plain_decoding_across_pages(synthetic: Callable[..., Engine], k: int) -> None:
+    engine = synthetic("tiny-mistral", torch.bfloat16)
+    params = SamplingParams(max_tokens=50, ignore_eos=True)
+    prompt = torch.randint(3, 500, (230,), generator=torch.Generator().manual_seed(1)).tolist()
+    plain = engine.generate(prompt, params)
+    swift = engine.generate(prompt, params, method=f"swift:{skip_set(4, 8, 4)},num_draft_tokens={k},{EAGER}")
+    assert swift.token_ids == plain.token_ids
+
+
+def test_swift_is_plain_decoding_where_token_zero_is_frequent(synthetic: Callable[..., Engine]) -> None:
+    """The released verifier pads with id 0 and then takes the padding for accepted tokens."""
+    engine = synthetic("tiny", torch.float32, 0.3, vocab=4)
+    params = SamplingParams(max_tokens=120, ignore_eos=True)
+    plain = engine.generate([1, 2, 3], params)
+    assert plain.token_ids.count(0) > 10
+    for seed in range(4):
+        swift = engine.generate([1, 2, 3], params, method=f"swift:{skip_set(seed, 8, 5)},{EAGER}")
+        assert swift.token_ids == plain.token_ids
+        assert swift.stats.accepted > 0
+
+
+@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-smollm3", "tiny-bloom"])
+def test_searching_swift_is_plain_decoding_on_every_family(synthetic: Callable[..., Engine], shape: str) -> None:
+    engine = synthetic(shape)
+    params = SamplingParams(max_tokens=80, ignore_eos=True)
+    plain = engine.generate(PROMPTS[0], params)
+    swift = engine.generate(PROMPTS[0], params, method=f"swift:search_budget=0.9,seed=5,{EAGER}")
+    assert swift.token_ids == plain.token_ids
+    assert swift.stats.events
+    assert engine._loaded()[1].free_pages == engine._loaded()[1].total_pages
+
+
+SAMPLING = [
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.8},
+    {"temperature": 1.3, "top_k": 20, "min_p": 0.02},
+    {"temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.4},
+    {"temperature": 0.0, "repetition_penalty": 1.5, "logit_bias": {7: 3.0, 9: -100.0}},
+    {"temperature": 0.9, "min_tokens": 20},
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("fields", SAMPLING, ids=str)
+def test_sampled_swift_gives_plain_samplings_tokens(
+    synthetic: Callable[..., Engine], fields: dict[str, object], seed: int
+) -> None:
+    engine = synthetic("tiny")
+    params = SamplingParams(max_tokens=30, seed=seed, **fields)
+    plain = engine.generate(PROMPTS[seed], params)
+    swift = engine.generate(PROMPTS[seed], params, method=f"swift:{skip_set(seed, 8, 4)},num_draft_tokens=5,{EAGER}")
+    assert swift.token_ids == plain.token_ids
+    assert swift.finish_reason == plain.finish_reason
+
+
+@pytest.mark.parametrize("method", ["autoregressive", f"swift:skip_mlp=2+4+5,skip_attention=3,{EAGER}"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_batch_gives_what_each_prompt_gives_alone(
+    synthetic: Callable[..., Engine], dtype: torch.dtype, method: str
+) -> None:
+    engine = synthetic("tiny", dtype)
+    prompts = [p[i:] for p in PROMPTS for i in range(3)] + [[9] * n for n in range(1, 9)]
+    for fields in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 11}):
+        params = SamplingParams(max_tokens=25, ignore_eos=True, **fields)
+        together = engine.generate(prompts, params, method=method)
+        assert [o.token_ids for o in together] == [engine.generate(p, params, method=method).token_ids for p in prompts]
+    assert all(counts_add_up(o) for o in together)
+
+
+def test_ends_exactly_at_stop_tokens_and_max_tokens(synthetic: Callable[..., Engine]) -> None:
+    engine = synthetic("tiny", torch.float32, 0.0)
+    method = f"swift:skip_mlp=4+5+6,skip_attention=4+5+6,num_draft_tokens=8,{EAGER}"
+    plain = engine.generate(PROMPTS[2], SamplingParams(max_tokens=40, ignore_eos=True)).token_ids
+    for n in range(1, 20):
+        output = engine.generate(PROMPTS[2], SamplingParams(max_tokens=n, ignore_eos=True), method=method)
+        assert output.token_ids == plain[:n]
+        assert output.finish_reason == "length"
+        assert counts_add_up(output)
+    assert output.stats.acceptance_rate > 0.9, "the case must accept long drafts to mean anything"
+    for stop in dict.fromkeys(plain[3:20]):
+        params = SamplingParams(max_tokens=40, ignore_eos=True, stop_token_ids=[stop])
+        output = engine.generate(PROMPTS[2], params, method=method)
+        assert output.token_ids == plain[: plain.index(stop) + 1]
+        assert output.finish_reason == "stop"
+
+
+def test_end_of_text_is_suppressed_until_min_tokens(synthetic: Callable[..., Engine]) -> None:
+    engine = synthetic("tiny")
+    base = SamplingParams(max_tokens=30, ignore_eos=True)
+    stop = engine.generate(PROMPTS[0], base).token_ids[2]
+    params = SamplingParams(max_tokens=30, ignore_eos=True, stop_token_ids=[stop], min_tokens=12)
+    for method in ("autoregressive", f"swift:skip_mlp=3+4,{EAGER}"):
+        ids = engine.generate(PROMPTS[0], params, method=method).token_ids
+        assert stop not in ids[:12]
+        assert len(ids) >= 12
+
+
+def test_generation_ends_at_the_context_limit() -> None:
+    config = ModelConfig.parse(synthetic_config("tiny") | {"max_position_embeddings": 48}, "test")
+    with Engine(config, synthetic_weights(config, 0, torch.float32, 0.3)) as engine:
+        for method in ("autoregressive", f"swift:skip_mlp=2+3,{EAGER}"):
+            output = engine.generate([5] * 40, SamplingParams(max_tokens=100, ignore_eos=True), method=method)
+            assert len(output.token_ids) == 8
+            assert output.finish_reason == "length"
+        with pytest.raises(RequestError, match="48 tokens leave no room in the model's context of 48"):
+            engine.generate([5] * 48)
+
+
+def test_one_choice_per_n_each_reproducible(synthetic: Callable[..., Engine]) -> None:
+    engine = synthetic("tiny")
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=3, n=3, ignore_eos=True)
+    output = engine.generate(PROMPTS[0], params)
+    ids = [choice.token_ids for choice in output.choices]
+    assert len({tuple(i) for i in ids}) == 3
+    for choice in range(3):
+        alone = SamplingParams(max_tokens=12, temperature=1.0, seed=3 + choice, ignore_eos=True)
+        assert engine.generate(PROMPTS[0], alone).token_ids == ids[choice]
+
+
+def test_logprobs_are_those_of_the_logits(synthetic: Callable[..., Engine]) -> None:
+    engine = synthetic("tiny")
+    params = SamplingParams(max_tokens=10, temperature=0.8, seed=1, logprobs=3, ignore_eos=True)
+    outputs = [engine.generate(PROMPTS[0], params, method=m) for m in ("autoregressive", f"swift:skip_mlp=2+3,{EAGER}")]
+    first, second = (o.choices[0].logprobs for o in outputs)
+    assert first == second
+    assert first is not None
+    assert [p.token_id for p in first] == outputs[0].token_ids
+    for entry in first:
+        assert len(entry.top) == 3
+        assert max(entry.top.values()) >= entry.logprob
+        assert sum(np.exp(list(entry.top.values()))) <= 1 + 1e-6
+
+
+def test_streaming_gives_the_same_tokens(synthetic: Callable[..., Engine]) -> None:
+    engine = synthetic("tiny")
+    params = SamplingParams(max_tokens=20, temperature=1.0, seed=2, ignore_eos=True)
+    expected = engine.generate(PROMPTS[1], params).token_ids
+    stream = engine.stream(PROMPTS[1], params, method=f"swift:skip_mlp=2+5,{EAGER}")
+    chunks = list(stream)
+    assert [t for c in chunks for t in c.token_ids] == expected == stream.outputs[0].token_ids
+    assert sum(p.drafted for c in chunks for p in c.pieces) == stream.outputs[0].stats.accepted
+    assert [c.finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].finish_reason == "length"
+
+    async def collect() -> list[int]:
+        return [t async for c in engine.astream(PROMPTS[1], params) for t in c.token_ids]
+
+    assert asyncio.run(collect()) == expected
+
+
+def test_an_abandoned_stream_gives_its_pages_back(synthetic: Callable[..., Engine]) -> None:
+    engine = synthetic("tiny")
+    cache = engine._loaded()[1]
+    stream = engine.stream(PROMPTS, SamplingParams(max_tokens=50, ignore_eos=True))
+    next(stream)
+    assert cache.free_pages < cache.total_pages
+    stream.close()
+    assert cache.free_pages == cache.total_pages
+
+
+def test_threads_and_nested_streams_share_an_engine(synthetic: Callable[..., Engine]) -> None:
+    engine = synthetic("tiny")
+    params = SamplingParams(max_tokens=15, ignore_eos=True)
+    expected = [engine.generate(p, params).token_ids for p in PROMPTS]
+    got: dict[int, list[int]] = {}
+
+    def work(i: int) -> None:
+        got[i] = engine.generate(PROMPTS[i], params, method=f"swift:search_budget=0.5,{EAGER}").token_ids
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [got[i] for i in range(4)] == expected
+    outer = engine.stream(PROMPTS[0], params)
+    ids = [t for c in outer for t in c.token_ids if engine.generate(PROMPTS[1], params).token_ids == expected[1]]
+    assert ids == expected[0]
+
+
+def test_requests_that_cannot_be_served_are_refused() -> None:
+    config = ModelConfig.parse(synthetic_config("tiny") | {"max_position_embeddings": 4096}, "test")
+    engine = Engine(config, synthetic_weights(config, 0, torch.float32), cache_tokens=256)
+    cache = engine._loaded()[1]
+    with pytest.raises(CapacityError, match="cache_tokens"):
+        engine.generate([1] * 900, SamplingParams(max_tokens=600))
+    big = SamplingParams(max_tokens=cache.total_pages * 256 - 10, ignore_eos=True)
+    held = engine.stream([1], big)
+    next(held)
+    with pytest.raises(CapacityError, match="pages free"):
+        engine.generate([1], big)
+    held.close()
+    for prompt, message in (([], "at least one token"), ([512], "outside the vocabulary"), ("hi", "no tokenizer")):
+        with pytest.raises(RequestError, match=message):
+            engine.generate(prompt)
+    with pytest.raises(RequestError, match="stop"):
+        engine.generate([1], SamplingParams(stop=["x"]))
+    with pytest.raises(RequestError, match="logit_bias"):
+        engine.generate([1], SamplingParams(logit_bias={512: 1.0}))
+    assert cache.free_pages == cache.total_pages
+    engine.close()
+    with pytest.raises(RequestError, match="closed"):
+        engine.generate([1])
+
+
+def test_more_prompts_than_pages_wait_their_turn() -> None:
+    config = ModelConfig.parse(synthetic_config("tiny"), "test")
+    with Engine(config, synthetic_weights(config, 0, torch.float32, 0.3), cache_tokens=256) as engine:
+        prompts = [[i + 3, 8] for i in range(40)]
+        params = SamplingParams(max_tokens=5, ignore_eos=True)
+        outputs = engine.generate(prompts, params)
+        assert [o.token_ids for o in outputs] == [engine.generate(p, params).token_ids for p in prompts]
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 2.5}, "max_tokens"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"seed": -1}, "seed"),
+        ({"min_tokens": 200}, "min_tokens"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"frequency_penalty": 3.0}, "frequency_penalty"),
+        ({"stop": [""]}, "stop"),
+        ({"n": 0}, "n"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"logit_bias": {3: 1000.0}}, "logit_bias"),
+    ],
+)
+def test_sampling_parameters_out_of_range_are_named(fields: dict[str, object], name: str) -> None:
+    with pytest.raises(RequestError, match=f"^{name}"):
+        SamplingParams(**fields)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("medusa", "unknown method 'medusa', expected one of autoregressive, swift"),
+        ("swift:depth=3", "unknown option 'depth'"),
+        ("swift:window=x", "option window expects int"),
+        ("swift:skip_mlp=1+b", "integers joined with"),
+        ("swift:num_draft_tokens=0", "expects 1 to 64"),
+        ("swift:skip_mlp=8", "expected 0 to 7, got 8"),
+        ("swift:seed", "expected seed=VALUE"),
+    ],
+)
+def test_methods_that_do_not_parse_are_refused(synthetic: Callable[..., Engine], method: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        synthetic("tiny").generate([1], method=method)
