@@ -11,7 +11,7 @@ from typing import Final, cast
 import jinja2
 
 from .errors import TokenizerError
-from .json_files import read_bytes, read_object, shown
+from .json_files import as_list, as_object, read_bytes, read_object, shown
 from .sandbox import BoundedEnvironment
 
 MAX_TEMPLATE_BYTES: Final = 64 * 1024
@@ -85,11 +85,11 @@ def checked_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, st
     Raises:
         TokenizerError: no messages, or one without a role and a content that are strings.
     """
-    entries = cast("object", messages)
-    if isinstance(entries, (str, bytes)) or not isinstance(entries, Sequence) or not entries:
-        raise TokenizerError(f"messages: expected a non-empty list, found {shown(entries)}")
+    entries = _as_sequence(messages)
+    if not entries:
+        raise TokenizerError(f"messages: expected a non-empty list, found {shown(messages)}")
     checked: list[dict[str, str]] = []
-    for number, message in enumerate(cast("Sequence[object]", entries)):
+    for number, message in enumerate(entries):
         if not isinstance(message, Mapping):
             raise TokenizerError(f"messages[{number}]: expected an object, found {shown(message)}")
         fields = cast("Mapping[str, object]", message)
@@ -100,12 +100,19 @@ def checked_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, st
     return checked
 
 
+def _as_sequence(value: object) -> Sequence[object] | None:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        return None
+    return cast("Sequence[object]", value)
+
+
 def _special_tokens(settings: Mapping[str, object], source: str) -> dict[str, str]:
     tokens: dict[str, str] = {}
     for name in _SPECIAL_TOKENS:
         value = settings.get(name)
-        if isinstance(value, dict):
-            value = cast("dict[str, object]", value).get("content")
+        entry = as_object(value)
+        if entry is not None:
+            value = entry.get("content")
         if value is not None and not isinstance(value, str):
             raise TokenizerError(f"{source}: {name}: expected a string, found {shown(value)}")
         if value is not None:
@@ -118,8 +125,8 @@ def _chosen(value: object, source: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
     named: dict[str, str] = {}
-    for entry in cast("list[object]", value) if isinstance(value, list) else [value]:
-        fields = cast("dict[str, object]", entry) if isinstance(entry, dict) else {}
+    for entry in as_list(value) or [value]:
+        fields = as_object(entry) or {}
         name, template = fields.get("name"), fields.get("template")
         if not isinstance(name, str) or not isinstance(template, str):
             raise TokenizerError(

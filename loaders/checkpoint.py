@@ -6,12 +6,11 @@ import mmap
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
-from typing import cast
 
 import torch
 
 from .errors import CheckpointError
-from .json_files import read_object, shown
+from .json_files import as_object, read_object, shown
 from .safetensors_header import MAX_TENSORS, WEIGHT_DTYPES, TensorEntry, read_header
 
 SINGLE_FILE = "model.safetensors"
@@ -128,9 +127,9 @@ class Checkpoint:
 def _sharded(folder: Path) -> dict[str, TensorEntry]:
     index_path = folder / INDEX_FILE
     weight_map = read_object(index_path, _MAX_INDEX_BYTES, CheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    places = as_object(weight_map)
+    if not places:
         raise CheckpointError(f"{index_path}: weight_map: expected an object of file names, found {shown(weight_map)}")
-    places = cast("dict[str, object]", weight_map)
     if len(places) > MAX_TENSORS:
         raise CheckpointError(f"{index_path}: weight_map: expected at most {MAX_TENSORS} entries, found {len(places)}")
     shards = {_shard_name(index_path, name, shard) for name, shard in places.items()}

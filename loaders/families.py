@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from .config import ModelConfig, RopeScaling
+from .config import ModelConfig
 from .errors import ConfigError
 from .fields import REQUIRED, Fields
 from .json_files import shown
+from .position_fields import MAX_LAYERS, MAX_POSITIONS, WindowRule, read_rope, read_rope_layers, read_window
 
-MAX_LAYERS = 512
 _MAX_VOCAB = 1 << 24
 _MAX_WIDTH = 1 << 20
 _MAX_HEADS = 4096
 _MAX_HEAD_DIM = 4096
-_MAX_POSITIONS = 1 << 30
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
     "silu": "silu",
@@ -40,7 +38,7 @@ class _Rotary:
     mlp_bias_field: bool = False
     always_qkv_bias: bool = False
     qk_norm: bool = False
-    window: Literal["none", "all layers", "late layers", "layers without rope"] = "none"
+    window: WindowRule = "none"
 
 
 _ROTARY = {
@@ -88,11 +86,11 @@ def _rotary(fields: Fields, model_type: str, family: _Rotary) -> ModelConfig:
     layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
     hidden = fields.integer("hidden_size", 1, _MAX_WIDTH)
     heads = fields.integer("num_attention_heads", 1, _MAX_HEADS)
-    max_context = fields.integer("max_position_embeddings", 1, _MAX_POSITIONS, family.max_context)
+    max_context = fields.integer("max_position_embeddings", 1, MAX_POSITIONS, family.max_context)
     attention_bias = family.attention_bias_field and fields.boolean("attention_bias", False)
-    rope_layers = _rope_layers(fields, layers) if model_type == "smollm3" else (True,) * layers
-    window, window_layers = _window(fields, family, layers, rope_layers)
-    theta, scaling = _rope(fields, family.rope_theta, max_context)
+    rope_layers = read_rope_layers(fields, layers) if model_type == "smollm3" else (True,) * layers
+    window, window_layers = read_window(fields, family.window, layers, rope_layers)
+    theta, scaling = read_rope(fields, family.rope_theta, max_context)
     vocab = fields.integer("vocab_size", 1, _MAX_VOCAB)
     return ModelConfig(
         model_type=model_type,
@@ -141,7 +139,7 @@ def _bloom(fields: Fields) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,
-        max_context=fields.integer(context_field, 1, _MAX_POSITIONS) if fields.has(context_field) else 2048,
+        max_context=fields.integer(context_field, 1, MAX_POSITIONS) if fields.has(context_field) else 2048,
         norm_eps=fields.number("layer_norm_epsilon", 1e-12, 1.0, 1e-5),
         layer_norm=True,
         activation="gelu_tanh",
@@ -197,81 +195,6 @@ def _activation(fields: Fields) -> Literal["silu", "gelu_tanh"]:
     if name not in _ACTIVATIONS:
         raise fields.refuse("hidden_act", f"one of {', '.join(_ACTIVATIONS)}", name)
     return _ACTIVATIONS[name]
-
-
-def _rope_layers(fields: Fields, layers: int) -> tuple[bool, ...]:
-    flags = fields.optional_list("no_rope_layers", 4 * MAX_LAYERS)
-    if flags is None:
-        interval = fields.integer("no_rope_layer_interval", 1, 1 << 20, 4)
-        return tuple((layer + 1) % interval != 0 for layer in range(layers))
-    if len(flags) < layers or any(type(flag) is not int or flag not in (0, 1) for flag in flags):
-        raise fields.refuse("no_rope_layers", f"at least {layers} entries of 0 or 1", flags)
-    return tuple(flag == 1 for flag in flags[:layers])
-
-
-def _window(
-    fields: Fields, family: _Rotary, layers: int, rope_layers: tuple[bool, ...]
-) -> tuple[int | None, tuple[bool, ...]]:
-    window: int | None = None
-    if family.window == "all layers" and "sliding_window" not in fields.values:
-        window = 4096
-    elif family.window == "all layers" or (family.window != "none" and fields.boolean("use_sliding_window", False)):
-        window = fields.optional_integer("sliding_window", 1, _MAX_POSITIONS)
-    slides: dict[str, Callable[[int], bool]] = {
-        "none": lambda layer: False,
-        "all layers": lambda layer: True,
-        "late layers": lambda layer: layer >= fields.integer("max_window_layers", 0, 1 << 20, 28),
-        "layers without rope": lambda layer: not rope_layers[layer],
-    }
-    sliding = tuple(window is not None and slides[family.window](layer) for layer in range(layers))
-    named = _layer_types(fields, layers)
-    if named is not None and named != sliding:
-        free = family.window in ("late layers", "layers without rope")
-        if not free or (window is None and any(named)):
-            raise fields.refuse("layer_types", "types that agree with the sliding-window fields", "others")
-        sliding = named
-    return (window if any(sliding) else None), sliding
-
-
-def _layer_types(fields: Fields, layers: int) -> tuple[bool, ...] | None:
-    """Per layer, whether `layer_types` calls it sliding."""
-    types = fields.optional_list("layer_types", MAX_LAYERS)
-    if types is None:
-        return None
-    known = ("full_attention", "sliding_attention")
-    if len(types) != layers or any(name not in known for name in types):
-        raise fields.refuse("layer_types", f"{layers} entries of {' or '.join(known)}", types)
-    return tuple(name == "sliding_attention" for name in types)
-
-
-def _rope(fields: Fields, default_theta: float, max_context: int) -> tuple[float, RopeScaling]:
-    """The rotary base and scaling, from `rope_scaling` and `rope_theta` or from their successor `rope_parameters`."""
-    if fields.has("rope_scaling") and fields.has("rope_parameters"):
-        raise fields.refuse("rope_scaling", "no such field beside rope_parameters", fields.values["rope_scaling"])
-    theta = fields.number("rope_theta", 1.0, 1e12, default_theta)
-    rope = fields.optional_object("rope_scaling") or fields.optional_object("rope_parameters")
-    for holder in (fields, rope) if rope else (fields,):
-        if holder.has("partial_rotary_factor") and holder.number("partial_rotary_factor", 0.0, 1.0) != 1.0:
-            found = holder.values["partial_rotary_factor"]
-            raise holder.refuse("partial_rotary_factor", "1 (other values are not supported)", found)
-    if rope is None:
-        return theta, RopeScaling()
-    theta = rope.number("rope_theta", 1.0, 1e12, theta)
-    kind = rope.text("rope_type", rope.text("type", "default"))
-    if kind == "default":
-        if any(isinstance(value, dict) for value in rope.values.values()):
-            raise rope.refuse("rope_type", "one rotary embedding for all layers", "one per layer type")
-        return theta, RopeScaling()
-    if kind == "linear":
-        return theta, RopeScaling("linear", factor=rope.number("factor", 1.0, 1e6))
-    if kind == "llama3":
-        low = rope.number("low_freq_factor", 1e-6, 1e6)
-        high = rope.number("high_freq_factor", 1e-6, 1e6)
-        if high <= low:
-            raise rope.refuse("high_freq_factor", f"more than low_freq_factor ({low:g})", high)
-        original = rope.integer("original_max_position_embeddings", 1, _MAX_POSITIONS, max_context)
-        return theta, RopeScaling("llama3", rope.number("factor", 1.0, 1e6), low, high, original)
-    raise rope.refuse("rope_type", "a supported kind (default, linear, llama3)", kind)
 
 
 def _bos(fields: Fields, vocab: int) -> int | None:

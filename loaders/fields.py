@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, cast
+from typing import Final
 
 from .errors import ConfigError
-from .json_files import shown
+from .json_files import as_list, as_object, shown
 
 
 class _Required:
@@ -72,28 +72,30 @@ class Fields:
         return value
 
     def optional_list(self, name: str, longest: int) -> list[object] | None:
-        value = self.values.get(name)
-        if value is None:
+        if not self.has(name):
             return None
-        if not isinstance(value, list) or len(cast("list[object]", value)) > longest:
-            raise self.refuse(name, f"a list of at most {longest} entries", value)
-        return cast("list[object]", value)
+        entries = as_list(self.values[name])
+        if entries is None or len(entries) > longest:
+            raise self.refuse(name, f"a list of at most {longest} entries", self.values[name])
+        return entries
 
     def optional_object(self, name: str) -> Fields | None:
-        value = self.values.get(name)
-        if value is None:
+        if not self.has(name):
             return None
-        if not isinstance(value, dict):
-            raise self.refuse(name, "an object", value)
-        return Fields(cast("dict[str, object]", value), self.source, f"{self.prefix}{name}.")
+        values = as_object(self.values[name])
+        if values is None:
+            raise self.refuse(name, "an object", self.values[name])
+        return Fields(values, self.source, f"{self.prefix}{name}.")
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """One token id or a list of them; null or absent is none."""
         value = self.values.get(name)
         if value is None:
             return ()
-        entries = cast("list[object]", value) if isinstance(value, list) else [value]
-        for entry in entries:
-            if isinstance(entry, bool) or not isinstance(entry, int) or not 0 <= entry < 2**31 or len(entries) > 256:
+        entries = as_list(value)
+        ids: list[int] = []
+        for entry in [value] if entries is None else entries:
+            if isinstance(entry, bool) or not isinstance(entry, int) or not 0 <= entry < 2**31 or len(ids) >= 256:
                 raise self.refuse(name, "a token id or a list of at most 256 token ids", value)
-        return tuple(dict.fromkeys(cast("list[int]", entries)))
+            ids.append(entry)
+        return tuple(dict.fromkeys(ids))

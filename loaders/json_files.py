@@ -17,17 +17,32 @@ class _DuplicateKeyError(ValueError):
     pass
 
 
+def as_object(value: object) -> dict[str, object] | None:
+    """The value if it is a JSON object."""
+    return cast("dict[str, object]", value) if isinstance(value, dict) else None
+
+
+def as_list(value: object) -> list[object] | None:
+    """The value if it is a JSON list."""
+    return cast("list[object]", value) if isinstance(value, list) else None
+
+
 def shown(value: object, limit: int = 80) -> str:
     """`repr` of a value found in a file, on one line and short enough for an error message."""
-    if isinstance(value, int) and value.bit_length() > 256:
-        return "an integer of more than 256 bits"
-    if isinstance(value, (list, tuple, dict, set, frozenset)) and len(cast("list[object]", value)) > 64:
-        return f"a {type(value).__name__} of {len(cast('list[object]', value))} entries"
+    entries = as_object(value) or as_list(value) or ()
+    if len(entries) > 64:
+        return f"a {type(value).__name__} of {len(entries)} entries"
     try:
-        text = repr(value[: limit + 1] if isinstance(value, (str, bytes)) else value)
+        text = _repr_start(value, limit)
     except (ValueError, RecursionError):
         return f"a {type(value).__name__}"
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _repr_start(value: object, limit: int) -> str:
+    if isinstance(value, (str, bytes)):
+        return repr(value[: limit + 1])
+    return repr(value)
 
 
 def read_bytes(path: Path, limit: int, error: type[SkipjackError]) -> bytes:

@@ -11,7 +11,7 @@ from typing import Final, TypeGuard, cast
 import torch
 
 from .errors import CheckpointError
-from .json_files import parse_object, shown
+from .json_files import as_object, parse_object, shown
 
 MAX_HEADER_BYTES: Final = 16_000_000
 MAX_TENSORS: Final = 100_000
@@ -106,10 +106,8 @@ def _entries(path: Path, header: dict[str, object], data_start: int, file_bytes:
 def _check_metadata(path: Path, metadata: object) -> None:
     if metadata is None:
         return
-    strings = isinstance(metadata, dict) and all(
-        isinstance(value, str) for value in cast("dict[str, object]", metadata).values()
-    )
-    if not strings:
+    values = as_object(metadata)
+    if values is None or not all(isinstance(value, str) for value in values.values()):
         raise CheckpointError(f"{path}: __metadata__: expected an object of strings, found {shown(metadata)}")
 
 
@@ -117,9 +115,9 @@ def _entry(path: Path, name: str, fields: object, data_start: int) -> TensorEntr
     def refuse(field: str, expected: str, found: object) -> CheckpointError:
         return CheckpointError(f"{path}: {shown(name)}{field}: expected {expected}, found {shown(found)}")
 
-    if not isinstance(fields, dict) or set(cast("dict[str, object]", fields)) != {"dtype", "shape", "data_offsets"}:
+    values = as_object(fields)
+    if values is None or set(values) != {"dtype", "shape", "data_offsets"}:
         raise refuse("", "an object of dtype, shape and data_offsets", fields)
-    values = cast("dict[str, object]", fields)
     dtype, shape, offsets = values["dtype"], values["shape"], values["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise refuse(".dtype", "a safetensors dtype", dtype)

@@ -21,8 +21,8 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
 
+from .template_checkpoints import Checkpoints
 from .template_limits import (
     MAX_VALUE,
     TemplateLimitError,
@@ -76,54 +76,6 @@ class _GenerationTag(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
-class _Checkpoints(NodeTransformer):
-    """Puts a checkpoint before every statement and around every expression that Jinja evaluates without a hook."""
-
-    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
-        super().generic_visit(node, *args, **kwargs)
-        for name in ("body", "else_"):
-            body = getattr(node, name, None)
-            if isinstance(body, list):
-                setattr(node, name, [part for child in cast("list[nodes.Node]", body) for part in _checked(child)])
-        return node
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        self.generic_visit(node)
-        node.expr = _call("passing", node.expr)
-        return node
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        self.generic_visit(node)
-        if isinstance(node.arg, nodes.Slice):
-            node.node = _call("passing", node.node)
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        return _call("joined", nodes.List(node.nodes, lineno=node.lineno))
-
-    def _visit_container(self, node: nodes.Expr) -> nodes.Node:
-        self.generic_visit(node)
-        return _call("passing", node) if getattr(node, "ctx", "load") == "load" else node
-
-    visit_List = visit_Tuple = visit_Dict = _visit_container
-
-
-def _call(name: str, *arguments: nodes.Expr) -> nodes.Call:
-    line = arguments[0].lineno
-    return nodes.Call(nodes.EnvironmentAttribute(name), list(arguments), [], None, None, lineno=line)
-
-
-def _checked(statement: nodes.Node) -> list[nodes.Node]:
-    characters = 0
-    if isinstance(statement, nodes.Output):
-        characters = sum(len(part.data) for part in statement.nodes if isinstance(part, nodes.TemplateData))
-    tick = nodes.ExprStmt(
-        _call("checkpoint", nodes.Const(characters, lineno=statement.lineno)), lineno=statement.lineno
-    )
-    return [tick, statement]
-
-
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
     """The environment of transformers' chat templates, with limits. Not for concurrent use: one render at a time."""
 
@@ -155,7 +107,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Compile a template. Raises jinja2.TemplateError, RecursionError and what Python's compiler raises."""
         self.start()
         tree = self.parse(source)
-        _Checkpoints().visit(tree)
+        Checkpoints().visit(tree)
         return self.template_class.from_code(self, self.compile(tree), self.make_globals(None))
 
     def start(self) -> None:
@@ -172,8 +124,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def passing(self, value: object) -> object:
         self.checkpoint()
-        if isinstance(value, (list, tuple, dict)):
-            weight(cast("object", value))
+        if not isinstance(value, str):
+            weight(value)
         return value
 
     def joined(self, values: list[object]) -> str:
@@ -258,7 +210,7 @@ def _finalize(context: Context, value: object) -> str:
     return str(value)
 
 
-def _sum(values: Iterable[Any], attribute: str | None = None, start: float = 0) -> Any:
+def _sum(values: Iterable[Any], attribute: str | None = None, start: Any = 0) -> Any:
     if attribute is not None or not isinstance(start, (int, float)):
         raise TemplateLimitError("sum of anything but numbers")
     return sum(values, start)

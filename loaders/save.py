@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .errors import CheckpointError
 
 
 @contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
+def staged_folder(target: Path) -> Generator[Path]:
     """A folder beside `target` that takes its place when the block ends, and is removed when it raises.
 
     Raises:
@@ -49,13 +49,13 @@ def save_checkpoint(
     with staged_folder(Path(folder)) as stage:
         write_json(stage / "config.json", config_fields)
         if max_shard_bytes is None:
-            _write_tensors(stage / SINGLE_FILE, tensors)
+            write_tensors(stage / SINGLE_FILE, tensors)
             return
         shards = _shards(tensors, max_shard_bytes)
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            _write_tensors(stage / name, shard)
+            write_tensors(stage / name, shard)
             weight_map |= dict.fromkeys(shard, name)
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(stage / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -65,7 +65,7 @@ def write_json(path: Path, fields: Mapping[str, object]) -> None:
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(contiguous, path, metadata={"format": "pt"})
 
