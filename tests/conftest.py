@@ -1,6 +1,6 @@
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,7 @@ def prompts_file() -> Path:
 def synthetic() -> Callable[..., Engine]:
     """Engines over small random models, one per (shape, dtype, late_scale), shared by the tests."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def engine(
         shape: str = "tiny", dtype: torch.dtype = torch.float32, late_scale: float = 0.3, vocab: int | None = None
     ) -> Engine:

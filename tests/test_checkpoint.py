@@ -8,6 +8,7 @@ import tracemalloc
 import pytest
 import safetensors.torch
 import torch
+
 from skipjack.loaders.checkpoint import Checkpoint
 from skipjack.loaders.errors import CheckpointError
 from skipjack.loaders.save import save_checkpoint

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+
 from skipjack.runtime import cli
 from skipjack.runtime.errors import RequestError
 from skipjack.runtime.request import Choice, Chunk, Output, Piece, SamplingParams, Stats

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
 from skipjack.runtime import cli
 
 CASE = "plain-llama-tied-1"

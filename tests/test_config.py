@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+
 from skipjack.loaders.config import ModelConfig, RopeScaling
 from skipjack.loaders.errors import ConfigError
 

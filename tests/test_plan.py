@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -57,5 +58,5 @@ def test_balanced_general_rule(speedup: float, count: int) -> None:
     kept = sorted({i // 2 for i in LayerPlan.full(30).balanced(speedup).sublayers})
     assert len(kept) == count
     assert (kept[0], kept[-1]) == (0, 29)
-    gaps = [b - a for a, b in zip(kept, kept[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(kept)]
     assert max(gaps) - min(gaps) <= 1

@@ -1,0 +1,68 @@
+"""Imports point one way, rooms stay small, and every op table has the same signatures."""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+
+from skipjack.kernels import ops, reference
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {
+    "skipjack": {"runtime"},
+    "runtime": {"kernels", "loaders"},
+    "kernels": set(),
+    "loaders": set(),
+    "bench": {"skipjack", "runtime", "kernels", "loaders"},
+}
+FILES = [path for room in ALLOWED for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imports(path: Path) -> list[str]:
+    """The rooms a file imports from, its own included."""
+    found: list[str] = []
+    parts = path.relative_to(ROOT).parts
+    package = ["skipjack", *parts[:-1]] if parts[0] != "skipjack" else list(parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            found.append(".".join([*base, *([node.module] if node.module else [])]))
+    names = [name.split(".") for name in found]
+    return [name[1] if len(name) > 1 and name[1] in ALLOWED else "skipjack" for name in names if name[0] == "skipjack"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    assert set(imports(path)) <= ALLOWED[room] | {room}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_are_small_and_relative(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    if path.relative_to(ROOT).parts[0] in ("runtime", "kernels", "loaders"):
+        assert "from skipjack" not in text
+        assert "import skipjack" not in text
+
+
+def test_every_folder_is_packaged() -> None:
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    for folder in {path.parent.relative_to(ROOT).as_posix() for path in FILES}:
+        assert f'"{folder}"' in setup
+
+
+TABLES = [table for table in vars(ops).values() if isinstance(table, ops.Ops)]
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_op_signatures_are_those_of_the_reference(table: ops.Ops) -> None:
+    names = [field.name for field in dataclasses.fields(table) if callable(getattr(table, field.name))]
+    assert len(names) >= 8
+    for name in names:
+        if name != "index":
+            assert inspect.signature(getattr(table, name)) == inspect.signature(getattr(reference, name))

@@ -1,0 +1,164 @@
+"""Sampled tokens against the exact distribution, and against transformers' logits processors."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from skipjack import Engine, SamplingParams
+from skipjack.kernels import reference
+from skipjack.runtime.sampling import reshape_logits
+from skipjack.runtime.sequence import Sequence
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY = 12
+DRAWS = 200_000
+LOGITS = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(4)) * 1.5
+SETTINGS = [
+    {"temperature": 1.0},
+    {"temperature": 0.6},
+    {"temperature": 1.0, "top_k": 5},
+    {"temperature": 1.0, "top_p": 0.7},
+    {"temperature": 1.5, "min_p": 0.1},
+    {"temperature": 0.8, "top_k": 7, "top_p": 0.9, "min_p": 0.02},
+]
+# Bonferroni over the settings.
+P_VALUE = 0.001 / len(SETTINGS)
+
+
+def exact(temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """The warped distribution by transformers' processors, in the order the engine documents."""
+    warpers = [transformers.TemperatureLogitsWarper(temperature)]
+    if min_p:
+        warpers.append(transformers.MinPLogitsWarper(min_p))
+    if top_k:
+        warpers.append(transformers.TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(transformers.TopPLogitsWarper(top_p))
+    scores = LOGITS[None].clone()
+    for warper in warpers:
+        scores = warper(None, scores)
+    return scores[0].double().softmax(-1)
+
+
+def draw(rows: int, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """Counts over the vocabulary of one draw each at positions 0 to rows - 1."""
+    warped = reference._warp(LOGITS / temperature, top_k, top_p, min_p)
+    noise = reference.gumbel(torch.full((rows,), 17), torch.arange(rows), VOCABULARY)
+    return torch.bincount((warped + noise).argmax(-1), minlength=VOCABULARY)
+
+
+def p_value(counts: Tensor, expected: Tensor) -> float:
+    """G-test over the ids that can occur; an id that cannot and does is a failure."""
+    possible = expected > 0
+    if counts[~possible].sum() > 0:
+        return 0.0
+    scaled = (expected[possible] / expected[possible].sum() * counts.sum()).numpy()
+    return float(stats.power_divergence(counts[possible].numpy(), scaled, lambda_="log-likelihood").pvalue)
+
+
+@pytest.mark.parametrize("fields", SETTINGS, ids=str)
+def test_draws_follow_the_warped_distribution(fields: dict[str, float]) -> None:
+    assert p_value(draw(DRAWS, **fields), exact(**fields)) > P_VALUE
+
+
+@pytest.mark.parametrize("fields", SETTINGS, ids=str)
+def test_a_planted_bias_of_one_percent_is_caught(fields: dict[str, float]) -> None:
+    expected = exact(**fields)
+    high, low = expected.argsort(descending=True)[:2]
+    biased = expected.clone()
+    biased[high] += 0.01
+    biased[low] -= 0.01
+    assert p_value(draw(DRAWS, **fields), biased) < P_VALUE
+
+
+def test_sample_op_draws_each_row_by_its_own_rule() -> None:
+    rows = len(SETTINGS) + 1
+    fields = [{"temperature": 0.0}, *SETTINGS]
+    position = torch.arange(100, 100 + rows)
+    token = reference.sample(
+        LOGITS.repeat(rows, 1),
+        torch.tensor([f["temperature"] for f in fields]),
+        torch.tensor([f.get("top_k", 0) for f in fields]),
+        torch.tensor([f.get("top_p", 1.0) for f in fields]),
+        torch.tensor([f.get("min_p", 0.0) for f in fields]),
+        torch.full((rows,), 5),
+        position,
+    )
+    assert token[0] == LOGITS.argmax()
+    noise = reference.gumbel(torch.full((rows,), 5), position, VOCABULARY)
+    for row, setting in enumerate(SETTINGS, start=1):
+        expected = (exact(**setting).log() + noise[row]).argmax()
+        assert token[row] == expected
+
+
+def test_speculative_sampling_follows_the_models_distribution(synthetic: Callable[..., Engine]) -> None:
+    """The second and third token of 2 000 seeds, drafted and verified, against the exact conditional mixture."""
+    engine = synthetic("tiny", torch.float32, 0.3, vocab=6)
+    prompt, seeds = [1, 2, 3, 4], 2000
+    model, cache = engine._loaded()
+    method = "swift:skip_mlp=2+5,skip_attention=4,num_draft_tokens=3,threshold=0.0"
+    params = SamplingParams(max_tokens=3, temperature=1.0, seed=0, n=250, ignore_eos=True)
+    ids: list[list[int]] = []
+    accepted = 0
+    for start in range(0, seeds, 250):
+        output = engine.generate(prompt, SamplingParams(**{**vars(params), "seed": start}), method=method)
+        ids += [choice.token_ids for choice in output.choices]
+        accepted += output.stats.accepted
+    assert accepted > seeds / 4
+
+    def next_distribution(tokens: list[int]) -> np.ndarray:
+        from skipjack.runtime.rows import one_sequence
+
+        pages = cache.reserve(len(tokens))
+        with torch.inference_mode():
+            x = model.forward(one_sequence(tokens, 0, pages, 64), cache, model.full)
+            row = model.logits(x[-1:])[0].double().softmax(-1).numpy()
+        cache.release(pages)
+        return row
+
+    joint = np.zeros((6, 6, 6))
+    first = next_distribution(prompt)
+    for a in range(6):
+        second = next_distribution([*prompt, a])
+        for b in range(6):
+            joint[a, b] = first[a] * second[b] * next_distribution([*prompt, a, b])
+    counts = np.zeros_like(joint)
+    for a, b, c in ids:
+        counts[a, b, c] += 1
+    common = joint.ravel() * seeds > 5
+    observed = np.append(counts.ravel()[common], counts.ravel()[~common].sum())
+    expected = np.append(joint.ravel()[common], joint.ravel()[~common].sum()) * seeds
+    assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 0.001
+
+
+def sequence(**fields: object) -> Sequence:
+    params = SamplingParams(max_tokens=50, **fields)
+    return Sequence(0, 0, [1, 2, 2, 5], params, 0, frozenset([3]), 100, None)
+
+
+def test_repetition_penalty_is_transformers() -> None:
+    history = [1, 2, 2, 5, 7, 7, 9]
+    expected = transformers.RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([history]), LOGITS[None].clone())[0]
+    got = reshape_logits(LOGITS, sequence(repetition_penalty=1.4), history)
+    assert torch.equal(got, expected)
+
+
+def test_presence_and_frequency_count_the_output_only() -> None:
+    got = reshape_logits(LOGITS, sequence(presence_penalty=0.5, frequency_penalty=0.25), [1, 2, 2, 5, 7, 7, 9])
+    expected = LOGITS.clone()
+    expected[7] -= 0.5 + 2 * 0.25
+    expected[9] -= 0.5 + 0.25
+    assert torch.allclose(got, expected)
+
+
+def test_bias_and_minimum_length() -> None:
+    short = reshape_logits(LOGITS, sequence(logit_bias={4: 2.0}, min_tokens=2, stop_token_ids=[6]), [1, 2, 2, 5, 7])
+    assert short[4] == LOGITS[4] + 2.0
+    assert short[[3, 6]].isneginf().all()
+    long = reshape_logits(LOGITS, sequence(min_tokens=2), [1, 2, 2, 5, 7, 8])
+    assert torch.equal(long, LOGITS)

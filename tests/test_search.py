@@ -1,0 +1,131 @@
+"""SWIFT's search: matchness by the golden cases, and the rules of swapping and stopping."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from skipjack import Engine, SamplingParams
+from skipjack.kernels.ops import TORCH
+from skipjack.runtime.rows import one_sequence
+from skipjack.runtime.search import RandomSearch, initial_plan, matchness, plan_of
+
+
+@pytest.mark.parametrize("case", ["swift-1", "swift-2"])
+def test_matchness_of_the_golden_skip_sets(golden: Path, case: str) -> None:
+    expected = json.loads((golden / case / "expected.json").read_text())["matchness"]
+    engine = Engine.load(golden / case, dtype="float32")
+    model, cache = engine._loaded()
+    tokens = expected["prompt_ids"] + expected["continuation"]
+    with torch.inference_mode():
+        pages = cache.reserve(len(tokens))
+        model.forward(one_sequence(expected["prompt_ids"], 0, pages, TORCH.prefill_tile), cache, model.full)
+        before = cache.keys.clone()
+        for entry in expected["sets"]:
+            plan = model.full.without(entry["skip_attn"], entry["skip_mlp"])
+            score = matchness(model, cache, pages, tokens, expected["gamma"], plan)
+            assert score == entry["matchness"]
+        assert torch.equal(cache.keys[:, pages], before[:, pages]), "scoring must not touch the sequence's own cache"
+    assert cache.free_pages == cache.total_pages - len(pages)
+
+
+def search(**fields: object) -> RandomSearch:
+    defaults = {"ratio": 0.45, "max_score": 0.95, "patience": 300, "max_candidates": 1000, "seed": 0}
+    return RandomSearch(num_layers=10, **(defaults | fields))
+
+
+def test_candidates_are_uniform_sets_of_inner_sublayers() -> None:
+    suggestions = [search(seed=seed).suggest() for seed in range(400)]
+    counts = np.zeros(20)
+    for plan in suggestions:
+        assert len(plan.sublayers) == 20 - int(16 * 0.45)
+        counts[[i for i in range(20) if i not in plan.sublayers]] += 1
+    assert (counts[[0, 1, 18, 19]] == 0).all(), "the first and the last layer are never skipped"
+    assert (abs(counts[2:18] / 400 - 7 / 16) < 0.12).all()
+
+
+def test_first_set_skips_every_other_layer() -> None:
+    assert initial_plan(8).skipped_attention == initial_plan(8).skipped_mlp == (1, 3, 5)
+    assert initial_plan(9).skipped_mlp == (1, 3, 5, 7)
+
+
+def test_skip_vector_order() -> None:
+    plan = plan_of(6, [0, 3, 4, 7])
+    assert plan.skipped_attention == (1, 4)
+    assert plan.skipped_mlp == (1, 4)
+
+
+def test_a_better_candidate_is_swapped_in_at_once() -> None:
+    state = search()
+    state.remeasure(0.5)
+    worse, better = state.suggest(), state.suggest()
+    state.record(worse, 0.5, tokens=32)
+    assert state.incumbent.plan == initial_plan(10)
+    state.record(better, 0.6, tokens=32)
+    assert state.incumbent.plan == better
+    assert [event["swapped"] for event in state.events] == [False, True]
+    state.remeasure(0.2)
+    state.record(worse, 0.3, tokens=64)
+    assert state.incumbent.plan == worse, "a score from an older window does not protect the incumbent"
+
+
+def test_the_search_ends_by_each_of_its_rules() -> None:
+    state = search(patience=3)
+    state.remeasure(0.5)
+    for _ in range(3):
+        assert not state.finished
+        state.record(state.suggest(), 0.1, tokens=32)
+    assert state.finished
+    state = search(max_candidates=1)
+    state.record(state.suggest(), 0.1, tokens=32)
+    assert state.finished
+    state = search()
+    state.record(state.suggest(), 0.96, tokens=32)
+    assert state.finished
+    assert search(ratio=0.0).finished
+
+
+def test_phases_and_events_of_a_run(synthetic: Callable[..., Engine]) -> None:
+    engine = synthetic("tiny", torch.float32, 0.0)
+    params = SamplingParams(max_tokens=200, ignore_eos=True)
+    method = "swift:search_budget=0.5,skip_ratio=0.3,window=16,max_score=0.9,seed=2"
+    output = engine.generate([5, 6, 7], params, method=method)
+    assert output.token_ids == engine.generate([5, 6, 7], params).token_ids
+    stats = output.stats
+    assert [name for name, _ in stats.phases] == ["accumulation", "acceleration"]
+    start = stats.phases[1][1]
+    assert 16 < start < 200
+    assert max(event["tokens"] for event in stats.events) <= start
+    assert stats.events[-1]["best"] > 0.9
+    assert [event["iteration"] for event in stats.events] == list(range(1, len(stats.events) + 1))
+    assert 0 < stats.search_s < stats.decode_s
+    assert stats.layers_kept == 8 - int(12 * 0.3) / 2
+
+
+class Clock:
+    """A virtual clock that each look advances by `step` seconds."""
+
+    def __init__(self, step: float) -> None:
+        self.now, self.step = 0.0, step
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+def test_search_stays_within_its_share_of_time(
+    synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round takes 2 s and a candidate 1 s: 400 tokens leave a budget of 5 % for about 40 candidates."""
+    monkeypatch.setattr("skipjack.runtime.speculate.perf_counter", Clock(1.0))
+    monkeypatch.setattr("skipjack.runtime.methods.swift.perf_counter", Clock(1.0))
+    engine = synthetic("tiny")
+    params = SamplingParams(max_tokens=400, ignore_eos=True)
+    method = "swift:search_budget=0.05,window=8,max_score=1.0,seed=77,threshold=0.0"
+    stats = engine.generate([5, 6, 7], params, method=method).stats
+    budget = 0.05 * 2 * stats.rounds
+    assert 0.5 * budget < stats.search_s <= budget + 4
+    assert stats.events

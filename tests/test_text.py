@@ -1,0 +1,78 @@
+"""Streamed text: whole characters, and stop strings that never leak."""
+
+import pytest
+
+from skipjack import Engine, SamplingParams
+from skipjack.runtime.text import TextStream
+
+
+class Letters:
+    """A tokenizer whose token i is the i-th of some pieces."""
+
+    def __init__(self, *pieces: str) -> None:
+        self.pieces = pieces
+
+    def stream(self) -> "Letters":
+        return self
+
+    def step(self, token: int) -> str:
+        return self.pieces[token]
+
+
+def run(pieces: list[str], stop: list[str]) -> tuple[list[str], TextStream]:
+    stream = TextStream(Letters(*pieces), stop)
+    shown: list[str] = []
+    for token in range(len(pieces)):
+        shown.append(stream.push(token))
+        if stream.stopped:
+            break
+    shown.append(stream.finish())
+    return shown, stream
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "shown"),
+    [
+        (["ab", "c"], [], ["ab", "c", ""]),
+        (["ab", "END", "x"], ["END"], ["ab", "", ""]),
+        (["abE", "N", "D", "x"], ["END"], ["ab", "", "", ""]),
+        (["abE", "N", "x", "y"], ["END"], ["ab", "", "ENx", "y", ""]),
+        (["abE", "N"], ["END"], ["ab", "", "EN"]),
+        (["aa", "ab"], ["aab"], ["", "a", ""]),
+        (["x\n", "\n", "\n"], ["\n\n\n"], ["x", "", "", ""]),
+        (["one two three"], ["three", "two"], ["one ", ""]),
+        (["", "é", "d"], ["éd"], ["", "", "", ""]),
+    ],
+)
+def test_stop_strings(pieces: list[str], stop: list[str], shown: list[str]) -> None:
+    got, stream = run(pieces, stop)
+    assert got == shown
+    assert stream.text == "".join(shown)
+    assert not any(s in stream.text for s in stop)
+
+
+PROMPT = [{"role": "user", "content": "Count from one to ten in words, one per line."}]
+
+
+def test_stop_string_inside_an_accepted_block(demo: Engine) -> None:
+    method = "swift:skip_attention=12+20,threshold=0.0,num_draft_tokens=7"
+    plain = demo.generate(PROMPT, SamplingParams(max_tokens=40))
+    assert plain.text is not None
+    words = plain.text.split()
+    for stop in (words[3], plain.text[10:14], plain.text[7:9]):
+        params = SamplingParams(max_tokens=40, stop=stop)
+        expected = demo.generate(PROMPT, params)
+        output = demo.generate(PROMPT, params, method=method)
+        assert output.text == plain.text[: plain.text.index(stop)] == expected.text
+        assert output.token_ids == expected.token_ids == plain.token_ids[: len(output.token_ids)]
+        assert output.finish_reason == "stop"
+
+
+def test_streamed_text_is_the_text(demo: Engine) -> None:
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=5)
+    stream = demo.stream("Emoji and accents: 😀 é ü 漢字", params, method="swift:skip_attention=12+20,threshold=0.0")
+    shown = "".join(chunk.text for chunk in stream)
+    output = stream.outputs[0]
+    assert shown == output.text
+    assert demo.tokenizer is not None
+    assert output.text == demo.tokenizer.decode(output.token_ids)
