@@ -12,6 +12,16 @@ from skipjack.loaders.weights import load_weights
 FAMILIES = [name for name in NAMES if name.startswith("tiny-")]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small lose more than they gain by a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(threads)
+
+
 def config_of(name):
     return ModelConfig.parse(synthetic_config(name), name)
 

@@ -1,0 +1,350 @@
+"""Tokenizer, stream and chat against transformers; templates that would never end, end."""
+
+import contextlib
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import tokenizers
+import transformers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from skipjack.loaders.config import ModelConfig
+from skipjack.loaders.errors import TokenizerError
+from skipjack.loaders.tokenizer import Tokenizer
+
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+CORPUS = [
+    "the cat sat on the mat",
+    "a man a plan a canal 0123456789",
+    "über straße 你好 🎉 naïve",
+    "x = f(y)\n\treturn 1",
+] * 8
+TEXTS = [
+    "",
+    "the cat",
+    "  two  spaces\n\n\ttabs ",
+    "naïve café über",
+    "你好，世界",
+    "🎉👩‍👩‍👧 ok",
+    "1234567890",
+    "def f(x):\n    return x ** 2\n",
+    "مرحبا नमस्ते",
+    "\x00\x01",
+    "<s>inside</s>",
+]
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system = false %}"
+    "{% endif %}{% for message in loop_messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
+    "{% endif %}{% if loop.index0 == 0 and system != false %}{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n'"
+    " + message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% else %}{{ ' ' ~ content | trim ~ ' ' ~ eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+MODERN = """{%- set ns = namespace(last=0, seen=[]) %}
+{%- macro shown(m) -%}
+    [{{ m.role | upper }}]{% generation %}{{ m.content.split('</think>')[-1].lstrip('\\n') }}{% endgeneration %}
+{%- endmacro %}
+{%- for m in messages[::-1] %}
+    {%- if m.role == "user" and ns.last == 0 %}{% set ns.last = messages | length - loop.index0 %}{% endif %}
+{%- endfor %}
+{{- strftime_now("%Y")[:2] }}{{ tools is none }}{{ nothing is defined }}
+{{- messages | map(attribute='role') | join('|') }}
+{%- for m in messages %}
+    {%- if loop.index > 3 %}{% break %}{% endif %}
+    {%- if m.role == "system" %}{% continue %}{% endif %}
+    {{- shown(m) }} {{ m | tojson }} {{ '%s-%02d' % (m.role, loop.index) }} {{ (m.content ~ 'é') | tojson(indent=2) }}
+{%- endfor %}
+{{ ns.last }} {{ messages | selectattr('role', 'equalto', 'user') | list | length }} {{ dict(a=1).items() | list }}
+"""
+CHATS = [
+    [{"role": "user", "content": "the cat"}],
+    [{"role": "system", "content": "be brief"}, {"role": "user", "content": "  你好 <b> & 'x' \n"}],
+    [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "<think>hm</think>\n\ntwo"},
+        {"role": "user", "content": "three {{ 7 * 7 }} {% raw %}"},
+        {"role": "assistant", "content": "four"},
+        {"role": "user", "content": "<|im_end|> five"},
+    ],
+]
+
+
+def config(vocab_size=600):
+    fields = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    return ModelConfig.parse(fields | {"intermediate_size": 8, "vocab_size": vocab_size}, "config.json")
+
+
+def backend(prefix_bos=True):
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    if prefix_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    backend().save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def settings(folder, template=None, **more):
+    fields = {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>", "special": True}, **more}
+    if template is not None:
+        fields["chat_template"] = template
+    fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def load(folder):
+    tokenizer = Tokenizer.load(folder, config())
+    assert tokenizer is not None
+    return tokenizer
+
+
+def test_none_without_a_tokenizer(tmp_path):
+    assert Tokenizer.load(tmp_path, config()) is None
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_encode_decode_and_stream(folder, text):
+    tokenizer, oracle = load(folder), transformers.PreTrainedTokenizerFast.from_pretrained(settings(folder))
+    ids = tokenizer.encode(text)
+    assert ids == oracle(text)["input_ids"]
+    assert ids[0] == 0
+    assert tokenizer.decode(ids) == oracle.decode(ids, skip_special_tokens=True)
+    if not text.startswith("<s>"):
+        assert tokenizer.decode(ids) == text
+    stream = tokenizer.stream()
+    pieces = [stream.step(token) for token in ids]
+    assert "".join(pieces) + stream.finish() == tokenizer.decode(ids)
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_vocabulary_and_special_ids(folder):
+    tokenizer = load(folder)
+    assert tokenizer.vocab_size == tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    assert tokenizer.special_ids == {0, 1, 2, 3}
+
+
+def test_stream_gives_back_broken_bytes_at_the_end(folder):
+    tokenizer = load(folder)
+    ids = tokenizer.encode("a🎉")[:-1]
+    stream = tokenizer.stream()
+    assert "".join(stream.step(token) for token in ids) == "a"
+    assert "a" + stream.finish() == tokenizer.decode(ids)
+    broken = tokenizer.encode("🎉")[1:-1] * 3 + tokenizer.encode("then text")
+    stream = tokenizer.stream()
+    assert "".join(stream.step(token) for token in broken) + stream.finish() == tokenizer.decode(broken)
+
+
+def test_sentencepiece_style_spaces_stream(tmp_path):
+    vocab = {"<unk>": 0, "▁the": 1, "▁cat": 2, "s": 3, "▁": 4, "<0xE4>": 5, "<0xBD>": 6, "<0xA0>": 7}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load(tmp_path)
+    ids = [1, 2, 3, 5, 6, 7, 1, 4, 2]
+    stream = loaded.stream()
+    pieces = [stream.step(token) for token in ids]
+    assert "".join(pieces) + stream.finish() == loaded.decode(ids) == "the cats你 the  cat"
+    assert pieces[3:6] == ["", "", "你"]
+
+
+@pytest.mark.parametrize("generate", [True, False])
+@pytest.mark.parametrize("messages", CHATS)
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, MODERN], ids=["chatml", "llama2", "modern"])
+def test_chat_is_that_of_transformers(folder, template, messages, generate):
+    tokenizer = load(settings(folder, template))
+    oracle = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    expected = oracle.apply_chat_template(messages, add_generation_prompt=generate)["input_ids"]
+    assert tokenizer.chat(messages, add_generation_prompt=generate) == expected
+
+
+def test_template_file_wins_and_named_templates_choose_default(folder):
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": CHATML}]
+    assert load(settings(folder, named)).chat(CHATS[0]) == load(settings(folder, CHATML)).chat(CHATS[0])
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}file", encoding="utf-8")
+    tokenizer = load(folder)
+    assert tokenizer.has_chat_template
+    assert tokenizer.chat(CHATS[0]) == [0, *tokenizer.encode("file")[1:]]
+
+
+def test_chat_refusals(folder):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: expected a chat template in .*, found none"):
+        load(settings(folder)).chat(CHATS[0])
+    tokenizer = load(settings(folder, LLAMA2))
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: chat template: roles must alternate"):
+        tokenizer.chat([{"role": "assistant", "content": "x"}])
+    for messages, message in (
+        ([], "messages: expected a non-empty list"),
+        ("hi", "messages: expected a non-empty list, found 'hi'"),
+        (["hi"], r"messages\[0\]: expected an object"),
+        ([{"role": "user"}], r"messages\[0\]\.content: expected a string, found None"),
+        ([CHATS[0][0], {"role": 3, "content": "x"}], r"messages\[1\]\.role: expected a string, found 3"),
+    ):
+        with pytest.raises(TokenizerError, match=message):
+            tokenizer.chat(messages)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"chat_template": 3}, "chat_template: expected a string or a list of name and template"),
+        ({"chat_template": [{"name": "x"}]}, "chat_template: expected a string or a list of name and template"),
+        ({"chat_template": [{"name": "x", "template": "y"}]}, "chat_template: expected one named 'default'"),
+        ({"chat_template": "x" * 65537}, "chat template: expected at most 65536 bytes, found 65537"),
+        ({"bos_token": 1}, "bos_token: expected a string, found 1"),
+    ],
+)
+def test_bad_tokenizer_settings(folder, fields, message):
+    with pytest.raises(TokenizerError, match=rf"tokenizer_config\.json: {message}"):
+        load(settings(folder, **fields))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected a tokenizer"),
+        (b"{}", "expected a tokenizer"),
+        (b"\xff\xfe", "expected UTF-8"),
+        (b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}', "expected a tokenizer"),
+        (b'{"version":"1.0","model":{"type":"Unigram","unk_id":5,"vocab":[["a",0.0]]}}', "expected a tokenizer"),
+        (b"[" * 100_000, "expected a tokenizer"),
+    ],
+)
+def test_malformed_tokenizers_refused(tmp_path, content, message):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(TokenizerError, match=rf"tokenizer\.json: {message}"):
+        load(tmp_path)
+
+
+def test_ids_beyond_the_model_refused(folder, tmp_path):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: vocab: expected ids below vocab_size 100 .* found \d+"):
+        Tokenizer.load(folder, config(100))
+    fields = json.loads((folder / "tokenizer.json").read_text())
+    fields["post_processor"]["special_tokens"]["<s>"]["ids"] = [5000]
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(TokenizerError, match="expected ids below vocab_size 600, found 5000"):
+        load(folder).encode("x")
+
+
+def test_prompts_are_never_cut_or_padded(tmp_path):
+    tokenizer = backend()
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=500)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load(tmp_path)
+    assert loaded.decode(loaded.encode("the cat sat on the mat")) == "the cat sat on the mat"
+    assert len(loaded.encode("the cat")) < 20
+
+
+def test_bad_text_and_ids(folder):
+    tokenizer = load(folder)
+    with pytest.raises(TokenizerError, match="cannot encode"):
+        tokenizer.encode("\ud800")
+    with pytest.raises(TokenizerError, match="cannot decode"):
+        tokenizer.decode([-1])
+    with pytest.raises(TokenizerError, match="cannot decode"):
+        tokenizer.decode([1 << 40])
+
+
+BIG = "{% set x = 'a'.ljust(999999) %}"
+NS = "{% set ns = namespace(x='aaaaaaaaaa') %}{% for i in range(99) %}"
+BOMBS = {
+    "range": "{% for i in range(10**9) %}{% endfor %}",
+    "silent loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "loud loops": "{% for i in range(99999) %}{% for j in range(99999) %}aaaaaaaaaa{% endfor %}{% endfor %}",
+    "captured": "{% for i in range(99999) %}{% set x %}" + "a" * 50000 + "{% endset %}{% endfor %}",
+    "product": "{{ 'a' * 9999999999 }}",
+    "list product": "{% set x = [1] * 999999 %}{% set y = x * 999999 %}",
+    "power": "{{ 7 ** 999999999 }}",
+    "doubling by ~": NS + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+    "doubling by +": NS + "{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+    "nested lists": NS + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+    "nested dicts": NS + "{% set ns.x = dict(a=ns.x, b=ns.x) %}{% endfor %}{{ ns.x }}",
+    "compared lists": NS + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x == [ns.x] }}",
+    "percent width": "{{ '%9999999999d' % 1 }}",
+    "percent star": "{{ '%*d' % (999999999, 1) }}",
+    "format width": "{{ '{:9999999999}'.format(1) }}",
+    "format argument": "{{ '{:{}}'.format(1, 999999999) }}",
+    "format filter": "{{ '%9999999999d' | format(1) }}",
+    "center": "{{ 'a'.center(9999999999) }}",
+    "expandtabs": "{{ ('\t' * 99999).expandtabs(99999) }}",
+    "replace": BIG + "{{ x.replace('', x) }}",
+    "replace filter": BIG + "{{ x | replace('a', x) | replace('a', x) | replace(' ', x) }}",
+    "join": BIG + "{{ x.join(x) }}",
+    "lazy join": BIG + "{{ ([none] * 99999) | map('default', x, true) | join }}",
+    "indent": "{{ '\n'.ljust(9999) | indent(999999) }}",
+    "tojson": "{{ messages | tojson(indent=999999) }}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "tree recursion": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "recursive loop": "{% for i in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    "searches": NS + "{% if 5.5 in range(99999) %}{% endif %}{% endfor %}{{ 1 // 0 }}",
+    "sums": "{{ ([[1] * 9999] * 99) | sum(start=[]) }}",
+    "splits": BIG + "{% for i in range(99999) %}{% set y = x | list %}{% endfor %}",
+    "digits": "{{ ('9' * 900000) | int }}",
+    "brackets": "{{ " + "(" * 20000 + " }}",
+    "nots": "{{ " + "not " * 15000 + "1 }}",
+    "ifs": "{% if 1 %}" * 6000,
+    "elifs": "{% if 0 %}" + "{% elif 0 %}" * 5000 + "{% endif %}",
+    "fors": "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
+    "sum of ones": "{{ " + "1+" * 30000 + "1 }}",
+    "long integer": "{{ " + "9" * 60000 + " }}",
+    "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ raise_exception.__globals__.os.system('true') }}",
+    "namespace class": "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+    "mutation": "{{ messages.append(messages) }}",
+    "include": "{% include 'tokenizer.json' %}",
+    "import": "{% import 'os' as o %}",
+    "syntax": "{% if %}",
+    "undefined call": "{{ nothing() }}",
+}
+
+
+@pytest.mark.parametrize("template", BOMBS.values(), ids=list(BOMBS))
+def test_templates_that_would_never_end_are_refused_in_time(folder, template):
+    tokenizer = load(settings(folder, template))
+    start = time.monotonic()
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: chat template: ") as refusal:
+        tokenizer.chat(CHATS[0])
+    assert time.monotonic() - start < 2
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 600
+
+
+HARMLESS = ["{{ ''|attr('__class__') }}", " " * 65000, "{{ a }}" * 9000, BIG + "{% set y = x[::2] %}" * 2000]
+
+
+@pytest.mark.parametrize("template", HARMLESS, ids=["attr", "spaces", "many", "slices"])
+def test_templates_at_the_limits_end_in_time(folder, template):
+    tokenizer = load(settings(folder, template))
+    start = time.monotonic()
+    with contextlib.suppress(TokenizerError):
+        tokenizer.chat(CHATS[0])
+    assert time.monotonic() - start < 2
+
+
+def test_threads_share_a_tokenizer(folder):
+    tokenizer = load(settings(folder, MODERN))
+    expected = [tokenizer.chat(chat) for chat in CHATS]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(tokenizer.chat, CHATS * 20)) == expected * 20
