@@ -2,8 +2,10 @@
 
 import json
 import os
+import runpy
 import struct
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -249,3 +251,11 @@ def test_saving_keeps_what_is_there(tmp_path):
         save_checkpoint(tmp_path / "m", {}, {})
     assert Checkpoint.open(tmp_path / "m").names() == set(TENSORS)
     assert os.listdir(tmp_path) == ["m"]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "config", "index", "tokenizer", "settings", "template"])
+def test_mutated_files_raise_nothing_else(kind):
+    examples = int(os.environ.get("SKIPJACK_FUZZ", "150"))
+    outcomes = runpy.run_path(str(Path(__file__).with_name("fuzz_files.py")))["fuzz"](kind, examples)
+    assert sum(outcomes.values()) == examples
+    assert outcomes["accepted"] < examples
