@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -62,9 +63,7 @@ def skipjack(
 ) -> None:
     """Layer skipping that pays in milliseconds, with the same text, bit for bit."""
     if version:
-        from .. import __version__
-
-        typer.echo(f"skipjack {__version__}")
+        typer.echo(f"skipjack {installed_version('skipjack')}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -17,14 +17,12 @@ DEMO_ADVICE = "`skipjack demo` needs its packages: pip install gguf && pip insta
 
 def examine() -> dict[str, Any]:
     """The findings: versions, CPU, GPUs, backend, demo, and advice on what was not found."""
-    from .. import __version__
-
     packages = {name: _version(name) for name in (*PACKAGES, *OPTIONAL_PACKAGES)}
     gpus, gpu_advice = _gpus()
     cpu = _cpu()
     demo, demo_advice = _demo()
     return {
-        "skipjack": __version__,
+        "skipjack": version("skipjack"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,

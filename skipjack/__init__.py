@@ -1,6 +1,7 @@
 """Skipjack: layer skipping that pays in milliseconds, with the same text, bit for bit."""
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from .runtime.plan import LayerPlan
     from .runtime.request import SamplingParams
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    __version__: str
 __all__ = [
     "CapacityError",
     "CheckpointError",
@@ -37,6 +39,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that `import skipjack` stays free of torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "__version__":
+        return version("skipjack")
     value = getattr(import_module(f".runtime.{_HOMES.get(name, 'errors')}", __name__), name)
     globals()[name] = value
     return value

@@ -1,0 +1,90 @@
+"""`skipjack bench …`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help="Measure and check on real weights.", no_args_is_help=True)
+
+
+@app.callback()
+def bench() -> None:
+    """Measure and check on real weights."""
+
+
+@app.command()
+def exact(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help='A model folder, or "demo".')] = "demo",
+    prompts: Annotated[Path | None, typer.Option(help="JSON lines with category and turns; default: our own.")] = None,
+    per_category: Annotated[int, typer.Option(min=1, help="Prompts taken of each category.")] = 5,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each.")] = 128,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above, every prompt has a seed of its own.")] = 0.0,
+    batch: Annotated[int, typer.Option(min=1, max=16, help="Prompts drafted together.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="Write every row as JSON here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare SWIFT with plain decoding token by token; exit 1 on the first difference anywhere."""
+    from ..runtime.engine import Engine
+    from ..runtime.request import SamplingParams
+    from .exact import as_json as rows_as_json
+    from .exact import compare, summary
+    from .machine import describe
+    from .prompts import load
+
+    chosen = load(prompts, per_category)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
+    notes = Console(stderr=True, highlight=False)
+    with Engine.load(model, dtype=dtype) as engine:
+        notes.print(f"{len(chosen)} prompts, {max_tokens} tokens each, {engine.dtype}, {engine.backend}")
+        done = 0
+
+        def progress(row: object) -> None:
+            nonlocal done
+            done += 1
+            if sys.stderr.isatty() or done % 10 == 0:
+                notes.print(f"{done} of {len(chosen)}", end="\r" if sys.stderr.isatty() else "\n")
+
+        rows = compare(engine, chosen, params, batch=batch, progress=progress)
+        result = {
+            "bench": "exact",
+            "machine": describe(),
+            "backend": engine.backend,
+            "dtype": str(engine.dtype).removeprefix("torch."),
+            "temperature": temperature,
+            "batch": batch,
+            "max_tokens": max_tokens,
+            "summary": summary(rows),
+            "rows": rows_as_json(rows),
+        }
+    if output:
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        _show(result["summary"])
+    if not all(row.identical for row in rows):
+        notes.print("NOT IDENTICAL to plain decoding", style="bold red")
+        raise typer.Exit(1)
+
+
+def _show(lines: object) -> None:
+    table = Table("category", "prompts", "tokens", "identical", "acceptance rate", "mean length", "speed ÷ plain")
+    for line in lines if isinstance(lines, list) else []:
+        table.add_row(
+            line["category"],
+            str(line["prompts"]),
+            str(line["tokens"]),
+            f"{line['identical']} of {line['prompts']}",
+            f"{line['acceptance_rate']:.2f}",
+            f"{line['mean_acceptance_length']:.2f}",
+            f"{line['speed_median']:.2f}",
+        )
+    Console(highlight=False).print(table)

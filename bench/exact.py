@@ -1,0 +1,112 @@
+"""Losslessness on real text: speculative decoding against plain decoding, token by token."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from ..runtime.engine import Engine
+from ..runtime.request import Output, SamplingParams
+from .prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt: what was run and how it compared. `speed` is tokens/s ÷ those of plain decoding."""
+
+    category: str
+    method: str
+    prompt_tokens: int
+    tokens: int
+    identical: bool
+    first_difference: int | None
+    drafted: int
+    accepted: int
+    rounds: int
+    speed: float
+
+
+def compare(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    *,
+    batch: int = 1,
+    progress: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Every prompt by plain decoding alone, and by SWIFT in batches of `batch`.
+
+    The draft length 1 to 8, the skip set and the confidence threshold rotate from batch to batch.
+    """
+    rows: list[Row] = []
+    for start in range(0, len(prompts), batch):
+        group = prompts[start : start + batch]
+        chats = [[{"role": "user", "content": prompt.text}] for prompt in group]
+        method = cell(start // batch, engine.config.num_layers)
+        drafted = engine.generate(chats, params, method=method)
+        for prompt, chat, output in zip(group, chats, drafted, strict=True):
+            rows.append(_row(prompt.category, method, output, engine.generate(chat, params)))
+            if progress:
+                progress(rows[-1])
+    return rows
+
+
+def cell(number: int, layers: int) -> str:
+    """The SWIFT options of one batch: every third searches for its set, the others have a random one."""
+    k, threshold = 1 + number % 8, (0.0, 0.5, 0.8)[number % 3]
+    if number % 3 == 2:
+        return f"swift:num_draft_tokens={k},threshold={threshold},search_budget=0.2,skip_ratio=0.15,seed={number}"
+    size = max(1, (layers - 2) // (4, 6, 10)[number // 3 % 3])
+    chosen = np.random.default_rng(number).choice(2 * (layers - 2), size, replace=False)
+    attention = "+".join(str(i // 2 + 1) for i in sorted(chosen.tolist()) if i % 2 == 0)
+    mlp = "+".join(str(i // 2 + 1) for i in sorted(chosen.tolist()) if i % 2)
+    return f"swift:num_draft_tokens={k},threshold={threshold},skip_attention={attention},skip_mlp={mlp}"
+
+
+def summary(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """One line per category, and one for all of them."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.category].append(row)
+    return [_line(name, group) for name, group in [*groups.items(), ("all", list(rows))]]
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
+    return [asdict(row) for row in rows]
+
+
+def _line(name: str, rows: Sequence[Row]) -> dict[str, object]:
+    drafted, accepted = sum(r.drafted for r in rows), sum(r.accepted for r in rows)
+    return {
+        "category": name,
+        "prompts": len(rows),
+        "tokens": sum(r.tokens for r in rows),
+        "identical": sum(r.identical for r in rows),
+        "acceptance_rate": accepted / drafted if drafted else 0.0,
+        "mean_acceptance_length": 1 + accepted / max(1, sum(r.rounds for r in rows)),
+        "speed_median": float(np.median([r.speed for r in rows])),
+    }
+
+
+def _row(category: str, method: str, output: Output, plain: Output) -> Row:
+    pairs = zip(output.token_ids, plain.token_ids, strict=False)
+    shorter = min(len(output.token_ids), len(plain.token_ids))
+    identical = output.token_ids == plain.token_ids and output.text == plain.text
+    difference = None if identical else next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
+    stats = output.stats
+    speed = stats.tokens_per_s / plain.stats.tokens_per_s if plain.stats.tokens_per_s else 0.0
+    return Row(
+        category,
+        method,
+        stats.prompt_tokens,
+        stats.completion_tokens,
+        identical,
+        difference,
+        stats.drafted,
+        stats.accepted,
+        stats.rounds,
+        round(speed, 4),
+    )

@@ -1,0 +1,39 @@
+"""Prompts by category: the packaged ones, or a JSON-lines file with the fields category and turns."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from ..runtime.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The first turn of a conversation."""
+
+    category: str
+    text: str
+
+
+def load(path: Path | None, per_category: int) -> list[Prompt]:
+    """The first `per_category` prompts of each category, in the file's order."""
+    source = path if path is not None else files(__package__) / "prompts.jsonl"
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise RequestError(f"--prompts: cannot read {path}: {error.strerror}") from error
+    chosen: list[Prompt] = []
+    taken: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            fields = json.loads(line)
+            prompt = Prompt(str(fields["category"]), str(fields["turns"][0]))
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise RequestError(f"{source}, line {number}: expected an object with category and turns") from error
+        if taken.get(prompt.category, 0) < per_category:
+            taken[prompt.category] = taken.get(prompt.category, 0) + 1
+            chosen.append(prompt)
+    return chosen
