@@ -38,7 +38,8 @@ SECONDS = 2.0
 VALUES = [
     None, True, False, 0, 1, -1, 2, 3, 7, 255, 2**31, 2**32 - 1, 2**53, 2**63, 2**64, 10**30, 0.0, -0.5, 1e-9, 1e308,
     "", "a", "..", "F32", "BF16", "I64", "F4", "llama", "bloom", "\ud800", "x" * 300, [], {}, [0], [1, 2, 3], [[]],
-    {"a": 1}, [0, 2**64], "/etc/passwd", "../model.safetensors", "(a+)+$", "[", "BPE", "Unigram", "WordPiece", "ByteLevel",
+    {"a": 1}, [0, 2**64], "/etc/passwd", "../model.safetensors", "(a+)+$", "[", "BPE", "Unigram", "WordPiece",
+    "ByteLevel",
 ]  # fmt: skip
 PIECES = [
     b"{", b"}", b"[", b"]", b'"', b",", b":", b"0", b"-1", b"1e999", b"NaN", b"\\u0000", b"\xff", b"\xc3", b" ", b"\n",

@@ -114,7 +114,7 @@ MALFORMED = [
     ("half bytes", {"a": entry("F4", (3,), 0, 1)}, "'a'.data_offsets: expected 1.5 bytes for F4"),
     ("hole at the start", {"a": entry(begin=4, end=12)}, "'a'.data_offsets: expected to begin at byte 0, found 4 (a h"),
     ("hole", {"a": entry(), "b": entry(begin=12, end=20)}, "'b'.data_offsets: expected to begin at byte 8, found 12"),
-    ("overlap", {"a": entry(), "b": entry(begin=4, end=12)}, "'b'.data_offsets: begin at byte 8, found 4 (an overlap)"),
+    ("overlap", {"a": entry(), "b": entry(begin=4, end=12)}, "to begin at byte 8, found 4 (an overlap)"),
     ("same place", {"a": entry(), "b": entry()}, "expected to begin at byte 8, found 0 (an overlap)"),
     ("truncated", {"a": entry(shape=(4,), end=16)}, "data: expected 16 bytes as the header says, found 8"),
     ("trailing", {"a": entry(shape=(1,), end=4)}, "data: expected 4 bytes as the header says, found 8"),
