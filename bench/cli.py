@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from .exact import Line
 
 app = typer.Typer(help="Measure and check on real weights.", no_args_is_help=True)
 
@@ -34,7 +38,6 @@ def exact(
     """Compare SWIFT with plain decoding token by token; exit 1 on the first difference anywhere."""
     from ..runtime.engine import Engine
     from ..runtime.request import SamplingParams
-    from .exact import as_json as rows_as_json
     from .exact import compare, summary
     from .machine import describe
     from .prompts import load
@@ -61,30 +64,30 @@ def exact(
             "temperature": temperature,
             "batch": batch,
             "max_tokens": max_tokens,
-            "summary": summary(rows),
-            "rows": rows_as_json(rows),
+            "summary": [asdict(line) for line in summary(rows)],
+            "rows": [asdict(row) for row in rows],
         }
     if output:
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(result))
     else:
-        _show(result["summary"])
+        _show(summary(rows))
     if not all(row.identical for row in rows):
         notes.print("NOT IDENTICAL to plain decoding", style="bold red")
         raise typer.Exit(1)
 
 
-def _show(lines: object) -> None:
+def _show(lines: list[Line]) -> None:
     table = Table("category", "prompts", "tokens", "identical", "acceptance rate", "mean length", "speed ÷ plain")
-    for line in lines if isinstance(lines, list) else []:
+    for line in lines:
         table.add_row(
-            line["category"],
-            str(line["prompts"]),
-            str(line["tokens"]),
-            f"{line['identical']} of {line['prompts']}",
-            f"{line['acceptance_rate']:.2f}",
-            f"{line['mean_acceptance_length']:.2f}",
-            f"{line['speed_median']:.2f}",
+            line.category,
+            str(line.prompts),
+            str(line.tokens),
+            f"{line.identical} of {line.prompts}",
+            f"{line.acceptance_rate:.2f}",
+            f"{line.mean_acceptance_length:.2f}",
+            f"{line.speed_median:.2f}",
         )
     Console(highlight=False).print(table)

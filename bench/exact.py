@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,6 +27,19 @@ class Row:
     accepted: int
     rounds: int
     speed: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """What the rows of one category add up to."""
+
+    category: str
+    prompts: int
+    tokens: int
+    identical: int
+    acceptance_rate: float
+    mean_acceptance_length: float
+    speed_median: float
 
 
 def compare(
@@ -66,7 +79,7 @@ def cell(number: int, layers: int) -> str:
     return f"swift:num_draft_tokens={k},threshold={threshold},skip_attention={attention},skip_mlp={mlp}"
 
 
-def summary(rows: Sequence[Row]) -> list[dict[str, object]]:
+def summary(rows: Sequence[Row]) -> list[Line]:
     """One line per category, and one for all of them."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -74,21 +87,17 @@ def summary(rows: Sequence[Row]) -> list[dict[str, object]]:
     return [_line(name, group) for name, group in [*groups.items(), ("all", list(rows))]]
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
-    return [asdict(row) for row in rows]
-
-
-def _line(name: str, rows: Sequence[Row]) -> dict[str, object]:
+def _line(name: str, rows: Sequence[Row]) -> Line:
     drafted, accepted = sum(r.drafted for r in rows), sum(r.accepted for r in rows)
-    return {
-        "category": name,
-        "prompts": len(rows),
-        "tokens": sum(r.tokens for r in rows),
-        "identical": sum(r.identical for r in rows),
-        "acceptance_rate": accepted / drafted if drafted else 0.0,
-        "mean_acceptance_length": 1 + accepted / max(1, sum(r.rounds for r in rows)),
-        "speed_median": float(np.median([r.speed for r in rows])),
-    }
+    return Line(
+        category=name,
+        prompts=len(rows),
+        tokens=sum(r.tokens for r in rows),
+        identical=sum(r.identical for r in rows),
+        acceptance_rate=accepted / drafted if drafted else 0.0,
+        mean_acceptance_length=1 + accepted / max(1, sum(r.rounds for r in rows)),
+        speed_median=float(np.median([r.speed for r in rows])),
+    )
 
 
 def _row(category: str, method: str, output: Output, plain: Output) -> Row:

@@ -20,7 +20,7 @@ class Prompt:
 
 def load(path: Path | None, per_category: int) -> list[Prompt]:
     """The first `per_category` prompts of each category, in the file's order."""
-    source = path if path is not None else files(__package__) / "prompts.jsonl"
+    source = path if path is not None else files("skipjack.bench") / "prompts.jsonl"
     try:
         lines = source.read_text(encoding="utf-8").splitlines()
     except OSError as error:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .host import ints
+
 UNSEEN = -1e30
 
 
@@ -19,8 +21,8 @@ class AttentionIndex:
         self.tile = tile
         self._page_size = page_size
         self._groups = [
-            (start, positions, block_table[row, : max(positions) // page_size + 1].tolist())
-            for row, start, positions in _groups(sequence.tolist(), position.tolist(), tile)
+            (start, positions, ints(block_table[row, : max(positions) // page_size + 1]))
+            for row, start, positions in _groups(ints(sequence), ints(position), tile)
         ]
         self._blocks: dict[tuple[int | None, bool], list[tuple[int, int, list[tuple[int, Tensor]]]]] = {}
 

@@ -22,5 +22,5 @@ def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if flat.numel() <= ONE_THREAD:
         result = function(flat)
     else:
-        result = torch.cat([function(part) for part in flat.split(ONE_THREAD)])
+        result = torch.cat([function(flat[i : i + ONE_THREAD]) for i in range(0, flat.numel(), ONE_THREAD)])
     return result[: x.numel()].view(x.shape)

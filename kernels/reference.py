@@ -14,6 +14,7 @@ from torch.nn import functional
 from . import packed
 from .attention_index import AttentionIndex
 from .elementwise import steady
+from .host import ints
 from .noise import gumbel
 from .packed import Matrix
 
@@ -197,7 +198,7 @@ def sample(
     Rows with temperature 0 take the argmax. Order: temperature, min-p, top-k, top-p; ties at a threshold stay.
     """
     token = scores.argmax(dim=-1)
-    for i in torch.nonzero(temperature > 0).flatten().tolist():
+    for i in ints(torch.nonzero(temperature > 0).flatten()):
         warped = _warp(scores[i].float() / temperature[i], int(top_k[i]), float(top_p[i]), float(min_p[i]))
         noise = gumbel(seed[i : i + 1], position[i : i + 1], scores.shape[1])[0]
         token[i] = (warped + noise).argmax()

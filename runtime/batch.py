@@ -16,7 +16,7 @@ class Draft(NamedTuple):
     """Draft tokens int64 [S, k] and how many of them each sequence drafted, int64 [S]."""
 
     tokens: Tensor
-    count: Tensor
+    length: Tensor
 
 
 class Sampling(NamedTuple):

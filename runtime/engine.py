@@ -24,7 +24,7 @@ from .errors import CapacityError, ConfigError, RequestError
 from .methods import registry
 from .methods.base import Method
 from .model import Model
-from .prompts import Prompt, check_params, is_many, to_ids
+from .prompts import Prompt, Prompts, check_params, is_many, to_ids
 from .request import Chunk, Output, Piece, SamplingParams
 from .sequence import Sequence
 from .speculate import prefill, speculate
@@ -112,12 +112,10 @@ class Engine:
     @overload
     def generate(self, prompt: Prompt, params: SamplingParams = ..., *, method: str | None = ...) -> Output: ...
     @overload
-    def generate(
-        self, prompt: list[Prompt], params: SamplingParams = ..., *, method: str | None = ...
-    ) -> list[Output]: ...
+    def generate(self, prompt: Prompts, params: SamplingParams = ..., *, method: str | None = ...) -> list[Output]: ...
 
     def generate(
-        self, prompt: Prompt | list[Prompt], params: SamplingParams | None = None, *, method: str | None = None
+        self, prompt: Prompt | Prompts, params: SamplingParams | None = None, *, method: str | None = None
     ) -> Output | list[Output]:
         """Generate for one prompt (text, token ids or chat messages), or for a list of prompts, decoded together.
 
@@ -133,14 +131,14 @@ class Engine:
         return stream.outputs if is_many(prompt) else stream.outputs[0]
 
     def stream(
-        self, prompt: Prompt | list[Prompt], params: SamplingParams | None = None, *, method: str | None = None
+        self, prompt: Prompt | Prompts, params: SamplingParams | None = None, *, method: str | None = None
     ) -> Stream:
         """As `generate`, yielding what every round adds; `Stream.outputs` holds the results when it is exhausted."""
         params = params or SamplingParams()
         model, cache = self._loaded()
         spec = registry.parse(method) if method else self._default
         check_params(params, self.tokenizer, self.config)
-        prompts = cast("list[Prompt]", prompt) if is_many(prompt) else [cast(Prompt, prompt)]
+        prompts = cast(Prompts, prompt) if is_many(prompt) else [cast(Prompt, prompt)]
         seed = secrets.randbits(64) if params.seed is None else params.seed
         sequences = [
             self._sequence(i, choice, ids, params, (seed + choice) % 2**64)
@@ -157,7 +155,7 @@ class Engine:
         return Stream(self._run(model, cache, sequences, drafter), sequences, drafter, self.backend, seed)
 
     async def astream(
-        self, prompt: Prompt | list[Prompt], params: SamplingParams | None = None, *, method: str | None = None
+        self, prompt: Prompt | Prompts, params: SamplingParams | None = None, *, method: str | None = None
     ) -> AsyncIterator[Chunk]:
         """As `stream`, for an event loop: rounds run in a worker thread."""
         stream = self.stream(prompt, params, method=method)
@@ -194,7 +192,7 @@ class Engine:
 
     def _sequence(self, index: int, choice: int, ids: list[int], params: SamplingParams, seed: int) -> Sequence:
         text = TextStream(self.tokenizer, params.stop) if self.tokenizer else None
-        eos = frozenset() if params.ignore_eos else frozenset(self.config.eos_token_ids)
+        eos = frozenset[int]() if params.ignore_eos else frozenset(self.config.eos_token_ids)
         return Sequence(index, choice, ids, params, seed, eos, self.config.max_context, text)
 
     def _run(

@@ -12,9 +12,10 @@ from .request import SamplingParams
 
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message]"
+Prompts: TypeAlias = "Sequence[Prompt]"
 
 
-def is_many(prompt: Prompt | Sequence[Prompt]) -> bool:
+def is_many(prompt: Prompt | Prompts) -> bool:
     """Whether this is a list of prompts rather than one: one is a string, a list of ids or a list of messages."""
     return not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], (int, Mapping))
 

@@ -60,7 +60,7 @@ class SamplingParams:
             _integer("seed", self.seed, 0, 2**64 - 1)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, 100)
-        if len(stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in stop):
+        if len(stop) > MAX_STOP_STRINGS or not all(_is_text(s) for s in stop):
             raise RequestError(f"stop: expected at most {MAX_STOP_STRINGS} non-empty strings, got {self.stop!r}")
         for token in (*self.stop_token_ids, *self.logit_bias):
             _integer("stop_token_ids" if token in self.stop_token_ids else "logit_bias", token, 0)
@@ -204,8 +204,12 @@ def _integer(name: str, value: object, low: int, high: int | None = None) -> Non
 
 
 def _number(name: str, value: object, low: float, high: float, *, low_open: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not low <= value <= high or (low_open and value == low):
+    number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    if not low <= number <= high or math.isinf(number) or (low_open and number == low):
         raise RequestError(
             f"{name}: expected a number {'above' if low_open else 'from'} {low} up to {high}, got {value!r}"
         )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)

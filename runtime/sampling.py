@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.host import ints
 from .batch import Batch, Sampling
 from .model import Model
 from .request import TokenLogprob
@@ -47,7 +48,7 @@ def choose(model: Model, hidden: Tensor, batch: Batch, path: Tensor) -> Chosen:
         for row in range(scores.shape[0]):
             s, column = batch.sequences[row // n], depth - n + row % n
             if s.params.reshapes_logits:
-                scores[row] = reshape_logits(scores[row], s, s.tokens + path[row // n, 1 : column + 1].tolist())
+                scores[row] = reshape_logits(scores[row], s, s.tokens + ints(path[row // n, 1 : column + 1]))
     rule = Sampling(*(field.repeat_interleave(n) for field in batch.sampling()))
     position = (batch.length[:, None] + torch.arange(depth - n + 1, depth + 1)).flatten()
     token = model.ops.sample(scores, rule.temperature, rule.top_k, rule.top_p, rule.min_p, rule.seed, position)
@@ -77,6 +78,5 @@ def reshape_logits(row: Tensor, sequence: Sequence, history: list[int]) -> Tenso
 def logprob(logits: Tensor, token: int, top: int) -> TokenLogprob:
     """Natural-log probabilities of `token` and of the `top` most likely ids; logits [V]."""
     values = logits.float().log_softmax(dim=-1)
-    best = values.topk(top) if top else None
-    ranked = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best else {}
+    ranked = {i: float(values[i]) for i in ints(values.topk(top).indices)}
     return TokenLogprob(token, float(values[token]), ranked)

@@ -6,6 +6,7 @@ from time import perf_counter
 
 import torch
 
+from ..kernels.host import ints
 from .batch import Batch
 from .cache import KVCache
 from .methods.base import Method
@@ -32,20 +33,20 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
     drafted = perf_counter()
 
     path = torch.cat([batch.last[:, None], draft.tokens], dim=1)
-    hidden = model.forward(batch.rows(path, batch.length, draft.count + 1), cache, model.full)
+    hidden = model.forward(batch.rows(path, batch.length, draft.length + 1), cache, model.full)
     target = choose(model, hidden, batch, path)
-    accepted = model.ops.verify(target.tokens, draft.tokens, draft.count)
+    accepted = model.ops.verify(target.tokens, draft.tokens, draft.length)
     verified = perf_counter()
 
     for sequence in sequences:
         sequence.enter(phase)
     pieces = [
-        _commit(sequence, target, row, int(draft.count[row]), count)
-        for row, (sequence, count) in enumerate(zip(sequences, accepted.tolist(), strict=True))
+        _commit(sequence, target, row, int(draft.length[row]), count)
+        for row, (sequence, count) in enumerate(zip(sequences, ints(accepted), strict=True))
     ]
     searched = method.observe(model, cache, sequences, sum(map(len, pieces)), verified - start)
     skipped = 2 * model.config.num_layers - len(method.plan.sublayers)
-    for sequence, count in zip(sequences, draft.count.tolist(), strict=True):
+    for sequence, count in zip(sequences, ints(draft.length), strict=True):
         counters = sequence.counters
         counters.rounds += 1
         counters.draft_s += drafted - start
@@ -75,7 +76,7 @@ def prefill(model: Model, cache: KVCache, sequence: Sequence) -> list[Piece]:
 
 def _commit(sequence: Sequence, target: Chosen, row: int, drafted: int, accepted: int) -> list[Piece]:
     """Append the accepted draft tokens and the one after them, as far as the sequence's stop rules allow."""
-    pieces = sequence.extend(target.tokens[row, : accepted + 1].tolist(), accepted)
+    pieces = sequence.extend(ints(target.tokens[row, : accepted + 1]), accepted)
     counters = sequence.counters
     counters.drafted += drafted
     emitted = min(len(pieces), accepted)
