@@ -16,6 +16,7 @@ from .json_files import as_object, parse_object, shown
 MAX_HEADER_BYTES: Final = 16_000_000
 MAX_TENSORS: Final = 100_000
 _MAX_DIMENSIONS: Final = 8
+_METADATA_MARKS: Final = 10_000
 _MAX_ELEMENTS: Final = 1 << 48
 _BITS: Final = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -79,7 +80,20 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(
             f"{path}: header: expected a JSON object that starts with '{{', found {shown(content[:8])}"
         )
+    _check_build(path, content)
     return _entries(path, parse_object(content, f"{path}: header", CheckpointError), 8 + header_bytes, status.st_size)
+
+
+def _check_build(path: Path, content: bytes) -> None:
+    """Refuse what cannot be a header by counting, before JSON objects many times its size are built from it."""
+    objects = content.count(b"{")
+    for mark, each in ((b"[", 2), (b'":', 4)):
+        allowed = each * objects + _METADATA_MARKS
+        if content.count(mark) > allowed:
+            raise CheckpointError(
+                f"{path}: header: expected at most {allowed} of {mark.decode()!r} for {objects} objects, "
+                f"found {content.count(mark)}"
+            )
 
 
 def _entries(path: Path, header: dict[str, object], data_start: int, file_bytes: int) -> dict[str, TensorEntry]:
