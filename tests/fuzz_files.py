@@ -92,7 +92,7 @@ def mutated_json(content: bytes, rng: random.Random) -> bytes:
             with contextlib.suppress(LookupError):
                 holder[key] = copy.deepcopy(other[name])
         else:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
     text = json.dumps(tree)
     if rng.random() < 0.05:
         text = text.replace("{", '{"a":0,"a":1,', 1)
