@@ -109,8 +109,8 @@ class Engine:
         )
         return Engine(config, weights, tokenizer=tokenizer, model_path=folder, method=method, cache_tokens=cache_tokens)
 
-    @overload
-    def generate(self, prompt: Prompt, params: SamplingParams = ..., *, method: str | None = ...) -> Output: ...
+    @overload  # Only an empty sequence is both; it is refused.
+    def generate(self, prompt: Prompt, params: SamplingParams = ..., *, method: str | None = ...) -> Output: ...  # pyright: ignore[reportOverlappingOverload]
     @overload
     def generate(self, prompt: Prompts, params: SamplingParams = ..., *, method: str | None = ...) -> list[Output]: ...
 
