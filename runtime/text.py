@@ -30,8 +30,11 @@ class TextStream:
         return self._release(len(self._held) - self._possible_stop())
 
     def finish(self) -> str:
-        """What was held back, when generation ended for another reason than a stop string."""
-        return "" if self.stopped else self._release(len(self._held))
+        """What was held back, when generation ended for another reason than a stop string; broken UTF-8 included."""
+        if self.stopped:
+            return ""
+        self._held += self._decoder.finish()
+        return self._release(len(self._held))
 
     def _possible_stop(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""

@@ -18,6 +18,9 @@ class Letters:
     def step(self, token: int) -> str:
         return self.pieces[token]
 
+    def finish(self) -> str:
+        return ""
+
 
 def run(pieces: list[str], stop: list[str]) -> tuple[list[str], TextStream]:
     stream = TextStream(Letters(*pieces), stop)
@@ -68,8 +71,9 @@ def test_stop_string_inside_an_accepted_block(demo: Engine) -> None:
         assert output.finish_reason == "stop"
 
 
-def test_streamed_text_is_the_text(demo: Engine) -> None:
-    params = SamplingParams(max_tokens=40, temperature=1.0, seed=5)
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 40])
+def test_streamed_text_is_the_text(demo: Engine, max_tokens: int) -> None:
+    params = SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=5, logit_bias={17: 5.0, 120: 5.0, 200: 5.0})
     stream = demo.stream("Emoji and accents: 😀 é ü 漢字", params, method="swift:skip_attention=12+20,threshold=0.0")
     shown = "".join(chunk.text for chunk in stream)
     output = stream.outputs[0]
