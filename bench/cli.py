@@ -26,7 +26,10 @@ def bench() -> None:
 @app.command()
 def exact(
     model: Annotated[str, typer.Argument(metavar="MODEL", help='A model folder, or "demo".')] = "demo",
-    prompts: Annotated[Path | None, typer.Option(help="JSON lines with category and turns; default: our own.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(envvar="SKIPJACK_PROMPTS", help="JSON lines with category and turns; default: our own."),
+    ] = None,
     per_category: Annotated[int, typer.Option(min=1, help="Prompts taken of each category.")] = 5,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each.")] = 128,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
@@ -76,6 +79,22 @@ def exact(
     if not all(row.identical for row in rows):
         notes.print("NOT IDENTICAL to plain decoding", style="bold red")
         raise typer.Exit(1)
+
+
+@app.command()
+def picture(
+    output: Annotated[Path, typer.Argument(help="The SVG file to write.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated.")] = 96,
+) -> None:
+    """Draw the demonstration: accepted draft tokens orange, tokens the full model chose green."""
+    from ..runtime.engine import Engine
+    from ..runtime.request import SamplingParams
+    from ..runtime.showcase import DEMO_METHOD, DEMO_QUESTION
+    from .picture import svg
+
+    with Engine.load("demo") as engine:
+        drawing = svg(engine, DEMO_QUESTION, DEMO_METHOD, SamplingParams(max_tokens=max_tokens))
+    output.write_text(drawing, encoding="utf-8")
 
 
 def _show(lines: list[Line]) -> None:

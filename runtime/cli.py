@@ -16,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from . import options
 from .errors import SkipjackError
+from .showcase import DEMO_METHOD, DEMO_QUESTION
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -166,8 +167,8 @@ def doctor(json: options.Json = False) -> None:
 
 @app.command()
 def demo(
-    prompt: Annotated[str, typer.Option(help="What to ask.")] = "Explain in a few sentences why the sky is blue.",
-    method: options.Method = "swift",
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = DEMO_QUESTION,
+    method: options.Method = DEMO_METHOD,
     max_tokens: options.MaxTokens = 96,
     device: options.DeviceName = options.Device.AUTO,
     dtype: options.DtypeName = options.Dtype.AUTO,
