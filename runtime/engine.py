@@ -157,12 +157,22 @@ class Engine:
     async def astream(
         self, prompt: Prompt | Prompts, params: SamplingParams | None = None, *, method: str | None = None
     ) -> AsyncIterator[Chunk]:
-        """As `stream`, for an event loop: rounds run in a worker thread."""
+        """As `stream`, for an event loop: rounds run in a worker thread.
+
+        A cancelled request ends after the round it is in.
+        """
         stream = self.stream(prompt, params, method=method)
+        step: asyncio.Future[Chunk | None] | None = None
         try:
-            while (chunk := await asyncio.to_thread(next, stream, None)) is not None:
+            while True:
+                step = asyncio.ensure_future(asyncio.to_thread(next, stream, None))
+                chunk = await asyncio.shield(step)
+                if chunk is None:
+                    return
                 yield chunk
         finally:
+            if step is not None and not step.done():
+                await asyncio.wait([step])
             stream.close()
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import typing
 from dataclasses import dataclass
 from typing import Any
@@ -36,15 +35,6 @@ class MethodSpec:
 def names() -> list[str]:
     """The methods of this version."""
     return list(_METHODS)
-
-
-def describe(name: str) -> list[tuple[str, str, object, str]]:
-    """(option, type, default, help) of every option of a method."""
-    options = _METHODS[name][1]
-    return [
-        (field.name, str(field.type), field.default, field.metadata.get("help", ""))
-        for field in dataclasses.fields(options)
-    ]
 
 
 def parse(text: str) -> MethodSpec:
