@@ -61,6 +61,8 @@ class Engine:
         self.model_path = model_path
         self.dtype = weights.embedding.dtype
         self.backend = TORCH.description(self.dtype)
+        if cache_tokens is not None and cache_tokens < 1:
+            raise RequestError(f"cache_tokens: expected at least 1, got {cache_tokens}")
         self._default = registry.parse(method)
         self._methods: dict[registry.MethodSpec, Method] = {}
         self._lock = threading.RLock()

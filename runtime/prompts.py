@@ -17,7 +17,12 @@ Prompts: TypeAlias = "Sequence[Prompt]"
 
 def is_many(prompt: Prompt | Prompts) -> bool:
     """Whether this is a list of prompts rather than one: one is a string, a list of ids or a list of messages."""
-    return not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], (int, Mapping))
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and len(prompt) > 0
+        and not isinstance(prompt[0], (int, Mapping))
+    )
 
 
 def to_ids(prompt: Prompt, tokenizer: Tokenizer | None, config: ModelConfig) -> list[int]:
@@ -26,6 +31,8 @@ def to_ids(prompt: Prompt, tokenizer: Tokenizer | None, config: ModelConfig) -> 
     Raises:
         RequestError: it is empty, has an id outside the vocabulary, is text without a tokenizer, or fills the context.
     """
+    if not isinstance(prompt, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise RequestError(f"prompt: expected text, token ids or chat messages, got {type(prompt).__name__}")
     if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
         if tokenizer is None:
             raise RequestError("prompt: this model folder has no tokenizer.json: pass token ids")
@@ -41,6 +48,8 @@ def to_ids(prompt: Prompt, tokenizer: Tokenizer | None, config: ModelConfig) -> 
 
 def check_params(params: SamplingParams, tokenizer: Tokenizer | None, config: ModelConfig) -> None:
     """Refuse sampling parameters that name tokens or text this model does not have."""
+    if params.logprobs is not None and params.logprobs > config.vocab_size:
+        raise RequestError(f"logprobs: {params.logprobs} are more than the vocabulary of {config.vocab_size}")
     if params.stop and tokenizer is None:
         raise RequestError("stop: this model folder has no tokenizer.json, so stop strings cannot be found")
     for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", list(params.logit_bias))):

@@ -50,7 +50,7 @@ class SamplingParams:
         _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
         _number("temperature", self.temperature, 0.0, 100.0)
         _number("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        _integer("top_k", self.top_k, -1)
+        _integer("top_k", self.top_k, -1, 2**63 - 1)
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, low_open=True)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
@@ -133,7 +133,9 @@ class Chunk:
 class Stats:
     """What a request cost. Times are seconds of wall clock; rounds shared by a batch count fully for each member.
 
-    acceptance rate = accepted / drafted; mean acceptance length = 1 + accepted / rounds.
+    acceptance rate = accepted / drafted; mean acceptance length = 1 + accepted / rounds. Every choice has one token
+    from its prefill; with them, `accepted` and `bonus` (the full model's own choice at the end of a round) add up to
+    `completion_tokens`.
     `accepted_per_position[i]` counts rounds in which draft token i was accepted. `layers_kept` is what a draft step
     runs, of `layers`. `executed_skips` counts sub-layers not run, once per row and pass. `phases` are (name, first
     generated token); `events` are the method's own records (for SWIFT one per optimisation step).
@@ -153,6 +155,7 @@ class Stats:
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+    bonus: int = 0
     accepted_per_position: tuple[int, ...] = ()
     layers: int = 0
     layers_kept: float = 0.0
@@ -193,7 +196,9 @@ class Output:
 
     @property
     def finish_reason(self) -> str:
-        """ "stop" (end of text, stop token or stop string) or "length" (max_tokens or the context limit)."""
+        """ "stop" (end of text, stop token or stop string), "length" (max_tokens or the context limit) or, when the
+        stream was closed before its end, "abort".
+        """
         return self.choices[0].finish_reason
 
 
@@ -204,7 +209,10 @@ def _integer(name: str, value: object, low: int, high: int | None = None) -> Non
 
 
 def _number(name: str, value: object, low: float, high: float, *, low_open: bool = False) -> None:
-    number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    try:
+        number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
     if not low <= number <= high or math.isinf(number) or (low_open and number == low):
         raise RequestError(
             f"{name}: expected a number {'above' if low_open else 'from'} {low} up to {high}, got {value!r}"

@@ -79,7 +79,7 @@ class Sequence:
         pieces: list[Piece] = []
         for i, token in enumerate(tokens):
             self.tokens.append(token)
-            text = self.text.push(token) if self.text else ""
+            text = self.text.push(token, may_stop=self.generated >= self.params.min_tokens) if self.text else ""
             self.finish_reason = self._ends_with(token)
             if self.finish_reason and self.text:
                 text += self.text.finish()
@@ -90,8 +90,8 @@ class Sequence:
 
     def result(self) -> Choice:
         text = self.text.text if self.text else None
-        logprobs = self.logprobs[: self.generated] if self.params.logprobs is not None else None
-        return Choice(text, self.tokens[len(self.prompt) :], self.finish_reason or "length", logprobs)
+        logprobs = list(self.logprobs) if self.params.logprobs is not None else None
+        return Choice(text, self.tokens[len(self.prompt) :], self.finish_reason or "abort", logprobs)
 
     def _ends_with(self, token: int) -> str | None:
         if self.generated >= self.params.min_tokens and (

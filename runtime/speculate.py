@@ -28,6 +28,7 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
     those rows; not counting the rejected ones is the whole rollback.
     """
     start, phase = perf_counter(), method.phase()
+    skipped = 2 * model.config.num_layers - len(method.plan.sublayers)
     batch = Batch.of(sequences, model.ops.decode_tile)
     draft = method.propose(model, cache, batch)
     drafted = perf_counter()
@@ -45,7 +46,6 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
         for row, (sequence, count) in enumerate(zip(sequences, ints(accepted), strict=True))
     ]
     searched = method.observe(model, cache, sequences, sum(map(len, pieces)), verified - start)
-    skipped = 2 * model.config.num_layers - len(method.plan.sublayers)
     for sequence, count in zip(sequences, ints(draft.length), strict=True):
         counters = sequence.counters
         counters.rounds += 1
@@ -69,14 +69,14 @@ def prefill(model: Model, cache: KVCache, sequence: Sequence) -> list[Piece]:
         rows = one_sequence(chunk, first, sequence.pages, model.ops.prefill_tile)
         hidden = model.forward(rows, cache, model.full)
     batch = Batch.of([sequence], model.ops.decode_tile)
-    pieces = _commit(sequence, choose(model, hidden[-1:], batch, batch.last[:, None]), 0, 0, 0)
+    pieces = _append(sequence, choose(model, hidden[-1:], batch, batch.last[:, None]), 0, 0)
     sequence.counters.prefill_s += perf_counter() - start
     return pieces
 
 
 def _commit(sequence: Sequence, target: Chosen, row: int, drafted: int, accepted: int) -> list[Piece]:
-    """Append the accepted draft tokens and the one after them, as far as the sequence's stop rules allow."""
-    pieces = sequence.extend(ints(target.tokens[row, : accepted + 1]), accepted)
+    """Append what a round gave a sequence, and count it."""
+    pieces = _append(sequence, target, row, accepted)
     counters = sequence.counters
     counters.drafted += drafted
     emitted = min(len(pieces), accepted)
@@ -86,6 +86,12 @@ def _commit(sequence: Sequence, target: Chosen, row: int, drafted: int, accepted
     per_position.extend([0] * (emitted - len(per_position)))
     for position in range(emitted):
         per_position[position] += 1
+    return pieces
+
+
+def _append(sequence: Sequence, target: Chosen, row: int, accepted: int) -> list[Piece]:
+    """Append the accepted draft tokens and the one after them, as far as the sequence's stop rules allow."""
+    pieces = sequence.extend(ints(target.tokens[row, : accepted + 1]), accepted)
     if sequence.params.logprobs is not None and target.logits is not None:
         sequence.logprobs += [
             logprob(target.logits[row, i], piece.token_id, sequence.params.logprobs) for i, piece in enumerate(pieces)

@@ -33,6 +33,7 @@ def summarise(
         rounds=sum(c.rounds for c in counters),
         drafted=sum(c.drafted for c in counters),
         accepted=sum(c.accepted for c in counters),
+        bonus=sum(c.bonus for c in counters),
         accepted_per_position=tuple(sum(counts) for counts in zip_longest(*per_position, fillvalue=0)),
         layers=method.plan.num_layers,
         layers_kept=method.plan.layers_kept,

@@ -21,10 +21,11 @@ class TextStream:
         self.text = ""
         self.stopped = False
 
-    def push(self, token: int) -> str:
+    def push(self, token: int, *, may_stop: bool = True) -> str:
+        """The text that is safe to show now; a stop string that is complete before it `may_stop` is plain text."""
         self._held += self._decoder.step(token)
         found = min((at for at in map(self._held.find, self._stop) if at >= 0), default=-1)
-        if found >= 0:
+        if found >= 0 and may_stop:
             self.stopped = True
             return self._release(found, keep=False)
         return self._release(len(self._held) - self._possible_stop())

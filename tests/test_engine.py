@@ -26,9 +26,13 @@ def skip_set(seed: int, layers: int, count: int) -> str:
 
 
 def counts_add_up(output: Output) -> bool:
+    """A token of the prefill, the accepted ones, and a bonus token of every round that did not end in its draft."""
     stats = output.stats
-    rounds_bonus = stats.completion_tokens - 1 - stats.accepted
-    return stats.rounds - 1 <= rounds_bonus <= stats.rounds and stats.accepted <= stats.drafted
+    return (
+        1 + stats.accepted + stats.bonus == stats.completion_tokens
+        and stats.rounds - 1 <= stats.bonus <= stats.rounds
+        and sum(stats.accepted_per_position) == stats.accepted <= stats.drafted
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -143,6 +147,11 @@ def test_end_of_text_is_suppressed_until_min_tokens(synthetic: Callable[..., Eng
         assert len(ids) >= 12
 
 
+def test_min_tokens_without_a_token_that_ends(synthetic: Callable[..., Engine]) -> None:
+    params = SamplingParams(max_tokens=8, min_tokens=5, ignore_eos=True)
+    assert len(synthetic("tiny").generate(PROMPTS[0], params).token_ids) == 8
+
+
 def test_generation_ends_at_the_context_limit() -> None:
     config = ModelConfig.parse(synthetic_config("tiny") | {"max_position_embeddings": 48}, "test")
     with Engine(config, synthetic_weights(config, 0, torch.float32, 0.3)) as engine:
@@ -196,6 +205,46 @@ def test_streaming_gives_the_same_tokens(synthetic: Callable[..., Engine]) -> No
     assert asyncio.run(collect()) == expected
 
 
+def test_a_stream_cancelled_inside_a_round_ends_with_it(synthetic: Callable[..., Engine]) -> None:
+    """Another thread holds the engine, so that the cancellation finds the worker thread inside `next`."""
+    engine = synthetic("tiny")
+    cache = engine._loaded()[1]
+    go = threading.Event()
+
+    async def consume() -> None:
+        async for _ in engine.astream(PROMPTS[0], SamplingParams(max_tokens=50, ignore_eos=True)):
+            pass
+
+    async def cancel() -> None:
+        held = threading.Event()
+
+        def hold() -> None:
+            with engine._lock:
+                held.set()
+                go.wait(10)
+
+        threading.Thread(target=hold).start()
+        held.wait(10)
+        task = asyncio.create_task(consume())
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.sleep(0.05)
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert cache.free_pages == cache.total_pages
+
+    asyncio.run(cancel())
+
+
+def test_an_unfinished_output_says_so(synthetic: Callable[..., Engine]) -> None:
+    stream = synthetic("tiny").stream(PROMPTS[0], SamplingParams(max_tokens=50, ignore_eos=True))
+    next(stream)
+    stream.close()
+    assert 1 <= len(stream.outputs[0].token_ids) < 50
+    assert stream.outputs[0].finish_reason == "abort"
+
+
 def test_an_abandoned_stream_gives_its_pages_back(synthetic: Callable[..., Engine]) -> None:
     engine = synthetic("tiny")
     cache = engine._loaded()[1]
@@ -245,10 +294,25 @@ def test_requests_that_cannot_be_served_are_refused() -> None:
         engine.generate([1], SamplingParams(stop=["x"]))
     with pytest.raises(RequestError, match="logit_bias"):
         engine.generate([1], SamplingParams(logit_bias={512: 1.0}))
+    for prompt in (5, None, np.array([1, 2]), [[1, 2], 3]):
+        with pytest.raises(RequestError, match="prompt: expected text, token ids or chat messages"):
+            engine.generate(prompt)
     assert cache.free_pages == cache.total_pages
     engine.close()
     with pytest.raises(RequestError, match="closed"):
         engine.generate([1])
+
+
+def test_more_logprobs_than_tokens_are_refused(synthetic: Callable[..., Engine]) -> None:
+    with pytest.raises(RequestError, match="logprobs: 5 are more than the vocabulary of 4"):
+        synthetic("tiny", torch.float32, 0.3, vocab=4).generate([1], SamplingParams(logprobs=5))
+
+
+@pytest.mark.parametrize("tokens", [0, -99999])
+def test_a_cache_of_no_tokens_is_refused(tokens: int) -> None:
+    config = ModelConfig.parse(synthetic_config("tiny"), "test")
+    with pytest.raises(RequestError, match="cache_tokens: expected at least 1"):
+        Engine(config, synthetic_weights(config, 0, torch.float32), cache_tokens=tokens)
 
 
 def test_more_prompts_than_pages_wait_their_turn() -> None:
@@ -269,6 +333,8 @@ def test_more_prompts_than_pages_wait_their_turn() -> None:
         ({"top_p": 0.0}, "top_p"),
         ({"min_p": 1.5}, "min_p"),
         ({"top_k": -2}, "top_k"),
+        ({"top_k": 2**63}, "top_k"),
+        ({"temperature": 10**400}, "temperature"),
         ({"seed": -1}, "seed"),
         ({"min_tokens": 200}, "min_tokens"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
@@ -299,3 +365,23 @@ def test_sampling_parameters_out_of_range_are_named(fields: dict[str, object], n
 def test_methods_that_do_not_parse_are_refused(synthetic: Callable[..., Engine], method: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         synthetic("tiny").generate([1], method=method)
+
+
+def test_a_cancelled_request_gives_its_pages_back(synthetic: Callable[..., Engine]) -> None:
+    engine = synthetic("tiny")
+    cache = engine._loaded()[1]
+
+    async def cancel_after(seconds: float) -> None:
+        async def consume() -> None:
+            async for _ in engine.astream(PROMPTS, SamplingParams(max_tokens=900, ignore_eos=True)):
+                pass
+
+        task = asyncio.create_task(consume())
+        await asyncio.sleep(seconds)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    for i in range(10):
+        asyncio.run(cancel_after(0.005 * i))
+        assert cache.free_pages == cache.total_pages

@@ -88,6 +88,35 @@ def test_the_search_ends_by_each_of_its_rules() -> None:
     assert search(ratio=0.0).finished
 
 
+def test_no_budget_means_no_search(synthetic: Callable[..., Engine]) -> None:
+    params = SamplingParams(max_tokens=80, ignore_eos=True)
+    stats = synthetic("tiny").generate([5, 6, 7], params, method="swift:search_budget=0").stats
+    assert not stats.events
+    assert stats.search_s == 0
+    assert stats.phases == (("acceleration", 1),)
+
+
+def test_skips_are_counted_with_the_set_that_drafted(synthetic: Callable[..., Engine]) -> None:
+    """The first set skips 6 sub-layers of `tiny`, those of the search 4; a swap comes after its round's draft."""
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    method = "swift:search_budget=0.5,skip_ratio=0.34,window=16,max_opt_iter=1,max_score=1.0,seed={}"
+    for seed in range(20):
+        stream = synthetic("tiny").stream([5, 6, 7], params, method=method.format(seed))
+        before = drafted = 0
+        for _ in stream:
+            stats = stream.outputs[0].stats
+            if not stats.events:
+                before = stats.drafted
+            elif not drafted:
+                drafted = stats.drafted
+        stats = stream.outputs[0].stats
+        if stats.events[0]["swapped"]:
+            assert drafted > before
+            assert stats.executed_skips == 6 * drafted + 4 * (stats.drafted - drafted)
+            return
+    pytest.fail("no seed swapped the first set")
+
+
 def test_phases_and_events_of_a_run(synthetic: Callable[..., Engine]) -> None:
     engine = synthetic("tiny", torch.float32, 0.0)
     params = SamplingParams(max_tokens=200, ignore_eos=True)

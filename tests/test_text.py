@@ -54,6 +54,16 @@ def test_stop_strings(pieces: list[str], stop: list[str], shown: list[str]) -> N
     assert not any(s in stream.text for s in stop)
 
 
+def test_a_stop_string_before_min_tokens_is_text() -> None:
+    """It ends nothing and is shown; one that is complete only afterwards counts."""
+    stream = TextStream(Letters("aEND", "bE", "ND", "c", "END"), ["END"])
+    assert [stream.push(token, may_stop=token >= 3) for token in range(5)] == ["aEND", "b", "END", "c", ""]
+    assert stream.stopped
+    stream = TextStream(Letters("aE", "ND"), ["END"])
+    assert [stream.push(token, may_stop=token >= 1) for token in range(2)] == ["a", ""]
+    assert stream.text == "a"
+
+
 PROMPT = [{"role": "user", "content": "Count from one to ten in words, one per line."}]
 
 

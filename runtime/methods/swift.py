@@ -84,7 +84,8 @@ class Swift:
         return self._fixed or self._search.incumbent.plan
 
     def phase(self) -> str:
-        return "acceleration" if self._fixed or self._search.finished else "accumulation"
+        frozen = self._fixed or self._search.finished or not self._options.search_budget
+        return "acceleration" if frozen else "accumulation"
 
     def events(self) -> list[Mapping[str, Any]]:
         return list(self._search.events)
