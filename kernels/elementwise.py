@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 VECTOR = 64
-ONE_THREAD = 32768
+ONE_THREAD = 16384
 
 
 def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

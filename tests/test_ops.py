@@ -243,7 +243,7 @@ def test_verify_accepts_the_longest_common_prefix() -> None:
     assert reference.verify(target, draft[:, :0], count * 0).tolist() == [0] * 5
 
 
-@pytest.mark.parametrize("function", [torch.exp, torch.log, torch.cos, torch.nn.functional.silu])
+@pytest.mark.parametrize("function", [torch.exp, torch.log, torch.cos, torch.nn.functional.silu, reference._gelu_tanh])
 def test_steady_functions_do_not_depend_on_place_or_threads(function: object) -> None:
     x = randn(3 * ONE_THREAD + 17).abs()
     whole = steady(function, x)
@@ -251,7 +251,7 @@ def test_steady_functions_do_not_depend_on_place_or_threads(function: object) ->
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            for start, end in ((0, 1), (5, 38), (1000, 1000 + ONE_THREAD + 3), (7, len(x))):
+            for start, end in ((0, 1), (5, 38), (0, 32768), (1000, 1000 + ONE_THREAD + 3), (7, len(x))):
                 assert torch.equal(steady(function, x[start:end]), whole[start:end])
     finally:
         torch.set_num_threads(threads)
