@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..runtime.errors import ConfigError
+
 if TYPE_CHECKING:
     from .exact import Line
 
@@ -45,7 +47,7 @@ def exact(
     from .machine import describe
     from .prompts import load
 
-    chosen = load(prompts, per_category)
+    chosen, machine = load(prompts, per_category), describe()
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
     notes = Console(stderr=True, highlight=False)
     with Engine.load(model, dtype=dtype) as engine:
@@ -61,7 +63,7 @@ def exact(
         rows = compare(engine, chosen, params, batch=batch, progress=progress)
         result = {
             "bench": "exact",
-            "machine": describe(),
+            "machine": machine,
             "backend": engine.backend,
             "dtype": str(engine.dtype).removeprefix("torch."),
             "temperature": temperature,
@@ -79,6 +81,19 @@ def exact(
     if not all(row.identical for row in rows):
         notes.print("NOT IDENTICAL to plain decoding", style="bold red")
         raise typer.Exit(1)
+
+
+@app.command()
+def table(
+    results: Annotated[list[Path], typer.Argument(help="Result files of `skipjack bench exact --output`.")],
+) -> None:
+    """Print result files as a Markdown table, one line a file, with the command that makes each."""
+    from .exact import markdown
+
+    try:
+        typer.echo(markdown([json.loads(path.read_text(encoding="utf-8")) for path in results]))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"RESULTS: expected result files of `skipjack bench exact`: {error!r}") from error
 
 
 @app.command()

@@ -3,7 +3,7 @@
 set -eu
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-"$BIN/python" -m build --wheel --outdir "$work/dist" . >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
+"$BIN/python" -m build --outdir "$work/dist" . >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
 "$BIN/python" -m pip install --quiet --no-deps --target "$work/site" "$work"/dist/*.whl
 cat >"$work/pyrightconfig.json" <<CONFIG
 {"include": ["site/skipjack"], "typeCheckingMode": "strict", "pythonVersion": "3.10",

@@ -1,0 +1,57 @@
+"""The benchmarks' own arithmetic, and that a difference cannot pass for identical."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from skipjack import Engine, RequestError, SamplingParams
+from skipjack.bench import exact
+from skipjack.bench.prompts import load
+from skipjack.runtime.methods import registry
+
+
+def test_every_category_has_prompts_of_its_own() -> None:
+    prompts = load(None, 5)
+    assert len(prompts) == 20
+    assert len({p.category for p in prompts}) == 10
+    assert len(load(None, 1)) == 10
+
+
+def test_a_prompt_file_that_does_not_parse_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"category": "qa", "turns": ["a"]}\n{"category": "qa"}\n')
+    with pytest.raises(RequestError, match=r"p\.jsonl, line 2"):
+        load(path, 5)
+
+
+def test_cells_cover_draft_lengths_thresholds_and_search() -> None:
+    specs = [registry.parse(exact.cell(i, 30)).options for i in range(48)]
+    assert {s.num_draft_tokens for s in specs} == set(range(1, 9))
+    assert {s.threshold for s in specs} == {0.0, 0.5, 0.8}
+    assert sum(bool(s.skip_attention or s.skip_mlp) for s in specs) == 32
+
+
+def test_identical_means_identical(demo: Engine) -> None:
+    prompts = load(None, 1)[:3]
+    rows = exact.compare(demo, prompts, SamplingParams(max_tokens=6), batch=2)
+    assert all(row.identical for row in rows)
+    output = demo.generate("The sea", SamplingParams(max_tokens=4, ignore_eos=True))
+    choice = output.choices[0]
+    changed = replace(choice, token_ids=[*choice.token_ids[:2], 7, choice.token_ids[3]])
+    shorter = replace(choice, token_ids=choice.token_ids[:3])
+    assert exact._row("qa", "swift", replace(output, choices=(changed,)), output).first_difference == 2
+    row = exact._row("qa", "swift", replace(output, choices=(shorter,)), output)
+    assert (row.identical, row.first_difference) == (False, 3)
+    line = exact.summary([*rows, row])[-1]
+    assert (line.prompts, line.identical) == (4, 3)
+
+
+def test_table_of_result_files(tmp_path: Path) -> None:
+    summary = {"prompts": 5, "tokens": 640, "identical": 5, "acceptance_rate": 0.5, "mean_acceptance_length": 1.75}
+    machine = {"device": "X", "threads": 2, "torch": "2.13", "date": "2026-01-02T03:04:05"}
+    result = {"dtype": "float32", "temperature": 0.0, "batch": 4, "summary": [summary], "machine": machine}
+    text = exact.markdown([json.loads(json.dumps(result))])
+    assert "| float32 | 0 | 4 | 5 | 640 | 5 of 5 | 0.50 | 1.75 |" in text
+    assert "Measured on X (CPU, 2 threads), torch 2.13, 2026-01-02." in text
