@@ -18,7 +18,7 @@ Prompts: TypeAlias = "Sequence[Prompt]"
 def is_many(prompt: Prompt | Prompts) -> bool:
     """Whether this is a list of prompts rather than one: one is a string, a list of ids or a list of messages."""
     return (
-        isinstance(prompt, Sequence)
+        isinstance(cast(object, prompt), Sequence)
         and not isinstance(prompt, str)
         and len(prompt) > 0
         and not isinstance(prompt[0], (int, Mapping))
@@ -31,7 +31,7 @@ def to_ids(prompt: Prompt, tokenizer: Tokenizer | None, config: ModelConfig) -> 
     Raises:
         RequestError: it is empty, has an id outside the vocabulary, is text without a tokenizer, or fills the context.
     """
-    if not isinstance(prompt, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(cast(object, prompt), Sequence):
         raise RequestError(f"prompt: expected text, token ids or chat messages, got {type(prompt).__name__}")
     if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
         if tokenizer is None:
