@@ -1,8 +1,8 @@
 """The demo model: made once, whole or not at all, and it writes English."""
 
 import importlib.util
-import multiprocessing
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -143,18 +143,16 @@ def test_it_writes_english(made):
         assert loss < model(text, labels=text).loss - 0.5
 
 
-def _make(cache):
-    os.environ["SKIPJACK_CACHE"] = cache
-    return str(demo.demo_folder())
-
-
 @packaged
 def test_two_processes_at_once_and_a_killed_one(tmp_path):
     stale = tmp_path / "models" / f".{demo._FOLDER_NAME}.dead"
     stale.mkdir(parents=True)
     (stale / "config.json").write_text("{")
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        first, second = pool.map(_make, [str(tmp_path)] * 2)
+    command = [sys.executable, "-c", "from skipjack.loaders.demo import demo_folder; print(demo_folder())"]
+    environment = {**os.environ, "SKIPJACK_CACHE": str(tmp_path)}
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    first, second = (process.communicate(timeout=300)[0].strip() for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
     assert first == second
     assert ModelConfig.load(Path(first)).num_layers == 30
     assert sorted(os.listdir(tmp_path / "models")) == sorted([stale.name, Path(first).name])
