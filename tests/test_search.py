@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -158,3 +159,17 @@ def test_search_stays_within_its_share_of_time(
     budget = 0.05 * 2 * stats.rounds
     assert 0.5 * budget < stats.search_s <= budget + 4
     assert stats.events
+
+
+def test_short_requests_save_up_no_long_step(synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests too short to be searched on leave the next long one a step of the usual length."""
+    monkeypatch.setattr("skipjack.runtime.speculate.perf_counter", Clock(1.0))
+    monkeypatch.setattr("skipjack.runtime.methods.swift.perf_counter", Clock(1.0))
+    engine = synthetic("tiny")
+    method = "swift:search_budget=0.05,window=8,max_score=1.0,seed=78,threshold=0.0"
+    for _ in range(60):
+        engine.generate([5, 6, 7], SamplingParams(max_tokens=8, ignore_eos=True), method=method)
+    stream = engine.stream([5, 6, 7], SamplingParams(max_tokens=40, ignore_eos=True), method=method)
+    known = [len(stream.outputs[0].stats.events) for _ in stream]
+    assert known[-1] > 0
+    assert max(after - before for before, after in pairwise(known)) <= 3

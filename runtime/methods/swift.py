@@ -110,11 +110,11 @@ class Swift:
         """Context-based layer-set optimisation (§4.1), once `window` tokens have come and the budget allows it."""
         if self.phase() == "acceleration":
             return 0.0
-        self._accumulated += tokens
-        self._budget_s += self._options.search_budget * seconds
+        if not self._due():
+            self._accumulated += tokens
+            self._budget_s += self._options.search_budget * seconds
         longest = max(sequences, key=lambda sequence: sequence.generated)
-        window = self._options.window
-        if self._accumulated < window or longest.generated <= window or self._budget_s < 2 * self._candidate_s:
+        if not self._due() or longest.generated <= self._options.window:
             return 0.0
         start = perf_counter()
         if self._optimise(model, cache, longest):
@@ -122,6 +122,10 @@ class Swift:
         spent = perf_counter() - start
         self._budget_s -= spent
         return spent
+
+    def _due(self) -> bool:
+        """Whether a step has been earned; while no sequence is long enough for it, nothing more is saved up."""
+        return self._accumulated >= self._options.window and self._budget_s >= 2 * self._candidate_s
 
     def _optimise(self, model: Model, cache: KVCache, sequence: Sequence) -> bool:
         """Score the incumbent on this window, then candidates while the budget lasts; False if no page was free."""
