@@ -35,12 +35,12 @@ def exact(
     per_category: Annotated[int, typer.Option(min=1, help="Prompts taken of each category.")] = 5,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each.")] = 128,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    temperature: Annotated[float, typer.Option(help="0 is greedy; above, every prompt has a seed of its own.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above, tokens are drawn with seed 0.")] = 0.0,
     batch: Annotated[int, typer.Option(min=1, max=16, help="Prompts drafted together.")] = 1,
     output: Annotated[Path | None, typer.Option(help="Write every row as JSON here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compare SWIFT with plain decoding token by token; exit 1 on the first difference anywhere."""
+    """Compare SWIFT with plain decoding token by token; exit 1 if any token differs."""
     from ..runtime.engine import Engine
     from ..runtime.request import SamplingParams
     from .exact import compare, summary

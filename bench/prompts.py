@@ -22,12 +22,16 @@ def load(path: Path | None, per_category: int) -> list[Prompt]:
     """The first `per_category` prompts of each category, in the file's order."""
     source = path if path is not None else files("skipjack.bench") / "prompts.jsonl"
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
+        lines = source.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise RequestError(f"--prompts: cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"--prompts: {path} is not UTF-8: {error.reason} at byte {error.start}") from error
     chosen: list[Prompt] = []
     taken: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             fields = json.loads(line)
             prompt = Prompt(str(fields["category"]), str(fields["turns"][0]))
@@ -36,4 +40,6 @@ def load(path: Path | None, per_category: int) -> list[Prompt]:
         if taken.get(prompt.category, 0) < per_category:
             taken[prompt.category] = taken.get(prompt.category, 0) + 1
             chosen.append(prompt)
+    if not chosen:
+        raise RequestError(f"--prompts: no prompts in {path}")
     return chosen

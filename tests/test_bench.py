@@ -26,6 +26,20 @@ def test_a_prompt_file_that_does_not_parse_is_named(tmp_path: Path) -> None:
         load(path, 5)
 
 
+@pytest.mark.parametrize("content", [b"", b"\n\n", b'{"category": "\xff"}'])
+def test_a_prompt_file_without_prompts_proves_nothing(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(RequestError, match=r"p\.jsonl"):
+        load(path, 5)
+
+
+def test_a_line_separator_inside_a_prompt_ends_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"category": "qa", "turns": ["a\u2028b"]}\n', encoding="utf-8")
+    assert load(path, 5)[0].text == "a\u2028b"
+
+
 def test_cells_cover_draft_lengths_thresholds_and_search() -> None:
     specs = [registry.parse(exact.cell(i, 30)).options for i in range(48)]
     assert {s.num_draft_tokens for s in specs} == set(range(1, 9))
