@@ -24,6 +24,7 @@ class AttentionIndex:
             (start, positions, ints(block_table[row, : max(positions) // page_size + 1]))
             for row, start, positions in _groups(ints(sequence), ints(position), tile)
         ]
+        self._visible: Tensor | None = None
         self._blocks: dict[tuple[int | None, bool], list[tuple[int, int, list[tuple[int, Tensor]]]]] = {}
 
     def blocks(
@@ -55,6 +56,11 @@ class AttentionIndex:
         first = 0 if window is None else max(0, min(positions) - window + 1) // size
         blocks: list[tuple[int, Tensor]] = []
         for block in range(first, len(pages)):
+            last_of_block, oldest = (block + 1) * size - 1, block * size
+            in_window = window is None or oldest > max(positions) - window
+            if slopes is None and last_of_block <= min(positions) and in_window:
+                blocks.append((pages[block], self._nothing_hidden(group)))
+                continue
             distance = torch.arange(block * size, (block + 1) * size) - row
             seen = distance <= 0 if window is None else (distance <= 0) & (distance > -window)
             mask = torch.zeros(tile, size).masked_fill_(~seen, UNSEEN)
@@ -64,6 +70,12 @@ class AttentionIndex:
                 mask = mask + bias.masked_fill(~seen[None, :, None, :], 0)
             blocks.append((pages[block], mask.reshape(1, -1, tile * group, size)))
         return blocks
+
+    def _nothing_hidden(self, group: int) -> Tensor:
+        """The mask of a page that every row sees whole, shared: long prompts have many."""
+        if self._visible is None:
+            self._visible = torch.zeros(1, 1, self.tile * group, self._page_size)
+        return self._visible
 
 
 def _groups(sequence: list[int], position: list[int], tile: int) -> Iterator[tuple[int, int, list[int]]]:

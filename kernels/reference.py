@@ -199,7 +199,8 @@ def sample(
     """
     token = scores.argmax(dim=-1)
     for i in ints(torch.nonzero(temperature > 0).flatten()):
-        warped = _warp(scores[i].float() / temperature[i], int(top_k[i]), float(top_p[i]), float(min_p[i]))
+        row = scores[i].float()
+        warped = _warp((row - row.max()) / temperature[i], int(top_k[i]), float(top_p[i]), float(min_p[i]))
         noise = gumbel(seed[i : i + 1], position[i : i + 1], scores.shape[1])[0]
         token[i] = (warped + noise).argmax()
     return token

@@ -34,6 +34,7 @@ from .text import TextStream
 MAX_BATCH = 16
 BATCH_CONTEXT = 2048
 SPARE_PAGES = 4
+ADMISSION_WAIT_S = 30.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Progress = Callable[[str, int, int], None]
 
@@ -41,7 +42,8 @@ Progress = Callable[[str, int, int], None]
 class Engine:
     """A model in memory and everything needed to generate with it.
 
-    Threads may share an engine: their calls take turns round by round. `model_path` is where the weights lie, `backend`
+    Threads may share an engine: their calls take turns round by round, and one that needs pages the others hold waits
+    for them, up to `ADMISSION_WAIT_S`. `model_path` is where the weights lie, `backend`
     the op table in use, `config` the model's shape.
     """
 
@@ -65,7 +67,7 @@ class Engine:
             raise RequestError(f"cache_tokens: expected at least 1, got {cache_tokens}")
         self._default = registry.parse(method)
         self._methods: dict[registry.MethodSpec, Method] = {}
-        self._lock = threading.RLock()
+        self._turn = threading.Condition(threading.RLock())
         self._model: Model | None = Model(config, weights, TORCH)
         tokens = cache_tokens or max(config.max_context, MAX_BATCH * min(config.max_context, BATCH_CONTEXT))
         self._cache: KVCache | None = self._model.new_cache(-(-tokens // TORCH.page_size) + SPARE_PAGES)
@@ -179,7 +181,7 @@ class Engine:
 
     def close(self) -> None:
         """Give back the weights and the cache. A closed engine refuses requests."""
-        with self._lock:
+        with self._turn:
             self._model = self._cache = None
             self._methods.clear()
 
@@ -197,7 +199,7 @@ class Engine:
         return self._model, self._cache
 
     def _method(self, spec: registry.MethodSpec) -> Method:
-        with self._lock:
+        with self._turn:
             if spec not in self._methods:
                 self._methods[spec] = spec.build(self.config.num_layers)
             return self._methods[spec]
@@ -214,20 +216,37 @@ class Engine:
         try:
             while waiting or running:
                 chunks: list[Chunk] = []
-                with self._lock, torch.inference_mode():
-                    while waiting and len(running) < MAX_BATCH and _admit(cache, waiting[0], bool(running)):
+                with self._turn, torch.inference_mode():
+                    while waiting and len(running) < MAX_BATCH and self._admit(cache, waiting[0], bool(running)):
                         running.append(waiting.popleft())
                         chunks.append(_chunk(running[-1], prefill(model, cache, running[-1])))
-                    running = _without_finished(cache, running)
+                    running = self._without_finished(cache, running)
                     if running:
                         pieces = speculate(model, cache, running, method)
                         chunks += [_chunk(sequence, new) for sequence, new in zip(running, pieces, strict=True)]
-                        running = _without_finished(cache, running)
+                        running = self._without_finished(cache, running)
                 yield from chunks
         finally:
-            with self._lock:
-                for sequence in sequences:
-                    cache.release(sequence.pages)
+            with self._turn:
+                self._release(cache, sequences)
+
+    def _admit(self, cache: KVCache, sequence: Sequence, others: bool) -> bool:
+        """Reserve all the pages a sequence may need; False to wait for `others` of the same request to finish."""
+        needed = cache.pages_for(sequence.max_length)
+        if needed > cache.free_pages and others:
+            return False
+        self._turn.wait_for(lambda: needed <= cache.free_pages, ADMISSION_WAIT_S)
+        sequence.pages = cache.reserve(sequence.max_length)
+        return True
+
+    def _without_finished(self, cache: KVCache, running: list[Sequence]) -> list[Sequence]:
+        self._release(cache, [sequence for sequence in running if sequence.finish_reason])
+        return [sequence for sequence in running if not sequence.finish_reason]
+
+    def _release(self, cache: KVCache, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            cache.release(sequence.pages)
+        self._turn.notify_all()
 
 
 class Stream(Iterator[Chunk]):
@@ -258,21 +277,6 @@ class Stream(Iterator[Chunk]):
         events = self._method.events()[self._known_events :]
         prompts = groupby(self._sequences, key=lambda sequence: sequence.index)
         return [summarise(list(own), self._method, self._backend, self._seed, events) for _, own in prompts]
-
-
-def _admit(cache: KVCache, sequence: Sequence, others: bool) -> bool:
-    """Reserve all the pages a sequence may need; False to wait for `others` of the same request to finish."""
-    if others and cache.pages_for(sequence.max_length) > cache.free_pages:
-        return False
-    sequence.pages = cache.reserve(sequence.max_length)
-    return True
-
-
-def _without_finished(cache: KVCache, running: list[Sequence]) -> list[Sequence]:
-    for sequence in running:
-        if sequence.finish_reason:
-            cache.release(sequence.pages)
-    return [sequence for sequence in running if not sequence.finish_reason]
 
 
 def _chunk(sequence: Sequence, pieces: list[Piece]) -> Chunk:

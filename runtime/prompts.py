@@ -31,7 +31,7 @@ def to_ids(prompt: Prompt, tokenizer: Tokenizer | None, config: ModelConfig) -> 
     Raises:
         RequestError: it is empty, has an id outside the vocabulary, is text without a tokenizer, or fills the context.
     """
-    if not isinstance(cast(object, prompt), Sequence):
+    if not isinstance(cast(object, prompt), Sequence) or isinstance(cast(object, prompt), (bytes, bytearray)):
         raise RequestError(f"prompt: expected text, token ids or chat messages, got {type(prompt).__name__}")
     if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
         if tokenizer is None:

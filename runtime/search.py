@@ -43,7 +43,7 @@ class Incumbent:
 class RandomSearch:
     """Uniform random skip sets of a fixed size over the sub-layers of layers 1 to L - 2, the best one kept.
 
-    `count` = int(D·ratio) of the D = 2(L - 2) sub-layers are skipped. A candidate replaces the incumbent at once when
+    `size` = int(D·ratio) of the D = 2(L - 2) sub-layers are skipped. A candidate replaces the incumbent at once when
     it scores higher. The search is over when the incumbent scores above `max_score`, after `patience` candidates
     without improvement, or after `max_candidates`.
     """
@@ -61,16 +61,21 @@ class RandomSearch:
 
     def __post_init__(self) -> None:
         self._random = np.random.default_rng(self.seed)
-        self.incumbent = Incumbent(initial_plan(self.num_layers))
+        self.incumbent = Incumbent(initial_plan(self.num_layers) if self.size else LayerPlan.full(self.num_layers))
 
     @property
     def dimensions(self) -> int:
         return max(0, 2 * (self.num_layers - 2))
 
     @property
+    def size(self) -> int:
+        """Sub-layers a candidate skips."""
+        return int(self.dimensions * self.ratio)
+
+    @property
     def finished(self) -> bool:
         return (
-            int(self.dimensions * self.ratio) == 0
+            self.size == 0
             or self.incumbent.score > self.max_score
             or self.since_improvement >= self.patience
             or self.candidates >= self.max_candidates
@@ -78,7 +83,7 @@ class RandomSearch:
 
     def suggest(self) -> LayerPlan:
         """The next candidate."""
-        chosen = self._random.choice(self.dimensions, int(self.dimensions * self.ratio), replace=False)
+        chosen = self._random.choice(self.dimensions, self.size, replace=False)
         return plan_of(self.num_layers, chosen.tolist())
 
     def remeasure(self, score: float) -> None:

@@ -219,7 +219,7 @@ def test_a_stream_cancelled_inside_a_round_ends_with_it(synthetic: Callable[...,
         held = threading.Event()
 
         def hold() -> None:
-            with engine._lock:
+            with engine._turn:
                 held.set()
                 go.wait(10)
 
@@ -275,7 +275,8 @@ def test_threads_and_nested_streams_share_an_engine(synthetic: Callable[..., Eng
     assert ids == expected[0]
 
 
-def test_requests_that_cannot_be_served_are_refused() -> None:
+def test_requests_that_cannot_be_served_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skipjack.runtime.engine.ADMISSION_WAIT_S", 0.0)
     config = ModelConfig.parse(synthetic_config("tiny") | {"max_position_embeddings": 4096}, "test")
     engine = Engine(config, synthetic_weights(config, 0, torch.float32), cache_tokens=256)
     cache = engine._loaded()[1]
@@ -385,3 +386,29 @@ def test_a_cancelled_request_gives_its_pages_back(synthetic: Callable[..., Engin
     for i in range(10):
         asyncio.run(cancel_after(0.005 * i))
         assert cache.free_pages == cache.total_pages
+
+
+def test_a_call_waits_for_the_pages_of_another() -> None:
+    config = ModelConfig.parse(synthetic_config("tiny") | {"max_position_embeddings": 4096}, "test")
+    with Engine(config, synthetic_weights(config, 0, torch.float32), cache_tokens=256) as engine:
+        cache = engine._loaded()[1]
+        big = SamplingParams(max_tokens=cache.total_pages * 256 - 10, ignore_eos=True)
+        held = engine.stream([1], big)
+        next(held)
+        got: list[Output] = []
+        small = SamplingParams(max_tokens=3, ignore_eos=True)
+        thread = threading.Thread(target=lambda: got.append(engine.generate([1], small)))
+        thread.start()
+        next(held)
+        assert not got
+        held.close()
+        thread.join(60)
+        assert len(got[0].token_ids) == 3
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-6])
+def test_a_vanishing_temperature_is_greedy(synthetic: Callable[..., Engine], temperature: float) -> None:
+    engine = synthetic("tiny")
+    greedy = engine.generate(PROMPTS[0], SamplingParams(max_tokens=10, ignore_eos=True)).token_ids
+    params = SamplingParams(max_tokens=10, temperature=temperature, seed=1, ignore_eos=True)
+    assert engine.generate(PROMPTS[0], params).token_ids == greedy

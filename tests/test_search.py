@@ -162,7 +162,10 @@ def test_search_stays_within_its_share_of_time(
 
 
 def test_short_requests_save_up_no_long_step(synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests too short to be searched on leave the next long one a step of the usual length."""
+    """Requests too short to be searched on leave the next long one a step of the usual length.
+
+    A round takes 2 s and a candidate 1 s: the first step is earned with the time of two rounds, worth four candidates.
+    """
     monkeypatch.setattr("skipjack.runtime.speculate.perf_counter", Clock(1.0))
     monkeypatch.setattr("skipjack.runtime.methods.swift.perf_counter", Clock(1.0))
     engine = synthetic("tiny")
@@ -172,4 +175,4 @@ def test_short_requests_save_up_no_long_step(synthetic: Callable[..., Engine], m
     stream = engine.stream([5, 6, 7], SamplingParams(max_tokens=40, ignore_eos=True), method=method)
     known = [len(stream.outputs[0].stats.events) for _ in stream]
     assert known[-1] > 0
-    assert max(after - before for before, after in pairwise(known)) <= 3
+    assert max(after - before for before, after in pairwise(known)) <= 4

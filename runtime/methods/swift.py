@@ -110,6 +110,8 @@ class Swift:
         """Context-based layer-set optimisation (§4.1), once `window` tokens have come and the budget allows it."""
         if self.phase() == "acceleration":
             return 0.0
+        # Until a candidate has been timed, it counts as a round.
+        self._candidate_s = self._candidate_s or seconds
         if not self._due():
             self._accumulated += tokens
             self._budget_s += self._options.search_budget * seconds
