@@ -1,7 +1,6 @@
 """Skipjack: layer skipping that pays in milliseconds, with the same text, bit for bit."""
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "__version__":
-        return version("skipjack")
+        return import_module("importlib.metadata").version("skipjack")
     value = getattr(import_module(f".runtime.{_HOMES.get(name, 'errors')}", __name__), name)
     globals()[name] = value
     return value

@@ -34,7 +34,7 @@ def watch(statement: str) -> dict:
 def test_import_loads_nothing_but_the_face() -> None:
     seen = watch("import skipjack")
     assert seen["modules"] == ["skipjack"]
-    assert not HEAVY & set(seen["packages"])
+    assert not (HEAVY | {"asyncio", "email", "zipfile"}) & set(seen["packages"])
 
 
 @pytest.mark.parametrize(
