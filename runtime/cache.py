@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .errors import CapacityError
@@ -27,8 +29,14 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (layers, pages + 1, kv_heads, page_size, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        try:
+            self.keys = torch.empty(shape, dtype=dtype, device=device)
+            self.values = torch.empty(shape, dtype=dtype, device=device)
+        except RuntimeError as error:
+            gib = 2 * math.prod(shape) * dtype.itemsize / 2**30
+            raise CapacityError(
+                f"a KV cache of {pages * page_size} tokens needs {gib:.1f} GiB, more than there is: set cache_tokens"
+            ) from error
         self._zero(0)
         self.page_size = page_size
         self._holders = [0] * (pages + 1)

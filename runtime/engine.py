@@ -43,8 +43,8 @@ class Engine:
     """A model in memory and everything needed to generate with it.
 
     Threads may share an engine: their calls take turns round by round, and one that needs pages the others hold waits
-    for them, up to `ADMISSION_WAIT_S`. `model_path` is where the weights lie, `backend`
-    the op table in use, `config` the model's shape.
+    for them, up to `ADMISSION_WAIT_S`. `model_path` is where the weights lie, `backend` the op table in use, `config`
+    the model's shape.
     """
 
     def __init__(

@@ -37,6 +37,11 @@ def test_a_reservation_that_does_not_fit_takes_nothing() -> None:
     assert cache.free_pages == 3
 
 
+def test_a_cache_that_does_not_fit_into_memory_is_refused() -> None:
+    with pytest.raises(CapacityError, match="set cache_tokens"):
+        KVCache(64, 64, 256, pages=10**7, page_size=256, dtype=torch.float32, device=torch.device("cpu"))
+
+
 def test_a_fork_shares_full_pages_and_copies_the_partial_one() -> None:
     cache = small()
     parent = cache.reserve(20)
