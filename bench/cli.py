@@ -17,12 +17,14 @@ from ..runtime.errors import ConfigError
 if TYPE_CHECKING:
     from .exact import Line
 
-app = typer.Typer(help="Measure and check on real weights.", no_args_is_help=True)
+app = typer.Typer(add_completion=False)
 
 
-@app.callback()
-def bench() -> None:
+@app.callback(invoke_without_command=True)
+def bench(context: typer.Context) -> None:
     """Measure and check on real weights."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -87,7 +89,7 @@ def exact(
 def table(
     results: Annotated[list[Path], typer.Argument(help="Result files of `skipjack bench exact --output`.")],
 ) -> None:
-    """Print result files as a Markdown table, one line a file, with the command that makes each."""
+    """Print result files as a Markdown table, one line a file."""
     from .exact import markdown
 
     try:

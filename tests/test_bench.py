@@ -9,7 +9,15 @@ import pytest
 from skipjack import Engine, RequestError, SamplingParams
 from skipjack.bench import exact
 from skipjack.bench.prompts import load
+from skipjack.runtime import cli
 from skipjack.runtime.methods import registry
+
+
+def test_bare_bench_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["bench"]) == 0
+    printed = capsys.readouterr()
+    assert "exact" in printed.out
+    assert printed.err == ""
 
 
 def test_every_category_has_prompts_of_its_own() -> None:
