@@ -1,7 +1,7 @@
 """Weights reordered for the CPU's matrix units.
 
-oneDNN's blocked layout, through the two operators PyTorch's own compiler uses, reads a weight about twice as fast as
-`torch.nn.functional.linear` and rounds every row of a fixed tile alike. The operators are private to PyTorch, so they
+oneDNN's blocked layout, through the two operators PyTorch's own compiler uses, costs about the same for one row and for
+a tile of eight, and rounds every row of a fixed tile alike. The operators are private to PyTorch, so they
 are probed once per dtype; where they are missing the plain product on the same tile is used, and `Ops.description`
 says which of the two is in use.
 """

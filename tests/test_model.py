@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipjack import Engine, LayerPlan
+from skipjack import Engine
 from skipjack.kernels.ops import TORCH
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.weights import load_weights
@@ -135,11 +135,6 @@ def test_a_skipped_sublayer_is_the_identity(synthetic: Callable[..., Engine]) ->
         model.forward(rows, cache, model.full.without(attention=[2, 3]))
         written = cache.keys[:, pages].ne(0).flatten(1).any(dim=1)
         assert written.tolist() == [i not in (2, 3) for i in layers]
-
-
-def test_early_exit_then_resume_is_the_whole_model_per_layer(synthetic: Callable[..., Engine]) -> None:
-    plan = LayerPlan.full(8)
-    assert plan.early_exit(3).sublayers + plan.resume(3).sublayers == plan.sublayers
 
 
 def test_padding_rows_touch_no_sequence(synthetic: Callable[..., Engine]) -> None:
