@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import packed, reference
 from .attention_index import AttentionIndex
-from .packed import Matrix
+from .values import Matrix, Prediction
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Ops:
     qkv_rope_append: Callable[..., Tensor]
     attend: Callable[..., Tensor]
     logits: Callable[..., Tensor]
-    head: Callable[..., reference.Prediction]
+    head: Callable[..., Prediction]
     sample: Callable[..., Tensor]
     verify: Callable[..., Tensor]
 

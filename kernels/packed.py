@@ -6,23 +6,14 @@ are probed once per dtype; where they are missing the plain product on the same 
 says which of the two is in use.
 """
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from .values import Matrix
+
 PACKED_ROWS = 8
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A weight [rows, columns] in the layout the products of its op table read."""
-
-    data: Tensor
-    rows: int
-    columns: int
-    packed: bool
 
 
 @cache

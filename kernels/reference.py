@@ -5,8 +5,6 @@ product and reduction is the same for any number of rows. That is what makes row
 the decode pass of that token. Notation: R rows, H hidden size, D head dimension, P slots per page.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,44 +14,19 @@ from .attention_index import AttentionIndex
 from .elementwise import steady
 from .host import ints
 from .noise import gumbel
-from .packed import Matrix
+from .values import Matrix, Norm, Prediction, Rope, Slots, Stack
 
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-class Norm(NamedTuple):
-    """RMSNorm; LayerNorm when `bias` is given. weight, bias: [H]."""
-
-    weight: Tensor
-    bias: Tensor | None
-    eps: float
-
-
-class Rope(NamedTuple):
-    """Rotation of each row: cos and sin float32 [R, 1, D], the first half of sin negated."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-class Slots(NamedTuple):
-    """Where rows write their keys and values: page and offset in it, int64 [R]."""
-
-    page: Tensor
-    offset: Tensor
-
-
-class Prediction(NamedTuple):
-    """The most likely token of each row, its logit, and the log-sum-exp of the row's logits: [R] each."""
-
-    token: Tensor
-    value: Tensor
-    log_sum_exp: Tensor
 
 
 def prepare(weight: Tensor) -> Matrix:
     """The physical layout of a weight [N, K] for `linear`, `qkv_rope_append`, `logits` and `head`."""
     return packed.pack(weight)
+
+
+def prepare_stack(weight: Tensor) -> Stack:
+    """`prepare` for one weight of every layer, [L, N, K]."""
+    return Stack(tuple(prepare(layer) for layer in weight), None)
 
 
 def normalise(x: Tensor, norm: Norm) -> Tensor:
@@ -72,20 +45,25 @@ def linear(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    scale: Tensor | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
-    """activation(norm(x)·Wᵀ + bias), added in place to `residual` where that is given.
+    """scale·activation(norm(x)·Wᵀ + bias), added in place to `residual` where that is given.
 
     x [R, K], W [N, K] → [R, N]; with activation "silu_gate" W holds gate rows above up rows and the result is
-    silu(gate)·up, [R, N/2]; "gelu_tanh" is elementwise. `active` bool [R]: rows that are False leave `residual`
-    untouched (their result is undefined without one).
+    silu(gate)·up, [R, N/2]; "gelu_tanh" is elementwise. `scale` float32 [R]. `active` bool [R]: rows that are False
+    leave `residual` untouched (their result is undefined without one).
     """
+    added = residual if scale is None else None
     parts = [
-        _linear_tile(part, weight, norm, bias, activation, None if residual is None else residual[start : start + tile])
+        _linear_tile(part, weight, norm, bias, activation, None if added is None else added[start : start + tile])
         for start, part in _tiles(x, tile)
     ]
     y = parts[0] if len(parts) == 1 else torch.cat(parts)
     y = y[: x.shape[0]]
+    if scale is not None:
+        scaled = y * scale[:, None]
+        y = (scaled if residual is None else scaled + residual).to(x.dtype)
     if residual is None:
         return y
     if active is not None:
@@ -108,11 +86,13 @@ def qkv_rope_append(
     heads: int,
     tile: int,
     active: Tensor | None = None,
+    write: Tensor | None = None,
 ) -> Tensor:
     """q, k, v = norm(x)·Wᵀ + bias; RMSNorm of q and k over D; rotation; k and v written to their slots.
 
     x [R, H]; W [(heads + 2·kv_heads)·D, H]; keys, values [pages, kv_heads, P, D], one layer's cache; q_norm, k_norm
-    [D]. Returns q [R, heads, D]. Rows that are not `active` write nothing.
+    [D]. Returns q [R, heads, D], undefined for rows that are not `active` bool [R]. Rows that are not `write` bool [R]
+    write nothing: FlexiDepth keeps the keys and values of rows it computes no query for.
     """
     _, kv_heads, _, head_dim = keys.shape
     qkv = linear(x, weight, tile=tile, norm=norm, bias=bias).view(x.shape[0], heads + 2 * kv_heads, head_dim)
@@ -124,8 +104,8 @@ def qkv_rope_append(
         qk = (qk * rope.cos + torch.roll(qk, head_dim // 2, -1) * rope.sin).to(x.dtype)
     page, offset = slots
     k = qk[:, heads:]
-    if active is not None:
-        page, offset, k, v = page[active], offset[active], k[active], v[active]
+    if write is not None:
+        page, offset, k, v = page[write], offset[write], k[write], v[write]
     keys[page, :, offset] = k
     values[page, :, offset] = v
     return qk[:, :heads]
@@ -145,9 +125,9 @@ def attend(
     """softmax(scale·q·kᵀ + slope·(key position − position))·v over the keys at or before each row's position.
 
     q [R, heads, D]; keys, values [pages, kv_heads, P, D]; slopes float32 [heads] for ALiBi; `window`: a row sees itself
-    and the window − 1 positions before it. Returns [R, heads·D]; rows of no sequence, and rows that are not `active`,
-    are zero. One page is one block of the reduction: blocks are merged in order from position 0 by their log-sum-exp,
-    and a block no key of which is seen adds exactly nothing.
+    and the window − 1 positions before it. Returns [R, heads·D], undefined for rows of no sequence and rows that are
+    not `active` bool [R]. One page is one block of the reduction: blocks are merged in order from position 0 by their
+    log-sum-exp, and a block no key of which is seen adds exactly nothing.
     """
     rows, heads, head_dim = q.shape
     kv_heads = keys.shape[1]
@@ -176,11 +156,21 @@ def logits(x: Tensor, norm: Norm, weight: Matrix, *, tile: int) -> Tensor:
     return linear(x, weight, tile=tile, norm=norm)
 
 
-def head(x: Tensor, norm: Norm, weight: Matrix, *, tile: int) -> Prediction:
-    """argmax of norm(x)·Wᵀ with its logit and the log-sum-exp; ties go to the lowest id."""
+def head(
+    x: Tensor, norm: Norm, weight: Matrix, *, tile: int, top_k: int | None = None, ids: Tensor | None = None
+) -> Prediction:
+    """argmax, or the `top_k` highest, of norm(x)·Wᵀ with their logits and the log-sum-exp; ties go to the lowest id.
+
+    ids int64 [V'], ascending: the tokens the rows of a reduced vocabulary's W [V', H] stand for.
+    """
     scores = logits(x, norm, weight, tile=tile)
-    value, token = scores.max(dim=-1)
-    return Prediction(token, value, scores.float().logsumexp(dim=-1))
+    if top_k is None:
+        value, token = scores.max(dim=-1)
+    else:
+        token = scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+        value = scores.gather(1, token)
+    log_sum_exp = scores.float().logsumexp(dim=-1)
+    return Prediction(token if ids is None else ids[token], value, log_sum_exp)
 
 
 def sample(

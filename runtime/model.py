@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from ..kernels.attention_index import AttentionIndex
 from ..kernels.ops import Ops
-from ..kernels.packed import Matrix
-from ..kernels.reference import Norm, Prediction, Rope, Slots, normalise
+from ..kernels.reference import normalise
+from ..kernels.values import Matrix, Norm, Prediction, Rope, Slots
 from ..loaders.config import ModelConfig
 from ..loaders.weights import Weights
 from .cache import KVCache

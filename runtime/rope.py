@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.elementwise import steady
-from ..kernels.reference import Rope
+from ..kernels.values import Rope
 from ..loaders.config import ModelConfig, RopeScaling
 
 

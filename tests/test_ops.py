@@ -10,7 +10,7 @@ from skipjack.kernels import reference
 from skipjack.kernels.attention_index import AttentionIndex
 from skipjack.kernels.elementwise import ONE_THREAD, steady
 from skipjack.kernels.ops import TORCH
-from skipjack.kernels.reference import Norm, Rope, Slots
+from skipjack.kernels.values import Norm, Rope, Slots
 
 TILE = TORCH.decode_tile
 PAGE = TORCH.page_size

@@ -1,0 +1,65 @@
+"""How kernels are launched: pure rules from shapes and architecture to launch parameters.
+
+Whatever fixes a sum's order (the columns of a step, the positions of a block) is a function of the weight's shape, the
+dtype and the architecture, and never of the number of rows, the batch or the context: that is the row-invariance of
+the numerics contract. Architectures are compute capabilities times ten, 90 for sm_90; 0 is the interpreter.
+"""
+
+import os
+from functools import cache
+from typing import Any, NamedTuple
+
+import triton
+from triton.runtime import driver
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+DEPENDENT_LAUNCH = os.environ.get("SKIPJACK_PDL", "1") != "0"
+
+
+class ProductRule(NamedTuple):
+    """Parameters of a kernel built on `row_product`: weight rows and columns a step, rows of activations, launch."""
+
+    block_n: int
+    block_k: int
+    rows: int
+    warps: int
+    stages: int
+
+
+def padded(columns: int) -> int:
+    """Columns a weight is stored with: a multiple of 16, so that every row starts on a 16-byte boundary."""
+    return -(-columns // 16) * 16
+
+
+def product_rule(weight_rows: int, columns: int, rows: int, tile: int, itemsize: int, arch: int) -> ProductRule:
+    """The rule of `row_product` for a weight [weight_rows, columns] against passes of `rows` rows in tiles of `tile`.
+
+    block_n and block_k, which fix the order of a sum, depend on the weight alone. `rows`, the activations one program
+    takes, does not round: columns of one instruction are independent. The interpreter's products are not, so there it
+    is the tile.
+    """
+    width = padded(columns)
+    block_k = next(block for block in (256 // itemsize, 64, 32, 16) if width % block == 0)
+    block_n = 32 if weight_rows >= 4096 else 16
+    wide = tile if arch == 0 or tile > 8 else min(32, max(8, 1 << (rows - 1).bit_length()))
+    return ProductRule(block_n, block_k, wide, warps=4, stages=4 if arch else 1)
+
+
+@cache
+def architecture() -> int:
+    """The architecture kernels are compiled for; 0 in the interpreter."""
+    return 0 if INTERPRETED else int(driver.active.get_current_target().arch)
+
+
+def dependent(arch: int) -> bool:
+    """Whether kernels overlap their start with the end of the one before (programmatic dependent launch).
+
+    SKIPJACK_PDL=0 turns it off: to look for races, and because kernel durations in a profile lie under it.
+    """
+    return DEPENDENT_LAUNCH and arch >= 90
+
+
+def options(warps: int, stages: int = 2) -> dict[str, Any]:
+    """Keyword arguments of every launch."""
+    common: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return common | {"launch_pdl": True} if dependent(architecture()) else common

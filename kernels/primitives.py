@@ -1,0 +1,51 @@
+"""Triton functions that kernels share."""
+
+import triton
+import triton.language as tl
+
+# The interpreter multiplies bfloat16 as integers: there products are made in float32.
+_UPCAST: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a·b in float32; float32 operands are not rounded to TF32."""
+    if _UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def start_dependents(PDL: tl.constexpr):
+    """Let the next kernel of the chain be scheduled; the first statement of every kernel."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_producers(PDL: tl.constexpr):
+    """Everything earlier kernels wrote is visible after this; before every dependent load, every store, every exit."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def silu(x):
+    return x * sigmoid(x)
+
+
+@triton.jit
+def tanh(x):
+    return 2.0 * sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def gelu_tanh(x):
+    """0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))."""
+    return x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))

@@ -1,0 +1,115 @@
+"""What goes into the ops and comes out of them, the same for every backend.
+
+Notation: R rows, S sequences, L layers, H hidden size, D head dimension, P slots per page, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight [rows, columns] in the layout the products of its op table read."""
+
+    data: Tensor
+    rows: int
+    columns: int
+    packed: bool
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One weight of every layer; `data` [L, rows, columns] where a backend needs the layers to lie in one tensor."""
+
+    layers: tuple[Matrix, ...]
+    data: Tensor | None
+
+    def __getitem__(self, layer: int) -> Matrix:
+        return self.layers[layer]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+class Norm(NamedTuple):
+    """RMSNorm; LayerNorm when `bias` is given. weight, bias: [H], or [L, H] where an op takes a stack of layers."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+class Rope(NamedTuple):
+    """Rotation of each row: cos and sin float32 [R, 1, D], the first half of sin negated."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Slots(NamedTuple):
+    """Where rows write their keys and values: page and offset in it, int64 [R]."""
+
+    page: Tensor
+    offset: Tensor
+
+
+class Tree(NamedTuple):
+    """Rows that are nodes of a draft tree: where the keys of a row's own path lie.
+
+    length int64 [R]: the positions below it lie in the slots of the same number. slot int64 [R, depth]: position
+    length + j of the row's path lies in slot `slot[r, j]`; entries past the row's own position are not read.
+    """
+
+    length: Tensor
+    slot: Tensor
+
+
+class Prediction(NamedTuple):
+    """The most likely token of each row, its logit, and the log-sum-exp of the row's logits: [R] each.
+
+    With `top_k` given, token and value are [R, top_k], most likely first.
+    """
+
+    token: Tensor
+    value: Tensor
+    log_sum_exp: Tensor
+
+
+class Verdict(NamedTuple):
+    """What a verify pass decided; int64.
+
+    accepted [S]: draft tokens taken. token [S]: the token after them. length [S]: the cached tokens now. path
+    [S, k + 1]: the rows of the accepted path in order, row 0 first; entries past `accepted` repeat the last.
+    """
+
+    accepted: Tensor
+    token: Tensor
+    length: Tensor
+    path: Tensor
+
+
+class RowMap(NamedTuple):
+    """For each of L layers the active rows, gathered: row int32 [L, R], ascending, -1 after the first count [L]."""
+
+    row: Tensor
+    count: Tensor
+
+
+class Router(NamedTuple):
+    """FlexiDepth's router of one layer with its last two matrices multiplied into one vector.
+
+    encoder [r, H]; norm [r]; readout float32 [r] = router_head · router_dec.
+    """
+
+    encoder: Matrix
+    norm: Tensor
+    readout: Tensor
+
+
+class Route(NamedTuple):
+    """A router's decision for each row: weight float32 [R] in (0, 1), run bool [R]."""
+
+    weight: Tensor
+    run: Tensor
