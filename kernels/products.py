@@ -17,7 +17,7 @@ def weight_tile(
     mask_w,
     BLOCK_K: tl.constexpr,
 ):
-    """The first BLOCK_K columns of the weight rows that start at offs_w [BLOCK_N]: the loads to have in flight early."""
+    """The first BLOCK_K columns of the weight rows at offs_w [BLOCK_N]: the loads to have in flight early."""
     return tl.load(w_ptr + offs_w[:, None] + tl.arange(0, BLOCK_K)[None, :], mask=mask_w[:, None], other=0.0)
 
 

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Triton reads this when a kernel is defined, so it stands before the first import of one.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from skipjack import Engine
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
