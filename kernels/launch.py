@@ -26,6 +26,13 @@ class ProductRule(NamedTuple):
     stages: int
 
 
+class NormRule(NamedTuple):
+    """Parameters of a kernel that holds one whole row."""
+
+    block: int
+    warps: int
+
+
 def padded(columns: int) -> int:
     """Columns a weight is stored with: a multiple of 16, so that every row starts on a 16-byte boundary."""
     return -(-columns // 16) * 16
@@ -43,6 +50,23 @@ def product_rule(weight_rows: int, columns: int, rows: int, tile: int, itemsize:
     block_n = 32 if weight_rows >= 4096 else 16
     wide = tile if arch == 0 or tile > 8 else min(32, max(8, 1 << (rows - 1).bit_length()))
     return ProductRule(block_n, block_k, wide, warps=4, stages=4 if arch else 1)
+
+
+def head_rule(
+    head_dim: int, whole: bool, weight_rows: int, columns: int, rows: int, tile: int, itemsize: int, arch: int
+) -> ProductRule:
+    """`product_rule` for weight rows of one head in block_n / 2 pairs half a head apart; `whole`: all its pairs."""
+    rule = product_rule(weight_rows, columns, rows, tile, itemsize, arch)
+    pairs = max(8, 1 << (head_dim // 2 - 1).bit_length())
+    if not whole:
+        return rule._replace(block_n=min(rule.block_n, 2 * pairs))
+    return rule._replace(block_n=2 * pairs, stages=min(rule.stages, 3))
+
+
+def norm_rule(columns: int) -> NormRule:
+    """One power of two over the row, about sixteen elements a thread."""
+    block = 1 << (columns - 1).bit_length()
+    return NormRule(block, warps=min(16, max(1, block // 512)))
 
 
 @cache

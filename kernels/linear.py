@@ -1,0 +1,171 @@
+"""Products of activations with weights, and how a weight lies for them."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+from . import launch
+from .primitives import gelu_tanh, silu, start_dependents, wait_for_producers
+from .products import halves, row_product, weight_tile
+from .values import Matrix, Norm, Stack
+
+
+def prepare(weight: Tensor) -> Matrix:
+    """The physical layout of a weight [N, K] for `linear`, `qkv_rope_append`, `logits` and `head`."""
+    rows, columns = weight.shape
+    return Matrix(_padded(weight), rows, columns, packed=False)
+
+
+def prepare_stack(weight: Tensor) -> Stack:
+    """`prepare` for one weight of every layer, [L, N, K]."""
+    _, rows, columns = weight.shape
+    data = _padded(weight)
+    return Stack(tuple(Matrix(layer, rows, columns, packed=False) for layer in data), data)
+
+
+def _padded(weight: Tensor) -> Tensor:
+    columns = weight.shape[-1]
+    width = launch.padded(columns)
+    return weight.contiguous() if width == columns else functional.pad(weight, (0, width - columns))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear_kernel(
+    x_ptr,
+    norm_ptr,
+    norm_bias_ptr,
+    w_ptr,
+    bias_ptr,
+    scale_ptr,
+    active_ptr,
+    residual_ptr,
+    out_ptr,
+    stride_x,
+    stride_out,
+    rows,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """scale·activation(norm(x)·Wᵀ + bias) + residual → out.
+
+    x [R, K]; W [N, K_PADDED]; norm, norm_bias [K]; bias [N]; scale float32 [R]; active bool [R]; residual, out [R, N],
+    with "silu_gate" [R, N/2].
+    """
+    start_dependents(PDL)
+    GATED: tl.constexpr = ACTIVATION == "silu_gate"
+    BLOCK: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    OUT: tl.constexpr = N // 2 if GATED else N
+    offs_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    pid_n = tl.program_id(1).to(tl.int64)
+    offs_b = tl.arange(0, BLOCK_N)
+    offs_w = pid_n * BLOCK + offs_b % BLOCK
+    mask_w = offs_w < OUT
+    offs_w += offs_b // BLOCK * OUT
+    mask_r = offs_r < rows
+    if active_ptr is None:
+        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, BLOCK_K)
+        wait_for_producers(PDL)
+    else:
+        wait_for_producers(PDL)
+        mask_r = mask_r & (tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0)
+        if tl.max(mask_r.to(tl.int32), axis=0) == 0:
+            return
+        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, BLOCK_K)
+    y = row_product(
+        x_ptr,
+        offs_r * stride_x,
+        mask_r,
+        w_ptr,
+        offs_w * K_PADDED,
+        mask_w,
+        first,
+        norm_ptr,
+        norm_bias_ptr,
+        eps,
+        K,
+        K_PADDED,
+        BLOCK_N,
+        BLOCK_K,
+        ROWS,
+    )
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        gate, up = halves(y, BLOCK, ROWS)
+        y = silu(gate) * up
+    elif ACTIVATION == "gelu_tanh":
+        y = gelu_tanh(y)
+    if scale_ptr is not None:
+        y *= tl.load(scale_ptr + offs_r, mask=mask_r, other=0.0)[None, :]
+    offs_n = pid_n * BLOCK + tl.arange(0, BLOCK)
+    mask = mask_r[None, :] & (offs_n < OUT)[:, None]
+    offs_out = offs_r[None, :] * stride_out + offs_n[:, None]
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + offs_out, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offs_out, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def linear(
+    x: Tensor,
+    weight: Matrix,
+    *,
+    tile: int,
+    norm: Norm | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """scale·activation(norm(x)·Wᵀ + bias), added in place to `residual` where that is given.
+
+    x [R, K], W [N, K] → [R, N]; with activation "silu_gate" W holds gate rows above up rows and the result is
+    silu(gate)·up, [R, N/2]; "gelu_tanh" is elementwise. `scale` float32 [R]. `active` bool [R]: rows that are False
+    leave `residual` untouched (their result is undefined without one).
+    """
+    rows = x.shape[0]
+    x = x if x.stride(1) == 1 else x.contiguous()
+    width = weight.rows // 2 if activation == "silu_gate" else weight.rows
+    out = torch.empty((rows, width), dtype=x.dtype, device=x.device) if residual is None else residual
+    arch = launch.architecture()
+    rule = launch.product_rule(weight.rows, weight.columns, rows, tile, x.element_size(), arch)
+    block = rule.block_n // 2 if activation == "silu_gate" else rule.block_n
+    _linear_kernel[(triton.cdiv(rows, rule.rows), triton.cdiv(width, block))](
+        x,
+        None if norm is None else norm.weight,
+        None if norm is None else norm.bias,
+        weight.data,
+        bias,
+        None if scale is None else scale.contiguous(),
+        None if active is None else active.contiguous(),
+        residual,
+        out,
+        x.stride(0),
+        out.stride(0),
+        rows,
+        0.0 if norm is None else norm.eps,
+        N=weight.rows,
+        K=weight.columns,
+        K_PADDED=weight.data.shape[-1],
+        ACTIVATION=activation,
+        BLOCK_N=rule.block_n,
+        BLOCK_K=rule.block_k,
+        ROWS=rule.rows,
+        PDL=launch.dependent(arch),
+        **launch.options(rule.warps, rule.stages),
+    )
+    return out
+
+
+def logits(x: Tensor, norm: Norm, weight: Matrix, *, tile: int) -> Tensor:
+    """norm(x)·Wᵀ: x [R, H], W [V, H] → [R, V]."""
+    return linear(x, weight, tile=tile, norm=norm)
