@@ -1,14 +1,17 @@
 """The op table: the same names and signatures for every backend."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from . import packed, reference
 from .attention_index import AttentionIndex
-from .values import Matrix, Prediction
+from .values import Matrix, Prediction, Stack
 
 
 @dataclass(frozen=True)
@@ -20,31 +23,37 @@ class Ops:
     """
 
     name: str
+    describe: Callable[[torch.dtype], str]
     decode_tile: int
     prefill_tile: int
     page_size: int
     prepare: Callable[[Tensor], Matrix]
-    index: type[AttentionIndex]
+    prepare_stack: Callable[[Tensor], Stack]
+    index: Callable[..., AttentionIndex]
+    normalise: Callable[..., Tensor]
     linear: Callable[..., Tensor]
     qkv_rope_append: Callable[..., Tensor]
     attend: Callable[..., Tensor]
     logits: Callable[..., Tensor]
     head: Callable[..., Prediction]
     sample: Callable[..., Tensor]
-    verify: Callable[..., Tensor]
+    verify: Callable[...]
 
     def description(self, dtype: torch.dtype) -> str:
         """The backend and the path its products take, for people."""
-        return f"{self.name} ({'oneDNN packed' if packed.available(dtype) else 'plain'} products)"
+        return f"{self.name} ({self.describe(dtype)})"
 
 
 TORCH = Ops(
     name="torch",
+    describe=lambda dtype: f"{'oneDNN packed' if packed.available(dtype) else 'plain'} products",
     decode_tile=8,
     prefill_tile=64,
     page_size=256,
     prepare=reference.prepare,
+    prepare_stack=reference.prepare_stack,
     index=AttentionIndex,
+    normalise=reference.normalise,
     linear=reference.linear,
     qkv_rope_append=reference.qkv_rope_append,
     attend=reference.attend,
@@ -53,3 +62,25 @@ TORCH = Ops(
     sample=reference.sample,
     verify=reference.verify,
 )
+
+
+def obstacle(backend: str, device: torch.device) -> str | None:
+    """Why `backend` cannot run on `device`; None if it can."""
+    if backend == "torch":
+        return None if device.type == "cpu" else "the torch table runs on the CPU only"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cuda":
+        return None
+    from .launch import INTERPRETED
+
+    return None if INTERPRETED else "Triton needs a CUDA device, or its interpreter (TRITON_INTERPRET=1, for tests)"
+
+
+def select(backend: str) -> Ops:
+    """The table "torch" or "triton"; `obstacle` says whether it can run."""
+    if backend == "torch":
+        return TORCH
+    from .triton_ops import TRITON
+
+    return TRITON

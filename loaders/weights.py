@@ -51,6 +51,13 @@ class Weights:
         head = tensors.get("head", tensors["embedding"])
         return Weights(**{f.name: tensors.get(f.name) for f in fields(Weights)} | {"head": head})  # pyright: ignore[reportArgumentType]
 
+    def to(self, device: torch.device) -> Weights:
+        """The same weights on `device`; a tied head stays one tensor."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.head is self.embedding:
+            del tensors["head"]
+        return Weights.of({name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
+
 
 def load_weights(
     folder: Path, config: ModelConfig, dtype: torch.dtype, progress: Callable[[int, int], None] | None = None

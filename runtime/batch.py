@@ -45,21 +45,26 @@ class Batch:
     tile: int
 
     @staticmethod
-    def of(sequences: list[Sequence], tile: int) -> Batch:
+    def of(sequences: list[Sequence], tile: int, device: torch.device) -> Batch:
         width = max(len(s.pages) for s in sequences)
-        table = torch.tensor([s.pages + [0] * (width - len(s.pages)) for s in sequences])
+        table = torch.tensor([s.pages + [0] * (width - len(s.pages)) for s in sequences], device=device)
         state = torch.tensor([(s.tokens[-1], s.cached, s.room) for s in sequences])
-        return Batch(sequences, state[:, 0], state[:, 1], state[:, 2], table, tile)
+        last, length, room = state.T.contiguous().to(device)
+        return Batch(sequences, last, length, room, table, tile)
+
+    @property
+    def device(self) -> torch.device:
+        return self.last.device
 
     def sampling(self) -> Sampling:
         """One entry per sequence."""
-        params = [s.params for s in self.sequences]
+        params, device = [s.params for s in self.sequences], self.device
         return Sampling(
-            torch.tensor([p.temperature for p in params]),
-            torch.tensor([p.top_p for p in params]),
-            torch.tensor([p.min_p for p in params]),
-            torch.tensor([p.top_k for p in params]),
-            torch.tensor([s.seed if s.seed < 2**63 else s.seed - 2**64 for s in self.sequences]),
+            torch.tensor([p.temperature for p in params], device=device),
+            torch.tensor([p.top_p for p in params], device=device),
+            torch.tensor([p.min_p for p in params], device=device),
+            torch.tensor([p.top_k for p in params], device=device),
+            torch.tensor([s.seed if s.seed < 2**63 else s.seed - 2**64 for s in self.sequences], device=device),
         )
 
     def __len__(self) -> int:
@@ -67,8 +72,8 @@ class Batch:
 
     def rows(self, tokens: Tensor, first: Tensor, count: Tensor) -> Rows:
         """Rows for `tokens` int64 [S, K] from positions `first` [S], of which the first `count` [S] are real."""
-        step = torch.arange(tokens.shape[1])
+        step = torch.arange(tokens.shape[1], device=self.device)
         real = step < count[:, None]
-        sequence = torch.where(real, torch.arange(len(self))[:, None], -1)
+        sequence = torch.where(real, torch.arange(len(self), device=self.device)[:, None], -1)
         position = torch.where(real, first[:, None] + step, 0)
         return Rows(tokens.flatten(), position.flatten(), sequence.flatten(), self.block_table, self.tile)

@@ -88,6 +88,7 @@ def generate(
     stop: options.Stop = None,
     device: options.DeviceName = options.Device.AUTO,
     dtype: options.DtypeName = options.Dtype.AUTO,
+    backend: options.BackendName = options.Backend.AUTO,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
     json: options.Json = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print as it is generated.")] = False,
@@ -107,7 +108,7 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    with options.load_engine(model, method, device, dtype) as engine:
+    with options.load_engine(model, method, device, dtype, backend) as engine:
         answer(engine, source, params, as_json=json, as_stream=stream)
 
 
@@ -124,6 +125,7 @@ def chat(
     seed: options.Seed = None,
     device: options.DeviceName = options.Device.AUTO,
     dtype: options.DtypeName = options.Dtype.AUTO,
+    backend: options.BackendName = options.Backend.AUTO,
 ) -> None:
     """Talk to a model, one message a line. /reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
     from .chat import Chat
@@ -133,7 +135,7 @@ def chat(
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
     )
-    with options.load_engine(model, method, device, dtype) as engine:
+    with options.load_engine(model, method, device, dtype, backend) as engine:
         if engine.tokenizer is None:
             raise TokenizerError(f"{engine.model_path}: expected tokenizer.json, which chat needs, found none")
         Chat(engine, params, system).run()
@@ -172,13 +174,14 @@ def demo(
     max_tokens: options.MaxTokens = 96,
     device: options.DeviceName = options.Device.AUTO,
     dtype: options.DtypeName = options.Dtype.AUTO,
+    backend: options.BackendName = options.Backend.AUTO,
 ) -> None:
     """Answer with the packaged model by layer skipping, then plainly, and compare the two."""
     from .request import SamplingParams
     from .showcase import compare
 
     params = SamplingParams(max_tokens=max_tokens)
-    with options.load_engine(options.DEMO, method, device, dtype) as engine:
+    with options.load_engine(options.DEMO, method, device, dtype, backend) as engine:
         if not compare(engine, prompt, method, params):
             raise typer.Exit(1)
 

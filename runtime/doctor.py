@@ -30,7 +30,7 @@ def examine() -> dict[str, Any]:
         "gpus": gpus,
         "backend": _backend(),
         "demo": demo,
-        "advice": [*gpu_advice, *_triton_advice(packages), *_cpu_advice(cpu), *demo_advice],
+        "advice": [*gpu_advice, *_triton_advice(packages, gpus), *_cpu_advice(cpu), *demo_advice],
     }
 
 
@@ -77,9 +77,14 @@ def _version(name: str) -> str | None:
 def _backend() -> str:
     import torch
 
-    from ..kernels.ops import TORCH
+    from ..kernels import ops
 
-    return f"{TORCH.description(torch.float32)}, on the CPU"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = "triton" if device.type == "cuda" else "torch"
+    obstacle = ops.obstacle(name, device)
+    if obstacle:
+        return f"none on the GPU: {obstacle}"
+    return f"{ops.select(name).description(torch.float32)}, on the {'GPU' if device.type == 'cuda' else 'CPU'}"
 
 
 def _gpus() -> tuple[list[dict[str, Any]], list[str]]:
@@ -99,7 +104,7 @@ def _gpus() -> tuple[list[dict[str, Any]], list[str]]:
         for device in devices
     ]
     if found:
-        return found, ["a GPU was found, but this version has no Triton kernels yet: models run on the CPU"]
+        return found, []
     if glob("/dev/nvidia[0-9]*"):
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         return [], [f"an NVIDIA GPU is there, but torch {torch.__version__} ({built}) cannot use it"]
@@ -158,10 +163,10 @@ def _packed_products() -> dict[str, bool]:
     return {str(t).removeprefix("torch."): packed.available(t) for t in (torch.float32, torch.bfloat16, torch.float16)}
 
 
-def _triton_advice(packages: dict[str, str | None]) -> list[str]:
-    if packages["triton"]:
+def _triton_advice(packages: dict[str, str | None], gpus: list[dict[str, Any]]) -> list[str]:
+    if packages["triton"] or not gpus:
         return []
-    return ["Triton is not installed: this version runs without it; a later one needs it for GPUs"]
+    return ["Triton is not installed and the GPU needs it: install it, or choose --device cpu"]
 
 
 def _cpu_advice(cpu: dict[str, Any]) -> list[str]:

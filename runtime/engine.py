@@ -14,7 +14,7 @@ from typing import cast, overload
 
 import torch
 
-from ..kernels.ops import TORCH
+from ..kernels import ops
 from ..loaders.config import ModelConfig
 from ..loaders.demo import demo_folder
 from ..loaders.tokenizer import Tokenizer
@@ -55,22 +55,24 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         model_path: Path | None = None,
         method: str = "autoregressive",
+        backend: str = "auto",
         cache_tokens: int | None = None,
     ) -> None:
-        """An engine over weights that are already in memory; `load` reads them from a folder."""
+        """An engine over weights that are already in memory, on their device; `load` reads them from a folder."""
         self.config = config
         self.tokenizer = tokenizer
         self.model_path = model_path
         self.dtype = weights.embedding.dtype
-        self.backend = TORCH.description(self.dtype)
+        table = _table(backend, weights.embedding.device)
+        self.backend = table.description(self.dtype)
         if cache_tokens is not None and cache_tokens < 1:
             raise RequestError(f"cache_tokens: expected at least 1, got {cache_tokens}")
         self._default = registry.parse(method)
         self._methods: dict[registry.MethodSpec, Method] = {}
         self._turn = threading.Condition(threading.RLock())
-        self._model: Model | None = Model(config, weights, TORCH)
+        self._model: Model | None = Model(config, weights, table)
         tokens = cache_tokens or max(config.max_context, MAX_BATCH * min(config.max_context, BATCH_CONTEXT))
-        self._cache: KVCache | None = self._model.new_cache(-(-tokens // TORCH.page_size) + SPARE_PAGES)
+        self._cache: KVCache | None = self._model.new_cache(-(-tokens // table.page_size) + SPARE_PAGES)
         self._method(self._default)
 
     @staticmethod
@@ -80,13 +82,15 @@ class Engine:
         method: str = "autoregressive",
         device: str = "auto",
         dtype: str = "auto",
+        backend: str = "auto",
         numerics: str = "exact",
         cache_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> Engine:
         """Load a model folder, or "demo" for the packaged one.
 
-        `dtype` auto is the checkpoint's own. `cache_tokens` bounds the tokens all running requests hold together.
+        `device` auto is the GPU where there is one; `backend` auto is "triton" on a GPU and "torch" on the CPU. `dtype`
+        auto is the checkpoint's own. `cache_tokens` bounds the tokens all running requests hold together.
         `progress` is called with a label, what is done and what there is to do.
 
         Raises:
@@ -97,8 +101,8 @@ class Engine:
         _one_of("device", device, ("auto", "cpu", "cuda"))
         _one_of("dtype", dtype, ("auto", *DTYPES))
         _one_of("numerics", numerics, ("exact",))
-        if device == "cuda":
-            raise RequestError("device: this version has no kernels for CUDA yet; expected auto or cpu")
+        place = _place(device)
+        _table(backend, place)
         folder = demo_folder(progress) if str(model) == "demo" else Path(model)
         if not folder.is_dir():
             raise ConfigError(f"model: no such folder: {folder}")
@@ -110,8 +114,16 @@ class Engine:
             config,
             DTYPES[config.dtype if dtype == "auto" else dtype],
             (lambda done, total: progress("loading weights", done, total)) if progress else None,
+        ).to(place)
+        return Engine(
+            config,
+            weights,
+            tokenizer=tokenizer,
+            model_path=folder,
+            method=method,
+            backend=backend,
+            cache_tokens=cache_tokens,
         )
-        return Engine(config, weights, tokenizer=tokenizer, model_path=folder, method=method, cache_tokens=cache_tokens)
 
     @overload  # Only an empty sequence is both; it is refused.
     def generate(self, prompt: Prompt, params: SamplingParams = ..., *, method: str | None = ...) -> Output: ...  # pyright: ignore[reportOverlappingOverload]
@@ -281,6 +293,21 @@ class Stream(Iterator[Chunk]):
 
 def _chunk(sequence: Sequence, pieces: list[Piece]) -> Chunk:
     return Chunk(sequence.index, sequence.choice, tuple(pieces), sequence.finish_reason)
+
+
+def _place(device: str) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"device: expected a GPU that torch {torch.__version__} can use for cuda, found none")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _table(backend: str, device: torch.device) -> ops.Ops:
+    _one_of("backend", backend, ("auto", "torch", "triton"))
+    chosen = backend if backend != "auto" else "triton" if device.type == "cuda" else "torch"
+    obstacle = ops.obstacle(chosen, device)
+    if obstacle:
+        raise RequestError(f"backend: {chosen} cannot run on {device.type}: {obstacle}")
+    return ops.select(chosen)
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -10,8 +10,7 @@ from torch.nn import functional
 
 from ..kernels.attention_index import AttentionIndex
 from ..kernels.ops import Ops
-from ..kernels.reference import normalise
-from ..kernels.values import Matrix, Norm, Prediction, Rope, Slots
+from ..kernels.values import Matrix, Norm, Prediction, Rope, Slots, Stack
 from ..loaders.config import ModelConfig
 from ..loaders.weights import Weights
 from .cache import KVCache
@@ -52,7 +51,8 @@ class Model:
             if weights.embedding_norm is not None
             else None
         )
-        self._layers = [_layer(weights, i, config.norm_eps, ops) for i in range(config.num_layers)]
+        self._qkv = ops.prepare_stack(weights.qkv)
+        self._layers = [_layer(weights, self._qkv, i, config.norm_eps, ops) for i in range(config.num_layers)]
         self._norm = Norm(weights.norm, weights.norm_bias, config.norm_eps)
         self._head = ops.prepare(weights.head)
         self._rotary = RotaryTable(config, self.device) if any(config.rope_layers) else None
@@ -85,7 +85,7 @@ class Model:
         index = self.ops.index(
             rows.sequence, rows.position, rows.block_table, page_size=cache.page_size, tile=rows.tile
         )
-        rope = self._rotary.rows(rows.position, int(rows.position.max())) if self._rotary else None
+        rope = self._rotary.rows(rows.position, rows.longest(cache.page_size)) if self._rotary else None
         for sublayer in plan.sublayers:
             layer = sublayer // 2
             if sublayer % 2 == 0:
@@ -104,7 +104,7 @@ class Model:
 
     def _embed(self, token: Tensor) -> Tensor:
         x = functional.embedding(token, self._embedding)
-        return x if self._embedding_norm is None else normalise(x, self._embedding_norm)
+        return x if self._embedding_norm is None else self.ops.normalise(x, self._embedding_norm)
 
     def _attention(
         self, number: int, x: Tensor, cache: KVCache, slots: Slots, index: AttentionIndex, rope: Rope | None
@@ -148,13 +148,13 @@ def alibi_slopes(heads: int) -> Tensor:
     return torch.tensor(slopes + extra)
 
 
-def _layer(weights: Weights, i: int, eps: float, ops: Ops) -> Layer:
+def _layer(weights: Weights, qkv: Stack, i: int, eps: float, ops: Ops) -> Layer:
     def row(stacked: Tensor | None) -> Tensor | None:
         return None if stacked is None else stacked[i]
 
     return Layer(
         Norm(weights.attention_norm[i], row(weights.attention_norm_bias), eps),
-        ops.prepare(weights.qkv[i]),
+        qkv[i],
         row(weights.qkv_bias),
         row(weights.q_norm),
         row(weights.k_norm),

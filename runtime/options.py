@@ -36,6 +36,14 @@ class Dtype(str, Enum):
     FLOAT16 = "float16"
 
 
+class Backend(str, Enum):
+    """The op table; `auto` is Triton on a GPU and torch on the CPU."""
+
+    AUTO = "auto"
+    TORCH = "torch"
+    TRITON = "triton"
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help='A model folder, or "demo".', show_default=False)]
 Method = Annotated[str, typer.Option(metavar="NAME[:key=value,…]", help="Decoding method; lists join with +.")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
@@ -46,6 +54,7 @@ MinP = Annotated[float, typer.Option(help="Least probability relative to the mos
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tokens.", show_default="fresh")]
 Stop = Annotated[list[str] | None, typer.Option(help="End at this string; repeatable.")]
 DeviceName = Annotated[Device, typer.Option(help="Where to run.")]
+BackendName = Annotated[Backend, typer.Option(help="Op table; auto is triton on a GPU, torch on the CPU.")]
 DtypeName = Annotated[Dtype, typer.Option(help="Type of weights and activations; auto is the checkpoint's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -101,14 +110,18 @@ def _text(data: bytes, source: str) -> str:
 
 
 @contextmanager
-def load_engine(model: str, method: str, device: Device, dtype: Dtype) -> Generator[Engine, None, None]:
+def load_engine(
+    model: str, method: str, device: Device, dtype: Dtype, backend: Backend
+) -> Generator[Engine, None, None]:
     """An engine for the time of a command, loaded behind a progress bar."""
     existing_model(model)
     from .engine import Engine
     from .terminal import progress_bar
 
     with progress_bar() as progress:
-        engine = Engine.load(model, method=method, device=device.value, dtype=dtype.value, progress=progress)
+        engine = Engine.load(
+            model, method=method, device=device.value, dtype=dtype.value, backend=backend.value, progress=progress
+        )
     with engine:
         yield engine
 

@@ -35,13 +35,18 @@ class Rows:
         token, position = functional.pad(self.token, (0, missing)), functional.pad(self.position, (0, missing))
         return Rows(token, position, functional.pad(self.sequence, (0, missing), value=-1), self.block_table, self.tile)
 
+    def longest(self, page_size: int) -> int:
+        """A position none of the rows lies beyond, known without reading one."""
+        return self.block_table.shape[1] * page_size - 1
+
     def slots(self, page_size: int) -> tuple[Tensor, Tensor]:
         """Page and offset in it where each row's keys and values go; page 0 for rows of no sequence."""
         page = self.block_table[self.sequence.clamp(min=0), self.position // page_size]
         return torch.where(self.sequence >= 0, page, 0), self.position % page_size
 
 
-def one_sequence(tokens: list[int], start: int, pages: list[int], tile: int) -> Rows:
+def one_sequence(tokens: list[int], start: int, pages: list[int], tile: int, device: torch.device) -> Rows:
     """Rows for consecutive `tokens` from position `start` of the sequence that lies in `pages`."""
-    position = torch.arange(start, start + len(tokens))
-    return Rows(torch.tensor(tokens), position, torch.zeros_like(position), torch.tensor([pages]), tile)
+    position = torch.arange(start, start + len(tokens), device=device)
+    token, table = torch.tensor(tokens, device=device), torch.tensor([pages], device=device)
+    return Rows(token, position, torch.zeros_like(position), table, tile)

@@ -50,7 +50,7 @@ def choose(model: Model, hidden: Tensor, batch: Batch, path: Tensor) -> Chosen:
             if s.params.reshapes_logits:
                 scores[row] = reshape_logits(scores[row], s, s.tokens + ints(path[row // n, 1 : column + 1]))
     rule = Sampling(*(field.repeat_interleave(n) for field in batch.sampling()))
-    position = (batch.length[:, None] + torch.arange(depth - n + 1, depth + 1)).flatten()
+    position = (batch.length[:, None] + torch.arange(depth - n + 1, depth + 1, device=batch.device)).flatten()
     token = model.ops.sample(scores, rule.temperature, rule.top_k, rule.top_p, rule.min_p, rule.seed, position)
     probability = (logits.float().gather(1, token[:, None])[:, 0] - logits.float().logsumexp(dim=-1)).exp()
     return Chosen(token.view(sequences, n), probability.view(sequences, n), logits.view(sequences, n, -1))
@@ -65,12 +65,13 @@ def reshape_logits(row: Tensor, sequence: Sequence, history: list[int]) -> Tenso
     if len(history) - prompt < params.min_tokens:
         row[sorted(sequence.forbidden)] = -torch.inf
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(history)))
+        seen = torch.tensor(sorted(set(history)), device=row.device)
         value = row[seen]
         row[seen] = torch.where(value > 0, value / params.repetition_penalty, value * params.repetition_penalty)
     counts = Counter(history[prompt:])
     if counts and (params.presence_penalty or params.frequency_penalty):
-        ids, times = torch.tensor(list(counts)), torch.tensor(list(counts.values()), dtype=row.dtype)
+        ids = torch.tensor(list(counts), device=row.device)
+        times = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
         row[ids] -= params.presence_penalty + params.frequency_penalty * times
     return row
 

@@ -29,7 +29,7 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
     """
     start, phase = perf_counter(), method.phase()
     skipped = 2 * model.config.num_layers - len(method.plan.sublayers)
-    batch = Batch.of(sequences, model.ops.decode_tile)
+    batch = Batch.of(sequences, model.ops.decode_tile, model.device)
     draft = method.propose(model, cache, batch)
     drafted = perf_counter()
 
@@ -66,9 +66,9 @@ def prefill(model: Model, cache: KVCache, sequence: Sequence) -> list[Piece]:
     hidden = torch.empty(0)
     for first in range(0, len(sequence.prompt), PREFILL_CHUNK):
         chunk = sequence.prompt[first : first + PREFILL_CHUNK]
-        rows = one_sequence(chunk, first, sequence.pages, model.ops.prefill_tile)
+        rows = one_sequence(chunk, first, sequence.pages, model.ops.prefill_tile, model.device)
         hidden = model.forward(rows, cache, model.full)
-    batch = Batch.of([sequence], model.ops.decode_tile)
+    batch = Batch.of([sequence], model.ops.decode_tile, model.device)
     pieces = _append(sequence, choose(model, hidden[-1:], batch, batch.last[:, None]), 0, 0)
     sequence.counters.prefill_s += perf_counter() - start
     return pieces

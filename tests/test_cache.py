@@ -120,8 +120,8 @@ def test_the_audit_sees_a_hole(synthetic: Callable[..., Engine], monkeypatch: py
     pages = cache.reserve(20)
     try:
         with torch.inference_mode():
-            model.forward(one_sequence([1, 2, 3], 0, pages, 8), cache, model.full.without(attention=[3]))
+            model.forward(one_sequence([1, 2, 3], 0, pages, 8, model.device), cache, model.full.without(attention=[3]))
             with pytest.raises(AssertionError, match="never written"):
-                model.forward(one_sequence([4], 3, pages, 8), cache, model.full)
+                model.forward(one_sequence([4], 3, pages, 8, model.device), cache, model.full)
     finally:
         cache.release(pages)

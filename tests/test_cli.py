@@ -398,17 +398,18 @@ def test_doctor(capsys) -> None:
     assert findings["python"] in capsys.readouterr().out
 
 
-def test_doctor_does_not_promise_a_gpu_that_will_not_be_used(capsys, monkeypatch) -> None:
+def test_doctor_names_the_gpu_and_the_kernels_that_will_use_it(capsys, monkeypatch) -> None:
     import torch
 
     card = SimpleNamespace(name="H100", total_memory=80 * 2**30, major=9, minor=0)
+    pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     assert cli.run(["doctor", "--json"]) == 0
     findings = json.loads(capsys.readouterr().out)
     assert findings["gpus"] == [{"name": "H100", "memory_gib": 80.0, "capability": "9.0"}]
-    assert findings["backend"].endswith("on the CPU")
-    assert "run on the CPU" in findings["advice"][0]
+    assert findings["backend"].startswith("triton")
+    assert findings["backend"].endswith("on the GPU")
     assert cli.run(["doctor"]) == 0
     assert "H100, 80 GiB, compute 9.0" in capsys.readouterr().out

@@ -76,8 +76,12 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     pages = cache.reserve(320)
     with torch.inference_mode():
         expected = peer(torch.tensor([tokens])).logits[0].double()
-        prefill = model.forward(one_sequence(tokens[:290], 0, pages, TORCH.prefill_tile), cache, model.full)
-        decode = model.forward(one_sequence(tokens[290:], 290, pages, TORCH.decode_tile), cache, model.full)
+        prefill = model.forward(
+            one_sequence(tokens[:290], 0, pages, TORCH.prefill_tile, model.device), cache, model.full
+        )
+        decode = model.forward(
+            one_sequence(tokens[290:], 290, pages, TORCH.decode_tile, model.device), cache, model.full
+        )
         got = model.logits(torch.cat([prefill, decode])).double()
     assert (got - expected).abs().max() / expected.std() < 2e-4
 
@@ -92,9 +96,11 @@ def test_verify_rows_equal_decode_rows(synthetic: Callable[..., Engine], shape: 
     def run(count: int) -> Tensor:
         """The rows from 240 on, `count` at a time: across a page boundary."""
         pages = cache.reserve(300)
-        model.forward(one_sequence(tokens[:240], 0, pages, TORCH.prefill_tile), cache, model.full)
+        model.forward(one_sequence(tokens[:240], 0, pages, TORCH.prefill_tile, model.device), cache, model.full)
         parts = [
-            model.forward(one_sequence(tokens[at : at + count], at, pages, TORCH.decode_tile), cache, model.full)
+            model.forward(
+                one_sequence(tokens[at : at + count], at, pages, TORCH.decode_tile, model.device), cache, model.full
+            )
             for at in range(240, 300, count)
         ]
         written = torch.stack([cache.keys[:, pages], cache.values[:, pages]])
@@ -113,9 +119,9 @@ def test_a_prompt_does_not_depend_on_how_it_is_chunked(synthetic: Callable[..., 
     cache, tile = model.new_cache(4), TORCH.prefill_tile
     with torch.inference_mode():
         first, second = cache.reserve(500), cache.reserve(500)
-        whole = model.forward(one_sequence(tokens, 0, first, tile), cache, model.full)
+        whole = model.forward(one_sequence(tokens, 0, first, tile, model.device), cache, model.full)
         parts = [
-            model.forward(one_sequence(tokens[at : at + 2 * tile], at, second, tile), cache, model.full)
+            model.forward(one_sequence(tokens[at : at + 2 * tile], at, second, tile, model.device), cache, model.full)
             for at in range(0, 500, 2 * tile)
         ]
     assert torch.equal(torch.cat(parts), whole)
@@ -127,7 +133,7 @@ def test_a_skipped_sublayer_is_the_identity(synthetic: Callable[..., Engine]) ->
     cache = model.new_cache(2)
     pages = cache.reserve(40)
     layers = range(model.config.num_layers)
-    rows = one_sequence(list(range(20)), 0, pages, TORCH.decode_tile)
+    rows = one_sequence(list(range(20)), 0, pages, TORCH.decode_tile, model.device)
     with torch.inference_mode():
         nothing = model.forward(rows, cache, model.full.without(attention=layers, mlp=layers))
         assert torch.equal(nothing, model._embedding[:20])

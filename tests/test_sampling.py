@@ -116,7 +116,7 @@ def test_speculative_sampling_follows_the_models_distribution(synthetic: Callabl
 
         pages = cache.reserve(len(tokens))
         with torch.inference_mode():
-            x = model.forward(one_sequence(tokens, 0, pages, 64), cache, model.full)
+            x = model.forward(one_sequence(tokens, 0, pages, 64, model.device), cache, model.full)
             row = model.logits(x[-1:])[0].double().softmax(-1).numpy()
         cache.release(pages)
         return row

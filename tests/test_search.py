@@ -23,7 +23,9 @@ def test_matchness_of_the_golden_skip_sets(golden: Path, case: str) -> None:
     tokens = expected["prompt_ids"] + expected["continuation"]
     with torch.inference_mode():
         pages = cache.reserve(len(tokens))
-        model.forward(one_sequence(expected["prompt_ids"], 0, pages, TORCH.prefill_tile), cache, model.full)
+        model.forward(
+            one_sequence(expected["prompt_ids"], 0, pages, TORCH.prefill_tile, model.device), cache, model.full
+        )
         before = cache.keys.clone()
         for entry in expected["sets"]:
             plan = model.full.without(entry["skip_attn"], entry["skip_mlp"])

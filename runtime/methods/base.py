@@ -46,4 +46,5 @@ class Method(Protocol):
 
 def no_draft(batch: Batch) -> Draft:
     """A round without a draft is plain decoding."""
-    return Draft(torch.empty(len(batch), 0, dtype=torch.int64), torch.zeros(len(batch), dtype=torch.int64))
+    tokens = torch.empty(len(batch), 0, dtype=torch.int64, device=batch.device)
+    return Draft(tokens, torch.zeros(len(batch), dtype=torch.int64, device=batch.device))

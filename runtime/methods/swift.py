@@ -94,7 +94,7 @@ class Swift:
         """Draft token by token until the model is unsure; the unsure token stays in the draft (§4.2)."""
         steps = min(self._options.num_draft_tokens, int(batch.room.max()))
         drafting = batch.room > 0
-        count = torch.zeros(len(batch), dtype=torch.int64)
+        count = torch.zeros(len(batch), dtype=torch.int64, device=batch.device)
         path = batch.last[:, None]
         for step in range(steps):
             if not bool(drafting.any()):
