@@ -1,0 +1,276 @@
+"""Norm, QKV projection, rotation and the write to the cache in one kernel.
+
+A program holds weight rows of one head in pairs half a head apart, so that the rotation stays inside it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .primitives import start_dependents, wait_for_producers
+from .products import halves, row_product, weight_tile
+from .values import Matrix, Norm, Rope, Slots
+
+
+@triton.jit
+def pair_rows(
+    pair,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """Dimensions pair + i above pair + i + D/2, i < PAIRS, and which of them the head has: [2·PAIRS] each."""
+    offs = tl.arange(0, 2 * PAIRS)
+    offs_pair = pair + offs % PAIRS
+    return offs_pair + offs // PAIRS * (D // 2), offs_pair < D // 2
+
+
+@triton.jit
+def head_halves(
+    acc,
+    pair,
+    bias_ptr,
+    norm,
+    normed,
+    eps,
+    cos_ptr,
+    sin_ptr,
+    stride_rope,
+    offs_r,
+    mask_r,
+    rotated,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """rotate(RMSNorm(acc + bias)) of acc [2·PAIRS, ROWS] at `pair_rows` → its halves, float32 [PAIRS, ROWS] each.
+
+    bias of the head [D]; norm float32 [2·PAIRS]; cos, sin [·, D] at rows offs_r int64 [ROWS]. `normed` and `rotated`
+    turn the norm and the rotation off for a head.
+    """
+    HALF: tl.constexpr = D // 2
+    if bias_ptr is not None:
+        offs_d, mask_d = pair_rows(pair, D, PAIRS)
+        acc += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[:, None]
+    if norm is not None and normed:
+        acc *= tl.rsqrt(tl.sum(acc * acc, axis=0) / D + eps)[None, :] * norm[:, None]
+    lower, upper = halves(acc, PAIRS, ROWS)
+    if cos_ptr is not None and rotated:
+        offs_pair = pair + tl.arange(0, PAIRS)
+        offs = offs_r[None, :] * stride_rope + offs_pair[:, None]
+        mask = mask_r[None, :] & (offs_pair < HALF)[:, None]
+        cos = tl.load(cos_ptr + offs, mask=mask, other=0.0)
+        sin = tl.load(sin_ptr + offs + HALF, mask=mask, other=0.0)
+        lower, upper = tl.fma(lower, cos, -(upper * sin)), tl.fma(upper, cos, lower * sin)
+    return lower, upper
+
+
+@triton.jit
+def store_halves(
+    out_ptr,
+    offs_out,
+    mask_r,
+    lower,
+    upper,
+    pair,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """lower and upper [PAIRS, ROWS] to dimensions pair + i and pair + i + D/2 of the heads at offs_out int64 [ROWS]."""
+    offs_pair = pair + tl.arange(0, PAIRS)
+    ptrs = out_ptr + offs_out[None, :] + offs_pair[:, None]
+    mask = mask_r[None, :] & (offs_pair < D // 2)[:, None]
+    tl.store(ptrs, lower.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(ptrs + D // 2, upper.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _qkv_rope_append_kernel(
+    x_ptr,
+    norm_ptr,
+    norm_bias_ptr,
+    w_ptr,
+    bias_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    page_ptr,
+    offset_ptr,
+    active_ptr,
+    write_ptr,
+    stride_x,
+    stride_rope,
+    stride_key_page,
+    stride_key_head,
+    stride_key_slot,
+    stride_value_page,
+    stride_value_head,
+    stride_value_slot,
+    rows,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """q, k, v = norm(x)·Wᵀ + bias; RMSNorm of q and k over D; rotation; q [rows, HEADS, D], k, v to their slots."""
+    start_dependents(PDL)
+    BLOCKS: tl.constexpr = (D // 2 + PAIRS - 1) // PAIRS
+    pid_block = tl.program_id(1)
+    head = pid_block // BLOCKS
+    pair = pid_block % BLOCKS * PAIRS
+    is_query = head < HEADS
+    is_key = (head >= HEADS) & (head < HEADS + KV_HEADS)
+    offs_d, mask_w = pair_rows(pair, D, PAIRS)
+    offs_w = (head * D + offs_d).to(tl.int64) * K_PADDED
+    offs_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mask_r = offs_r < rows
+
+    if active_ptr is None and write_ptr is None:
+        first = weight_tile(w_ptr, offs_w, mask_w, BLOCK_K)
+        wait_for_producers(PDL)
+    else:
+        wait_for_producers(PDL)
+        if is_query:
+            if active_ptr is not None:
+                mask_r = mask_r & (tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0)
+        elif write_ptr is not None:
+            mask_r = mask_r & (tl.load(write_ptr + offs_r, mask=mask_r, other=0) != 0)
+        if tl.max(mask_r.to(tl.int32), axis=0) == 0:
+            return
+        first = weight_tile(w_ptr, offs_w, mask_w, BLOCK_K)
+
+    acc = row_product(
+        x_ptr,
+        offs_r * stride_x,
+        mask_r,
+        w_ptr,
+        offs_w,
+        mask_w,
+        first,
+        norm_ptr,
+        norm_bias_ptr,
+        eps,
+        K,
+        K_PADDED,
+        2 * PAIRS,
+        BLOCK_K,
+        ROWS,
+    )
+    norm = None
+    if q_norm_ptr is not None:
+        q_norm = tl.load(q_norm_ptr + offs_d, mask=mask_w, other=0.0)
+        k_norm = tl.load(k_norm_ptr + offs_d, mask=mask_w, other=0.0)
+        norm = tl.where(is_query, q_norm, k_norm).to(tl.float32)
+    lower, upper = head_halves(
+        acc,
+        pair,
+        None if bias_ptr is None else bias_ptr + head * D,
+        norm,
+        is_query | is_key,
+        eps,
+        cos_ptr,
+        sin_ptr,
+        stride_rope,
+        offs_r,
+        mask_r,
+        is_query | is_key,
+        D,
+        PAIRS,
+        ROWS,
+    )
+    if is_query:
+        store_halves(q_ptr, (offs_r * HEADS + head) * D, mask_r, lower, upper, pair, D, PAIRS)
+    else:
+        page = tl.load(page_ptr + offs_r, mask=mask_r, other=0)
+        offset = tl.load(offset_ptr + offs_r, mask=mask_r, other=0)
+        if is_key:
+            place = page * stride_key_page + offset * stride_key_slot + (head - HEADS) * stride_key_head
+            store_halves(keys_ptr, place, mask_r, lower, upper, pair, D, PAIRS)
+        else:
+            place = page * stride_value_page + offset * stride_value_slot
+            place += (head - HEADS - KV_HEADS) * stride_value_head
+            store_halves(values_ptr, place, mask_r, lower, upper, pair, D, PAIRS)
+
+
+def qkv_rope_append(
+    x: Tensor,
+    norm: Norm,
+    weight: Matrix,
+    bias: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    rope: Rope | None,
+    keys: Tensor,
+    values: Tensor,
+    slots: Slots,
+    *,
+    heads: int,
+    tile: int,
+    active: Tensor | None = None,
+    write: Tensor | None = None,
+) -> Tensor:
+    """q, k, v = norm(x)·Wᵀ + bias; RMSNorm of q and k over D; rotation; k and v written to their slots.
+
+    x [R, H]; W [(heads + 2·kv_heads)·D, H]; keys, values [pages, kv_heads, P, D], one layer's cache; q_norm, k_norm
+    [D]. Returns q [R, heads, D], undefined for rows that are not `active` bool [R]. Rows that are not `write` bool [R]
+    write nothing: FlexiDepth keeps the keys and values of rows it computes no query for.
+    """
+    rows, columns = x.shape
+    _, kv_heads, _, head_dim = keys.shape
+    normed = q_norm is not None and k_norm is not None
+    arch = launch.architecture()
+    rule = launch.head_rule(head_dim, normed, weight.rows, columns, rows, tile, x.itemsize, arch)
+    pairs = rule.block_n // 2
+    q = torch.empty(rows, heads, head_dim, dtype=x.dtype, device=x.device)
+    blocks = triton.cdiv(head_dim // 2, pairs)
+    grid = (triton.cdiv(rows, rule.rows), (heads + 2 * kv_heads) * blocks)
+    _qkv_rope_append_kernel[grid](
+        x,
+        norm.weight,
+        norm.bias,
+        weight.data,
+        bias,
+        q_norm if normed else None,
+        k_norm if normed else None,
+        None if rope is None else rope.cos,
+        None if rope is None else rope.sin,
+        q,
+        keys,
+        values,
+        slots.page.contiguous(),
+        slots.offset.contiguous(),
+        None if active is None else active.contiguous(),
+        None if write is None else write.contiguous(),
+        x.stride(0),
+        0 if rope is None else rope.cos.stride(0),
+        keys.stride(0),
+        keys.stride(1),
+        keys.stride(2),
+        values.stride(0),
+        values.stride(1),
+        values.stride(2),
+        rows,
+        norm.eps,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        D=head_dim,
+        K=columns,
+        K_PADDED=launch.padded(columns),
+        PAIRS=pairs,
+        BLOCK_K=rule.block_k,
+        ROWS=rule.rows,
+        PDL=launch.dependent(arch),
+        **launch.options(rule.warps, rule.stages),
+    )
+    return q
