@@ -14,6 +14,10 @@ from triton.runtime import driver
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEPENDENT_LAUNCH = os.environ.get("SKIPJACK_PDL", "1") != "0"
+NEAR_SPLITS = 8
+FAR_FACTOR = 4
+BUSY_PROGRAMS = 128
+SCRATCH_BYTES = 1 << 28
 
 
 class ProductRule(NamedTuple):
@@ -26,10 +30,28 @@ class ProductRule(NamedTuple):
     stages: int
 
 
+class AttentionRule(NamedTuple):
+    """Parameters of attention: rows and (padded) heads of a program, positions of a near split, launch."""
+
+    rows: int
+    heads: int
+    split: int
+    warps: int
+    stages: int
+
+
 class NormRule(NamedTuple):
     """Parameters of a kernel that holds one whole row."""
 
     block: int
+    warps: int
+
+
+class MergeRule(NamedTuple):
+    """Parameters of the merge of a head's vocabulary blocks: blocks seen at once, candidates of one lane, launch."""
+
+    lanes: int
+    share: int
     warps: int
 
 
@@ -63,10 +85,41 @@ def head_rule(
     return rule._replace(block_n=2 * pairs, stages=min(rule.stages, 3))
 
 
+def attention_rule(head_dim: int, group: int, tile: int, itemsize: int, arch: int) -> AttentionRule:
+    """Passes of tiles of `tile` rows, `group` query heads to a key head: one product takes 16 to 64 rows × heads."""
+    heads = 1 << (group - 1).bit_length()
+    rows = max(1, min(1 << (tile.bit_length() - 1), 16, 64 // heads))
+    wide = head_dim * itemsize > 256
+    return AttentionRule(rows, max(heads, 16 // rows), split=128, warps=4, stages=(2 if wide else 3) if arch else 1)
+
+
+def attention_splits(positions: int, split: int) -> int:
+    """Splits of a sequence: eight of `split` positions, then longer ones, so that long contexts have fewer to merge."""
+    near, far = NEAR_SPLITS * split, FAR_FACTOR * split
+    return -(-min(positions, near) // split) + -(-max(positions - near, 0) // far)
+
+
+def attention_programs(tiles: int, splits: int, scratch_bytes: int) -> int:
+    """Programs that share the splits of each of `tiles` (row group, key head); 1: it folds them one after the other.
+
+    What a program takes does not round: splits are merged in order by whoever has them.
+    """
+    if tiles >= BUSY_PROGRAMS or scratch_bytes > SCRATCH_BYTES:
+        return 1
+    return min(splits, -(-4 * BUSY_PROGRAMS // tiles))
+
+
 def norm_rule(columns: int) -> NormRule:
     """One power of two over the row, about sixteen elements a thread."""
     block = 1 << (columns - 1).bit_length()
     return NormRule(block, warps=min(16, max(1, block // 512)))
+
+
+def merge_rule(blocks: int, kept: int, arch: int) -> MergeRule:
+    """`kept` candidates of each of `blocks` vocabulary blocks, the blocks dealt to lanes in turn."""
+    lanes = 1024 if arch else 8
+    share = -(-blocks // lanes) * kept
+    return MergeRule(lanes, 1 << (share - 1).bit_length(), warps=4)
 
 
 @cache

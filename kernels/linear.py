@@ -71,13 +71,14 @@ def _linear_kernel(
     mask_w = offs_w < OUT
     offs_w += offs_b // BLOCK * OUT
     mask_r = offs_r < rows
+    mask_out = mask_r
     if active_ptr is None:
         first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, BLOCK_K)
         wait_for_producers(PDL)
     else:
         wait_for_producers(PDL)
-        mask_r = mask_r & (tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0)
-        if tl.max(mask_r.to(tl.int32), axis=0) == 0:
+        mask_out = mask_r & (tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0)
+        if tl.max(mask_out.to(tl.int32), axis=0) == 0:
             return
         first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, BLOCK_K)
     y = row_product(
@@ -107,7 +108,7 @@ def _linear_kernel(
     if scale_ptr is not None:
         y *= tl.load(scale_ptr + offs_r, mask=mask_r, other=0.0)[None, :]
     offs_n = pid_n * BLOCK + tl.arange(0, BLOCK)
-    mask = mask_r[None, :] & (offs_n < OUT)[:, None]
+    mask = mask_out[None, :] & (offs_n < OUT)[:, None]
     offs_out = offs_r[None, :] * stride_out + offs_n[:, None]
     if residual_ptr is not None:
         y += tl.load(residual_ptr + offs_out, mask=mask, other=0.0).to(tl.float32)

@@ -2,6 +2,9 @@
 
 One program holds BLOCK_N weight rows against ROWS activations and walks the columns in steps of BLOCK_K, in order from
 column 0. Weights are the left operand, so that eight rows of activations are one instruction of the matrix units.
+
+No offset or mask given here may come from a load of 8-bit values such as a bool: the compiler takes the narrowest load
+behind an operand as its width, and sums the columns in another order.
 """
 
 import triton

@@ -1,0 +1,220 @@
+"""The LM head: most likely tokens and log-sum-exp of each row, the logits not written."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .primitives import start_dependents, wait_for_producers
+from .products import row_product, weight_tile
+from .values import Matrix, Norm, Prediction
+
+_NONE: tl.constexpr = tl.constexpr(-(2**63))
+_LAST_ID: tl.constexpr = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _candidate(value, token):
+    """One int64 ordered by value, then lowest token first; −0 counts as 0, NaN as the highest value."""
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key = tl.where(value == value, key, 0x7FFFFFFF)
+    return (key.to(tl.int64) << 32) | (_LAST_ID - token)
+
+
+@triton.jit
+def _value(candidate):
+    key = (candidate >> 32).to(tl.int32)
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _token(candidate):
+    return _LAST_ID - (candidate & 0x7FFFFFFF)
+
+
+@triton.jit
+def _finite(peak):
+    """The peak to subtract before exponentials: 0 in place of an infinity, so that ∞ − ∞ does not arise."""
+    return tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _head_kernel(
+    x_ptr,
+    norm_ptr,
+    norm_bias_ptr,
+    w_ptr,
+    candidate_ptr,
+    log_sum_exp_ptr,
+    stride_x,
+    rows,
+    eps,
+    V: tl.constexpr,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    KEPT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The KEPT highest of a block's logits norm(x)·Wᵀ and their log-sum-exp.
+
+    x [R, K]; W [V, K_PADDED]; candidate int64 [R, KEPT, blocks]; log_sum_exp float32 [R, blocks].
+    """
+    start_dependents(PDL)
+    offs_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    pid_n = tl.program_id(1).to(tl.int64)
+    blocks = tl.num_programs(1)
+    offs_w = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_w = offs_w < V
+    mask_r = offs_r < rows
+    first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, BLOCK_K)
+    wait_for_producers(PDL)
+    y = row_product(
+        x_ptr,
+        offs_r * stride_x,
+        mask_r,
+        w_ptr,
+        offs_w * K_PADDED,
+        mask_w,
+        first,
+        norm_ptr,
+        norm_bias_ptr,
+        eps,
+        K,
+        K_PADDED,
+        BLOCK_N,
+        BLOCK_K,
+        ROWS,
+    )
+    y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
+    y = tl.where(mask_w[:, None], y, float("-inf"))
+    peak = _finite(tl.max(y, axis=0))
+    log_sum_exp = peak + tl.log(tl.sum(tl.exp(y - peak[None, :]), axis=0))
+    tl.store(log_sum_exp_ptr + offs_r * blocks + pid_n, log_sum_exp, mask=mask_r)
+
+    candidates = tl.where(mask_w[:, None], _candidate(y, offs_w[:, None]), _NONE)
+    for j in tl.static_range(KEPT):
+        best = tl.max(candidates, axis=0)
+        tl.store(candidate_ptr + (offs_r * KEPT + j) * blocks + pid_n, best, mask=mask_r)
+        candidates = tl.where(candidates == best[None, :], _NONE, candidates)
+
+
+@triton.jit
+def _merge_kernel(
+    candidate_ptr,
+    partial_ptr,
+    ids_ptr,
+    token_ptr,
+    value_ptr,
+    log_sum_exp_ptr,
+    BLOCKS: tl.constexpr,
+    KEPT: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LANES: tl.constexpr,
+    SHARE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The TOP_K highest candidates of all blocks and the log-sum-exp of their log-sum-exps.
+
+    candidate [R, KEPT, blocks], highest first; partial [R, blocks]; ids int64 [V] or None; token, value [R, TOP_K];
+    log_sum_exp [R]. Lane i of LANES holds the highest candidate not yet taken of blocks i, i + LANES, …
+    """
+    start_dependents(PDL)
+    pid_row = tl.program_id(0).to(tl.int64)
+    offs_lane = tl.arange(0, LANES)
+    candidate_ptr += pid_row * KEPT * BLOCKS
+    partial_ptr += pid_row * BLOCKS
+    wait_for_producers(PDL)
+
+    lanes = tl.full((LANES,), _NONE, tl.int64)
+    peaks = tl.full((LANES,), float("-inf"), tl.float32)
+    for start in range(0, BLOCKS, LANES):
+        offs_b = start + offs_lane
+        lanes = tl.maximum(lanes, tl.load(candidate_ptr + offs_b, mask=offs_b < BLOCKS, other=_NONE))
+        peaks = tl.maximum(peaks, tl.load(partial_ptr + offs_b, mask=offs_b < BLOCKS, other=float("-inf")))
+    peak = _finite(tl.max(peaks, axis=0))
+    sums = tl.zeros((LANES,), tl.float32)
+    for start in range(0, BLOCKS, LANES):
+        offs_b = start + offs_lane
+        sums += tl.exp(tl.load(partial_ptr + offs_b, mask=offs_b < BLOCKS, other=float("-inf")) - peak)
+    tl.store(log_sum_exp_ptr + pid_row, peak + tl.log(tl.sum(sums, axis=0)))
+
+    offs_s = tl.arange(0, SHARE)
+    for j in range(TOP_K):
+        best = tl.max(lanes, axis=0)
+        token = _token(best)
+        if ids_ptr is not None:
+            tl.store(token_ptr + pid_row * TOP_K + j, tl.load(ids_ptr + token))
+        else:
+            tl.store(token_ptr + pid_row * TOP_K + j, token)
+        tl.store(value_ptr + pid_row * TOP_K + j, _value(best).to(value_ptr.dtype.element_ty))
+        if j + 1 < TOP_K:
+            lane = (token // BLOCK_N) % LANES
+            offs_b = lane + offs_s // KEPT * LANES
+            share = tl.load(candidate_ptr + offs_s % KEPT * BLOCKS + offs_b, mask=offs_b < BLOCKS, other=_NONE)
+            following = tl.max(tl.where(share < best, share, _NONE), axis=0)
+            lanes = tl.where(offs_lane == lane, following, lanes)
+
+
+def head(
+    x: Tensor, norm: Norm, weight: Matrix, *, tile: int, top_k: int | None = None, ids: Tensor | None = None
+) -> Prediction:
+    """argmax, or the `top_k` highest, of norm(x)·Wᵀ with their logits and the log-sum-exp; ties go to the lowest id.
+
+    ids int64 [V'], ascending: the tokens the rows of a reduced vocabulary's W [V', H] stand for.
+    """
+    rows, vocabulary = x.shape[0], weight.rows
+    x = x if x.stride(1) == 1 else x.contiguous()
+    arch = launch.architecture()
+    rule = launch.product_rule(vocabulary, weight.columns, rows, tile, x.element_size(), arch)
+    blocks = triton.cdiv(vocabulary, rule.block_n)
+    taken = 1 if top_k is None else min(top_k, vocabulary)
+    kept = min(taken, rule.block_n)
+    candidate = torch.empty((rows, kept, blocks), dtype=torch.int64, device=x.device)
+    partial = torch.empty((rows, blocks), dtype=torch.float32, device=x.device)
+    token = torch.empty((rows, taken), dtype=torch.int64, device=x.device)
+    value = torch.empty((rows, taken), dtype=x.dtype, device=x.device)
+    log_sum_exp = torch.empty(rows, dtype=torch.float32, device=x.device)
+    _head_kernel[(triton.cdiv(rows, rule.rows), blocks)](
+        x,
+        norm.weight,
+        norm.bias,
+        weight.data,
+        candidate,
+        partial,
+        x.stride(0),
+        rows,
+        norm.eps,
+        V=vocabulary,
+        K=weight.columns,
+        K_PADDED=weight.data.shape[-1],
+        KEPT=kept,
+        BLOCK_N=rule.block_n,
+        BLOCK_K=rule.block_k,
+        ROWS=rule.rows,
+        PDL=launch.dependent(arch),
+        **launch.options(rule.warps, rule.stages),
+    )
+    merge = launch.merge_rule(blocks, kept, arch)
+    _merge_kernel[(rows,)](
+        candidate,
+        partial,
+        ids,
+        token,
+        value,
+        log_sum_exp,
+        BLOCKS=blocks,
+        KEPT=kept,
+        TOP_K=taken,
+        BLOCK_N=rule.block_n,
+        LANES=merge.lanes,
+        SHARE=merge.share,
+        PDL=launch.dependent(arch),
+        **launch.options(merge.warps),
+    )
+    return Prediction(*((token[:, 0], value[:, 0]) if top_k is None else (token, value)), log_sum_exp)
