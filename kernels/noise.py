@@ -27,16 +27,20 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
-def gumbel(seed: Tensor, position: Tensor, size: int) -> Tensor:
-    """Standard Gumbel noise float32 [R, size] for ids 0 to size - 1, rows given by seed and position int64 [R].
+def uniform(seed: Tensor, position: Tensor, size: int, stream: int = 0) -> Tensor:
+    """float32 [R, size] in (0, 1) for ids 0 to size - 1, rows given by seed and position int64 [R].
 
-    Id i takes word i mod 4 of the block with counter (i div 4, position, 0, 0) and key = seed.
+    Id i takes word i mod 4 of the block with counter (i div 4, position, 0, stream) and key = seed.
     """
     device = seed.device
     block = torch.arange((size + 3) // 4, device=device)[None, :]
     zero = torch.zeros((), dtype=torch.int64, device=device)
     key = ((seed & _MASK)[:, None], ((seed >> 32) & _MASK)[:, None])
-    words = philox((block, position[:, None], zero, zero), key)
+    words = philox((block, position[:, None], zero, zero + stream), key)
     bits = torch.stack(words, dim=-1).view(seed.shape[0], -1)[:, :size]
-    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23
-    return -steady(torch.log, -steady(torch.log, uniform))
+    return ((bits >> 9).float() + 0.5) * 2.0**-23
+
+
+def gumbel(seed: Tensor, position: Tensor, size: int, stream: int = 0) -> Tensor:
+    """Standard Gumbel noise float32 [R, size], −log(−log u) with u = `uniform`."""
+    return -steady(torch.log, -steady(torch.log, uniform(seed, position, size, stream)))

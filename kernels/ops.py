@@ -9,9 +9,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import packed, reference
+from . import packed, reference, reference_verify
 from .attention_index import AttentionIndex
-from .values import Matrix, Prediction, Stack
+from .values import Matrix, Prediction, Stack, Verdict
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Ops:
     logits: Callable[..., Tensor]
     head: Callable[..., Prediction]
     sample: Callable[..., Tensor]
-    verify: Callable[...]
+    verify: Callable[..., Verdict]
 
     def description(self, dtype: torch.dtype) -> str:
         """The backend and the path its products take, for people."""
@@ -59,8 +59,8 @@ TORCH = Ops(
     attend=reference.attend,
     logits=reference.logits,
     head=reference.head,
-    sample=reference.sample,
-    verify=reference.verify,
+    sample=reference_verify.sample,
+    verify=reference_verify.verify,
 )
 
 

@@ -12,8 +12,6 @@ from torch.nn import functional
 from . import packed
 from .attention_index import AttentionIndex
 from .elementwise import steady
-from .host import ints
-from .noise import gumbel
 from .values import Matrix, Norm, Prediction, Rope, Slots, Stack
 
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -173,39 +171,6 @@ def head(
     return Prediction(token if ids is None else ids[token], value, log_sum_exp)
 
 
-def sample(
-    scores: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
-) -> Tensor:
-    """Draw one token per row: argmax of warped log-probability + Gumbel(seed, position, id).
-
-    scores [R, V]; temperature, top_p, min_p float32 [R]; top_k (≤ 0: off), seed, position int64 [R]; → int64 [R].
-    Rows with temperature 0 take the argmax. Order: temperature, min-p, top-k, top-p; ties at a threshold stay.
-    """
-    token = scores.argmax(dim=-1)
-    for i in ints(torch.nonzero(temperature > 0).flatten()):
-        row = scores[i].float()
-        warped = _warp((row - row.max()) / temperature[i], int(top_k[i]), float(top_p[i]), float(min_p[i]))
-        noise = gumbel(seed[i : i + 1], position[i : i + 1], scores.shape[1])[0]
-        token[i] = (warped + noise).argmax()
-    return token
-
-
-def verify(target: Tensor, draft: Tensor, count: Tensor) -> Tensor:
-    """Length of the longest prefix of each draft that the target chose too.
-
-    target [S, K] with K ≥ k, draft [S, k], count [S] drafted tokens per sequence → accepted int64 [S].
-    """
-    k = draft.shape[1]
-    drafted = torch.arange(k, device=draft.device) < count[:, None]
-    return ((draft == target[:, :k]) & drafted).long().cumprod(dim=1).sum(dim=1)
-
-
 def _tiles(x: Tensor, tile: int) -> list[tuple[int, Tensor]]:
     rows = x.shape[0]
     if rows % tile:
@@ -249,31 +214,3 @@ def _merge(partial: list[tuple[Tensor, Tensor]]) -> Tensor:
     for weight, (block, _) in zip(weights[1:], partial[1:], strict=True):
         total, output = total + weight, output + block * weight
     return (output / total).to(partial[0][0].dtype)
-
-
-def _warp(row: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Scaled logits [V] with everything outside min-p, top-k and top-p at −∞."""
-    if min_p > 0:
-        row = _keep_at_least(row, row.max() + torch.tensor(min_p, dtype=row.dtype).log())
-    if 0 < top_k < row.shape[0]:
-        row = _keep_at_least(row, row.topk(top_k).values[-1])
-    if top_p < 1:
-        row = _keep_at_least(row, _nucleus_threshold(row, top_p))
-    return row
-
-
-def _keep_at_least(row: Tensor, threshold: Tensor) -> Tensor:
-    return row.masked_fill(row < threshold, -torch.inf)
-
-
-def _nucleus_threshold(row: Tensor, top_p: float, first: int = 1024) -> Tensor:
-    """The smallest logit of the smallest set of most likely ids whose probability reaches `top_p`."""
-    probability = row.softmax(dim=-1)
-    size = min(first, row.shape[0])
-    while True:
-        ordered, ids = probability.topk(size)
-        reached = ordered.cumsum(dim=0) >= top_p
-        if bool(reached[-1]) or size == row.shape[0]:
-            last = int(reached.long().argmax()) if bool(reached[-1]) else size - 1
-            return row[ids[last]]
-        size = row.shape[0]

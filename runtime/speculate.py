@@ -36,14 +36,14 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
     path = torch.cat([batch.last[:, None], draft.tokens], dim=1)
     hidden = model.forward(batch.rows(path, batch.length, draft.length + 1), cache, model.full)
     target = choose(model, hidden, batch, path)
-    accepted = model.ops.verify(target.tokens, draft.tokens, draft.length)
+    verdict = model.ops.verify(target.tokens, draft.tokens, draft.length, batch.length)
     verified = perf_counter()
 
     for sequence in sequences:
         sequence.enter(phase)
     pieces = [
         _commit(sequence, target, row, int(draft.length[row]), count)
-        for row, (sequence, count) in enumerate(zip(sequences, ints(accepted), strict=True))
+        for row, (sequence, count) in enumerate(zip(sequences, ints(verdict.accepted), strict=True))
     ]
     searched = method.observe(model, cache, sequences, sum(map(len, pieces)), verified - start)
     for sequence, count in zip(sequences, ints(draft.length), strict=True):

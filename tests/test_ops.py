@@ -235,14 +235,6 @@ def test_head_ties_go_to_the_lowest_id() -> None:
     assert_near(prediction.log_sum_exp, logits.logsumexp(-1))
 
 
-def test_verify_accepts_the_longest_common_prefix() -> None:
-    target = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8], [5, 9, 7, 8], [0, 0, 0, 0], [5, 6, 7, 8]])
-    draft = torch.tensor([[5, 6, 7], [5, 6, 7], [5, 6, 7], [0, 0, 0], [4, 6, 7]])
-    count = torch.tensor([3, 2, 3, 0, 3])
-    assert reference.verify(target, draft, count).tolist() == [3, 2, 1, 0, 0]
-    assert reference.verify(target, draft[:, :0], count * 0).tolist() == [0] * 5
-
-
 @pytest.mark.parametrize("function", [torch.exp, torch.log, torch.cos, torch.nn.functional.silu, reference._gelu_tanh])
 def test_steady_functions_do_not_depend_on_place_or_threads(function: object) -> None:
     x = randn(3 * ONE_THREAD + 17).abs()

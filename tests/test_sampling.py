@@ -9,7 +9,8 @@ from scipy import stats
 from torch import Tensor
 
 from skipjack import Engine, SamplingParams
-from skipjack.kernels import reference
+from skipjack.kernels.noise import gumbel
+from skipjack.kernels.reference_verify import Rule, sample, warp
 from skipjack.runtime.sampling import reshape_logits
 from skipjack.runtime.sequence import Sequence
 
@@ -47,8 +48,9 @@ def exact(temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float =
 
 def draw(rows: int, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
     """Counts over the vocabulary of one draw each at positions 0 to rows - 1."""
-    warped = reference._warp(LOGITS / temperature, top_k, top_p, min_p)
-    noise = reference.gumbel(torch.full((rows,), 17), torch.arange(rows), VOCABULARY)
+    rule = Rule(torch.tensor([temperature]), torch.tensor([top_k]), torch.tensor([top_p]), torch.tensor([min_p]))
+    warped = warp(LOGITS[None], rule)
+    noise = gumbel(torch.full((rows,), 17), torch.arange(rows), VOCABULARY)
     return torch.bincount((warped + noise).argmax(-1), minlength=VOCABULARY)
 
 
@@ -80,7 +82,7 @@ def test_sample_op_draws_each_row_by_its_own_rule() -> None:
     rows = len(SETTINGS) + 1
     fields = [{"temperature": 0.0}, *SETTINGS]
     position = torch.arange(100, 100 + rows)
-    token = reference.sample(
+    token = sample(
         LOGITS.repeat(rows, 1),
         torch.tensor([f["temperature"] for f in fields]),
         torch.tensor([f.get("top_k", 0) for f in fields]),
@@ -90,7 +92,7 @@ def test_sample_op_draws_each_row_by_its_own_rule() -> None:
         position,
     )
     assert token[0] == LOGITS.argmax()
-    noise = reference.gumbel(torch.full((rows,), 5), position, VOCABULARY)
+    noise = gumbel(torch.full((rows,), 5), position, VOCABULARY)
     for row, setting in enumerate(SETTINGS, start=1):
         expected = (exact(**setting).log() + noise[row]).argmax()
         assert token[row] == expected
