@@ -48,8 +48,8 @@ class Batch:
     def of(sequences: list[Sequence], tile: int, device: torch.device) -> Batch:
         width = max(len(s.pages) for s in sequences)
         table = torch.tensor([s.pages + [0] * (width - len(s.pages)) for s in sequences], device=device)
-        state = torch.tensor([(s.tokens[-1], s.cached, s.room) for s in sequences])
-        last, length, room = state.T.contiguous().to(device)
+        state = torch.tensor([(s.tokens[-1], s.cached, s.room) for s in sequences], device=device)
+        last, length, room = state.T.contiguous()
         return Batch(sequences, last, length, room, table, tile)
 
     @property

@@ -52,7 +52,7 @@ class Model:
             else None
         )
         self._qkv = ops.prepare_stack(weights.qkv)
-        self._layers = [_layer(weights, self._qkv, i, config.norm_eps, ops) for i in range(config.num_layers)]
+        self.layers = [_layer(weights, self._qkv, i, config.norm_eps, ops) for i in range(config.num_layers)]
         self._norm = Norm(weights.norm, weights.norm_bias, config.norm_eps)
         self._head = ops.prepare(weights.head)
         self._rotary = RotaryTable(config, self.device) if any(config.rope_layers) else None
@@ -85,7 +85,7 @@ class Model:
         index = self.ops.index(
             rows.sequence, rows.position, rows.block_table, page_size=cache.page_size, tile=rows.tile
         )
-        rope = self._rotary.rows(rows.position, rows.longest(cache.page_size)) if self._rotary else None
+        rope = self.rotations(rows, cache)
         for sublayer in plan.sublayers:
             layer = sublayer // 2
             if sublayer % 2 == 0:
@@ -93,6 +93,10 @@ class Model:
             else:
                 self._mlp(layer, x, rows.tile)
         return x[:count]
+
+    def rotations(self, rows: Rows, cache: KVCache) -> Rope | None:
+        """The rotation of each row; None for a model without rotary embedding."""
+        return self._rotary.rows(rows.position, rows.longest(cache.page_size)) if self._rotary else None
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and LM head: [R, H] → [R, V]."""
@@ -109,7 +113,7 @@ class Model:
     def _attention(
         self, number: int, x: Tensor, cache: KVCache, slots: Slots, index: AttentionIndex, rope: Rope | None
     ) -> None:
-        layer, config, tile = self._layers[number], self.config, index.tile
+        layer, config, tile = self.layers[number], self.config, index.tile
         keys, values = cache.keys[number], cache.values[number]
         q = self.ops.qkv_rope_append(
             x,
@@ -130,7 +134,7 @@ class Model:
         self.ops.linear(mixed, layer.output, tile=tile, bias=layer.output_bias, residual=x)
 
     def _mlp(self, number: int, x: Tensor, tile: int) -> None:
-        layer = self._layers[number]
+        layer = self.layers[number]
         inner = self.ops.linear(
             x, layer.up, tile=tile, norm=layer.mlp_norm, bias=layer.up_bias, activation=self._activation
         )

@@ -14,7 +14,7 @@ from ..loaders.config import ModelConfig, RopeScaling
 
 def inverse_frequencies(theta: float, head_dim: int, scaling: RopeScaling) -> Tensor:
     """Radians per position, float32 [head_dim / 2], for the scalings default, linear and llama3."""
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
     if scaling.kind == "linear":
         return frequencies / scaling.factor
     if scaling.kind == "llama3":
@@ -37,7 +37,7 @@ class RotaryTable:
         return Rope(self._cos[position], self._sin[position])
 
     def _grow(self, size: int) -> None:
-        angle = torch.arange(size, dtype=torch.float32)[:, None] * self._frequencies
+        angle = torch.arange(size, dtype=torch.float32, device="cpu")[:, None] * self._frequencies
         cos, sin = steady(torch.cos, angle), steady(torch.sin, angle)
         self._cos = torch.cat([cos, cos], dim=-1)[:, None].to(self._device)
         self._sin = torch.cat([-sin, sin], dim=-1)[:, None].to(self._device)

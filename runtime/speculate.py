@@ -63,7 +63,7 @@ def prefill(model: Model, cache: KVCache, sequence: Sequence) -> list[Piece]:
     The prompt has tiles of its own, of the same size for every prompt and batch: its neighbours cannot change it.
     """
     start = perf_counter()
-    hidden = torch.empty(0)
+    hidden = torch.empty(0, device=model.device)
     for first in range(0, len(sequence.prompt), PREFILL_CHUNK):
         chunk = sequence.prompt[first : first + PREFILL_CHUNK]
         rows = one_sequence(chunk, first, sequence.pages, model.ops.prefill_tile, model.device)

@@ -1,0 +1,244 @@
+"""The checks only a GPU can make, each a generator of findings."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..kernels.ops import TORCH, select
+from ..loaders.config import ModelConfig
+from ..loaders.synthetic import synthetic_config, synthetic_weights
+from ..runtime.engine import Engine
+from ..runtime.errors import SkipjackError
+from ..runtime.request import SamplingParams
+from ..runtime.rows import one_sequence
+from .op_cases import CASES, Side
+
+SEVERAL_ROWS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 32, 64, 144)
+# Of a norm-wise relative error: a few roundings of the dtype, the smallest of which is 2**-9 in bfloat16.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+LONG_RUN_METHOD = "swift:skip_attention=2+3,num_draft_tokens=5,threshold=0"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what was compared, whether it held, and the figure it rests on."""
+
+    part: str
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where the check runs and how large."""
+
+    device: torch.device
+    shapes: tuple[str, ...]
+    timed: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    rows: tuple[int, ...]
+    long_run: int
+    dry: bool
+
+
+GPU = Setting(
+    torch.device("cuda"),
+    ("135m", "1b"),
+    ("135m", "1b", "8b"),
+    (torch.bfloat16, torch.float16),
+    SEVERAL_ROWS,
+    1200,
+    dry=False,
+)
+DRY = Setting(torch.device("cpu"), ("tiny-llama",), ("tiny-llama",), (torch.float32,), (1, 2, 9), 24, dry=True)
+
+
+def ops(setting: Setting) -> Iterator[Finding]:
+    """Every op against the torch table in float64."""
+    triton = select("triton")
+    for shape in setting.shapes:
+        config = config_of(shape)
+        for dtype in setting.dtypes:
+            mine = Side(triton, setting.device, dtype, dtype)
+            oracle = Side(TORCH, torch.device("cpu"), dtype, torch.float64)
+            for name, case in CASES.items():
+                for rows, tile in ((setting.rows[-1] if setting.dry else 16, triton.decode_tile), (70, 64)):
+                    if setting.dry and tile == 64:
+                        continue
+                    worst = _worst(case(mine, config, rows, tile), case(oracle, config, rows, tile))
+                    detail = f"{worst[1]}: relative error {worst[0]:.1e}"
+                    yield Finding(
+                        "ops", f"{name} {shape} {_name(dtype)} {rows} rows", worst[0] < TOLERANCE[dtype], detail
+                    )
+
+
+def invariance(setting: Setting) -> Iterator[Finding]:
+    """Row i of a pass has the bits it has alone: the whole model, decode rows of one sequence."""
+    for shape in setting.shapes:
+        for dtype in setting.dtypes:
+            engine = engine_of(shape, dtype, setting)
+            different = _rows_that_differ(engine, setting.rows)
+            yield Finding(
+                "rows", f"{shape} {_name(dtype)}", not different, f"row counts that differ: {different or 'none'}"
+            )
+
+
+def exactness(setting: Setting) -> Iterator[Finding]:
+    """SWIFT gives the tokens of plain decoding, greedy and sampled, alone and in a batch."""
+    yield from (_exact(engine_of(shape, dtype, setting), f"{shape} {_name(dtype)}", setting)
+                for shape in setting.shapes for dtype in setting.dtypes)  # fmt: skip
+    if not setting.dry:
+        try:
+            with Engine.load("demo", device="cuda", cache_tokens=16384) as demo:
+                yield _exact(demo, "demo", setting)
+        except SkipjackError as error:
+            yield Finding("exact", "demo", True, f"not run, {error}")
+
+
+def races(setting: Setting) -> Iterator[Finding]:
+    """The tokens of a long greedy run with dependent launch and without."""
+    shape = setting.shapes[0]
+    runs: list[list[int]] = []
+    for dependent in ("1", "0"):
+        command = [sys.executable, "-m", "skipjack.bench.gpu_check", "tokens", shape, str(setting.long_run)]
+        command += ["--dry-run"] if setting.dry else []
+        environment = os.environ | {"SKIPJACK_PDL": dependent}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            yield Finding("race", shape, False, done.stderr.strip()[-300:])
+            return
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    same = runs[0] == runs[1]
+    yield Finding(
+        "race",
+        f"{shape} {setting.long_run} tokens",
+        same,
+        "dependent launch on and off: " + ("equal" if same else "DIFFERENT"),
+    )
+
+
+def compilations(setting: Setting) -> Iterator[Finding]:
+    """Kernels compiled by requests of other lengths and batches, after a warm-up."""
+    if setting.dry:
+        yield Finding("compile", "after warm-up", True, "the interpreter compiles nothing")
+        return
+    from triton import knobs
+
+    engine = engine_of(setting.shapes[0], torch.bfloat16, setting)
+    compiled: list[str] = []
+
+    def note(*_: Any, **fields: Any) -> None:
+        compiled.append(str(getattr(fields.get("fn"), "name", fields.get("repr", "?"))))
+
+    _workload(engine, (5, 40, 200), batches=(1, 2, 3, 5, 9))
+    knobs.runtime.jit_post_compile_hook = note
+    try:
+        _workload(engine, (1, 17, 64, 333, 1000), batches=(1, 2, 4, 6, 8, 12, 16))
+    finally:
+        knobs.runtime.jit_post_compile_hook = None
+    yield Finding("compile", "after warm-up", not compiled, f"{len(compiled)} compiled: {sorted(set(compiled))[:5]}")
+
+
+PARTS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
+    "ops": ops,
+    "rows": invariance,
+    "exact": exactness,
+    "race": races,
+    "compile": compilations,
+}
+
+
+def long_run(shape: str, count: int, setting: Setting) -> list[int]:
+    """The tokens of one greedy run by layer skipping."""
+    params = SamplingParams(max_tokens=count, ignore_eos=True)
+    return (
+        engine_of(shape, setting.dtypes[0], setting).generate([1, 2, 3, 4, 5], params, method=LONG_RUN_METHOD).token_ids
+    )
+
+
+def engine_of(shape: str, dtype: torch.dtype, setting: Setting) -> Engine:
+    """An engine on the Triton table over random weights of a named shape."""
+    config = config_of(shape)
+    weights = synthetic_weights(config, 0, dtype, device=setting.device)
+    return Engine(config, weights, backend="triton", cache_tokens=min(config.max_context, 40000))
+
+
+def config_of(shape: str) -> ModelConfig:
+    """The configuration of a named synthetic shape."""
+    return ModelConfig.parse(synthetic_config(shape), shape)
+
+
+def _exact(engine: Engine, name: str, setting: Setting) -> Finding:
+    length = 8 if setting.dry else 160
+    prompts = [[(7 * i + j) % 500 + 3 for j in range(4 + 9 * i)] for i in range(2 if setting.dry else 6)]
+    different = total = 0
+    for temperature in (0.0, 0.8):
+        params = SamplingParams(max_tokens=length, temperature=temperature, seed=5, ignore_eos=True)
+        plain = [engine.generate(prompt, params).token_ids for prompt in prompts]
+        for k in (3,) if setting.dry else (1, 3, 7):
+            method = f"swift:skip_attention=2+4,skip_mlp=3,num_draft_tokens={k},threshold=0"
+            together = engine.generate(prompts, params, method=method)
+            different += sum(output.token_ids != ids for output, ids in zip(together, plain, strict=True))
+            total += sum(len(ids) for ids in plain)
+    return Finding("exact", name, different == 0, f"{total} tokens, {different} continuations differ")
+
+
+def _rows_that_differ(engine: Engine, counts: tuple[int, ...]) -> list[int]:
+    model, cache = engine._loaded()  # pyright: ignore[reportPrivateUsage]
+    rows = max(counts)
+    token = [(11 * i) % 500 + 3 for i in range(rows)]
+    with torch.inference_mode():
+        pages = cache.reserve(rows)
+        tile, device = model.ops.decode_tile, model.device
+        alone = [model.logits(model.forward(one_sequence([t], i, pages, tile, device), cache, model.full))
+                 for i, t in enumerate(token)]  # fmt: skip
+        different: list[int] = []
+        for count in counts:
+            for first in {0, rows - count}:
+                part = one_sequence(token[first : first + count], first, pages, tile, device)
+                together = model.logits(model.forward(part, cache, model.full))
+                if not torch.equal(together, torch.cat(alone[first : first + count])):
+                    different.append(count)
+        cache.release(pages)
+    return sorted(set(different))
+
+
+def _workload(engine: Engine, lengths: tuple[int, ...], batches: tuple[int, ...]) -> None:
+    for length in lengths:
+        for temperature in (0.0, 0.7):
+            params = SamplingParams(
+                max_tokens=12, temperature=temperature, top_p=0.9, top_k=40, seed=1, ignore_eos=True
+            )
+            for batch in batches if length < 100 else (1,):
+                prompts = [[3 + (i + j) % 400 for j in range(length)] for i in range(batch)]
+                for method in ("autoregressive", "swift:skip_attention=2,num_draft_tokens=4,threshold=0"):
+                    engine.generate(prompts, params, method=method)
+
+
+def _worst(got: Any, expected: Any) -> tuple[float, str]:
+    """The largest relative error in the norm, and where; a NaN is infinitely wrong, an unequal integer too."""
+    worst = (0.0, "all equal")
+    for name, value in got.items():
+        a, b = value.detach().cpu(), expected[name].detach().cpu()
+        if not b.is_floating_point():
+            error = 0.0 if torch.equal(a.long(), b.long()) else float("inf")
+        else:
+            error = float((a.double() - b.double()).norm() / b.double().norm())
+            error = float("inf") if math.isnan(error) else error
+        if error > worst[0]:
+            worst = (error, name)
+    return worst
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

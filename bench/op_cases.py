@@ -1,0 +1,248 @@
+"""Every op on inputs of a model's shape, the same for two op tables: what a table gives is compared with the other's.
+
+A case draws its inputs from a seed through a `Side`, which says in which table, on which device and in which precision
+they arrive; the values are those of the dtype under test on both sides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.ops import Ops
+from ..kernels.values import Norm, Rope, Router, Slots, Tree
+from ..loaders.config import ModelConfig
+
+PAGE = 64
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Side:
+    """One op table; inputs drawn as `dtype`, then held as `held` on `device`."""
+
+    ops: Ops
+    device: torch.device
+    dtype: torch.dtype
+    held: torch.dtype
+
+    def randn(self, *shape: int, seed: int, scale: float = 1.0) -> Tensor:
+        """Normal values of the dtype under test."""
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+        return values.to(self.dtype).to(self.device, self.held)
+
+    def put(self, values: Tensor) -> Tensor:
+        """Index or float32 values, as they are."""
+        return values.to(self.device)
+
+    def norm(self, size: int, seed: int, *, layers: int | None = None, bias: bool = False) -> Norm:
+        shape = (size,) if layers is None else (layers, size)
+        return Norm(self.randn(*shape, seed=seed), self.randn(*shape, seed=seed + 1) if bias else None, EPS)
+
+    def rope(self, rows: int, head_dim: int, seed: int) -> Rope:
+        angle = torch.randn(rows, 1, head_dim // 2, generator=torch.Generator().manual_seed(seed))
+        cos, sin = angle.cos(), angle.sin()
+        return Rope(self.put(torch.cat([cos, cos], -1)), self.put(torch.cat([-sin, sin], -1)))
+
+
+Outputs = Mapping[str, Tensor]
+Case = Callable[[Side, ModelConfig, int, int], Outputs]
+
+
+def norm(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
+    x = side.randn(rows, config.hidden_size, seed=1)
+    return {
+        "rms": side.ops.normalise(x, side.norm(config.hidden_size, 2)),
+        "layer": side.ops.normalise(x, side.norm(config.hidden_size, 2, bias=True)),
+    }
+
+
+def mlp(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    x = side.randn(rows, hidden, seed=1)
+    up = side.ops.prepare(side.randn(2 * inner, hidden, seed=2, scale=hidden**-0.5))
+    down = side.ops.prepare(side.randn(hidden, inner, seed=3, scale=inner**-0.5))
+    gated = side.ops.linear(x, up, tile=tile, norm=side.norm(hidden, 4), activation="silu_gate")
+    narrow = side.ops.prepare(side.randn(hidden, hidden, seed=8, scale=hidden**-0.5))
+    bloom = side.ops.linear(
+        x,
+        narrow,
+        tile=tile,
+        norm=side.norm(hidden, 4, bias=True),
+        bias=side.randn(hidden, seed=6),
+        activation="gelu_tanh",
+    )
+    wide = side.randn(rows, inner, seed=7)
+    added = side.ops.linear(wide, down, tile=tile, residual=x.clone())
+    weight = side.put(torch.rand(rows, generator=torch.Generator().manual_seed(9)))
+    active = side.put(torch.arange(rows) % 3 != 1)
+    masked = side.ops.linear(wide, down, tile=tile, residual=x.clone(), scale=weight, active=active)
+    return {"silu_gate": gated, "gelu": bloom, "residual": added, "masked": masked}
+
+
+def qkv(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
+    heads, kv_heads, head_dim, hidden = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
+    out = (heads + 2 * kv_heads) * head_dim
+    weight = side.ops.prepare(side.randn(out, hidden, seed=2, scale=hidden**-0.5))
+    pages = 2 + rows // PAGE
+    slot = torch.randperm(pages * PAGE, generator=torch.Generator().manual_seed(3))[:rows]
+    results: dict[str, Tensor] = {}
+    for label, q_norm in (("plain", None), ("qk_norm", side.randn(head_dim, seed=4))):
+        keys, values = (torch.zeros(pages, kv_heads, PAGE, head_dim, dtype=side.held, device=side.device) for _ in "kv")
+        q = side.ops.qkv_rope_append(
+            side.randn(rows, hidden, seed=1),
+            side.norm(hidden, 5),
+            weight,
+            side.randn(out, seed=6),
+            q_norm,
+            q_norm,
+            side.rope(rows, head_dim, 7),
+            keys,
+            values,
+            Slots(side.put(slot // PAGE), side.put(slot % PAGE)),
+            heads=heads,
+            tile=tile,
+        )
+        results |= {f"{label} q": q, f"{label} keys": keys, f"{label} values": values}
+    return results
+
+
+def attention(side: Side, config: ModelConfig, rows: int, tile: int, context: int = 1000) -> Outputs:
+    """One sequence whose last rows attend to `context` positions; plain, windowed, ALiBi, and as nodes of a tree."""
+    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    last = context + rows
+    pages = math.ceil(last / PAGE)
+    keys, values = (side.randn(pages + 1, kv_heads, PAGE, head_dim, seed=seed) for seed in (1, 2))
+    q = side.randn(rows, heads, head_dim, seed=3)
+    table = torch.randperm(pages, generator=torch.Generator().manual_seed(4))[None] + 1
+    sequence, position = torch.zeros(rows, dtype=torch.int64), torch.arange(context, last)
+
+    def attend(at: Tensor, tree: Tree | None = None, window: int | None = None, alibi: bool = False) -> Tensor:
+        index = side.ops.index(side.put(sequence), side.put(at), side.put(table), page_size=PAGE, tile=tile, tree=tree)
+        slopes = side.put(2.0 ** -torch.arange(1, heads + 1).float()) if alibi else None
+        return side.ops.attend(q, keys, values, index, scale=head_dim**-0.5, window=window, slopes=slopes)
+
+    # Node r follows node 0, which follows the cached positions: two levels, every node in a slot of its own.
+    slot = torch.stack([torch.full((rows,), context), position], dim=1)
+    tree = Tree(side.put(torch.full((rows,), context)), side.put(slot))
+    return {
+        "causal": attend(position),
+        "window": attend(position, window=300),
+        "alibi": attend(position, alibi=True),
+        "tree": attend(context + (torch.arange(rows) > 0).long(), tree),
+    }
+
+
+def head(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
+    hidden = config.hidden_size
+    weight = side.ops.prepare(side.randn(config.vocab_size, hidden, seed=2, scale=hidden**-0.5))
+    x, scale = side.randn(rows, hidden, seed=1), side.norm(hidden, 3)
+    prediction = side.ops.head(x, scale, weight, tile=tile)
+    top = side.ops.head(x, scale, weight, tile=tile, top_k=5)
+    written = side.ops.logits(x, scale, weight, tile=tile)
+    return {
+        "logits": written,
+        "value": prediction.value,
+        "log_sum_exp": prediction.log_sum_exp,
+        "top_k values": top.value,
+        "value of the token": written.gather(1, prediction.token[:, None])[:, 0] - prediction.value + 1,
+    }
+
+
+def fill(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
+    heads, kv_heads, head_dim, hidden = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
+    layers, out = 3, (heads + 2 * kv_heads) * head_dim
+    weight = side.ops.prepare_stack(side.randn(layers, out, hidden, seed=2, scale=hidden**-0.5))
+    active = torch.rand(layers, rows, generator=torch.Generator().manual_seed(3)) < 0.5
+    active[1] = False
+    pages = 2 + rows // PAGE
+    keys, values = (
+        torch.zeros(layers, pages, kv_heads, PAGE, head_dim, dtype=side.held, device=side.device) for _ in "kv"
+    )
+    slot = torch.randperm(pages * PAGE, generator=torch.Generator().manual_seed(4))[:rows]
+    rows_of = side.ops.row_map(side.put(active))
+    side.ops.fill_kv(
+        side.randn(rows, hidden, seed=1),
+        rows_of,
+        side.norm(hidden, 5, layers=layers),
+        weight,
+        None,
+        None,
+        side.rope(rows, head_dim, 7),
+        None,
+        keys,
+        values,
+        Slots(side.put(slot // PAGE), side.put(slot % PAGE)),
+        heads=heads,
+        tile=tile,
+    )
+    return {"keys": keys, "values": values, "count": rows_of.count + 1}
+
+
+def routing(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
+    hidden, reduced = config.hidden_size, max(16, config.hidden_size // 16)
+    router = Router(
+        side.ops.prepare(side.randn(reduced, hidden, seed=2, scale=hidden**-0.5)),
+        side.randn(reduced, seed=3),
+        side.put(torch.randn(reduced, generator=torch.Generator().manual_seed(4)) / reduced**0.5),
+    )
+    routed = side.ops.route(side.randn(rows, hidden, seed=1), side.norm(hidden, 5), router, tile=tile)
+    return {"weight": routed.weight}
+
+
+def sampling(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
+    """Integer results: they must be equal."""
+    generator = torch.Generator().manual_seed(1)
+    vocab, k = config.vocab_size, 4
+    scores = side.put(torch.randn(rows, vocab, generator=generator) * 3)
+    each = torch.arange(rows)
+    token = side.ops.sample(
+        scores,
+        side.put((each % 3).float() * 0.7),
+        side.put(each % 4 * 20),
+        side.put(1 - (each % 5).float() * 0.1),
+        side.put((each % 2).float() * 0.01),
+        side.put(each * 2**40 - 7),
+        side.put(each + 3),
+    )
+    target = torch.randint(0, 3, (rows, k + 1), generator=generator)
+    draft = torch.randint(0, 3, (rows, k), generator=generator)
+    count = torch.randint(0, k + 1, (rows,), generator=generator)
+    verdict = side.ops.verify(side.put(target), side.put(draft), side.put(count), side.put(each * 10))
+    sequences = min(rows, 4)
+    logits = side.put(torch.randn(sequences, k + 1, vocab, generator=generator) * 3)
+    drafted = side.put(torch.randn(sequences, k, vocab, generator=generator) * 3)
+    one = torch.ones(sequences)
+    rejected = side.ops.verify_rejection(
+        logits,
+        side.put(logits.cpu()[:, :k].argmax(-1)),
+        drafted,
+        side.put(torch.full((sequences,), k)),
+        side.put(each[:sequences] * 10),
+        side.put(one),
+        side.put((one * 50).long()),
+        side.put(one * 0.9),
+        side.put(one * 0),
+        side.put(each[:sequences] + 11),
+    )
+    return {
+        "sample": token,
+        **{f"verify {name}": value for name, value in verdict._asdict().items()},
+        **{f"rejection {name}": value for name, value in rejected._asdict().items()},
+    }
+
+
+CASES: dict[str, Case] = {
+    "normalise": norm,
+    "linear": mlp,
+    "qkv_rope_append": qkv,
+    "attend": attention,
+    "head": head,
+    "fill_kv": fill,
+    "route": routing,
+    "sample, verify": sampling,
+}

@@ -1,0 +1,238 @@
+"""First figures of a GPU: measured bandwidth, the kernels of a layer one by one, and whole steps.
+
+A step is one captured graph of the model's pass and its head. A kernel's figure is one graph of that kernel launched
+for every layer in turn, so that its weights come from memory as far as all layers together exceed the L2 cache:
+`loop_bytes` says how many there are. Bytes are those a launch cannot avoid, over the copy bandwidth measured first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ..kernels.ops import select
+from ..kernels.values import Matrix, Slots
+from ..loaders.config import ModelConfig
+from ..loaders.synthetic import synthetic_config, synthetic_weights
+from ..loaders.weights import Weights
+from ..runtime.cache import KVCache
+from ..runtime.model import Model
+from ..runtime.rows import Rows, one_sequence
+
+CONTEXT = 512
+SAMPLES = 20
+ROWS = (1, 8, 16)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured time, seconds; None in a dry run. `share` is bytes ÷ time ÷ copy bandwidth."""
+
+    name: str
+    shape: str
+    rows: int
+    median: float | None
+    p10: float | None
+    p90: float | None
+    bytes: int
+    loop_bytes: int
+    share: float | None
+    note: str = ""
+
+
+def figures(device: torch.device, shapes: tuple[str, ...], dry: bool) -> Iterator[Figure]:
+    """Bandwidth, then kernels and steps of every shape."""
+    clock = _Clock(dry)
+    copied = clock.copy_bandwidth(device)
+    for name, rate in copied.items():
+        yield Figure(f"{name} bandwidth", "", 0, rate, None, None, 0, 0, None, "bytes per second")
+    copy = copied.get("copy")
+    dtype = torch.float32 if dry else torch.bfloat16
+    for shape in shapes:
+        config = ModelConfig.parse(synthetic_config(shape), shape)
+        weights = synthetic_weights(config, 0, dtype, device=device)
+        model = Model(config, weights, select("triton"))
+        cache = model.new_cache(-(-(CONTEXT + max(ROWS)) // model.ops.page_size) + 1)
+        pages = cache.reserve(CONTEXT + max(ROWS))
+        for tensor in (cache.keys, cache.values):
+            tensor[:, pages] = torch.randn_like(tensor[:, pages])
+        yield from _kernels(clock, model, cache, pages, shape, copy)
+        yield from _steps(clock, model, weights, cache, pages, shape, copy)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Figures as a table on standard output."""
+    table = Table("what", "shape", "rows", "µs", "p10", "p90", "MB", "% of copy", "note")
+    for row in rows:
+        if row["name"].endswith("bandwidth"):
+            rate = "-" if row["median"] is None else f"{row['median'] / 1e12:.2f} TB/s"
+            table.add_row(row["name"], "", "", rate, "", "", "", "", "")
+            continue
+        times = ["-" if row[key] is None else f"{row[key] * 1e6:.1f}" for key in ("median", "p10", "p90")]
+        share = "-" if row["share"] is None else f"{100 * row['share']:.1f}"
+        table.add_row(
+            row["name"], row["shape"], str(row["rows"]), *times, f"{row['bytes'] / 1e6:.1f}", share, row["note"]
+        )
+    Console(highlight=False).print(table)
+
+
+def _steps(
+    clock: _Clock, model: Model, weights: Weights, cache: KVCache, pages: list[int], shape: str, copy: float | None
+) -> Iterator[Figure]:
+    config = model.config
+    first: float | None = None
+    for count in ROWS:
+        rows = _rows(model, pages, count)
+
+        def step(rows: Rows = rows) -> None:
+            model.predict(model.forward(rows, cache, model.full))
+
+        total = _weight_bytes(weights) + _kv_bytes(model, CONTEXT)
+        times = clock.times(step)
+        first = times[0] if count == 1 else first
+        note = "" if first is None or times[0] is None else f"÷ decode(1) {times[0] / first:.3f}"
+        if count == 1 and times[0] is not None and copy:
+            bubble = (times[0] - total / copy) / config.num_layers
+            note = f"{1 / times[0]:.0f} tokens/s, bubble {bubble * 1e6:.1f} µs per layer"
+        yield Figure("step", shape, count, *times, total, total, _share(total, times[0], copy), note)
+
+
+class _Launch(NamedTuple):
+    """One kernel for layer i, the bytes it cannot avoid, and the layers there are."""
+
+    run: Callable[[int], object]
+    bytes: int
+    layers: int
+
+
+def _kernels(
+    clock: _Clock, model: Model, cache: KVCache, pages: list[int], shape: str, copy: float | None
+) -> Iterator[Figure]:
+    for count in ROWS[:2]:
+        for name, launch in _launches(model, cache, pages, count).items():
+
+            def loop(launch: _Launch = launch) -> None:
+                for i in range(launch.layers):
+                    launch.run(i)
+
+            times = clock.times(loop, launch.layers)
+            share = _share(launch.bytes, times[0], copy)
+            yield Figure(name, shape, count, *times, launch.bytes, launch.bytes * launch.layers, share)
+
+
+def _launches(model: Model, cache: KVCache, pages: list[int], count: int) -> dict[str, _Launch]:
+    """The kernels of a layer, and the head, for `count` rows after a context."""
+    config, ops, tile, layers = model.config, model.ops, model.ops.decode_tile, model.layers
+    rows = _rows(model, pages, count)
+    slots = Slots(*rows.slots(cache.page_size))
+    index = ops.index(rows.sequence, rows.position, rows.block_table, page_size=cache.page_size, tile=tile)
+    rope = model.rotations(rows, cache)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(count, *shape, device=model.device, dtype=model.dtype)
+
+    x, q, inner = randn(config.hidden_size), randn(config.num_heads, config.head_dim), randn(config.intermediate_size)
+    mixed = q.flatten(1)
+
+    def qkv(i: int) -> None:
+        layer = layers[i]
+        ops.qkv_rope_append(
+            x, layer.attention_norm, layer.qkv, layer.qkv_bias, layer.q_norm, layer.k_norm, rope,
+            cache.keys[i], cache.values[i], slots, heads=config.num_heads, tile=tile,
+        )  # fmt: skip
+
+    def attend(i: int) -> None:
+        ops.attend(q, cache.keys[i], cache.values[i], index, scale=config.head_dim**-0.5)
+
+    def output(i: int) -> None:
+        ops.linear(mixed, layers[i].output, tile=tile, residual=x)
+
+    def up(i: int) -> None:
+        ops.linear(x, layers[i].up, tile=tile, norm=layers[i].mlp_norm, activation="silu_gate")
+
+    def down(i: int) -> None:
+        ops.linear(inner, layers[i].down, tile=tile, residual=x)
+
+    def size(matrix: Matrix) -> int:
+        return matrix.rows * matrix.columns * x.element_size()
+
+    number, first = config.num_layers, layers[0]
+    return {
+        "qkv": _Launch(qkv, size(first.qkv), number),
+        "attend": _Launch(attend, _kv_bytes(model, CONTEXT) // number, number),
+        "output": _Launch(output, size(first.output), number),
+        "up": _Launch(up, size(first.up), number),
+        "down": _Launch(down, size(first.down), number),
+        "head": _Launch(lambda _: model.predict(x), config.vocab_size * config.hidden_size * x.element_size(), 1),
+    }
+
+
+class _Clock:
+    """Times a function as a captured graph with device events; in a dry run it only calls it."""
+
+    def __init__(self, dry: bool) -> None:
+        self._dry = dry
+
+    def copy_bandwidth(self, device: torch.device) -> dict[str, float]:
+        """Bytes per second of a large copy (read and written) and of a large reduction (read)."""
+        if self._dry:
+            return {}
+        source = torch.randn(2**29, device=device)
+        target = torch.empty_like(source)
+        copy, read = self.times(lambda: target.copy_(source))[0], self.times(lambda: torch.amax(source))[0]
+        size = source.numel() * source.element_size()
+        return {"copy": 2 * size / (copy or 1), "read": size / (read or 1)}
+
+    def times(self, function: Callable[[], Any], calls: int = 1) -> tuple[float | None, float | None, float | None]:
+        """Median, 10th and 90th percentile of the seconds one of `calls` takes."""
+        with torch.inference_mode():
+            if self._dry:
+                function()
+                return None, None, None
+            side = torch.cuda.Stream()
+            with torch.cuda.stream(side):
+                function()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                function()
+            for _ in range(3):
+                graph.replay()
+            torch.cuda.synchronize()
+            samples: list[float] = []
+            for _ in range(SAMPLES):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                for _ in range(4):
+                    graph.replay()
+                end.record()
+                end.synchronize()
+                samples.append(begin.elapsed_time(end) / 1e3 / 4 / calls)
+        low, middle, high = (float(value) for value in np.percentile(samples, (10, 50, 90)))
+        return middle, low, high
+
+
+def _rows(model: Model, pages: list[int], count: int) -> Rows:
+    return one_sequence(list(range(3, 3 + count)), CONTEXT, pages, model.ops.decode_tile, model.device)
+
+
+def _weight_bytes(weights: Weights) -> int:
+    """What a pass reads: every layer and the head; of an embedding that is not the head, a row at most."""
+    parts = (weights.qkv, weights.output, weights.up, weights.down, weights.head)
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def _kv_bytes(model: Model, context: int) -> int:
+    config, size = model.config, model.dtype.itemsize
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * context * size
+
+
+def _share(total: int, seconds: float | None, copy: float | None) -> float | None:
+    return None if seconds is None or not copy else total / seconds / copy
