@@ -64,25 +64,32 @@ def product_rule(weight_rows: int, columns: int, rows: int, tile: int, itemsize:
     """The rule of `row_product` for a weight [weight_rows, columns] against passes of `rows` rows in tiles of `tile`.
 
     block_n and block_k, which fix the order of a sum, depend on the weight alone. `rows`, the activations one program
-    takes, does not round: columns of one instruction are independent. The interpreter's products are not, so there it
-    is the tile.
+    takes, does not round: columns of one instruction are independent, and there are enough for 16 bytes of a step a
+    thread: with fewer, the layout of the sum of squares would follow `rows`. The interpreter's products are not
+    independent, so there it is the tile.
     """
     width = padded(columns)
     block_k = next(block for block in (256 // itemsize, 64, 32, 16) if width % block == 0)
     block_n = 32 if weight_rows >= 4096 else 16
-    wide = tile if arch == 0 or tile > 8 else min(32, max(8, 1 << (rows - 1).bit_length()))
+    least = max(8, 2048 // (block_k * itemsize))
+    wide = tile if arch == 0 or tile > 8 else min(32, max(least, 1 << (rows - 1).bit_length()))
     return ProductRule(block_n, block_k, wide, warps=4, stages=4 if arch else 1)
 
 
 def head_rule(
     head_dim: int, whole: bool, weight_rows: int, columns: int, rows: int, tile: int, itemsize: int, arch: int
 ) -> ProductRule:
-    """`product_rule` for weight rows of one head in block_n / 2 pairs half a head apart; `whole`: all its pairs."""
+    """`product_rule` for weight rows of one head in block_n / 2 pairs half a head apart; `whole`: all its pairs.
+
+    Eight rows of a whole head would go to other matrix instructions than sixteen, which round otherwise.
+    """
     rule = product_rule(weight_rows, columns, rows, tile, itemsize, arch)
     pairs = max(8, 1 << (head_dim // 2 - 1).bit_length())
     if not whole:
         return rule._replace(block_n=min(rule.block_n, 2 * pairs))
-    return rule._replace(block_n=2 * pairs, stages=min(rule.stages, 3))
+    return rule._replace(
+        block_n=2 * pairs, rows=rule.rows if arch == 0 else max(16, rule.rows), stages=min(rule.stages, 3)
+    )
 
 
 def attention_rule(head_dim: int, group: int, tile: int, itemsize: int, arch: int) -> AttentionRule:
@@ -113,6 +120,12 @@ def norm_rule(columns: int) -> NormRule:
     """One power of two over the row, about sixteen elements a thread."""
     block = 1 << (columns - 1).bit_length()
     return NormRule(block, warps=min(16, max(1, block // 512)))
+
+
+def vocabulary_rule(size: int) -> NormRule:
+    """Blocks that a row of scores is walked in, sixteen elements a thread."""
+    block = max(16, min(8192, 1 << (size - 1).bit_length()))
+    return NormRule(block, warps=max(1, block // 512))
 
 
 def merge_rule(blocks: int, kept: int, arch: int) -> MergeRule:

@@ -135,7 +135,7 @@ def _qkv_rope_append_kernel(
     offs_w = (head * D + offs_d).to(tl.int64) * K_PADDED
     offs_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask_r = offs_r < rows
-
+    mask_out = mask_r
     if active_ptr is None and write_ptr is None:
         first = weight_tile(w_ptr, offs_w, mask_w, BLOCK_K)
         wait_for_producers(PDL)
@@ -143,10 +143,10 @@ def _qkv_rope_append_kernel(
         wait_for_producers(PDL)
         if is_query:
             if active_ptr is not None:
-                mask_r = mask_r & (tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0)
+                mask_out = mask_r & (tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0)
         elif write_ptr is not None:
-            mask_r = mask_r & (tl.load(write_ptr + offs_r, mask=mask_r, other=0) != 0)
-        if tl.max(mask_r.to(tl.int32), axis=0) == 0:
+            mask_out = mask_r & (tl.load(write_ptr + offs_r, mask=mask_r, other=0) != 0)
+        if tl.max(mask_out.to(tl.int32), axis=0) == 0:
             return
         first = weight_tile(w_ptr, offs_w, mask_w, BLOCK_K)
 
@@ -190,17 +190,17 @@ def _qkv_rope_append_kernel(
         ROWS,
     )
     if is_query:
-        store_halves(q_ptr, (offs_r * HEADS + head) * D, mask_r, lower, upper, pair, D, PAIRS)
+        store_halves(q_ptr, (offs_r * HEADS + head) * D, mask_out, lower, upper, pair, D, PAIRS)
     else:
-        page = tl.load(page_ptr + offs_r, mask=mask_r, other=0)
-        offset = tl.load(offset_ptr + offs_r, mask=mask_r, other=0)
+        page = tl.load(page_ptr + offs_r, mask=mask_out, other=0)
+        offset = tl.load(offset_ptr + offs_r, mask=mask_out, other=0)
         if is_key:
             place = page * stride_key_page + offset * stride_key_slot + (head - HEADS) * stride_key_head
-            store_halves(keys_ptr, place, mask_r, lower, upper, pair, D, PAIRS)
+            store_halves(keys_ptr, place, mask_out, lower, upper, pair, D, PAIRS)
         else:
             place = page * stride_value_page + offset * stride_value_slot
             place += (head - HEADS - KV_HEADS) * stride_value_head
-            store_halves(values_ptr, place, mask_r, lower, upper, pair, D, PAIRS)
+            store_halves(values_ptr, place, mask_out, lower, upper, pair, D, PAIRS)
 
 
 def qkv_rope_append(
