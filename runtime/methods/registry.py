@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RequestError
-from . import autoregressive, swift
+from . import autoregressive, lookup, swift
 from .base import Method
 
 _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "autoregressive": (autoregressive.Autoregressive, autoregressive.Options),
+    "lookup": (lookup.Lookup, lookup.Options),
     "swift": (swift.Swift, swift.Options),
 }
 
