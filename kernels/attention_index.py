@@ -1,81 +1,214 @@
 """Which keys each row of a pass attends to, worked out once per pass and used by every layer."""
 
 from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .host import ints
+from .values import Slots, Tree
 
 UNSEEN = -1e30
+
+
+class Index(Protocol):
+    """The rows of a pass and the pages they read, in the form that one backend's `attend` takes."""
+
+    tile: int
+
+
+class Block(NamedTuple):
+    """Keys of one block of positions: a page of the cache, or slots gathered for one row of a tree.
+
+    mask: float32 [1, kv_heads or 1, tile·group, page_size], added to the scores.
+    """
+
+    page: int | Slots
+    mask: Tensor
+
+    def read(self, cache: Tensor) -> Tensor:
+        """The block's part of a cache [pages, kv_heads, P, D]: [1, kv_heads, P, D]."""
+        if isinstance(self.page, int):
+            return cache[self.page][None]
+        return cache[self.page.page, :, self.page.offset].transpose(0, 1).contiguous()[None]
+
+
+class Branch(NamedTuple):
+    """Rows first to first + count of a group, and the blocks that only they see, after those of the whole group."""
+
+    first: int
+    count: int
+    blocks: list[Block]
+
+
+class Group(NamedTuple):
+    """Consecutive rows of one sequence, at most a tile: the first of them, their number, and what they see."""
+
+    start: int
+    count: int
+    blocks: list[Block]
+    branches: list[Branch]
 
 
 class AttentionIndex:
     """Rows grouped by sequence in tiles, the pages each group reads, and the masks over those pages.
 
     A pass's rows come sorted by sequence: `sequence` int64 [R] names the row of `block_table` [S, pages] a row belongs
-    to (-1 for padding rows), `position` int64 [R] its place in that sequence; `page_size` slots per page.
+    to (-1 for padding rows), `position` int64 [R] its place in that sequence; `page_size` slots per page. Rows that
+    are nodes of a draft tree find their keys through `tree`.
     """
 
-    def __init__(self, sequence: Tensor, position: Tensor, block_table: Tensor, *, page_size: int, tile: int) -> None:
+    def __init__(
+        self,
+        sequence: Tensor,
+        position: Tensor,
+        block_table: Tensor,
+        *,
+        page_size: int,
+        tile: int,
+        tree: Tree | None = None,
+    ) -> None:
         self.tile = tile
         self._page_size = page_size
+        self._tree = tree
         self._groups = [
             (start, positions, ints(block_table[row, : max(positions) // page_size + 1]))
             for row, start, positions in _groups(ints(sequence), ints(position), tile)
         ]
         self._visible: Tensor | None = None
-        self._blocks: dict[tuple[int | None, bool], list[tuple[int, int, list[tuple[int, Tensor]]]]] = {}
+        self._seen: dict[tuple[int | None, bool], list[Group]] = {}
 
-    def blocks(
-        self, window: int | None, slopes: Tensor | None, kv_heads: int, group: int
-    ) -> Iterator[tuple[int, int, list[tuple[int, Tensor]]]]:
-        """(first row, number of rows, [(page, mask)]) of every group, from the first page any of its rows sees.
-
-        A mask is float32 [1, kv_heads or 1, tile·group, page_size], added to the scores.
-        """
+    def groups(self, window: int | None, slopes: Tensor | None, kv_heads: int, group: int) -> list[Group]:
+        """Every group of rows, with its blocks from the first page any of its rows sees."""
         key = (window, slopes is not None)
-        if key not in self._blocks:
-            self._blocks[key] = [
-                (start, len(positions), self._group_blocks(positions, pages, window, slopes, kv_heads, group))
+        if key not in self._seen:
+            self._seen[key] = [
+                self._group(start, positions, pages, window, slopes, kv_heads, group)
                 for start, positions, pages in self._groups
             ]
-        yield from self._blocks[key]
+        return self._seen[key]
 
-    def _group_blocks(
+    def _group(
         self,
+        start: int,
         positions: list[int],
         pages: list[int],
         window: int | None,
         slopes: Tensor | None,
         kv_heads: int,
         group: int,
-    ) -> list[tuple[int, Tensor]]:
+    ) -> Group:
+        def mask(block: int, at: list[int]) -> Tensor:
+            return self._mask(block, at, window, slopes, kv_heads, group)
+
+        count = len(positions)
+        first = 0 if window is None else max(0, min(positions) - window + 1) // self._page_size
+        if self._tree is None:
+            blocks = [Block(pages[block], mask(block, positions)) for block in range(first, len(pages))]
+            return Group(start, count, blocks, [Branch(0, count, [])])
+        common = min(int(self._tree.length[start : start + count].min()) // self._page_size, len(pages))
+        blocks = [Block(pages[block], mask(block, positions)) for block in range(first, common)]
+        branches = [
+            Branch(
+                row,
+                1,
+                [
+                    Block(self._path(block, start + row, at, pages), mask(block, [at]))
+                    for block in range(max(first, common), at // self._page_size + 1)
+                ],
+            )
+            for row, at in enumerate(positions)
+        ]
+        return Group(start, count, blocks, branches)
+
+    def _path(self, block: int, row: int, at: int, pages: list[int]) -> Slots:
+        """Where the keys of a block lie on the path of a tree's row; positions after its own repeat that."""
+        tree, size = self._tree, self._page_size
+        assert tree is not None
+        position = torch.arange(block * size, (block + 1) * size).clamp(max=at)
+        depth = position - tree.length[row]
+        slot = torch.where(depth < 0, position, tree.slot[row, depth.clamp(min=0)])
+        return Slots(torch.tensor(pages)[slot // size], slot % size)
+
+    def _mask(
+        self,
+        block: int,
+        positions: list[int],
+        window: int | None,
+        slopes: Tensor | None,
+        kv_heads: int,
+        group: int,
+    ) -> Tensor:
         size, tile = self._page_size, self.tile
+        oldest, newest = block * size, (block + 1) * size - 1
+        in_window = window is None or oldest > max(positions) - window
+        if slopes is None and newest <= min(positions) and in_window:
+            return self._nothing_hidden(group)
         row = torch.tensor(positions + positions[:1] * (tile - len(positions)))[:, None]
-        first = 0 if window is None else max(0, min(positions) - window + 1) // size
-        blocks: list[tuple[int, Tensor]] = []
-        for block in range(first, len(pages)):
-            last_of_block, oldest = (block + 1) * size - 1, block * size
-            in_window = window is None or oldest > max(positions) - window
-            if slopes is None and last_of_block <= min(positions) and in_window:
-                blocks.append((pages[block], self._nothing_hidden(group)))
-                continue
-            distance = torch.arange(block * size, (block + 1) * size) - row
-            seen = distance <= 0 if window is None else (distance <= 0) & (distance > -window)
-            mask = torch.zeros(tile, size).masked_fill_(~seen, UNSEEN)
-            mask = mask[None, :, None, :].expand(1, tile, group, size)
-            if slopes is not None:
-                bias = slopes.view(kv_heads, 1, group, 1) * distance.float()[None, :, None, :]
-                mask = mask + bias.masked_fill(~seen[None, :, None, :], 0)
-            blocks.append((pages[block], mask.reshape(1, -1, tile * group, size)))
-        return blocks
+        distance = torch.arange(oldest, newest + 1) - row
+        seen = distance <= 0 if window is None else (distance <= 0) & (distance > -window)
+        mask = torch.zeros(tile, size).masked_fill_(~seen, UNSEEN)
+        mask = mask[None, :, None, :].expand(1, tile, group, size)
+        if slopes is not None:
+            bias = slopes.view(kv_heads, 1, group, 1) * distance.float()[None, :, None, :]
+            mask = mask + bias.masked_fill(~seen[None, :, None, :], 0)
+        return mask.reshape(1, -1, tile * group, size)
 
     def _nothing_hidden(self, group: int) -> Tensor:
         """The mask of a page that every row sees whole, shared: long prompts have many."""
         if self._visible is None:
             self._visible = torch.zeros(1, 1, self.tile * group, self._page_size)
         return self._visible
+
+
+class RowGroups(NamedTuple):
+    """Groups of rows on the device: first row and number of rows, int32 [bound]; unused ones have none."""
+
+    first: Tensor
+    count: Tensor
+    bound: int
+
+
+class TritonIndex:
+    """The same description of a pass, left on the device, and the scratch memory its attention shares.
+
+    Takes what AttentionIndex takes; pages are the blocks of the reduction, so `page_size` is a power of two.
+    """
+
+    def __init__(
+        self,
+        sequence: Tensor,
+        position: Tensor,
+        block_table: Tensor,
+        *,
+        page_size: int,
+        tile: int,
+        tree: Tree | None = None,
+    ) -> None:
+        self.tile = tile
+        self.page_size = page_size
+        self.sequence = sequence.contiguous()
+        self.position = position.contiguous()
+        self.block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+        self.tree = None if tree is None else Tree(tree.length.contiguous(), tree.slot.contiguous())
+        self.row_groups: dict[int, RowGroups] = {}
+        self._scratch: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def capacity(self) -> int:
+        """Positions a sequence can have in the block table."""
+        return self.block_table.shape[1] * self.page_size
+
+    def scratch(self, tiles: int, splits: int, heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What programs hand over to the one that merges: sums, their maxima and totals, and how many arrived."""
+        key = (tiles, splits, heads, head_dim)
+        if key not in self._scratch:
+            device, rows = self.sequence.device, self.sequence.shape[0]
+            partial = torch.empty(splits, rows, heads, head_dim, dtype=torch.float32, device=device)
+            state = torch.empty(splits, rows, heads, 2, dtype=torch.float32, device=device)
+            self._scratch[key] = partial, state, torch.zeros(tiles, dtype=torch.int32, device=device)
+        return self._scratch[key]
 
 
 def _groups(sequence: list[int], position: list[int], tile: int) -> Iterator[tuple[int, int, list[int]]]:

@@ -92,12 +92,27 @@ def head_rule(
     )
 
 
+def route_rule(weight_rows: int, columns: int, rows: int, tile: int, itemsize: int, arch: int) -> ProductRule:
+    """`product_rule` with long steps for decoding: a router has few weight rows, so few programs stream them all."""
+    rule = product_rule(weight_rows, columns, rows, tile, itemsize, arch)._replace(block_n=16)
+    if tile > 8:
+        return rule
+    width = padded(columns)
+    block_k = next(block for block in (1024 // itemsize, 512 // itemsize, rule.block_k) if width % block == 0)
+    wide = tile if arch == 0 else min(32, max(8, 2048 // (block_k * itemsize)))
+    return rule._replace(block_k=block_k, rows=wide, stages=min(rule.stages, 4))
+
+
 def attention_rule(head_dim: int, group: int, tile: int, itemsize: int, arch: int) -> AttentionRule:
     """Passes of tiles of `tile` rows, `group` query heads to a key head: one product takes 16 to 64 rows × heads."""
     heads = 1 << (group - 1).bit_length()
     rows = max(1, min(1 << (tile.bit_length() - 1), 16, 64 // heads))
-    wide = head_dim * itemsize > 256
-    return AttentionRule(rows, max(heads, 16 // rows), split=128, warps=4, stages=(2 if wide else 3) if arch else 1)
+    heads = max(heads, 16 // rows)
+    width = (1 << (head_dim - 1).bit_length()) * itemsize
+    queries = rows * heads * (width + 64 * itemsize)
+    held = 0 if arch >= 90 and rows * heads >= 64 else 1
+    stages = next((n for n in (3, 2) if queries + (n - held) * 128 * width <= 96 << 10), 1)
+    return AttentionRule(rows, heads, split=128, warps=8, stages=stages if arch else 1)
 
 
 def attention_splits(positions: int, split: int) -> int:

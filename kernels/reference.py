@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import packed
-from .attention_index import AttentionIndex
+from .attention_index import AttentionIndex, Block, Index
 from .elementwise import steady
 from .values import Matrix, Norm, Prediction, Rope, Slots, Stack
 
@@ -113,7 +113,7 @@ def attend(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    index: AttentionIndex,
+    index: Index,
     *,
     scale: float,
     window: int | None = None,
@@ -125,27 +125,39 @@ def attend(
     q [R, heads, D]; keys, values [pages, kv_heads, P, D]; slopes float32 [heads] for ALiBi; `window`: a row sees itself
     and the window − 1 positions before it. Returns [R, heads·D], undefined for rows of no sequence and rows that are
     not `active` bool [R]. One page is one block of the reduction: blocks are merged in order from position 0 by their
-    log-sum-exp, and a block no key of which is seen adds exactly nothing.
+    log-sum-exp, and a block no key of which is seen adds exactly nothing. A tree's rows take the pages before the tree
+    together and those it lies in one row at a time, gathered along the row's path. Raises TypeError for an index of
+    another backend.
     """
+    if not isinstance(index, AttentionIndex):
+        raise TypeError(f"index: expected AttentionIndex, got {type(index).__name__}")
     rows, heads, head_dim = q.shape
     kv_heads = keys.shape[1]
     group = heads // kv_heads
     tile = index.tile
     out = q.new_zeros(rows, heads * head_dim)
-    for start, count, blocks in index.blocks(window, slopes, kv_heads, group):
+    for start, count, blocks, branches in index.groups(window, slopes, kv_heads, group):
         if active is not None and not bool(active[start : start + count].any()):
             continue
         rows_q = q[start : start + tile]
         if rows_q.shape[0] < tile:
             rows_q = functional.pad(rows_q, (0, 0, 0, 0, 0, tile - rows_q.shape[0]))
         packed_q = rows_q.view(tile, kv_heads, group, head_dim).transpose(0, 1).reshape(1, kv_heads, -1, head_dim)
-        partial = [
-            _attention(packed_q, keys[page][None], values[page][None], 0.0, False, attn_mask=mask, scale=scale)
-            for page, mask in blocks
-        ]
-        merged = partial[0][0] if len(partial) == 1 else _merge(partial)
-        by_row = merged.view(kv_heads, tile, group * head_dim).transpose(0, 1).reshape(tile, -1)
-        out[start : start + count] = by_row[:count]
+
+        def over(blocks: list[Block], packed_q: Tensor = packed_q) -> list[tuple[Tensor, Tensor]]:
+            return [
+                _attention(
+                    packed_q, block.read(keys), block.read(values), 0.0, False, attn_mask=block.mask, scale=scale
+                )
+                for block in blocks
+            ]
+
+        shared = over(blocks)
+        for first, length, own in branches:
+            partial = shared + over(own)
+            merged = partial[0][0] if len(partial) == 1 else _merge(partial)
+            by_row = merged.view(kv_heads, tile, group * head_dim).transpose(0, 1).reshape(tile, -1)
+            out[start + first : start + first + length] = by_row[first : first + length]
     return out if active is None else out.masked_fill_(~active[:, None], 0)
 
 

@@ -1,0 +1,399 @@
+"""Masked-layer attention over the paged cache: decode, verify, draft trees and prefill in one kernel.
+
+A program takes up to GROUP_ROWS consecutive rows of one sequence with all query heads that share a key head, so that
+keys and values are read once for them. It walks logical positions in blocks of one page; blocks are folded by online
+softmax into splits, splits into the result, both in order. Where a split begins depends on nothing but position, and
+a block no key of which a row sees changes nothing in that row, bit for bit: a row's result is the same alone, among
+other rows, and as a node of a draft tree. Products and sums are never contracted by the compiler, so that all variants
+of the kernel round alike.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .attention_index import Index, RowGroups, TritonIndex
+from .primitives import dot, start_dependents, wait_for_producers
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+UNSEEN: tl.constexpr = tl.constexpr(-1e30)
+NEAR_SPLITS: tl.constexpr = tl.constexpr(launch.NEAR_SPLITS)
+FAR_FACTOR: tl.constexpr = tl.constexpr(launch.FAR_FACTOR)
+
+
+def attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    index: Index,
+    *,
+    scale: float,
+    window: int | None = None,
+    slopes: Tensor | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale·q·kᵀ + slope·(key position − position))·v over the keys at or before each row's position.
+
+    q [R, heads, D]; keys, values [pages, kv_heads, P, D] of equal strides; slopes float32 [heads] for ALiBi; `window`:
+    a row sees itself and the window − 1 positions before it. Returns [R, heads·D], undefined for rows of no sequence
+    and rows that are not `active` bool [R]. Raises TypeError for an index of another backend.
+    """
+    if not isinstance(index, TritonIndex):
+        raise TypeError(f"index: expected TritonIndex, got {type(index).__name__}")
+    rows, heads, head_dim = q.shape
+    kv_heads = keys.shape[1]
+    group = heads // kv_heads
+    out = torch.empty(rows, heads * head_dim, dtype=q.dtype, device=q.device)
+    if rows == 0:
+        return out
+    arch = launch.architecture()
+    rule = launch.attention_rule(head_dim, group, index.tile, q.element_size(), arch)
+    groups = row_groups(index, rule.rows)
+    splits = launch.attention_splits(index.capacity, rule.split)
+    programs = launch.attention_programs(groups.bound * kv_heads, splits, 4 * splits * q.numel())
+    scratch = index.scratch(groups.bound * kv_heads, splits, heads, head_dim) if programs > 1 else (None, None, None)
+    tree = index.tree
+    _attend_kernel[(groups.bound, kv_heads, programs)](
+        q,
+        keys,
+        values,
+        out,
+        groups.first,
+        groups.count,
+        index.sequence,
+        index.position,
+        index.block_table,
+        None if tree is None else tree.length,
+        None if tree is None else tree.slot,
+        slopes,
+        active if active is None else active.contiguous(),
+        *scratch,
+        q.stride(0),
+        q.stride(1),
+        keys.stride(0),
+        keys.stride(1),
+        keys.stride(2),
+        index.block_table.stride(0),
+        0 if tree is None else tree.slot.stride(0),
+        rows,
+        scale * LOG2_E.value,
+        window,
+        HEADS=heads,
+        GROUP=group,
+        D=head_dim,
+        D_PADDED=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK=index.page_size,
+        SPLIT=rule.split,
+        GROUP_ROWS=rule.rows,
+        GROUP_PADDED=rule.heads,
+        IN_ORDER=programs == 1,
+        PDL=launch.dependent(arch),
+        **launch.options(rule.warps, rule.stages) | {"enable_fp_fusion": False},
+    )
+    return out
+
+
+def row_groups(index: TritonIndex, rows: int) -> RowGroups:
+    """Groups of at most `rows` consecutive rows of one sequence, made once per index; the host knows only a bound."""
+    if rows not in index.row_groups:
+        count = index.sequence.shape[0]
+        sequences = index.block_table.shape[0]
+        bound = max(1, (count + min(sequences, count) * (rows - 1)) // rows)
+        table = torch.zeros(2, bound, dtype=torch.int32, device=index.sequence.device)
+        groups = RowGroups(table[0], table[1], bound)
+        _row_groups_kernel[(sequences,)](
+            index.sequence,
+            groups.first,
+            groups.count,
+            count,
+            GROUP_ROWS=rows,
+            BLOCK=1024,
+            PDL=launch.dependent(launch.architecture()),
+            **launch.options(4, 1),
+        )
+        index.row_groups[rows] = groups
+    return index.row_groups[rows]
+
+
+@triton.jit(do_not_specialize=["stride_table", "stride_node", "rows", "window"])
+def _attend_kernel(
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    out_ptr,
+    first_ptr,
+    count_ptr,
+    sequence_ptr,
+    position_ptr,
+    table_ptr,
+    length_ptr,
+    slot_ptr,
+    slopes_ptr,
+    active_ptr,
+    partial_ptr,
+    state_ptr,
+    arrivals_ptr,
+    stride_q_row,
+    stride_q_head,
+    stride_page,
+    stride_head,
+    stride_slot,
+    stride_table,
+    stride_node,
+    rows,
+    scale,
+    window,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    IN_ORDER: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out[r, h] = Σₚ softmaxₚ(scale·q[r, h]·k[p] + slope[h]·(p − position[r]))·v[p], scores in units of log 2.
+
+    q [rows, HEADS, D]; k, v [pages, HEADS / GROUP, BLOCK, D]; partial float32 [splits, rows, HEADS, D]; state float32
+    [splits, rows, HEADS, 2], maximum and sum; arrivals int32 [row groups, HEADS / GROUP], zero before and after.
+    """
+    start_dependents(PDL)
+    M: tl.constexpr = GROUP_ROWS * GROUP_PADDED
+    pid_group, pid_kv, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_d = tl.arange(0, D_PADDED)
+    offs_row = tl.arange(0, M) // GROUP_PADDED
+    offs_head = pid_kv * GROUP + tl.arange(0, M) % GROUP_PADDED
+    wait_for_producers(PDL)
+
+    count = tl.load(count_ptr + pid_group)
+    if count == 0:
+        return
+    first = tl.load(first_ptr + pid_group).to(tl.int64)
+    mask_m = (offs_row < count) & (tl.arange(0, M) % GROUP_PADDED < GROUP)
+    if active_ptr is not None:
+        mask_m = mask_m & (tl.load(active_ptr + first + offs_row, mask=mask_m, other=0) != 0)
+    position = tl.load(position_ptr + first + offs_row, mask=mask_m, other=-1).to(tl.int32)
+    last = tl.max(position, axis=0)
+    if last < 0:
+        return
+    oldest = last * 0
+    if window is not None:
+        oldest = tl.maximum(tl.min(tl.where(mask_m, position, last), axis=0) - window + 1, 0)
+    first_split = _split_of(oldest, SPLIT)
+    splits = _split_of(last, SPLIT) + 1 - first_split
+    if pid_split >= splits:
+        return
+
+    mask = mask_m[:, None] & (offs_d < D)[None, :]
+    q_ptr += first * stride_q_row
+    q = tl.load(q_ptr + (offs_row * stride_q_row + offs_head * stride_q_head)[:, None] + offs_d[None, :], mask, 0.0)
+    keys_ptr += pid_kv.to(tl.int64) * stride_head
+    values_ptr += pid_kv.to(tl.int64) * stride_head
+    table_ptr += tl.load(sequence_ptr + first) * stride_table
+    slope = None
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + offs_head, mask=mask_m, other=0.0) * LOG2_E
+    shared = last // BLOCK + 1
+    if slot_ptr is not None:
+        length_ptr += first
+        slot_ptr += first * stride_node
+        shared = tl.min(tl.load(length_ptr + offs_row, mask=mask_m, other=2147483647), axis=0).to(tl.int32) // BLOCK
+
+    offs_state = offs_row * HEADS + offs_head
+    offs_out = offs_state[:, None] * D + offs_d[None, :]
+    stride_split = rows.to(tl.int64) * HEADS
+    peak, total, acc = _nothing_seen(M, D_PADDED)
+    for split in tl.range(first_split + pid_split, first_split + splits, tl.num_programs(2), disable_licm=True):
+        begin = tl.maximum(_split_begin(split, SPLIT), oldest) // BLOCK
+        end = tl.minimum(_split_begin(split + 1, SPLIT) // BLOCK, last // BLOCK + 1)
+        offs_page = begin + tl.arange(0, FAR_FACTOR * SPLIT // BLOCK)
+        pages = tl.load(table_ptr + offs_page, mask=offs_page < end, other=0)
+        split_peak, split_total, split_acc = _nothing_seen(M, D_PADDED)
+        for block in range(begin, tl.minimum(end, shared)):
+            page = tl.sum(tl.where(offs_page == block, pages, 0), axis=0) * stride_page
+            split_peak, split_total, split_acc = _fold_block(
+                q, keys_ptr + page, values_ptr + page, tl.arange(0, BLOCK) * stride_slot, block, position, oldest, last,
+                slope, scale, window, split_peak, split_total, split_acc, BLOCK, D,
+            )  # fmt: skip
+        if slot_ptr is not None:
+            for block in range(tl.maximum(begin, shared), end):
+                for member in range(0, count):
+                    own = tl.where(offs_row == member, position, -1)
+                    node = tl.max(own, axis=0)
+                    offs_kv = _path(
+                        table_ptr, length_ptr + member, slot_ptr + member * stride_node, stride_page, stride_slot,
+                        block, oldest, node, BLOCK,
+                    )  # fmt: skip
+                    split_peak, split_total, split_acc = _fold_block(
+                        q, keys_ptr, values_ptr, offs_kv, block, own, oldest, node,
+                        slope, scale, window, split_peak, split_total, split_acc, BLOCK, D,
+                    )  # fmt: skip
+        if IN_ORDER:
+            peak, total, acc = _fold_split(peak, total, acc, split_peak, split_total, split_acc)
+        elif splits == 1:
+            peak, total, acc = split_peak, split_total, split_acc
+        else:
+            base = split * stride_split + first * HEADS
+            tl.store(partial_ptr + base * D + offs_out, split_acc, mask=mask)
+            tl.store(state_ptr + 2 * base + 2 * offs_state, split_peak, mask=mask_m)
+            tl.store(state_ptr + 2 * base + 2 * offs_state + 1, split_total, mask=mask_m)
+
+    if not IN_ORDER:
+        if splits > 1:  # noqa: SIM102
+            arrivals_ptr += pid_group * tl.num_programs(1) + pid_kv
+            tl.debug_barrier()
+            if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1 < tl.minimum(splits, tl.num_programs(2)):
+                return
+            tl.store(arrivals_ptr, 0)
+            for split in range(first_split, first_split + splits):
+                base = split * stride_split + first * HEADS
+                state = state_ptr + 2 * base + 2 * offs_state
+                split_peak = tl.load(state, mask=mask_m, other=UNSEEN, cache_modifier=".cg")
+                split_total = tl.load(state + 1, mask=mask_m, other=0.0, cache_modifier=".cg")
+                split_acc = tl.load(partial_ptr + base * D + offs_out, mask, 0.0, cache_modifier=".cg")
+                peak, total, acc = _fold_split(peak, total, acc, split_peak, split_total, split_acc)
+    out = acc / tl.where(mask_m, total, 1.0)[:, None]
+    tl.store(out_ptr + first * (HEADS * D) + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _nothing_seen(M: tl.constexpr, D_PADDED: tl.constexpr):
+    """Maximum, sum of weights and weighted sum of values before any key."""
+    return tl.full((M,), UNSEEN, tl.float32), tl.zeros((M,), tl.float32), tl.zeros((M, D_PADDED), tl.float32)
+
+
+@triton.jit
+def _path(
+    table_ptr,
+    length_ptr,
+    slot_ptr,
+    stride_page,
+    stride_slot,
+    block,
+    oldest,
+    node,
+    BLOCK: tl.constexpr,
+):
+    """Where the keys of a block lie on the path of one row of a tree, int64 [BLOCK]."""
+    offs_n = block * BLOCK + tl.arange(0, BLOCK)
+    mask_n = (offs_n >= oldest) & (offs_n <= node)
+    depth = offs_n - tl.load(length_ptr).to(tl.int32)
+    slot = tl.load(slot_ptr + depth, mask=mask_n & (depth >= 0), other=0)
+    slot = tl.where(depth >= 0, slot, offs_n)
+    page = tl.load(table_ptr + slot // BLOCK, mask=mask_n, other=0)
+    return page * stride_page + slot % BLOCK * stride_slot
+
+
+@triton.jit
+def _fold_block(
+    q,
+    keys_ptr,
+    values_ptr,
+    offs_kv,
+    block,
+    position,
+    oldest,
+    last,
+    slope,
+    scale,
+    window,
+    peak,
+    total,
+    acc,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Online softmax: maximum, sum of weights and weighted sum of values with one block's keys added.
+
+    Keys of the block lie at offs_kv [BLOCK]; those before oldest or after last are not read.
+    """
+    D_PADDED: tl.constexpr = q.shape[1]
+    offs_n = block * BLOCK + tl.arange(0, BLOCK)
+    mask_n = (offs_n >= oldest) & (offs_n <= last)
+    offs_d = tl.arange(0, D_PADDED)
+    mask_kv = mask_n[:, None]
+    if D != D_PADDED:
+        mask_kv = mask_kv & (offs_d < D)[None, :]
+    k = tl.load(keys_ptr + (offs_kv[:, None] + offs_d[None, :]), mask=mask_kv, other=0.0)
+    v = tl.load(values_ptr + (offs_kv[:, None] + offs_d[None, :]), mask=mask_kv, other=0.0)
+    distance = offs_n[None, :] - position[:, None]
+    seen = (distance <= 0) & mask_n[None, :]
+    if window is not None:
+        seen = seen & (distance > -window)
+    scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK), tl.float32)) * scale
+    if slope is not None:
+        scores = tl.fma(distance.to(tl.float32), slope[:, None], scores)
+    scores = tl.where(seen, scores, float("-inf"))
+    higher = tl.maximum(peak, tl.max(scores, axis=1))
+    rescale = tl.exp2(peak - higher)
+    p = tl.exp2(scores - higher[:, None])
+    total = tl.fma(total, rescale, tl.sum(p, axis=1))
+    acc = dot(p.to(v.dtype), v, acc * rescale[:, None])
+    return higher, total, acc
+
+
+@triton.jit
+def _fold_split(peak, total, acc, split_peak, split_total, split_acc):
+    """Softmax sums over all splits so far with those of the next one added."""
+    higher = tl.maximum(peak, split_peak)
+    rescale = tl.exp2(peak - higher)
+    weight = tl.exp2(split_peak - higher)
+    total = tl.fma(total, rescale, split_total * weight)
+    acc = tl.fma(acc, rescale[:, None], split_acc * weight[:, None])
+    return higher, total, acc
+
+
+@triton.jit
+def _split_begin(split, SPLIT: tl.constexpr):
+    """The first position of a split: NEAR_SPLITS of SPLIT positions, then longer ones."""
+    return (tl.minimum(split, NEAR_SPLITS) + tl.maximum(split - NEAR_SPLITS, 0) * FAR_FACTOR) * SPLIT
+
+
+@triton.jit
+def _split_of(position, SPLIT: tl.constexpr):
+    """The split a position lies in."""
+    NEAR: tl.constexpr = NEAR_SPLITS * SPLIT
+    return tl.minimum(position, NEAR) // SPLIT + tl.maximum(position - NEAR, 0) // (FAR_FACTOR * SPLIT)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _row_groups_kernel(
+    sequence_ptr,
+    first_ptr,
+    count_ptr,
+    rows,
+    GROUP_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """first row and row count of the groups of sequence pid, int32 [groups]; sequence int64 [rows], -1 for padding.
+
+    The n-th sequence of the pass owns groups from (its first row + n·(GROUP_ROWS − 1)) // GROUP_ROWS on.
+    """
+    start_dependents(PDL)
+    pid_sequence = tl.program_id(0)
+    offs = tl.arange(0, BLOCK)
+    wait_for_producers(PDL)
+    first = rows
+    count = 0
+    earlier = 0
+    for block in range(0, rows, BLOCK):
+        offs_row = block + offs
+        mask = offs_row < rows
+        sequence = tl.load(sequence_ptr + offs_row, mask=mask, other=-1)
+        before = tl.load(sequence_ptr + offs_row - 1, mask=mask & (offs_row > 0), other=-1)
+        own = sequence == pid_sequence
+        first = tl.minimum(first, tl.min(tl.where(own, offs_row, rows), axis=0))
+        count += tl.sum(own.to(tl.int32), axis=0)
+        begins = (sequence >= 0) & (sequence != before) & (offs_row < first)
+        earlier += tl.sum(begins.to(tl.int32), axis=0)
+    base = (first + earlier * (GROUP_ROWS - 1)) // GROUP_ROWS
+    for block in range(0, count, BLOCK * GROUP_ROWS):
+        offs_group = block // GROUP_ROWS + offs
+        left = count - offs_group * GROUP_ROWS
+        tl.store(first_ptr + base + offs_group, first + offs_group * GROUP_ROWS, mask=left > 0)
+        tl.store(count_ptr + base + offs_group, tl.minimum(left, GROUP_ROWS), mask=left > 0)
