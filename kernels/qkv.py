@@ -230,7 +230,7 @@ def qkv_rope_append(
     _, kv_heads, _, head_dim = keys.shape
     normed = q_norm is not None and k_norm is not None
     arch = launch.architecture()
-    rule = launch.head_rule(head_dim, normed, weight.rows, columns, rows, tile, x.itemsize, arch)
+    rule = launch.head_rule(head_dim, normed, weight.rows, columns, rows, tile, x.element_size(), arch)
     pairs = rule.block_n // 2
     q = torch.empty(rows, heads, head_dim, dtype=x.dtype, device=x.device)
     blocks = triton.cdiv(head_dim // 2, pairs)
