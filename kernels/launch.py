@@ -18,6 +18,7 @@ NEAR_SPLITS = 8
 FAR_FACTOR = 4
 BUSY_PROGRAMS = 128
 SCRATCH_BYTES = 1 << 28
+ROW_MAP_BLOCK = 1024
 
 
 class ProductRule(NamedTuple):
