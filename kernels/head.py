@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import start_dependents, wait_for_producers
+from .primitives import ordered_sum, start_dependents, wait_for_producers
 from .products import row_product, weight_tile
 from .values import Matrix, Norm, Prediction
 
@@ -19,7 +19,7 @@ def _candidate(value, token):
     """One int64 ordered by value, then lowest token first; −0 counts as 0, NaN as the highest value."""
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    key = tl.where(value == value, key, 0x7FFFFFFF)
+    key = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, key)
     return (key.to(tl.int64) << 32) | (_LAST_ID - token)
 
 
@@ -93,7 +93,7 @@ def _head_kernel(
     y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
     y = tl.where(mask_w[:, None], y, float("-inf"))
     peak = _finite(tl.max(y, axis=0))
-    log_sum_exp = peak + tl.log(tl.sum(tl.exp(y - peak[None, :]), axis=0))
+    log_sum_exp = peak + tl.log(ordered_sum(tl.exp(y - peak[None, :])))
     tl.store(log_sum_exp_ptr + offs_r * blocks + pid_n, log_sum_exp, mask=mask_r)
 
     candidates = tl.where(mask_w[:, None], _candidate(y, offs_w[:, None]), _NONE)

@@ -20,6 +20,12 @@ BUSY_PROGRAMS = 128
 SCRATCH_BYTES = 1 << 28
 ROW_MAP_BLOCK = 1024
 
+LARGE_WEIGHT = 8192
+PROCESSORS = 132
+STEP_BYTES = 8192
+FLIGHT_BYTES = 72 * 1024
+SHARED_BYTES = 99 * 1024
+
 
 class ProductRule(NamedTuple):
     """Parameters of a kernel built on `row_product`: weight rows and columns a step, rows of activations, launch."""
@@ -64,33 +70,45 @@ def padded(columns: int) -> int:
 def product_rule(weight_rows: int, columns: int, rows: int, tile: int, itemsize: int, arch: int) -> ProductRule:
     """The rule of `row_product` for a weight [weight_rows, columns] against passes of `rows` rows in tiles of `tile`.
 
-    block_n and block_k, which fix the order of a sum, depend on the weight alone. `rows`, the activations one program
-    takes, does not round: columns of one instruction are independent, and there are enough for 16 bytes of a step a
-    thread: with fewer, the layout of the sum of squares would follow `rows`. The interpreter's products are not
-    independent, so there it is the tile.
+    block_n and block_k, which fix the order of a sum, depend on the weight and the tile alone. `rows`, the activations
+    one program takes, does not round: columns of one instruction are independent. The interpreter's products are not,
+    so there it is the tile. Tiles of 8 stream the weight, 8 KiB a step, with steps enough in flight for all programs
+    of a processor to have some 72 KiB. Wider tiles compute: larger blocks and shorter steps.
     """
     width = padded(columns)
-    block_k = next(block for block in (256 // itemsize, 64, 32, 16) if width % block == 0)
-    block_n = 32 if weight_rows >= 4096 else 16
-    least = max(8, 2048 // (block_k * itemsize))
-    wide = tile if arch == 0 or tile > 8 else min(32, max(least, 1 << (rows - 1).bit_length()))
-    return ProductRule(block_n, block_k, wide, warps=4, stages=4 if arch else 1)
+    large = weight_rows >= LARGE_WEIGHT
+    if arch == 0:
+        block_n, longest = 64, 128
+    elif tile <= 8:
+        block_n = 32 if large else 16
+        longest = STEP_BYTES // (block_n * itemsize)
+    elif itemsize == 4:
+        block_n, longest = 32, 16
+    else:
+        block_n, longest = 128 if large else 64, 32
+    block_k = next(block for block in (longest, 64, 32, 16) if block <= longest and width % block == 0)
+    if arch == 0:
+        return ProductRule(block_n, block_k, tile, warps=4, stages=1)
+    wide = tile if tile > 8 else min(64 // itemsize, max(8, 1 << (rows - 1).bit_length()))
+    resident = -(-weight_rows // (block_n * PROCESSORS))
+    steps = max(3, -(-FLIGHT_BYTES // (block_n * block_k * itemsize * resident)))
+    room = SHARED_BYTES // ((block_n + wide) * block_k * itemsize)
+    return ProductRule(block_n, block_k, wide, warps=4, stages=min(steps + 1, room, 8))
 
 
 def head_rule(
     head_dim: int, whole: bool, weight_rows: int, columns: int, rows: int, tile: int, itemsize: int, arch: int
 ) -> ProductRule:
-    """`product_rule` for weight rows of one head in block_n / 2 pairs half a head apart; `whole`: all its pairs.
-
-    Eight rows of a whole head would go to other matrix instructions than sixteen, which round otherwise.
-    """
+    """`product_rule` for weight rows of one head in block_n / 2 pairs half a head apart; `whole`: all its pairs."""
     rule = product_rule(weight_rows, columns, rows, tile, itemsize, arch)
     pairs = max(8, 1 << (head_dim // 2 - 1).bit_length())
+    if arch and tile <= 8:
+        rule = rule._replace(rows=min(rule.rows, 16))
     if not whole:
         return rule._replace(block_n=min(rule.block_n, 2 * pairs))
-    return rule._replace(
-        block_n=2 * pairs, rows=rule.rows if arch == 0 else max(16, rule.rows), stages=min(rule.stages, 3)
-    )
+    block_k = min(rule.block_k, 128 // itemsize)
+    room = SHARED_BYTES // ((2 * pairs + rule.rows) * block_k * itemsize)
+    return rule._replace(block_n=2 * pairs, block_k=block_k, stages=min(room, 8) if arch else 1)
 
 
 def route_rule(weight_rows: int, columns: int, rows: int, tile: int, itemsize: int, arch: int) -> ProductRule:

@@ -105,13 +105,17 @@ def _linear_kernel(
         y = silu(gate) * up
     elif ACTIVATION == "gelu_tanh":
         y = gelu_tanh(y)
-    if scale_ptr is not None:
-        y *= tl.load(scale_ptr + offs_r, mask=mask_r, other=0.0)[None, :]
     offs_n = pid_n * BLOCK + tl.arange(0, BLOCK)
     mask = mask_out[None, :] & (offs_n < OUT)[:, None]
     offs_out = offs_r[None, :] * stride_out + offs_n[:, None]
+    residual = tl.zeros((BLOCK, ROWS), tl.float32)
     if residual_ptr is not None:
-        y += tl.load(residual_ptr + offs_out, mask=mask, other=0.0).to(tl.float32)
+        residual = tl.load(residual_ptr + offs_out, mask=mask, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + offs_r, mask=mask_r, other=0.0)
+        y = tl.fma(y, tl.broadcast_to(scale[None, :], y.shape), residual)
+    elif residual_ptr is not None:
+        y += residual
     tl.store(out_ptr + offs_out, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -17,6 +17,19 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def ordered_sum(x):
+    """Sum over the first axis, a power of two, of [N, M]: neighbours in pairs, an order no layout of x changes.
+
+    x is no plain product, which could be fused with the first addition: tl.fma(a, b, 0.0).
+    """
+    if x.shape[0] == 1:
+        total = tl.reshape(x, (x.shape[1],))
+    else:
+        total = ordered_sum(tl.sum(tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1])), axis=1))
+    return total
+
+
+@triton.jit
 def start_dependents(PDL: tl.constexpr):
     """Let the next kernel of the chain be scheduled; the first statement of every kernel."""
     if PDL:

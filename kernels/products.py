@@ -1,16 +1,46 @@
 """The product every weight-reading kernel is built on: rows of activations with rows of a weight.
 
 One program holds BLOCK_N weight rows against ROWS activations and walks the columns in steps of BLOCK_K, in order from
-column 0. Weights are the left operand, so that eight rows of activations are one instruction of the matrix units.
+column 0. Weights are the left operand, so that eight rows of activations are one instruction of the matrix units. The
+columns of a step are dealt to the warps in parts, each with sums of its own, which are added at the end.
 
-No offset or mask given here may come from a load of 8-bit values such as a bool: the compiler takes the narrowest load
-behind an operand as its width, and sums the columns in another order.
+Where a product feeds a sum, it is said that the two are fused or, by adding 0, that they are not: left to the compiler,
+the choice could follow the number of rows. No offset or mask given here may come from a load of 8-bit values such as a
+bool: the compiler takes the narrowest load behind an operand as its width, and sums the columns in another order.
 """
 
 import triton
 import triton.language as tl
 
-from .primitives import dot
+from .primitives import dot, ordered_sum
+
+
+@triton.jit
+def _columns(
+    BLOCK_K: tl.constexpr,
+):
+    """The columns of a step: [parts, BLOCK_K / parts], or [BLOCK_K] in short steps."""
+    if BLOCK_K >= 64:
+        offs = tl.arange(0, 4)[:, None] * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)[None, :]
+    else:
+        offs = tl.arange(0, BLOCK_K)
+    return offs
+
+
+@triton.jit
+def _left(rows, columns):
+    """Values of weight rows and of columns as views that broadcast to the left operand, [parts, rows, columns]."""
+    if len(columns.shape) == 2:
+        rows = rows[None, :]
+    return tl.expand_dims(rows, -1), tl.expand_dims(columns, -2)
+
+
+@triton.jit
+def _right(rows, columns):
+    """Values of rows and of columns as views that broadcast to the right operand, [parts, columns, rows]."""
+    if len(columns.shape) == 2:
+        rows = rows[None, :]
+    return tl.expand_dims(rows, -2), tl.expand_dims(columns, -1)
 
 
 @triton.jit
@@ -21,7 +51,9 @@ def weight_tile(
     BLOCK_K: tl.constexpr,
 ):
     """The first BLOCK_K columns of the weight rows at offs_w [BLOCK_N]: the loads to have in flight early."""
-    return tl.load(w_ptr + offs_w[:, None] + tl.arange(0, BLOCK_K)[None, :], mask=mask_w[:, None], other=0.0)
+    rows, columns = _left(offs_w, _columns(BLOCK_K))
+    mask, _ = _left(mask_w, _columns(BLOCK_K))
+    return tl.load(w_ptr + rows + columns, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -48,29 +80,36 @@ def row_product(
     K_PADDED; first = weight_tile(…). RMSNorm's 1/√(mean x² + eps) scales the sums at the end, so x is read once; in
     float16, where w·x might overflow before it, and for LayerNorm (norm_bias_ptr given), statistics come first.
     """
-    offs_k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + offs_x[None, :] + offs_k[:, None]
-    w_ptrs = w_ptr + offs_w[:, None] + offs_k[None, :]
+    offs_k = _columns(BLOCK_K)
+    PARTS: tl.constexpr = 4 if BLOCK_K >= 64 else 1
+    rows, columns = _right(offs_x, offs_k)
+    x_ptrs = x_ptr + rows + columns
+    rows, columns = _left(offs_w, offs_k)
+    w_ptrs = w_ptr + rows + columns
+    mask, _ = _left(mask_w, offs_k)
     STATISTICS_FIRST: tl.constexpr = norm_ptr is not None and (
         norm_bias_ptr is not None or x_ptr.dtype.element_ty == tl.float16
     )
     mean = tl.zeros((ROWS,), tl.float32)
     scale = tl.full((ROWS,), 1.0, tl.float32)
     if STATISTICS_FIRST:
-        mean, scale = _statistics(x_ptr, offs_x, mask_x, norm_bias_ptr, eps, K, K_PADDED, BLOCK_K, ROWS)
+        mean, scale = _statistics(x_ptrs, offs_k, mask_x, norm_bias_ptr, eps, K, K_PADDED, BLOCK_K, ROWS)
 
-    squares = tl.zeros((BLOCK_K, ROWS), tl.float32)
-    acc = tl.zeros((BLOCK_N, ROWS), tl.float32)
-    operand, squares = _operand(x_ptrs, mask_x, norm_ptr, norm_bias_ptr, mean, scale, squares, 0, K, K_PADDED, BLOCK_K)
+    squares = tl.zeros(x_ptrs.shape, tl.float32)
+    acc = tl.zeros((PARTS, BLOCK_N, ROWS) if PARTS > 1 else (BLOCK_N, ROWS), tl.float32)
+    operand, squares = _operand(x_ptrs, offs_k, mask_x, norm_ptr, norm_bias_ptr, mean, scale, squares, 0, K, K_PADDED)
     acc = dot(first, operand, acc)
     for k in range(BLOCK_K, K_PADDED, BLOCK_K):
-        w = tl.load(w_ptrs + k, mask=mask_w[:, None], other=0.0)
+        w = tl.load(w_ptrs + k, mask=mask, other=0.0)
         operand, squares = _operand(
-            x_ptrs, mask_x, norm_ptr, norm_bias_ptr, mean, scale, squares, k, K, K_PADDED, BLOCK_K
+            x_ptrs, offs_k, mask_x, norm_ptr, norm_bias_ptr, mean, scale, squares, k, K, K_PADDED
         )
         acc = dot(w, operand, acc)
+    if PARTS > 1:
+        acc = tl.reshape(ordered_sum(tl.reshape(acc, (PARTS, BLOCK_N * ROWS))), (BLOCK_N, ROWS))
     if norm_ptr is not None and not STATISTICS_FIRST:
-        acc *= tl.rsqrt(tl.sum(squares, axis=0) / K + eps)[None, :]
+        scale = tl.rsqrt(ordered_sum(tl.reshape(squares, (BLOCK_K, ROWS))) / K + eps)
+        acc = tl.fma(acc, tl.broadcast_to(scale[None, :], acc.shape), 0.0)
     return acc
 
 
@@ -87,6 +126,7 @@ def halves(
 @triton.jit
 def _operand(
     x_ptrs,
+    offs_k,
     mask_x,
     norm_ptr,
     norm_bias_ptr,
@@ -96,32 +136,42 @@ def _operand(
     k,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
-    """Columns k to k + BLOCK_K of x as the product's right operand, and the running sum of squares."""
-    offs_k = k + tl.arange(0, BLOCK_K)
-    mask = mask_x[None, :]
-    mask_k = offs_k < K
-    if K != K_PADDED:
-        mask = mask & mask_k[:, None]
-    x = tl.load(x_ptrs + k, mask=mask, other=0.0)
+    """The step of x at column k as the product's right operand, and the running sum of squares."""
+    x = _step(x_ptrs, offs_k, mask_x, k, K, K_PADDED)
     if norm_ptr is not None:
         wide = x.to(tl.float32)
-        weight = tl.load(norm_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[:, None]
+        mask_k = k + offs_k < K
+        scale, weight = _right(scale, tl.load(norm_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32))
         if norm_bias_ptr is not None:
-            bias = tl.load(norm_bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[:, None]
-            wide = (wide - mean[None, :]) * scale[None, :] * weight + bias
+            mean, bias = _right(mean, tl.load(norm_bias_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32))
+            wide = tl.fma((wide - mean) * scale, weight, bias)
         else:
-            squares += wide * wide
-            wide = wide * scale[None, :] * weight
+            squares = tl.fma(wide, wide, squares)
+            wide = wide * scale * weight
         x = wide.to(x.dtype)
     return x, squares
 
 
 @triton.jit
+def _step(
+    x_ptrs,
+    offs_k,
+    mask_x,
+    k,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+):
+    mask, mask_k = _right(mask_x, k + offs_k < K)
+    if K != K_PADDED:
+        mask = mask & mask_k
+    return tl.load(x_ptrs + k, mask=mask, other=0.0)
+
+
+@triton.jit
 def _statistics(
-    x_ptr,
-    offs_x,
+    x_ptrs,
+    offs_k,
     mask_x,
     norm_bias_ptr,
     eps,
@@ -131,18 +181,16 @@ def _statistics(
     ROWS: tl.constexpr,
 ):
     """Mean, zero for RMSNorm, and 1/√(variance + eps) of each row: float32 [ROWS] each."""
-    offs_k = tl.arange(0, BLOCK_K)
     mean = tl.zeros((ROWS,), tl.float32)
     if norm_bias_ptr is not None:
-        total = tl.zeros((BLOCK_K, ROWS), tl.float32)
+        total = tl.zeros(x_ptrs.shape, tl.float32)
         for k in range(0, K_PADDED, BLOCK_K):
-            mask = mask_x[None, :] & ((k + offs_k) < K)[:, None]
-            total += tl.load(x_ptr + offs_x[None, :] + (k + offs_k)[:, None], mask=mask, other=0.0).to(tl.float32)
-        mean = tl.sum(total, axis=0) / K
-    squares = tl.zeros((BLOCK_K, ROWS), tl.float32)
+            total += _step(x_ptrs, offs_k, mask_x, k, K, K_PADDED).to(tl.float32)
+        mean = ordered_sum(tl.reshape(total, (BLOCK_K, ROWS))) / K
+    squares = tl.zeros(x_ptrs.shape, tl.float32)
     for k in range(0, K_PADDED, BLOCK_K):
-        mask = mask_x[None, :] & ((k + offs_k) < K)[:, None]
-        x = tl.load(x_ptr + offs_x[None, :] + (k + offs_k)[:, None], mask=mask, other=0.0).to(tl.float32)
-        centred = tl.where(mask, x - mean[None, :], 0.0)
-        squares += centred * centred
-    return mean, tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
+        x = _step(x_ptrs, offs_k, mask_x, k, K, K_PADDED).to(tl.float32)
+        centre, mask_k = _right(mean, k + offs_k < K)
+        centred = tl.where(mask_k, x - centre, 0.0)
+        squares = tl.fma(centred, centred, squares)
+    return mean, tl.rsqrt(ordered_sum(tl.reshape(squares, (BLOCK_K, ROWS))) / K + eps)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import start_dependents, wait_for_producers
+from .primitives import ordered_sum, start_dependents, wait_for_producers
 from .products import halves, row_product, weight_tile
 from .values import Matrix, Norm, Rope, Slots
 
@@ -54,7 +54,7 @@ def head_halves(
         offs_d, mask_d = pair_rows(pair, D, PAIRS)
         acc += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[:, None]
     if norm is not None and normed:
-        acc *= tl.rsqrt(tl.sum(acc * acc, axis=0) / D + eps)[None, :] * norm[:, None]
+        acc *= tl.rsqrt(ordered_sum(tl.fma(acc, acc, 0.0)) / D + eps)[None, :] * norm[:, None]
     lower, upper = halves(acc, PAIRS, ROWS)
     if cos_ptr is not None and rotated:
         offs_pair = pair + tl.arange(0, PAIRS)
