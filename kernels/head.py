@@ -217,4 +217,6 @@ def head(
         PDL=launch.dependent(arch),
         **launch.options(merge.warps),
     )
-    return Prediction(*((token[:, 0], value[:, 0]) if top_k is None else (token, value)), log_sum_exp)
+    if top_k is None:
+        token, value = token[:, 0], value[:, 0]
+    return Prediction(token, value, log_sum_exp)

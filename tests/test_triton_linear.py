@@ -1,0 +1,273 @@
+"""Norms and products against float64, each row against itself among other rows, and the launch rules."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from skipjack.kernels import launch
+from skipjack.kernels.linear import linear, logits, prepare, prepare_stack
+from skipjack.kernels.norm import normalise
+from skipjack.kernels.values import Norm
+
+TILE = 8
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RTOL = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+MODELS = {
+    "llama-8b": (4096, 14336, 32, 8, 128, 128256),
+    "llama-1b": (2048, 8192, 32, 8, 64, 128256),
+    "qwen-4b": (2560, 9728, 32, 8, 128, 151936),
+    "smollm-135m": (576, 1536, 9, 3, 64, 49152),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is allocated and not written is NaN."""
+    empty = torch.empty
+
+    def nan(*size: object, **options: object) -> Tensor:
+        tensor = empty(*size, **options)
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor.fill_(-1)
+
+    monkeypatch.setattr(torch, "empty", nan)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.to(dtype).to(DEVICE)
+
+
+def assert_near(got: Tensor, expected: Tensor) -> None:
+    assert got.shape == expected.shape
+    error = (got.double() - expected).norm() / expected.norm()
+    assert error < RTOL[got.dtype], f"relative error {error:.2e}"
+
+
+def normed(x: Tensor, norm: Norm | None) -> Tensor:
+    x = x.double()
+    if norm is None:
+        return x
+    if norm.bias is None:
+        return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double() + norm.bias.double()
+
+
+def activated(y: Tensor, activation: str | None) -> Tensor:
+    if activation == "silu_gate":
+        gate, up = y.chunk(2, -1)
+        return gate / (1 + (-gate).exp()) * up
+    if activation == "gelu_tanh":
+        return 0.5 * y * (1 + (math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)).tanh())
+    return y
+
+
+def a_norm(columns: int, kind: str | None, dtype: torch.dtype) -> Norm | None:
+    if kind is None:
+        return None
+    weight = 1 + randn(columns, seed=11) / 4
+    bias = randn(columns, dtype=dtype, seed=12) if kind == "layer" else None
+    return Norm(weight.to(dtype), bias, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("columns", [1, 7, 40, 576])
+def test_normalise_is_the_formula(columns: int, kind: str, dtype: torch.dtype) -> None:
+    x = (randn(5, columns + 3, dtype=dtype) + 1)[:, :columns]
+    norm = a_norm(columns, kind, dtype)
+    assert norm is not None
+    assert_near(normalise(x, norm), normed(x, norm))
+
+
+def test_prepare_pads_columns_with_zeros_and_copies_only_then() -> None:
+    fits, odd = randn(6, 32), randn(6, 33)
+    assert prepare(fits).data.data_ptr() == fits.data_ptr()
+    matrix = prepare(odd)
+    assert (matrix.rows, matrix.columns, matrix.packed, matrix.data.shape) == (6, 33, False, (6, 48))
+    assert torch.equal(matrix.data[:, :33], odd)
+    assert not matrix.data[:, 33:].any()
+    assert prepare(randn(32, 6).T).data.is_contiguous()
+
+
+@pytest.mark.parametrize("columns", [32, 33])
+def test_a_stack_is_one_tensor_and_its_layers(columns: int) -> None:
+    weight = randn(3, 5, columns)
+    stack = prepare_stack(weight)
+    assert stack.data is not None
+    assert stack.data.is_contiguous()
+    assert len(stack) == 3
+    for layer in range(3):
+        assert stack[layer].data.data_ptr() == stack.data[layer].data_ptr()
+        assert torch.equal(stack[layer].data[:, :columns], weight[layer])
+
+
+CASES = [
+    # rows, columns, weight rows, activation, norm, bias, residual, scale, dtype
+    (1, 576, 576, None, None, False, True, False, torch.float32),
+    (9, 1536, 70, None, None, True, True, False, torch.float32),
+    (11, 40, 33, None, "rms", True, True, True, torch.float32),
+    (3, 33, 7, None, "layer", True, False, False, torch.float32),
+    (5, 7, 5, None, "rms", False, False, True, torch.float32),
+    (2, 12, 1, None, "rms", False, False, False, torch.float32),
+    (16, 576, 206, "silu_gate", "rms", True, False, False, torch.float32),
+    (4, 33, 10, "silu_gate", "layer", False, True, True, torch.float32),
+    (7, 80, 66, "gelu_tanh", "layer", True, False, False, torch.float32),
+    (3, 576, 192, None, "rms", True, True, False, torch.bfloat16),
+    (9, 33, 130, "silu_gate", "rms", True, False, False, torch.bfloat16),
+    (2, 1536, 40, "gelu_tanh", "layer", True, True, True, torch.bfloat16),
+    (3, 576, 40, "silu_gate", "rms", False, False, False, torch.float16),
+    (3, 40, 40, None, "layer", True, True, False, torch.float16),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_linear_is_the_formula(
+    case: tuple[int, int, int, str | None, str | None, bool, bool, bool, torch.dtype],
+) -> None:
+    rows, columns, weight_rows, activation, kind, has_bias, has_residual, has_scale, dtype = case
+    width = weight_rows // 2 if activation == "silu_gate" else weight_rows
+    x, weight = randn(rows, columns, dtype=dtype), randn(weight_rows, columns, seed=1).div(columns**0.5).to(dtype)
+    norm = a_norm(columns, kind, dtype)
+    bias = randn(weight_rows, dtype=dtype, seed=2) if has_bias else None
+    residual = randn(rows, width, dtype=dtype, seed=3) if has_residual else None
+    scale = randn(rows, seed=4) if has_scale else None
+    expected = normed(x, norm) @ weight.double().T + (0 if bias is None else bias.double())
+    expected = activated(expected, activation)
+    expected *= 1 if scale is None else scale.double()[:, None]
+    expected += 0 if residual is None else residual.double()
+    got = linear(
+        x,
+        prepare(weight),
+        tile=TILE,
+        norm=norm,
+        bias=bias,
+        activation=activation,
+        residual=residual,
+        scale=scale,
+    )
+    assert got is residual or residual is None
+    assert_near(got, expected)
+
+
+def test_logits_are_the_normed_product() -> None:
+    x, weight, norm = randn(3, 40), randn(223, 40, seed=1), Norm(randn(40, seed=2), None, 1e-5)
+    assert_near(logits(x, norm, prepare(weight), tile=TILE), normed(x, norm) @ weight.double().T)
+
+
+def test_rows_may_be_spaced() -> None:
+    x, residual, weight = randn(5, 48)[:, :40], randn(5, 64, seed=1), randn(33, 40, seed=2)
+    before = residual.clone()
+    got = linear(x, prepare(weight), tile=TILE, residual=residual[:, 8:41])
+    assert_near(got, before[:, 8:41].double() + x.double() @ weight.double().T)
+    assert torch.equal(residual[:, :8], before[:, :8])
+    assert torch.equal(residual[:, 41:], before[:, 41:])
+
+
+def test_large_activations_do_not_overflow_before_the_norm() -> None:
+    x, weight = randn(2, 64, dtype=torch.float16) * 8000, randn(16, 64, dtype=torch.float16, seed=1)
+    norm = Norm(torch.full((64,), 50.0, dtype=torch.float16, device=DEVICE), None, 1e-5)
+    assert_near(linear(x, prepare(weight), tile=TILE, norm=norm), normed(x, norm) @ weight.double().T)
+
+
+@pytest.mark.parametrize("has_scale", [False, True])
+def test_inactive_rows_keep_their_residual_and_disturb_no_other(has_scale: bool) -> None:
+    x, weight, residual = randn(19, 40), prepare(randn(70, 40, seed=1)), randn(19, 70, seed=2)
+    norm, scale = Norm(randn(40, seed=3), None, 1e-5), randn(19, seed=4) if has_scale else None
+    active = torch.zeros(38, dtype=torch.bool, device=DEVICE)[::2]
+    active[[0, 3, 18]] = True
+    whole = linear(x, weight, tile=TILE, norm=norm, residual=residual.clone(), scale=scale)
+    masked = torch.where(active[:, None], x, math.nan)
+    got = linear(masked, weight, tile=TILE, norm=norm, residual=residual.clone(), scale=scale, active=active)
+    assert torch.equal(got[active], whole[active])
+    assert torch.equal(got[~active], residual[~active])
+
+
+def test_nothing_active_reads_no_weight() -> None:
+    weight = prepare(torch.full((16, 40), math.nan, device=DEVICE))
+    residual = randn(9, 16)
+    before = residual.clone()
+    linear(randn(9, 40), weight, tile=TILE, residual=residual, active=torch.zeros(9, dtype=torch.bool, device=DEVICE))
+    assert torch.equal(residual, before)
+
+
+def test_everything_active_changes_no_bit() -> None:
+    x, weight, residual = randn(9, 576), prepare(randn(40, 576, seed=1)), randn(9, 40, seed=2)
+    active = torch.ones(9, dtype=torch.bool, device=DEVICE)
+    expected = linear(x, weight, tile=TILE, residual=residual.clone())
+    assert torch.equal(linear(x, weight, tile=TILE, residual=residual.clone(), active=active), expected)
+
+
+@pytest.mark.parametrize(
+    ("columns", "weight_rows", "activation", "counts"),
+    [
+        (33, 40, None, [*range(1, 17), 32, 64, 144]),
+        (40, 34, "silu_gate", [*range(2, 17, 3), 32]),
+        (576, 72, None, [2, 3, 8, 9, 16]),
+        (1536, 66, "silu_gate", [2, 9]),
+    ],
+)
+def test_linear_rows_do_not_depend_on_their_number_or_place(
+    columns: int, weight_rows: int, activation: str | None, counts: list[int]
+) -> None:
+    last = max(counts)
+    width = weight_rows if activation is None else weight_rows // 2
+    x, residual = randn(last, columns), randn(last, width, seed=1)
+    matrix, norm = prepare(randn(weight_rows, columns, seed=2) / 8), a_norm(columns, "rms", torch.float32)
+
+    def run(part: slice) -> Tensor:
+        return linear(x[part], matrix, tile=TILE, norm=norm, activation=activation, residual=residual[part].clone())
+
+    rows = [row for row in (0, 1, 5, 7, 8, 15, 31, 63, 100, 143) if row < last]
+    alone = {row: run(slice(row, row + 1))[0] for row in rows}
+    for count in counts:
+        for start in {0, last - count}:
+            together = run(slice(start, start + count))
+            for row in rows:
+                if start <= row < start + count:
+                    assert torch.equal(together[row - start], alone[row])
+
+
+def matrices(model: str) -> list[tuple[int, int]]:
+    hidden, inner, heads, kv_heads, head_dim, vocabulary = MODELS[model]
+    width = heads * head_dim
+    return [
+        ((heads + 2 * kv_heads) * head_dim, hidden),
+        (hidden, width),
+        (2 * inner, hidden),
+        (hidden, inner),
+        (vocabulary, hidden),
+    ]
+
+
+@pytest.mark.parametrize("tile", [8, 64])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("arch", [0, 80, 90, 100])
+@pytest.mark.parametrize("model", MODELS)
+def test_product_rules_fit_every_matrix_and_round_alike(model: str, arch: int, itemsize: int, tile: int) -> None:
+    for weight_rows, columns in [*matrices(model), (33, 7), (5, 40)]:
+        rules = [
+            launch.product_rule(weight_rows, columns, rows, tile, itemsize, arch)
+            for rows in [*range(1, 17), 32, 64, 144]
+        ]
+        assert len({(rule.block_n, rule.block_k, rule.warps) for rule in rules}) == 1
+        for rule in rules:
+            assert launch.padded(columns) % rule.block_k == 0
+            assert rule.rows & (rule.rows - 1) == 0
+            assert rule.rows == tile or (arch and tile == 8 <= rule.rows)
+            assert rule.stages * (rule.block_n + rule.rows) * rule.block_k * itemsize <= 99 * 1024 or arch == 0
+            assert rule.stages >= (2 if arch else 1)
+
+
+def test_more_rows_take_wider_programs_until_these_are_full() -> None:
+    widths = [launch.product_rule(4096, 4096, rows, 8, 2, 90).rows for rows in (1, 8, 9, 16, 17, 32, 33, 144)]
+    assert widths == [8, 8, 16, 16, 32, 32, 32, 32]
+
+
+@pytest.mark.parametrize(("columns", "width"), [(576, 576), (4096, 4096), (33, 48), (1, 16), (16, 16)])
+def test_padded_columns_keep_rows_aligned(columns: int, width: int) -> None:
+    assert launch.padded(columns) == width
