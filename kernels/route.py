@@ -29,15 +29,19 @@ def _row_map_kernel(
     row_ptr += layer * rows
     count = 0
     wait_for_producers(PDL)
-    for start in range(0, rows, BLOCK):
+    start = 0
+    while start < rows:
         offs_r = start + tl.arange(0, BLOCK)
         active = tl.load(active_ptr + offs_r.to(tl.int64) * stride_row, mask=offs_r < rows, other=0) != 0
         place = count + tl.cumsum(active.to(tl.int32), axis=0)
         tl.store(row_ptr + place - 1, offs_r, mask=active)
         count += tl.sum(active.to(tl.int32), axis=0)
-    for start in range(0, rows, BLOCK):
+        start += BLOCK
+    start = 0
+    while start < rows:
         offs_r = start + tl.arange(0, BLOCK)
         tl.store(row_ptr + offs_r, -1, mask=(offs_r >= count) & (offs_r < rows))
+        start += BLOCK
     tl.store(count_ptr + layer, count)
 
 

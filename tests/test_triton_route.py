@@ -1,5 +1,6 @@
 """Row maps and FlexiDepth's router: oracle and kernel against the formulas, and each row against itself."""
 
+import inspect
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -10,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from skipjack.kernels import launch, reference, reference_routes, route
+from skipjack.kernels import fill, launch, qkv, reference, reference_routes, route
 from skipjack.kernels.linear import prepare
 from skipjack.kernels.values import Norm, Route, Router
 
@@ -70,6 +71,12 @@ def assert_routes(got: Route, expected: Tensor, dtype: torch.dtype, threshold: f
     assert got.weight.shape == got.run.shape == expected.shape
     assert (got.weight.double() - expected).abs().max() < ATOL[dtype]
     assert torch.equal(got.run, got.weight > threshold)
+
+
+@pytest.mark.parametrize("launcher", [route.route, route.row_map, fill.fill_kv, qkv.qkv_rope_append])
+def test_launchers_have_the_signatures_of_their_oracles(launcher: object) -> None:
+    oracle = reference if launcher is qkv.qkv_rope_append else reference_routes
+    assert inspect.signature(launcher) == inspect.signature(getattr(oracle, launcher.__name__))
 
 
 CASES = {
