@@ -107,8 +107,9 @@ def head_rule(
     if not whole:
         return rule._replace(block_n=min(rule.block_n, 2 * pairs))
     block_k = min(rule.block_k, 128 // itemsize)
-    room = SHARED_BYTES // ((2 * pairs + rule.rows) * block_k * itemsize)
-    return rule._replace(block_n=2 * pairs, block_k=block_k, stages=min(room, 8) if arch else 1)
+    wide = min(rule.rows, 128 // itemsize) if arch else tile
+    room = SHARED_BYTES // ((2 * pairs + wide) * block_k * itemsize)
+    return rule._replace(block_n=2 * pairs, block_k=block_k, rows=wide, stages=min(room, 8) if arch else 1)
 
 
 def route_rule(weight_rows: int, columns: int, rows: int, tile: int, itemsize: int, arch: int) -> ProductRule:
@@ -117,7 +118,8 @@ def route_rule(weight_rows: int, columns: int, rows: int, tile: int, itemsize: i
     if tile > 8:
         return rule
     width = padded(columns)
-    block_k = next(block for block in (1024 // itemsize, 512 // itemsize, rule.block_k) if width % block == 0)
+    longer = (512, 256, rule.block_k) if itemsize < 4 else (rule.block_k,)
+    block_k = next(block for block in longer if width % block == 0)
     wide = tile if arch == 0 else min(32, max(8, 2048 // (block_k * itemsize)))
     return rule._replace(block_k=block_k, rows=wide, stages=min(rule.stages, 4))
 
