@@ -9,9 +9,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import packed, reference, reference_verify
-from .attention_index import AttentionIndex
-from .values import Matrix, Prediction, Stack, Verdict
+from . import packed, reference, reference_routes, reference_verify
+from .attention_index import AttentionIndex, Index
+from .values import Matrix, Prediction, Route, RowMap, Stack, Verdict
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,20 @@ class Ops:
     page_size: int
     prepare: Callable[[Tensor], Matrix]
     prepare_stack: Callable[[Tensor], Stack]
-    index: Callable[..., AttentionIndex]
+    index: Callable[..., Index]
     normalise: Callable[..., Tensor]
     linear: Callable[..., Tensor]
     qkv_rope_append: Callable[..., Tensor]
     attend: Callable[..., Tensor]
+    fill_kv: Callable[..., None]
+    row_map: Callable[[Tensor], RowMap]
+    route: Callable[..., Route]
     logits: Callable[..., Tensor]
     head: Callable[..., Prediction]
     sample: Callable[..., Tensor]
     verify: Callable[..., Verdict]
+    verify_rejection: Callable[..., Verdict]
+    compact: Callable[..., None]
 
     def description(self, dtype: torch.dtype) -> str:
         """The backend and the path its products take, for people."""
@@ -57,10 +62,15 @@ TORCH = Ops(
     linear=reference.linear,
     qkv_rope_append=reference.qkv_rope_append,
     attend=reference.attend,
+    fill_kv=reference_routes.fill_kv,
+    row_map=reference_routes.row_map,
+    route=reference_routes.route,
     logits=reference.logits,
     head=reference.head,
     sample=reference_verify.sample,
     verify=reference_verify.verify,
+    verify_rejection=reference_verify.verify_rejection,
+    compact=reference_verify.compact,
 )
 
 

@@ -12,11 +12,23 @@ from .rows import Rows
 from .sequence import Sequence
 
 
+class Exit(NamedTuple):
+    """The residual streams after the first `layer` layers of the rows drafted from, [S, k, H] (LayerSkip §4.3)."""
+
+    layer: int
+    hidden: Tensor
+
+
 class Draft(NamedTuple):
-    """Draft tokens int64 [S, k] and how many of them each sequence drafted, int64 [S]."""
+    """Draft tokens int64 [S, k] and how many of them each sequence drafted, int64 [S].
+
+    With `exit` given, the cache holds those rows' keys and values of the layers before it, and verification goes on
+    from there.
+    """
 
     tokens: Tensor
     length: Tensor
+    exit: Exit | None = None
 
 
 class Sampling(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..kernels.attention_index import AttentionIndex
+from ..kernels.attention_index import Index
 from ..kernels.ops import Ops
 from ..kernels.values import Matrix, Norm, Prediction, Rope, Slots, Stack
 from ..loaders.config import ModelConfig
@@ -72,15 +72,16 @@ class Model:
             device=self.device,
         )
 
-    def forward(self, rows: Rows, cache: KVCache, plan: LayerPlan) -> Tensor:
+    def forward(self, rows: Rows, cache: KVCache, plan: LayerPlan, hidden: Tensor | None = None) -> Tensor:
         """The residual stream [R, H] of `rows` after the sub-layers of `plan`.
 
+        It enters the plan's span as `hidden` [R, H], or as the rows' embeddings without one.
         Keys and values of every attention block that runs are written to the rows' slots; a row attends to the slots of
         its own sequence at or before its position, which must have been written in that layer.
         """
         count = len(rows)
         rows = rows.padded()
-        x = self._embed(rows.token)
+        x = self._embed(rows.token) if hidden is None else functional.pad(hidden, (0, 0, 0, len(rows) - count))
         slots = Slots(*rows.slots(cache.page_size))
         index = self.ops.index(
             rows.sequence, rows.position, rows.block_table, page_size=cache.page_size, tile=rows.tile
@@ -110,9 +111,7 @@ class Model:
         x = functional.embedding(token, self._embedding)
         return x if self._embedding_norm is None else self.ops.normalise(x, self._embedding_norm)
 
-    def _attention(
-        self, number: int, x: Tensor, cache: KVCache, slots: Slots, index: AttentionIndex, rope: Rope | None
-    ) -> None:
+    def _attention(self, number: int, x: Tensor, cache: KVCache, slots: Slots, index: Index, rope: Rope | None) -> None:
         layer, config, tile = self.layers[number], self.config, index.tile
         keys, values = cache.keys[number], cache.values[number]
         q = self.ops.qkv_rope_append(

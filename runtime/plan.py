@@ -69,6 +69,11 @@ class LayerPlan:
         return tuple(i for i in range(*self.span) if self.runs[i])
 
     @property
+    def skipped(self) -> int:
+        """How many sub-layers of the model do not run."""
+        return len(self.runs) - len(self.sublayers)
+
+    @property
     def skipped_attention(self) -> tuple[int, ...]:
         return tuple(i // 2 for i in range(*self.span) if i % 2 == 0 and not self.runs[i])
 

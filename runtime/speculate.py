@@ -5,12 +5,15 @@ from __future__ import annotations
 from time import perf_counter
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from ..kernels.host import ints
-from .batch import Batch
+from .batch import Batch, Draft
 from .cache import KVCache
 from .methods.base import Method
 from .model import Model
+from .plan import LayerPlan
 from .request import Piece
 from .rows import one_sequence
 from .sampling import Chosen, choose, logprob
@@ -27,15 +30,13 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
     equals those choices is accepted, and the choice after it comes free. The pass wrote the keys and values of all
     those rows; not counting the rejected ones is the whole rollback.
     """
-    start, phase = perf_counter(), method.phase()
-    skipped = 2 * model.config.num_layers - len(method.plan.sublayers)
+    start, phase, plan = perf_counter(), method.phase(), method.plan
     batch = Batch.of(sequences, model.ops.decode_tile, model.device)
     draft = method.propose(model, cache, batch)
     drafted = perf_counter()
 
     path = torch.cat([batch.last[:, None], draft.tokens], dim=1)
-    hidden = model.forward(batch.rows(path, batch.length, draft.length + 1), cache, model.full)
-    target = choose(model, hidden, batch, path)
+    target = choose(model, _verify_pass(model, cache, batch, path, draft, method.target), batch, path)
     verdict = model.ops.verify(target.tokens, draft.tokens, draft.length, batch.length)
     verified = perf_counter()
 
@@ -53,11 +54,11 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
         counters.verify_s += verified - drafted
         counters.search_s += searched
         counters.decode_s += perf_counter() - start
-        counters.executed_skips += skipped * count
+        counters.executed_skips += plan.skipped * count + method.target.skipped
     return pieces
 
 
-def prefill(model: Model, cache: KVCache, sequence: Sequence) -> list[Piece]:
+def prefill(model: Model, cache: KVCache, sequence: Sequence, method: Method) -> list[Piece]:
     """Cache a prompt and choose the first token.
 
     The prompt has tiles of its own, of the same size for every prompt and batch: its neighbours cannot change it.
@@ -67,11 +68,28 @@ def prefill(model: Model, cache: KVCache, sequence: Sequence) -> list[Piece]:
     for first in range(0, len(sequence.prompt), PREFILL_CHUNK):
         chunk = sequence.prompt[first : first + PREFILL_CHUNK]
         rows = one_sequence(chunk, first, sequence.pages, model.ops.prefill_tile, model.device)
-        hidden = model.forward(rows, cache, model.full)
+        hidden = model.forward(rows, cache, method.target)
     batch = Batch.of([sequence], model.ops.decode_tile, model.device)
     pieces = _append(sequence, choose(model, hidden[-1:], batch, batch.last[:, None]), 0, 0)
     sequence.counters.prefill_s += perf_counter() - start
     return pieces
+
+
+def _verify_pass(model: Model, cache: KVCache, batch: Batch, path: Tensor, draft: Draft, target: LayerPlan) -> Tensor:
+    """The residual stream [S·K, H] of every row of `path` int64 [S, K] after the pass that has the last word.
+
+    Where the draft left its streams after some layers, only the newest draft token still runs those (LayerSkip §4.3).
+    """
+    rows = batch.rows(path, batch.length, draft.length + 1)
+    if draft.exit is None:
+        return model.forward(rows, cache, target)
+    layer, known = draft.exit
+    newest, one = path.gather(1, draft.length[:, None]), torch.ones_like(draft.length)
+    last = batch.rows(newest, batch.length + draft.length, one)
+    hidden = functional.pad(known, (0, 0, 0, 1))
+    each = torch.arange(len(batch), device=batch.device)
+    hidden[each, draft.length] = model.forward(last, cache, target.early_exit(layer))
+    return model.forward(rows, cache, target.resume(layer), hidden.flatten(0, 1))
 
 
 def _commit(sequence: Sequence, target: Chosen, row: int, drafted: int, accepted: int) -> list[Piece]:

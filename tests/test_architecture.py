@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skipjack.kernels import ops, reference
+from skipjack.kernels import ops
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
@@ -56,13 +56,10 @@ def test_every_folder_is_packaged() -> None:
         assert f'"{folder}"' in setup
 
 
-TABLES = [table for table in vars(ops).values() if isinstance(table, ops.Ops)]
-
-
-@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
-def test_op_signatures_are_those_of_the_reference(table: ops.Ops) -> None:
-    names = [field.name for field in dataclasses.fields(table) if callable(getattr(table, field.name))]
-    assert len(names) >= 8
-    for name in names:
-        if name != "index":
-            assert inspect.signature(getattr(table, name)) == inspect.signature(getattr(reference, name))
+def test_op_signatures_are_those_of_the_reference() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    names = [field.name for field in dataclasses.fields(ops.Ops) if callable(getattr(ops.TORCH, field.name))]
+    assert len(names) >= 15
+    for name in set(names) - {"describe"}:
+        mine, reference = (getattr(table, name) for table in (ops.select("triton"), ops.TORCH))
+        assert inspect.signature(mine) == inspect.signature(reference), name

@@ -1,9 +1,9 @@
-"""The protocol every method implements."""
+"""What every method is: a drafter under the shared round of `speculate`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,34 +14,44 @@ from ..plan import LayerPlan
 from ..sequence import Sequence
 
 
-class Method(Protocol):
-    """A drafter under the shared round of `speculate`.
+class Method:
+    """Plain decoding, and the places where a method differs from it.
 
     One instance serves one engine and one set of options, over all requests: what it learns belongs to it and to nobody
-    else. `plan` is what a draft step runs, for the statistics.
+    else. Built as `Method(options, num_layers)`.
     """
 
     name: ClassVar[str]
-    lossless: ClassVar[bool]
+    lossless: bool = True
+
+    def __init__(self, options: Any, num_layers: int) -> None:
+        self._full = LayerPlan.full(num_layers)
 
     @property
-    def plan(self) -> LayerPlan: ...
+    def plan(self) -> LayerPlan:
+        """What a draft step runs, for the statistics."""
+        return self._full
+
+    @property
+    def target(self) -> LayerPlan:
+        """The pass that has the last word on every token, prompt included: for a lossless method, the full model."""
+        return self._full
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """Up to k draft tokens for every sequence; fewer, or none, is always allowed."""
-        ...
+        return no_draft(batch)
 
     def observe(self, model: Model, cache: KVCache, sequences: list[Sequence], tokens: int, seconds: float) -> float:
         """Learn from a finished round that took `seconds` and gave `tokens` tokens; returns the seconds spent."""
-        ...
+        return 0.0
 
     def phase(self) -> str:
         """What the method is doing, for the timeline of a run."""
-        ...
+        return "decode"
 
     def events(self) -> list[Mapping[str, Any]]:
         """Everything worth telling about what was learnt so far, oldest first."""
-        ...
+        return []
 
 
 def no_draft(batch: Batch) -> Draft:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,8 +12,7 @@ from ..batch import Batch, Draft
 from ..cache import KVCache
 from ..errors import RequestError
 from ..model import Model
-from ..plan import LayerPlan
-from ..sequence import Sequence
+from .base import Method
 
 
 @dataclass(frozen=True)
@@ -32,19 +29,14 @@ class Options:
                 raise RequestError(f"method lookup: option {option} expects 1 to {high}, got {value}")
 
 
-class Lookup:
+class Lookup(Method):
     """Drafts from the prompt and the text so far, at no cost to the model."""
 
-    name: ClassVar[str] = "lookup"
-    lossless: ClassVar[bool] = True
+    name = "lookup"
 
     def __init__(self, options: Options, num_layers: int) -> None:
+        super().__init__(options, num_layers)
         self._options = options
-        self._plan = LayerPlan.full(num_layers)
-
-    @property
-    def plan(self) -> LayerPlan:
-        return self._plan
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         k, ngram = self._options.num_draft_tokens, self._options.max_ngram
@@ -52,15 +44,6 @@ class Lookup:
         width = max(map(len, drafts))
         tokens = torch.tensor([draft + [0] * (width - len(draft)) for draft in drafts], device=batch.device)
         return Draft(tokens.long(), torch.tensor([len(draft) for draft in drafts], device=batch.device))
-
-    def observe(self, model: Model, cache: KVCache, sequences: list[Sequence], tokens: int, seconds: float) -> float:
-        return 0.0
-
-    def phase(self) -> str:
-        return "decode"
-
-    def events(self) -> list[Mapping[str, Any]]:
-        return []
 
 
 def continuation(tokens: list[int], max_ngram: int, count: int) -> list[int]:

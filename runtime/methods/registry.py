@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RequestError
-from . import autoregressive, lookup, swift
+from . import autoregressive, layerskip, lookup, swift
 from .base import Method
 
 _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "autoregressive": (autoregressive.Autoregressive, autoregressive.Options),
+    "layerskip": (layerskip.LayerSkip, layerskip.Options),
     "lookup": (lookup.Lookup, lookup.Options),
     "swift": (swift.Swift, swift.Options),
 }
+
+
+_BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
+_EXPECTED: dict[Any, str] = {bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -23,10 +28,6 @@ class MethodSpec:
 
     name: str
     options: Any
-
-    @property
-    def lossless(self) -> bool:
-        return _METHODS[self.name][0].lossless
 
     def build(self, num_layers: int) -> Method:
         """A fresh instance for a model of `num_layers` layers; refuses options that do not fit it."""
@@ -65,7 +66,7 @@ def _convert(method: str, key: str, value: str, kind: Any) -> object:
     try:
         if kind == tuple[int, ...]:
             return tuple(int(part) for part in value.split("+") if part)
-        return kind(value)
-    except ValueError:
-        expected = "integers joined with +" if kind == tuple[int, ...] else kind.__name__
+        return _BOOLEANS[value.lower()] if kind is bool else kind(value)
+    except (ValueError, KeyError):
+        expected = "integers joined with +" if kind == tuple[int, ...] else _EXPECTED.get(kind, kind.__name__)
         raise RequestError(f"method {method}: option {key} expects {expected}, got {value!r}") from None

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, ClassVar
-
-import torch
+from typing import Any
 
 from ..batch import Batch, Draft
 from ..cache import KVCache
 from ..errors import CapacityError, RequestError
 from ..model import Model
 from ..plan import LayerPlan
-from ..sampling import choose
 from ..search import RandomSearch, matchness
 from ..sequence import Sequence
-from .base import no_draft
+from .base import Method
+from .drafting import chain
 
 
 @dataclass(frozen=True)
@@ -58,13 +56,13 @@ class Options:
                 raise RequestError(f"method swift: option {option} expects {low} to {high}, got {value}")
 
 
-class Swift:
+class Swift(Method):
     """Confidence-aware drafting with the best skip set known, and the search for a better one."""
 
-    name: ClassVar[str] = "swift"
-    lossless: ClassVar[bool] = True
+    name = "swift"
 
     def __init__(self, options: Options, num_layers: int) -> None:
+        super().__init__(options, num_layers)
         self._options = options
         self._search = RandomSearch(
             num_layers,
@@ -75,7 +73,7 @@ class Swift:
             options.seed,
         )
         fixed = options.skip_attention or options.skip_mlp
-        self._fixed = LayerPlan.full(num_layers).without(options.skip_attention, options.skip_mlp) if fixed else None
+        self._fixed = self._full.without(options.skip_attention, options.skip_mlp) if fixed else None
         self._accumulated = 0
         self._budget_s = self._candidate_s = 0.0
 
@@ -91,20 +89,8 @@ class Swift:
         return list(self._search.events)
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
-        """Draft token by token until the model is unsure; the unsure token stays in the draft (§4.2)."""
-        steps = min(self._options.num_draft_tokens, int(batch.room.max()))
-        drafting = batch.room > 0
-        count = torch.zeros(len(batch), dtype=torch.int64, device=batch.device)
-        path = batch.last[:, None]
-        for step in range(steps):
-            if not bool(drafting.any()):
-                break
-            rows = batch.rows(path[:, -1:], batch.length + step, drafting.long())
-            chosen = choose(model, model.forward(rows, cache, self.plan), batch, path)
-            path = torch.cat([path, chosen.tokens], dim=1)
-            count += drafting
-            drafting = drafting & (chosen.probability[:, 0] >= self._options.threshold) & (count < batch.room)
-        return Draft(path[:, 1:], count) if path.shape[1] > 1 else no_draft(batch)
+        """Confidence-aware drafting (§4.2)."""
+        return chain(model, cache, batch, self.plan, self._options.num_draft_tokens, self._options.threshold)[0]
 
     def observe(self, model: Model, cache: KVCache, sequences: list[Sequence], tokens: int, seconds: float) -> float:
         """Context-based layer-set optimisation (§4.1), once `window` tokens have come and the budget allows it."""

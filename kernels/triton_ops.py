@@ -1,0 +1,50 @@
+"""The op table of the hand-written kernels."""
+
+import torch
+import triton
+
+from . import launch
+from .attention import attend
+from .attention_index import TritonIndex
+from .compact import compact
+from .fill import fill_kv
+from .head import head
+from .linear import linear, logits, prepare, prepare_stack
+from .norm import normalise
+from .ops import Ops
+from .qkv import qkv_rope_append
+from .route import route, row_map
+from .sample import sample
+from .verify import verify, verify_rejection
+
+
+def _describe(dtype: torch.dtype) -> str:
+    arch = launch.architecture()
+    if not arch:
+        return f"{triton.__version__}, interpreted"
+    return f"{triton.__version__}, sm_{arch}{', dependent launch' if launch.dependent(arch) else ''}"
+
+
+TRITON = Ops(
+    name="triton",
+    describe=_describe,
+    decode_tile=8,
+    prefill_tile=64,
+    page_size=64,
+    prepare=prepare,
+    prepare_stack=prepare_stack,
+    index=TritonIndex,
+    normalise=normalise,
+    linear=linear,
+    qkv_rope_append=qkv_rope_append,
+    attend=attend,
+    fill_kv=fill_kv,
+    row_map=row_map,
+    route=route,
+    logits=logits,
+    head=head,
+    sample=sample,
+    verify=verify,
+    verify_rejection=verify_rejection,
+    compact=compact,
+)

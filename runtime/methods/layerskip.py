@@ -1,0 +1,64 @@
+"""LayerSkip (arXiv 2404.16710): the first layers draft, the rest verify."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..batch import Batch, Draft, Exit
+from ..cache import KVCache
+from ..errors import RequestError
+from ..model import Model
+from ..plan import LayerPlan
+from .base import Method, no_draft
+from .drafting import chain
+
+
+@dataclass(frozen=True)
+class Options:
+    """Drafts of `num_draft_tokens` by the first `exit_layer` layers, the final norm and the head.
+
+    `exit_layer` 0 is two thirds of the layers. A draft ends early with a token less probable than `threshold` (0: never).
+    With `reuse`, verification starts from the streams the draft left after the exit layer; without it, it is a full
+    pass. `verify` false is plain early exit, which is lossy.
+    """
+
+    exit_layer: int = 0
+    num_draft_tokens: int = 6
+    threshold: float = 0.0
+    reuse: bool = True
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        for option, low, high in (("exit_layer", 0, 512), ("num_draft_tokens", 1, 64), ("threshold", 0, 1)):
+            value = getattr(self, option)
+            if not low <= value <= high:
+                raise RequestError(f"method layerskip: option {option} expects {low} to {high}, got {value}")
+
+
+class LayerSkip(Method):
+    """Self-drafting and self-verification with one cache: both passes share the keys and values of the early layers."""
+
+    name = "layerskip"
+
+    def __init__(self, options: Options, num_layers: int) -> None:
+        super().__init__(options, num_layers)
+        layer = options.exit_layer or max(1, 2 * num_layers // 3)
+        if layer >= num_layers:
+            raise RequestError(f"method layerskip: option exit_layer expects 1 to {num_layers - 1}, got {layer}")
+        self._options, self._layer = options, layer
+        self.lossless = options.verify
+
+    @property
+    def plan(self) -> LayerPlan:
+        return self._full.early_exit(self._layer)
+
+    @property
+    def target(self) -> LayerPlan:
+        return self._full if self._options.verify else self.plan
+
+    def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
+        if not self._options.verify:
+            return no_draft(batch)
+        options = self._options
+        draft, states = chain(model, cache, batch, self.plan, options.num_draft_tokens, options.threshold)
+        return draft._replace(exit=Exit(self._layer, states)) if options.reuse else draft

@@ -1,0 +1,115 @@
+"""The whole engine on the hand-written kernels, in Triton's interpreter: the ids are those of the torch table."""
+
+import sys
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from skipjack import Engine, SamplingParams
+from skipjack.kernels import ops
+from skipjack.loaders.config import ModelConfig
+from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
+from skipjack.runtime.errors import RequestError
+
+PROMPTS = [[5, 9, 11, 130], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [3]]
+SWIFT = "swift:skip_attention=1,skip_mlp=2,num_draft_tokens=3,threshold=0"
+
+
+@cache
+def engine(shape: str, backend: str, dtype: torch.dtype = torch.float32) -> Engine:
+    layers = "n_layer" if "bloom" in shape else "num_hidden_layers"
+    config = ModelConfig.parse(synthetic_config(shape) | {layers: 4, "vocab_size": 200}, shape)
+    return Engine(config, synthetic_weights(config, 3, dtype, 0.3), backend=backend, cache_tokens=2048)
+
+
+def ids(shape: str, backend: str, prompt: Any, params: SamplingParams, method: str = "autoregressive") -> Any:
+    outputs = engine(shape, backend).generate(prompt, params, method=method)
+    return [output.token_ids for output in outputs] if isinstance(outputs, list) else outputs.token_ids
+
+
+@pytest.mark.parametrize(
+    "shape", ["tiny-llama", "tiny-mistral", "tiny-qwen2", "tiny-qwen3", "tiny-smollm3", "tiny-bloom"]
+)
+def test_every_family_gives_the_ids_of_the_torch_table(shape: str) -> None:
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    prompt = [(7 * i) % 190 + 3 for i in range(70)]
+    assert ids(shape, "triton", prompt, params) == ids(shape, "torch", prompt, params)
+
+
+def test_greedy_speculation_in_a_batch_gives_the_ids_of_plain_decoding_and_of_torch() -> None:
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    together = ids("tiny-llama", "triton", PROMPTS, params, SWIFT)
+    assert together == [ids("tiny-llama", "triton", prompt, params) for prompt in PROMPTS]
+    assert together == ids("tiny-llama", "torch", PROMPTS, params, SWIFT)
+
+
+def test_sampled_speculation_gives_the_ids_of_plain_sampling_and_of_torch() -> None:
+    params = SamplingParams(
+        max_tokens=8, temperature=0.9, top_k=30, top_p=0.95, min_p=0.01, seed=2**63 + 5, ignore_eos=True
+    )
+    drafted = ids("tiny-qwen3", "triton", PROMPTS[0], params, SWIFT)
+    assert drafted == ids("tiny-qwen3", "triton", PROMPTS[0], params)
+    assert drafted == ids("tiny-qwen3", "torch", PROMPTS[0], params, SWIFT)
+
+
+def test_search_for_a_skip_set_runs_on_the_kernels() -> None:
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    method = "swift:window=8,search_budget=1,max_opt_iter=2,num_draft_tokens=2,threshold=0"
+    searched = engine("tiny-llama", "triton").generate(PROMPTS[0], params, method=method)
+    assert searched.stats.events
+    assert searched.token_ids == ids("tiny-llama", "torch", PROMPTS[0], params)
+
+
+def test_the_backend_in_use_is_visible() -> None:
+    output = engine("tiny-llama", "triton").generate(PROMPTS[2], SamplingParams(max_tokens=1))
+    assert output.stats.backend.startswith("triton (")
+    assert "interpreted" in output.stats.backend
+    assert engine("tiny-llama", "torch").backend.startswith("torch (")
+
+
+def test_asking_for_triton_where_it_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skipjack.kernels.launch.INTERPRETED", False)
+    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
+    with pytest.raises(RequestError, match="backend: triton cannot run on cpu: Triton needs a CUDA device"):
+        Engine(config, synthetic_weights(config, 0, torch.float32), backend="triton")
+    monkeypatch.setattr(ops, "find_spec", lambda name: None)
+    with pytest.raises(RequestError, match="Triton is not installed"):
+        Engine(config, synthetic_weights(config, 0, torch.float32), backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["cuda", "Triton", ""])
+def test_an_unknown_backend_is_refused(backend: str) -> None:
+    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
+    with pytest.raises(RequestError, match="backend: expected one of auto, torch, triton"):
+        Engine(config, synthetic_weights(config, 0, torch.float32), backend=backend)
+
+
+class Factories(TorchFunctionMode):
+    """Notes every tensor that the runtime makes without saying where: on a GPU it would land on the host."""
+
+    MAKERS = (torch.tensor, torch.arange, torch.zeros, torch.ones, torch.full, torch.empty, torch.rand, torch.randn)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.homeless: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.MAKERS and "device" not in (kwargs or {}):
+            caller = sys._getframe(1)
+            if "/runtime/" in caller.f_code.co_filename:
+                self.homeless.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_tensor_of_a_run_is_made_on_a_named_device() -> None:
+    params = SamplingParams(max_tokens=24, temperature=0.7, repetition_penalty=1.1, presence_penalty=0.1, logprobs=2)
+    method = "swift:window=8,search_budget=1,max_opt_iter=2"
+    with Factories() as mode:
+        engine("tiny-llama", "torch").generate(PROMPTS, params, method=method)
+        engine("tiny-llama", "torch").generate(PROMPTS, SamplingParams(max_tokens=4), method=SWIFT)
+    assert not mode.homeless
