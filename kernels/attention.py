@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .attention_index import Index, RowGroups, TritonIndex
+from .attention_index import Index, TritonIndex
 from .primitives import dot, start_dependents, wait_for_producers
+from .row_groups import row_groups
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 UNSEEN: tl.constexpr = tl.constexpr(-1e30)
@@ -90,35 +91,13 @@ def attend(
         GROUP_PADDED=rule.heads,
         IN_ORDER=programs == 1,
         PDL=launch.dependent(arch),
-        **launch.options(rule.warps, rule.stages) | {"enable_fp_fusion": False},
+        **launch.options(rule.warps, rule.stages) | {"enable_fp_fusion": False, "maxnreg": 255},
     )
     return out
 
 
-def row_groups(index: TritonIndex, rows: int) -> RowGroups:
-    """Groups of at most `rows` consecutive rows of one sequence, made once per index; the host knows only a bound."""
-    if rows not in index.row_groups:
-        count = index.sequence.shape[0]
-        sequences = index.block_table.shape[0]
-        bound = max(1, (count + min(sequences, count) * (rows - 1)) // rows)
-        table = torch.zeros(2, bound, dtype=torch.int32, device=index.sequence.device)
-        groups = RowGroups(table[0], table[1], bound)
-        _row_groups_kernel[(sequences,)](
-            index.sequence,
-            groups.first,
-            groups.count,
-            count,
-            GROUP_ROWS=rows,
-            BLOCK=1024,
-            PDL=launch.dependent(launch.architecture()),
-            **launch.options(4, 1),
-        )
-        index.row_groups[rows] = groups
-    return index.row_groups[rows]
-
-
 @triton.jit(do_not_specialize=["stride_table", "stride_node", "rows", "window"])
-def _attend_kernel(
+def _attend_kernel(  # noqa: PLR0915
     q_ptr,
     keys_ptr,
     values_ptr,
@@ -203,8 +182,8 @@ def _attend_kernel(
         slot_ptr += first * stride_node
         shared = tl.min(tl.load(length_ptr + offs_row, mask=mask_m, other=2147483647), axis=0).to(tl.int32) // BLOCK
 
-    offs_state = offs_row * HEADS + offs_head
-    offs_out = offs_state[:, None] * D + offs_d[None, :]
+    offs_state = 2 * (offs_row * HEADS + offs_head)
+    offs_out = (offs_row * HEADS + offs_head)[:, None] * D + offs_d[None, :]
     stride_split = rows.to(tl.int64) * HEADS
     peak, total, acc = _nothing_seen(M, D_PADDED)
     for split in tl.range(first_split + pid_split, first_split + splits, tl.num_programs(2), disable_licm=True):
@@ -220,18 +199,11 @@ def _attend_kernel(
                 slope, scale, window, split_peak, split_total, split_acc, BLOCK, D,
             )  # fmt: skip
         if slot_ptr is not None:
-            for block in range(tl.maximum(begin, shared), end):
-                for member in range(0, count):
-                    own = tl.where(offs_row == member, position, -1)
-                    node = tl.max(own, axis=0)
-                    offs_kv = _path(
-                        table_ptr, length_ptr + member, slot_ptr + member * stride_node, stride_page, stride_slot,
-                        block, oldest, node, BLOCK,
-                    )  # fmt: skip
-                    split_peak, split_total, split_acc = _fold_block(
-                        q, keys_ptr, values_ptr, offs_kv, block, own, oldest, node,
-                        slope, scale, window, split_peak, split_total, split_acc, BLOCK, D,
-                    )  # fmt: skip
+            split_peak, split_total, split_acc = _fold_paths(
+                q, keys_ptr, values_ptr, table_ptr, length_ptr, slot_ptr, stride_page, stride_slot, stride_node,
+                tl.maximum(begin, shared), end, count, offs_row, position, oldest,
+                slope, scale, window, split_peak, split_total, split_acc, BLOCK, D,
+            )  # fmt: skip
         if IN_ORDER:
             peak, total, acc = _fold_split(peak, total, acc, split_peak, split_total, split_acc)
         elif splits == 1:
@@ -239,11 +211,11 @@ def _attend_kernel(
         else:
             base = split * stride_split + first * HEADS
             tl.store(partial_ptr + base * D + offs_out, split_acc, mask=mask)
-            tl.store(state_ptr + 2 * base + 2 * offs_state, split_peak, mask=mask_m)
-            tl.store(state_ptr + 2 * base + 2 * offs_state + 1, split_total, mask=mask_m)
+            tl.store(state_ptr + 2 * base + offs_state, split_peak, mask=mask_m)
+            tl.store(state_ptr + 2 * base + offs_state + 1, split_total, mask=mask_m)
 
-    if not IN_ORDER:
-        if splits > 1:  # noqa: SIM102
+    if not IN_ORDER:  # noqa: SIM102
+        if splits > 1:
             arrivals_ptr += pid_group * tl.num_programs(1) + pid_kv
             tl.debug_barrier()
             if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1 < tl.minimum(splits, tl.num_programs(2)):
@@ -251,13 +223,20 @@ def _attend_kernel(
             tl.store(arrivals_ptr, 0)
             for split in range(first_split, first_split + splits):
                 base = split * stride_split + first * HEADS
-                state = state_ptr + 2 * base + 2 * offs_state
-                split_peak = tl.load(state, mask=mask_m, other=UNSEEN, cache_modifier=".cg")
-                split_total = tl.load(state + 1, mask=mask_m, other=0.0, cache_modifier=".cg")
-                split_acc = tl.load(partial_ptr + base * D + offs_out, mask, 0.0, cache_modifier=".cg")
+                split_peak, split_total, split_acc = _load_split(
+                    partial_ptr + base * D, state_ptr + 2 * base, offs_state, offs_out, mask_m, mask
+                )
                 peak, total, acc = _fold_split(peak, total, acc, split_peak, split_total, split_acc)
     out = acc / tl.where(mask_m, total, 1.0)[:, None]
     tl.store(out_ptr + first * (HEADS * D) + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_split(partial_ptr, state_ptr, offs_state, offs_out, mask_m, mask):
+    """What another program left of a split, past the first-level cache."""
+    peak = tl.load(state_ptr + offs_state, mask=mask_m, other=UNSEEN, cache_modifier=".cg")
+    total = tl.load(state_ptr + offs_state + 1, mask=mask_m, other=0.0, cache_modifier=".cg")
+    return peak, total, tl.load(partial_ptr + offs_out, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -267,25 +246,47 @@ def _nothing_seen(M: tl.constexpr, D_PADDED: tl.constexpr):
 
 
 @triton.jit
-def _path(
+def _fold_paths(
+    q,
+    keys_ptr,
+    values_ptr,
     table_ptr,
     length_ptr,
     slot_ptr,
     stride_page,
     stride_slot,
-    block,
+    stride_node,
+    begin,
+    end,
+    count,
+    offs_row,
+    position,
     oldest,
-    node,
+    slope,
+    scale,
+    window,
+    peak,
+    total,
+    acc,
     BLOCK: tl.constexpr,
+    D: tl.constexpr,
 ):
-    """Where the keys of a block lie on the path of one row of a tree, int64 [BLOCK]."""
-    offs_n = block * BLOCK + tl.arange(0, BLOCK)
-    mask_n = (offs_n >= oldest) & (offs_n <= node)
-    depth = offs_n - tl.load(length_ptr).to(tl.int32)
-    slot = tl.load(slot_ptr + depth, mask=mask_n & (depth >= 0), other=0)
-    slot = tl.where(depth >= 0, slot, offs_n)
-    page = tl.load(table_ptr + slot // BLOCK, mask=mask_n, other=0)
-    return page * stride_page + slot % BLOCK * stride_slot
+    """`_fold_block` for blocks begin to end of a tree: each row's own, along its path, other rows seeing nothing."""
+    for block in range(begin, end):
+        offs_n = block * BLOCK + tl.arange(0, BLOCK)
+        for member in range(0, count):
+            own = tl.where(offs_row == member, position, -1)
+            node = tl.max(own, axis=0)
+            mask_n = (offs_n >= oldest) & (offs_n <= node)
+            depth = offs_n - tl.load(length_ptr + member).to(tl.int32)
+            slot = tl.load(slot_ptr + member * stride_node + depth, mask=mask_n & (depth >= 0), other=0)
+            slot = tl.where(depth >= 0, slot, offs_n)
+            page = tl.load(table_ptr + slot // BLOCK, mask=mask_n, other=0)
+            peak, total, acc = _fold_block(
+                q, keys_ptr, values_ptr, page * stride_page + slot % BLOCK * stride_slot, block, own, oldest, node,
+                slope, scale, window, peak, total, acc, BLOCK, D,
+            )  # fmt: skip
+    return peak, total, acc
 
 
 @triton.jit
@@ -358,42 +359,3 @@ def _split_of(position, SPLIT: tl.constexpr):
     """The split a position lies in."""
     NEAR: tl.constexpr = NEAR_SPLITS * SPLIT
     return tl.minimum(position, NEAR) // SPLIT + tl.maximum(position - NEAR, 0) // (FAR_FACTOR * SPLIT)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _row_groups_kernel(
-    sequence_ptr,
-    first_ptr,
-    count_ptr,
-    rows,
-    GROUP_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """first row and row count of the groups of sequence pid, int32 [groups]; sequence int64 [rows], -1 for padding.
-
-    The n-th sequence of the pass owns groups from (its first row + n·(GROUP_ROWS − 1)) // GROUP_ROWS on.
-    """
-    start_dependents(PDL)
-    pid_sequence = tl.program_id(0)
-    offs = tl.arange(0, BLOCK)
-    wait_for_producers(PDL)
-    first = rows
-    count = 0
-    earlier = 0
-    for block in range(0, rows, BLOCK):
-        offs_row = block + offs
-        mask = offs_row < rows
-        sequence = tl.load(sequence_ptr + offs_row, mask=mask, other=-1)
-        before = tl.load(sequence_ptr + offs_row - 1, mask=mask & (offs_row > 0), other=-1)
-        own = sequence == pid_sequence
-        first = tl.minimum(first, tl.min(tl.where(own, offs_row, rows), axis=0))
-        count += tl.sum(own.to(tl.int32), axis=0)
-        begins = (sequence >= 0) & (sequence != before) & (offs_row < first)
-        earlier += tl.sum(begins.to(tl.int32), axis=0)
-    base = (first + earlier * (GROUP_ROWS - 1)) // GROUP_ROWS
-    for block in range(0, count, BLOCK * GROUP_ROWS):
-        offs_group = block // GROUP_ROWS + offs
-        left = count - offs_group * GROUP_ROWS
-        tl.store(first_ptr + base + offs_group, first + offs_group * GROUP_ROWS, mask=left > 0)
-        tl.store(count_ptr + base + offs_group, tl.minimum(left, GROUP_ROWS), mask=left > 0)

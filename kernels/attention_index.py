@@ -73,7 +73,7 @@ class AttentionIndex:
         self._page_size = page_size
         self._tree = tree
         self._groups = [
-            (start, positions, ints(block_table[row, : max(positions) // page_size + 1]))
+            (start, positions, ints(block_table[row, : None if tree is not None else max(positions) // page_size + 1]))
             for row, start, positions in _groups(ints(sequence), ints(position), tile)
         ]
         self._visible: Tensor | None = None
@@ -102,12 +102,12 @@ class AttentionIndex:
         def mask(block: int, at: list[int]) -> Tensor:
             return self._mask(block, at, window, slopes, kv_heads, group)
 
-        count = len(positions)
+        count, end = len(positions), max(positions) // self._page_size + 1
         first = 0 if window is None else max(0, min(positions) - window + 1) // self._page_size
         if self._tree is None:
-            blocks = [Block(pages[block], mask(block, positions)) for block in range(first, len(pages))]
+            blocks = [Block(pages[block], mask(block, positions)) for block in range(first, end)]
             return Group(start, count, blocks, [Branch(0, count, [])])
-        common = min(int(self._tree.length[start : start + count].min()) // self._page_size, len(pages))
+        common = min(int(self._tree.length[start : start + count].min()) // self._page_size, end)
         blocks = [Block(pages[block], mask(block, positions)) for block in range(first, common)]
         branches = [
             Branch(
