@@ -38,7 +38,10 @@ class ProductRule(NamedTuple):
 
 
 class AttentionRule(NamedTuple):
-    """Parameters of attention: rows and (padded) heads of a program, positions of a near split, launch."""
+    """Parameters of attention: rows and (padded) heads of a program, positions of a near split, launch.
+
+    registers: what a thread may take; None leaves it to the assembler, which may spill to fit more programs.
+    """
 
     rows: int
     heads: int
@@ -133,12 +136,13 @@ def attention_rule(head_dim: int, group: int, tile: int, itemsize: int, arch: in
     width = (1 << (head_dim - 1).bit_length()) * itemsize
     wide = 90 <= arch < 100 and itemsize == 2 and head_dim <= 128
     heads = 1 << (group - 1).bit_length()
-    rows = max(1, min(1 << (tile.bit_length() - 1), 16, (64 if wide else 32) // heads))
+    rows = max(1, min(1 << (tile.bit_length() - 1), 16, (64 if wide else 16 if width > 256 else 32) // heads))
     heads = max(heads, 16 // rows)
     queries = rows * heads * (width + 64 * itemsize)
     held = 0 if rows * heads >= 64 else 1
     stages = next((n for n in (3, 2) if queries + (n - held) * 128 * width <= 96 << 10), 1)
-    return AttentionRule(rows, heads, split=128, warps=4 if width <= 128 else 8, stages=stages if arch else 1)
+    registers = 255 if itemsize == 2 else None
+    return AttentionRule(rows, heads, 128, 4 if width <= 128 else 8, stages if arch else 1, registers)
 
 
 def attention_splits(positions: int, split: int) -> int:
