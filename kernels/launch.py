@@ -48,6 +48,7 @@ class AttentionRule(NamedTuple):
     split: int
     warps: int
     stages: int
+    registers: int | None
 
 
 class NormRule(NamedTuple):
@@ -116,15 +117,8 @@ def head_rule(
 
 
 def route_rule(weight_rows: int, columns: int, rows: int, tile: int, itemsize: int, arch: int) -> ProductRule:
-    """`product_rule` with long steps for decoding: a router has few weight rows, so few programs stream them all."""
-    rule = product_rule(weight_rows, columns, rows, tile, itemsize, arch)._replace(block_n=16)
-    if tile > 8:
-        return rule
-    width = padded(columns)
-    longer = (512, 256, rule.block_k) if itemsize < 4 else (rule.block_k,)
-    block_k = next(block for block in longer if width % block == 0)
-    wide = tile if arch == 0 else min(32, max(8, 2048 // (block_k * itemsize)))
-    return rule._replace(block_k=block_k, rows=wide, stages=min(rule.stages, 4))
+    """`product_rule` in the narrowest blocks: a router has few weight rows, and few programs stream them."""
+    return product_rule(weight_rows, columns, rows, tile, itemsize, arch)._replace(block_n=16)
 
 
 def attention_rule(head_dim: int, group: int, tile: int, itemsize: int, arch: int) -> AttentionRule:
