@@ -127,9 +127,10 @@ def _compile(target: Target, cases: Sequence[str]) -> list[Finding]:
 
 def finding_of(fields: Mapping[str, Any]) -> Finding:
     """A finding from its JSON object, whose lists stand for tuples."""
-    values = {
-        name: tuple(cast("list[Any]", value)) if isinstance(value, list) else value for name, value in fields.items()
-    }
+    values: dict[str, Any] = dict(fields)
+    for name, value in fields.items():
+        if isinstance(value, list):
+            values[name] = tuple(cast("list[Any]", value))
     return Finding(**values)
 
 

@@ -35,7 +35,7 @@ KERNELS = {
     "_verify_kernel": Meaning(),
     "_warping_kernel": Meaning(streams=SCORES),
     "_rejection_kernel": Meaning(),
-    "_compact_kernel": Meaning(streams=CACHE),
+    "_compact_kernel": Meaning(),
 }
 
 
