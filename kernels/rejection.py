@@ -1,0 +1,289 @@
+"""Speculative sampling on the device: drafts accepted and rejected by probability."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .primitives import start_dependents, wait_for_producers
+from .residual import draw, keep, place_of, probability, take, total_of
+from .values import Verdict
+from .warping import mass, peak, threshold_of, uniform
+
+ACCEPT_STREAM: tl.constexpr = tl.constexpr(1)
+
+
+@triton.jit
+def _warping_kernel(
+    scores_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    warping_ptr,
+    best_ptr,
+    stride_sequence,
+    stride_row,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """What turns a row of scores into probabilities: highest score, threshold and Σ exp((x − highest)/temperature).
+
+    scores [S, n, V]; temperature, top_k, top_p, min_p [S]; warping float32 [S, n, 3]; best int32 [S, n]: the argmax at
+    temperature 0, else −1.
+    """
+    start_dependents(PDL)
+    pid_s = tl.program_id(0).to(tl.int64)
+    pid_n = tl.program_id(1).to(tl.int64)
+    row = pid_s * tl.num_programs(1) + pid_n
+    row_ptr = scores_ptr + pid_s * stride_sequence + pid_n * stride_row
+    wait_for_producers(PDL)
+    temperature = tl.load(temperature_ptr + pid_s)
+    highest, best = peak(row_ptr, V, BLOCK)
+    if temperature > 0.0:
+        top_k = tl.load(top_k_ptr + pid_s)
+        top_p = tl.load(top_p_ptr + pid_s)
+        min_p = tl.load(min_p_ptr + pid_s)
+        threshold = threshold_of(row_ptr, highest, temperature, top_k, top_p, min_p, V, BLOCK)
+        tl.store(warping_ptr + row * 3, highest)
+        tl.store(warping_ptr + row * 3 + 1, threshold)
+        tl.store(warping_ptr + row * 3 + 2, mass(row_ptr, highest, temperature, threshold, V, BLOCK))
+        best = tl.full((), -1, tl.int32)
+    tl.store(best_ptr + row, best)
+
+
+@triton.jit(do_not_specialize=["k", "stride_node", "stride_parent"])
+def _rejection_kernel(  # noqa: PLR0915
+    scores_ptr,
+    warping_ptr,
+    best_ptr,
+    draft_scores_ptr,
+    draft_warping_ptr,
+    draft_best_ptr,
+    draft_ids_ptr,
+    draft_ptr,
+    parent_ptr,
+    count_ptr,
+    length_ptr,
+    temperature_ptr,
+    seed_ptr,
+    residual_ptr,
+    others_ptr,
+    accepted_ptr,
+    token_ptr,
+    next_length_ptr,
+    path_ptr,
+    stride_sequence,
+    stride_row,
+    stride_draft_sequence,
+    stride_draft_row,
+    stride_node,
+    stride_parent,
+    k,
+    V: tl.constexpr,
+    V_DRAFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """From row 0: accept child x if u·q(x) ≤ p(x), or p ← norm(max(p − q, 0)), q ← norm(q without x); draw from p.
+
+    scores [S, k + 1, V]; draft_scores [S, k, V_DRAFT] or None: q certain; warping, best as `_warping_kernel` gives
+    them; draft_ids int64 [V_DRAFT] or None; draft, parent int64 [S, k]; residual float32 [S, 2, V]: p in turn, read
+    from one and written to the other; others float32 [S, V_DRAFT]: q; path int64 [S, k + 1]; the rest [S].
+    """
+    start_dependents(PDL)
+    pid_s = tl.program_id(0).to(tl.int64)
+    residual_ptr += pid_s * 2 * V
+    others_ptr += pid_s * V_DRAFT
+    wait_for_producers(PDL)
+    count = tl.minimum(tl.load(count_ptr + pid_s), k)
+    length = tl.load(length_ptr + pid_s)
+    seed = tl.load(seed_ptr + pid_s)
+    temperature = tl.load(temperature_ptr + pid_s)
+
+    row = tl.zeros((), tl.int64)
+    accepted = tl.zeros((), tl.int64)
+    side = tl.zeros((), tl.int32)
+    p_total = tl.zeros((), tl.float32)
+    q_total = tl.zeros((), tl.float32)
+    tl.store(path_ptr + pid_s * (k + 1), row)
+    for j in range(ROWS):
+        parent = tl.zeros((), tl.int64) + j
+        if parent_ptr is not None:
+            parent = tl.load(parent_ptr + pid_s * stride_parent + j, mask=j < count, other=-1)
+        if (j < count) & (parent == row):
+            x = tl.load(draft_ptr + pid_s * stride_node + j)
+            p_row_ptr = scores_ptr + pid_s * stride_sequence + row * stride_row
+            p_warping_ptr = warping_ptr + (pid_s * (k + 1) + row) * 3
+            p_best = tl.load(best_ptr + pid_s * (k + 1) + row)
+            old_ptr = residual_ptr + side * V
+            p_x = probability(p_row_ptr, p_warping_ptr, p_best, temperature, old_ptr, p_total, x, x >= 0)
+            q_x = tl.zeros((), tl.float32)
+            if draft_scores_ptr is not None:
+                place = place_of(draft_ids_ptr, x, V_DRAFT, BLOCK)
+                q_row_ptr = draft_scores_ptr + pid_s * stride_draft_sequence + row * stride_draft_row
+                q_warping_ptr = draft_warping_ptr + (pid_s * k + row) * 3
+                q_best = tl.load(draft_best_ptr + pid_s * k + row)
+                q_x = probability(q_row_ptr, q_warping_ptr, q_best, temperature, others_ptr, q_total, place, place >= 0)
+            bound = tl.where(q_x > 0.0, q_x, 1.0)
+            noise = uniform(seed, length + accepted + 1, j // 16 * 16, 16, ACCEPT_STREAM)
+            u = tl.sum(tl.where(tl.arange(0, 16) == j % 16, noise, 0.0), axis=0)
+            if (u * bound <= p_x) & (p_x > 0.0):
+                accepted += 1
+                row = tl.zeros((), tl.int64) + j + 1
+                p_total = tl.zeros((), tl.float32)
+                q_total = tl.zeros((), tl.float32)
+                tl.store(path_ptr + pid_s * (k + 1) + accepted, row)
+            else:
+                new_ptr = residual_ptr + (1 - side) * V
+                gone = tl.where(q_x > 0.0, -1, x)
+                keep(p_row_ptr, p_warping_ptr, p_best, temperature, old_ptr, p_total, new_ptr, gone, V, BLOCK)
+                if draft_scores_ptr is not None and q_x > 0.0:
+                    rest = take(
+                        q_row_ptr,
+                        q_warping_ptr,
+                        q_best,
+                        temperature,
+                        others_ptr,
+                        q_total,
+                        new_ptr,
+                        draft_ids_ptr,
+                        place,
+                        V_DRAFT,
+                        BLOCK,
+                    )
+                    # Even with nothing left q is what is in others_ptr.
+                    q_total = tl.where(rest > 0.0, rest, 1.0)
+                total = total_of(new_ptr, V, BLOCK)
+                p_total = tl.where(total > 0.0, total, p_total)
+                side = tl.where(total > 0.0, 1 - side, side)
+
+    p_row_ptr = scores_ptr + pid_s * stride_sequence + row * stride_row
+    p_warping_ptr = warping_ptr + (pid_s * (k + 1) + row) * 3
+    p_best = tl.load(best_ptr + pid_s * (k + 1) + row)
+    token = draw(
+        p_row_ptr,
+        p_warping_ptr,
+        p_best,
+        temperature,
+        residual_ptr + side * V,
+        p_total,
+        seed,
+        length + accepted + 1,
+        V,
+        BLOCK,
+    )
+    offs_r = tl.arange(0, ROWS)
+    last = tl.zeros((ROWS,), tl.int64) + row
+    tl.store(path_ptr + pid_s * (k + 1) + offs_r, last, mask=(offs_r > accepted) & (offs_r <= k))
+    tl.store(accepted_ptr + pid_s, accepted)
+    tl.store(token_ptr + pid_s, token.to(tl.int64))
+    tl.store(next_length_ptr + pid_s, length + accepted + 1)
+
+
+def verify_rejection(
+    scores: Tensor,
+    draft: Tensor,
+    draft_scores: Tensor | None,
+    count: Tensor,
+    length: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    *,
+    parent: Tensor | None = None,
+    draft_ids: Tensor | None = None,
+) -> Verdict:
+    """Speculative sampling (Leviathan et al., arXiv 2211.17192), over siblings by recursive rejection.
+
+    scores [S, k + 1, V] of the target; draft_scores [S, k, V'] of the drafter, row i the scores the children of row i
+    were drawn with, without replacement; None: every draft token was certain. draft_ids int64 [V'], distinct: what a
+    reduced draft vocabulary stands for. temperature, top_k, top_p, min_p, seed [S] as in `sample`, for both p and q;
+    draft, count, length, parent as in `verify`.
+
+    From row 0: a child x is accepted with probability min(1, p(x)/q(x)), which moves on to its row; a rejected one
+    leaves p ← norm(max(p − q, 0)) and q ← q without x, renormalised. The token after the last accepted row is drawn
+    from p as it is left. A token that q cannot give counts as certain; a residual that rounds to zero leaves p.
+    """
+    sequences, k = draft.shape
+    draft_scores = draft_scores if k else None
+    scores, draft, parent = rows_of(scores), rows_of(draft), None if parent is None else rows_of(parent)
+    size = scores.shape[2]
+    rule = launch.vocabulary_rule(size)
+    rules = [field.contiguous() for field in (temperature, top_k, top_p, min_p)]
+    warping, best = _warping(scores, rules)
+    draft_size, draft_strides = 1, (0, 0)
+    draft_warping, draft_best = None, None
+    if draft_scores is not None:
+        draft_scores = rows_of(draft_scores)
+        draft_size, draft_strides = draft_scores.shape[2], draft_scores.stride()[:2]
+        draft_warping, draft_best = _warping(draft_scores, rules)
+    residual = torch.empty((sequences, 2, size), dtype=torch.float32, device=scores.device)
+    others = torch.empty((sequences, draft_size), dtype=torch.float32, device=scores.device)
+    verdict = empty_verdict(draft)
+    _rejection_kernel[(sequences,)](
+        scores,
+        warping,
+        best,
+        draft_scores,
+        draft_warping,
+        draft_best,
+        draft_ids,
+        draft,
+        parent,
+        count.contiguous(),
+        length.contiguous(),
+        rules[0],
+        seed.contiguous(),
+        residual,
+        others,
+        *verdict,
+        *scores.stride()[:2],
+        *draft_strides,
+        draft.stride(0),
+        0 if parent is None else parent.stride(0),
+        k,
+        V=size,
+        V_DRAFT=draft_size,
+        BLOCK=max(16, rule.block // 2),
+        ROWS=max(16, 1 << k.bit_length()),
+        PDL=launch.dependent(launch.architecture()),
+        **launch.options(max(1, rule.warps // 2)),
+    )
+    return verdict
+
+
+def _warping(scores: Tensor, rules: list[Tensor]) -> tuple[Tensor, Tensor]:
+    sequences, rows, size = scores.shape
+    rule = launch.vocabulary_rule(size)
+    warping = torch.empty((sequences, rows, 3), dtype=torch.float32, device=scores.device)
+    best = torch.empty((sequences, rows), dtype=torch.int32, device=scores.device)
+    _warping_kernel[(sequences, rows)](
+        scores,
+        *rules,
+        warping,
+        best,
+        *scores.stride()[:2],
+        V=size,
+        BLOCK=rule.block,
+        PDL=launch.dependent(launch.architecture()),
+        **launch.options(rule.warps),
+    )
+    return warping, best
+
+
+def empty_verdict(draft: Tensor) -> Verdict:
+    """The tensors of a verdict about a draft [S, k], not yet written."""
+    sequences, k = draft.shape
+    accepted, token, length = (torch.empty(sequences, dtype=torch.int64, device=draft.device) for _ in range(3))
+    return Verdict(accepted, token, length, torch.empty((sequences, k + 1), dtype=torch.int64, device=draft.device))
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x with its last dimension contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
