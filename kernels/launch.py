@@ -48,7 +48,6 @@ class AttentionRule(NamedTuple):
     split: int
     warps: int
     stages: int
-    registers: int | None
 
 
 class NormRule(NamedTuple):
