@@ -48,6 +48,7 @@ class AttentionRule(NamedTuple):
     split: int
     warps: int
     stages: int
+    registers: int | None
 
 
 class NormRule(NamedTuple):
