@@ -196,10 +196,10 @@ def gate(
             "row_dependent": differing,
         }
         output.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for line in lines(binding, whole=size is None and kernel is None):
+    for line in lines(binding, whole=size is None and kernel is None) if binding else ():
         typer.echo(line)
     _conclude(binding, report, differing)
-    if not binding or differing or any(finding.failures for finding in binding):
+    if not findings or differing or any(finding.failures for finding in binding):
         raise typer.Exit(1)
 
 

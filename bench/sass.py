@@ -24,7 +24,6 @@ _BULK_LOADS = {"UBLKCP", "UTMALDG"}
 _STORES = {"STG", "ST", "RED", "REDG", "ATOM", "ATOMG", "UBLKRED", "UTMASTG", "UTMAREDG"}
 _SPILLS = {"LDL", "STL"}
 _MMA = re.compile(r"(?:[HIDQO]|[HIQB]G|UTC[A-Z]*)MMA\b")
-_ENDS = {"EXIT", "RET"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Instruction:
 
     @property
     def is_end(self) -> bool:
-        return self.base in _ENDS
+        return self.base == "EXIT"
 
     @property
     def width(self) -> int:
@@ -124,7 +123,8 @@ class MachineCode:
     def _successors(self, index: int) -> list[int]:
         instruction = self.instructions[index]
         following = [index + 1]
-        if instruction.is_end:
+        if instruction.base in ("EXIT", "RET"):
+            # What a subroutine returns to follows its call.
             return following if instruction.predicate else []
         if instruction.base in ("BRX", "JMX", "BRXU"):
             return following + list(self.labels.values())

@@ -212,6 +212,20 @@ def test_every_path_counts() -> None:
     assert "LDGSTS" in [i.base for i in machine_code(conditional).before("ACQBULK")]
 
 
+def test_subroutines_return_to_their_call() -> None:
+    listing = """
+        /*0000*/                   CALL.REL.NOINC `($helper) ;
+        /*0010*/                   ACQBULK ;
+        /*0020*/                   EXIT ;
+$helper:
+        /*0030*/                   LDG.E R1, desc[UR4][R2.64] ;
+        /*0040*/                   RET.REL.NODEC R4 `(_kernel) ;
+"""
+    early = machine_code(listing).before("ACQBULK")
+    assert [i.base for i in early] == ["CALL", "ACQBULK", "LDG", "RET"]
+    assert not any(i.is_end for i in early)
+
+
 def test_memory_is_limited_by_the_chip() -> None:
     def reasons(arch: int, shared: int, stack: int = 0) -> list[str]:
         listing = LISTING.replace("STL.64 [R1], R4", "NOP")
