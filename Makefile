@@ -12,7 +12,7 @@ TRITON        := 3.9.0
 have = $(BIN)/python -c 'import importlib.metadata as m, sys; sys.exit(sys.argv[2:] not in ([], [m.version(sys.argv[1])]))' \
   $(1) $(2) 2>/dev/null
 
-.PHONY: demo test gate lint types clean
+.PHONY: demo test gate gpu-check lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/skipjack demo
@@ -22,6 +22,11 @@ test: $(VENV)/.test
 
 gate: $(VENV)/.gate
 	$(BIN)/python -m skipjack.bench.gate
+
+# On a machine whose Python has PyTorch for its GPU already: make gpu-check GPU_PYTHON=python3
+GPU_PYTHON ?=
+gpu-check: $(if $(GPU_PYTHON),,$(VENV)/.demo)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m skipjack.bench.gpu_check check --output bench/results/gpu-check.json
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

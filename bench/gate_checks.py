@@ -124,7 +124,7 @@ def _products(code: MachineCode, meaning: Meaning, launch: Launch) -> Iterable[s
     opcodes = mma_opcodes(code)
     if any("TF32" in opcode for opcode in opcodes) or (launch.itemsize == 4 and opcodes):
         yield f"float32 operands are rounded for the matrix units: {', '.join(opcodes)}"
-    elif len(opcodes) > 1:
+    elif len({opcode.partition(".")[0] for opcode in opcodes}) > 1:
         yield f"matrix instructions of several kinds: {', '.join(opcodes)}"
     elif meaning.mma and launch.itemsize < 4 and not opcodes:
         yield "no matrix instruction"

@@ -145,9 +145,17 @@ def attend(
         packed_q = rows_q.view(tile, kv_heads, group, head_dim).transpose(0, 1).reshape(1, kv_heads, -1, head_dim)
 
         def over(blocks: list[Block], packed_q: Tensor = packed_q) -> list[tuple[Tensor, Tensor]]:
+            # The call takes a float32 mask for every dtype but float64, whose masks it would misread.
+            wide = packed_q.dtype == torch.float64
             return [
                 _attention(
-                    packed_q, block.read(keys), block.read(values), 0.0, False, attn_mask=block.mask, scale=scale
+                    packed_q,
+                    block.read(keys),
+                    block.read(values),
+                    0.0,
+                    False,
+                    attn_mask=block.mask.double() if wide else block.mask,
+                    scale=scale,
                 )
                 for block in blocks
             ]

@@ -139,7 +139,7 @@ ATTENTION = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "window", "alibi"), ATTENTION)
 @pytest.mark.parametrize("position", [0, 1, 15, 16, 127, 129, 255, 256, 1000])
 def test_attention_is_the_formula(

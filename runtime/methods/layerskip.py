@@ -17,9 +17,9 @@ from .drafting import chain
 class Options:
     """Drafts of `num_draft_tokens` by the first `exit_layer` layers, the final norm and the head.
 
-    `exit_layer` 0 is two thirds of the layers. A draft ends early with a token less probable than `threshold` (0: never).
-    With `reuse`, verification starts from the streams the draft left after the exit layer; without it, it is a full
-    pass. `verify` false is plain early exit, which is lossy.
+    `exit_layer` 0 is two thirds of the layers. A draft ends early with a token less probable than `threshold`, 0 being
+    never. With `reuse`, verification starts from the streams the draft left after the exit layer; without it, it is a
+    full pass. `verify` false is plain early exit, which is lossy.
     """
 
     exit_layer: int = 0
