@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -100,7 +100,7 @@ def _machine(setting: Setting) -> dict[str, Any]:
     found = machine.describe() | {"triton": triton.__version__}
     if setting.dry:
         return found | {"note": "dry run in Triton's interpreter: no figure here was measured on a GPU"}
-    card = torch.cuda.get_device_properties(0)
+    card = cast("Any", torch.cuda).get_device_properties(0)
     return found | {"gpu": card.name, "cuda": torch.version.cuda, "memory_gib": round(card.total_memory / 2**30, 1)}
 
 

@@ -160,6 +160,9 @@ def _launches(model: Model, cache: KVCache, pages: list[int], count: int) -> dic
     def down(i: int) -> None:
         ops.linear(inner, layers[i].down, tile=tile, residual=x)
 
+    def head(_: int) -> None:
+        model.predict(x)
+
     def size(matrix: Matrix) -> int:
         return matrix.rows * matrix.columns * x.element_size()
 
@@ -170,7 +173,7 @@ def _launches(model: Model, cache: KVCache, pages: list[int], count: int) -> dic
         "output": _Launch(output, size(first.output), number),
         "up": _Launch(up, size(first.up), number),
         "down": _Launch(down, size(first.down), number),
-        "head": _Launch(lambda _: model.predict(x), config.vocab_size * config.hidden_size * x.element_size(), 1),
+        "head": _Launch(head, config.vocab_size * config.hidden_size * x.element_size(), 1),
     }
 
 

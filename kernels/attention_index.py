@@ -38,7 +38,7 @@ class Branch(NamedTuple):
     """Rows first to first + count of a group, and the blocks that only they see, after those of the whole group."""
 
     first: int
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     blocks: list[Block]
 
 
@@ -46,7 +46,7 @@ class Group(NamedTuple):
     """Consecutive rows of one sequence, at most a tile: the first of them, their number, and what they see."""
 
     start: int
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     blocks: list[Block]
     branches: list[Branch]
 
@@ -166,7 +166,7 @@ class RowGroups(NamedTuple):
     """Groups of rows on the device: first row and number of rows, int32 [bound]; unused ones have none."""
 
     first: Tensor
-    count: Tensor
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     bound: int
 
 

@@ -7,12 +7,12 @@ the numerics contract. Architectures are compute capabilities times ten, 90 for 
 
 import os
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-import triton
+from triton import knobs
 from triton.runtime import driver
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = bool(knobs.runtime.interpret)
 DEPENDENT_LAUNCH = os.environ.get("SKIPJACK_PDL", "1") != "0"
 NEAR_SPLITS = 8
 FAR_FACTOR = 4
@@ -180,7 +180,7 @@ def merge_rule(blocks: int, kept: int, arch: int) -> MergeRule:
 @cache
 def architecture() -> int:
     """The architecture kernels are compiled for; 0 in the interpreter."""
-    return 0 if INTERPRETED else int(driver.active.get_current_target().arch)
+    return 0 if INTERPRETED else int(cast("Any", driver.active).get_current_target().arch)
 
 
 def dependent(arch: int) -> bool:

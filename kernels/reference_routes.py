@@ -29,7 +29,7 @@ def route(x: Tensor, norm: Norm, router: Router, *, tile: int, threshold: float 
     readout = router.readout.to(code.dtype)
     score = [
         (steady(torch.tanh, reference.normalise(part, inner)) * readout).sum(dim=-1)
-        for part in functional.pad(code, (0, 0, 0, -code.shape[0] % tile)).split(tile)
+        for part in torch.split(functional.pad(code, (0, 0, 0, -code.shape[0] % tile)), tile)
     ]
     weight = steady(torch.sigmoid, torch.cat(score)[: x.shape[0]])
     return Route(weight, weight > threshold)

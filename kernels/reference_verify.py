@@ -35,7 +35,7 @@ def sample(
     token = scores.argmax(dim=-1)
     size = scores.shape[1]
     rule = Rule(temperature, top_k, top_p, min_p)
-    for rows in torch.nonzero(temperature > 0).flatten().split(max(1, _CHUNK // size)):
+    for rows in torch.split(torch.nonzero(temperature > 0).flatten(), max(1, _CHUNK // size)):
         if len(rows) > 0:
             warped = warp(scores[rows].float(), rule.rows(rows))
             token[rows] = (warped + gumbel(seed[rows], position[rows], size)).argmax(dim=-1)

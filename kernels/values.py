@@ -94,7 +94,7 @@ class RowMap(NamedTuple):
     """For each of L layers the active rows, gathered: row int32 [L, R], ascending, -1 after the first count [L]."""
 
     row: Tensor
-    count: Tensor
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class Router(NamedTuple):
