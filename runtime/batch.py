@@ -72,9 +72,9 @@ class Batch:
         """One entry per sequence."""
         params, device = [s.params for s in self.sequences], self.device
         return Sampling(
-            torch.tensor([p.temperature for p in params], device=device),
-            torch.tensor([p.top_p for p in params], device=device),
-            torch.tensor([p.min_p for p in params], device=device),
+            torch.tensor([float(p.temperature) for p in params], device=device),
+            torch.tensor([float(p.top_p) for p in params], device=device),
+            torch.tensor([float(p.min_p) for p in params], device=device),
             torch.tensor([p.top_k for p in params], device=device),
             torch.tensor([s.seed if s.seed < 2**63 else s.seed - 2**64 for s in self.sequences], device=device),
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from skipjack import Engine, SamplingParams
 from skipjack.kernels.noise import gumbel
 from skipjack.kernels.reference_verify import Rule, sample, warp
+from skipjack.runtime.batch import Batch
 from skipjack.runtime.sampling import reshape_logits
 from skipjack.runtime.sequence import Sequence
 
@@ -164,3 +165,10 @@ def test_bias_and_minimum_length() -> None:
     assert short[[3, 6]].isneginf().all()
     long = reshape_logits(LOGITS, sequence(min_tokens=2), [1, 2, 2, 5, 7, 8])
     assert torch.equal(long, LOGITS)
+
+
+def test_whole_numbers_reach_the_ops_as_floats() -> None:
+    params = SamplingParams(temperature=1, top_p=1, min_p=0)
+    sequence = Sequence(0, 0, [3, 4], params, 0, frozenset(), 64, None, pages=[1])
+    rule = Batch.of([sequence], 8, torch.device("cpu")).sampling()
+    assert {rule.temperature.dtype, rule.top_p.dtype, rule.min_p.dtype} == {torch.float32}
