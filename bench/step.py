@@ -130,13 +130,13 @@ def _kernels(
 def _launches(model: Model, cache: KVCache, pages: list[int], count: int) -> dict[str, _Launch]:
     """The kernels of a layer, and the head, for `count` rows after a context."""
     config, ops, tile, layers = model.config, model.ops, model.ops.decode_tile, model.layers
-    rows = _rows(model, pages, count)
+    rows = _rows(model, pages, count).padded()
     slots = Slots(*rows.slots(cache.page_size))
     index = ops.index(rows.sequence, rows.position, rows.block_table, page_size=cache.page_size, tile=tile)
     rope = model.rotations(rows, cache)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(count, *shape, device=model.device, dtype=model.dtype)
+        return torch.randn(len(rows), *shape, device=model.device, dtype=model.dtype)
 
     x, q, inner = randn(config.hidden_size), randn(config.num_heads, config.head_dim), randn(config.intermediate_size)
     mixed = q.flatten(1)
@@ -200,6 +200,7 @@ class _Clock:
                 function()
                 return None, None, None
             side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 function()
             torch.cuda.synchronize()

@@ -15,7 +15,8 @@ def row_groups(index: TritonIndex, rows: int) -> RowGroups:
         count = index.sequence.shape[0]
         sequences = index.block_table.shape[0]
         bound = max(1, (count + min(sequences, count) * (rows - 1)) // rows)
-        table = torch.zeros(2, bound, dtype=torch.int32, device=index.sequence.device)
+        # Both start on 16 bytes whatever the bound, or the kernels that read them would be compiled twice.
+        table = torch.zeros(2, -(-bound // 4) * 4, dtype=torch.int32, device=index.sequence.device)
         groups = RowGroups(table[0], table[1], bound)
         _row_groups_kernel[(sequences,)](
             index.sequence,

@@ -12,7 +12,10 @@ from .values import Verdict
 __all__ = ["verify", "verify_rejection"]
 
 
-@triton.jit(do_not_specialize=["k", "stride_target", "stride_draft", "stride_parent"])
+@triton.jit(
+    do_not_specialize=["k", "stride_target", "stride_draft", "stride_parent"],
+    do_not_specialize_on_alignment=["target_ptr", "draft_ptr", "parent_ptr", "count_ptr", "length_ptr"],
+)
 def _verify_kernel(
     target_ptr,
     draft_ptr,

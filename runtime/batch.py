@@ -61,7 +61,7 @@ class Batch:
         width = max(len(s.pages) for s in sequences)
         table = torch.tensor([s.pages + [0] * (width - len(s.pages)) for s in sequences], device=device)
         state = torch.tensor([(s.tokens[-1], s.cached, s.room) for s in sequences], device=device)
-        last, length, room = state.T.contiguous()
+        last, length, room = (column.contiguous() for column in state.T)
         return Batch(sequences, last, length, room, table, tile)
 
     @property

@@ -44,7 +44,7 @@ def choose(model: Model, hidden: Tensor, batch: Batch, path: Tensor) -> Chosen:
     logits = model.logits(hidden)
     scores = logits
     if any(p.reshapes_logits for p in params):
-        scores = logits.float()
+        scores = logits.to(torch.float32, copy=True)
         for row in range(scores.shape[0]):
             s, column = batch.sequences[row // n], depth - n + row % n
             if s.params.reshapes_logits:

@@ -12,7 +12,7 @@ from skipjack import Engine, SamplingParams
 from skipjack.kernels.noise import gumbel
 from skipjack.kernels.reference_verify import Rule, sample, warp
 from skipjack.runtime.batch import Batch
-from skipjack.runtime.sampling import reshape_logits
+from skipjack.runtime.sampling import choose, reshape_logits
 from skipjack.runtime.sequence import Sequence
 
 transformers = pytest.importorskip("transformers")
@@ -172,3 +172,16 @@ def test_whole_numbers_reach_the_ops_as_floats() -> None:
     sequence = Sequence(0, 0, [3, 4], params, 0, frozenset(), 64, None, pages=[1])
     rule = Batch.of([sequence], 8, torch.device("cpu")).sampling()
     assert {rule.temperature.dtype, rule.top_p.dtype, rule.min_p.dtype} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_chooses_the_token_and_leaves_the_models_own_probability(synthetic, dtype: torch.dtype) -> None:
+    model, _ = synthetic("tiny", dtype)._loaded()
+    params = SamplingParams(logit_bias={5: 100.0}, logprobs=1)
+    batch = Batch.of([Sequence(0, 0, [3, 4], params, 0, frozenset(), 64, None, pages=[1])], 8, torch.device("cpu"))
+    hidden = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    chosen = choose(model, hidden, batch, batch.last[:, None])
+    logits = model.logits(hidden).double()
+    assert chosen.tokens.item() == 5
+    assert chosen.probability.item() == pytest.approx(logits.softmax(-1)[0, 5].item(), rel=1e-4)
+    assert torch.equal(chosen.logits[0].double(), logits)

@@ -36,4 +36,4 @@ def chain(
     if not states:
         hidden = torch.empty(len(batch), 0, model.config.hidden_size, dtype=model.dtype, device=batch.device)
         return no_draft(batch), hidden
-    return Draft(path[:, 1:], count), torch.stack(states, dim=1)
+    return Draft(path[:, 1:].contiguous(), count), torch.stack(states, dim=1)
