@@ -17,7 +17,7 @@ def row_groups(index: TritonIndex, rows: int) -> RowGroups:
         bound = max(1, (count + min(sequences, count) * (rows - 1)) // rows)
         # Both start on 16 bytes whatever the bound, or the kernels that read them would be compiled twice.
         table = torch.zeros(2, -(-bound // 4) * 4, dtype=torch.int32, device=index.sequence.device)
-        groups = RowGroups(table[0], table[1], bound)
+        groups = RowGroups(table[0, :bound], table[1, :bound], bound)
         _row_groups_kernel[(sequences,)](
             index.sequence,
             groups.first,
