@@ -91,7 +91,7 @@ def attend(
         GROUP_PADDED=rule.heads,
         IN_ORDER=programs == 1,
         PDL=launch.dependent(arch),
-        **launch.options(rule.warps, rule.stages) | {"enable_fp_fusion": False, "maxnreg": rule.registers},
+        **launch.options(rule.warps, rule.stages, rule.registers) | {"enable_fp_fusion": False},
     )
     return out
 

@@ -197,5 +197,5 @@ def fill_kv(
         BLOCK_K=rule.block_k,
         ROWS=rule.rows,
         PDL=launch.dependent(arch),
-        **launch.options(rule.warps, rule.stages),
+        **launch.options(rule.warps, rule.stages, launch.PRODUCT_REGISTERS),
     )

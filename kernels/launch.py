@@ -25,6 +25,7 @@ PROCESSORS = 132
 STEP_BYTES = 8192
 FLIGHT_BYTES = 72 * 1024
 SHARED_BYTES = 99 * 1024
+PRODUCT_REGISTERS = 255
 
 
 class ProductRule(NamedTuple):
@@ -191,7 +192,19 @@ def dependent(arch: int) -> bool:
     return DEPENDENT_LAUNCH and arch >= 90
 
 
-def options(warps: int, stages: int = 2) -> dict[str, Any]:
-    """Keyword arguments of every launch."""
-    common: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    return common | {"launch_pdl": True} if dependent(architecture()) else common
+@cache
+def _nvidia() -> bool:
+    return not INTERPRETED and cast("Any", driver.active).get_current_target().backend == "cuda"
+
+
+def options(warps: int, stages: int = 2, registers: int | None = None) -> dict[str, Any]:
+    """Keyword arguments of every launch; `registers`: what a thread may take, None leaves it to the assembler.
+
+    NVIDIA's assembler spills now and then to fit one more program on a processor; told a limit, it does not.
+    """
+    chosen: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    if dependent(architecture()):
+        chosen["launch_pdl"] = True
+    if registers is not None and _nvidia():
+        chosen["maxnreg"] = registers
+    return chosen

@@ -166,7 +166,7 @@ def linear(
         BLOCK_K=rule.block_k,
         ROWS=rule.rows,
         PDL=launch.dependent(arch),
-        **launch.options(rule.warps, rule.stages),
+        **launch.options(rule.warps, rule.stages, launch.PRODUCT_REGISTERS),
     )
     return out
 
