@@ -48,11 +48,11 @@ def check(
         start = perf_counter()
         for finding in _guarded(name, run, setting):
             result["findings"].append(asdict(finding))
-            if not finding.passed:
+            if finding.passed is False:
                 notes.print(f"FAILED {finding.part} {finding.name}: {finding.detail}", style="bold red", markup=False)
             _write(output, result)
         notes.print(f"{name}: {perf_counter() - start:.0f} s")
-    failed = [finding for finding in result["findings"] if not finding["passed"]]
+    failed = [finding for finding in result["findings"] if finding["passed"] is False]
     if not part or "time" in part:
         # A speed beside a wrong result means nothing.
         if failed:
@@ -113,7 +113,8 @@ def _write(output: Path | None, result: dict[str, Any]) -> None:
 def _table(findings: list[dict[str, Any]]) -> None:
     table = Table("part", "check", "result", "detail")
     for finding in findings:
-        table.add_row(finding["part"], finding["name"], "passed" if finding["passed"] else "FAILED", finding["detail"])
+        result = {True: "passed", False: "FAILED", None: "not run"}[finding["passed"]]
+        table.add_row(finding["part"], finding["name"], result, finding["detail"])
     Console(highlight=False).print(table)
 
 
