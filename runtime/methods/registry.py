@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RequestError
-from . import autoregressive, layerskip, lookup, swift
+from . import autoregressive, clasp, layerskip, lookup, swift
 from .base import Method
 
 _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "autoregressive": (autoregressive.Autoregressive, autoregressive.Options),
+    "clasp": (clasp.Clasp, clasp.Options),
     "layerskip": (layerskip.LayerSkip, layerskip.Options),
     "lookup": (lookup.Lookup, lookup.Options),
     "swift": (swift.Swift, swift.Options),

@@ -1,0 +1,138 @@
+"""CLaSp (arXiv 2505.24196): the model drafts without some of its layers, chosen anew for the context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from ..batch import Batch, Draft, Round
+from ..budget import Budget
+from ..cache import KVCache
+from ..errors import CapacityError, RequestError
+from ..model import Model
+from ..plan import LayerPlan
+from ..programme import Programme, Unit, accepted_tokens
+from .base import Method, no_draft
+from .drafting import Drafting, acceptance, grow
+
+
+@dataclass(frozen=True)
+class Options:
+    """`skip` layers are left out of the draft, 0 is a quarter of them; `keep_outer` protects the first and the last.
+
+    A draft ends after `num_draft_tokens` or with the first token whose probability is below `threshold`. The layers are
+    chosen in the first round, and again after `interval` rounds once `search_budget` of the decoding time pays for it.
+    """
+
+    skip: int = 0
+    num_draft_tokens: int = 7
+    threshold: float = 0.7
+    interval: int = 64
+    keep_outer: bool = False
+    acceptance: str = "coupled"
+    search_budget: float = 0.05
+
+    def __post_init__(self) -> None:
+        for option, low, high in (
+            ("skip", 0, 10**9),
+            ("num_draft_tokens", 1, 64),
+            ("threshold", 0, 1),
+            ("interval", 1, 10**9),
+            ("search_budget", 0, 1),
+        ):
+            value = getattr(self, option)
+            if not low <= value <= high:
+                raise RequestError(f"method clasp: option {option} expects {low} to {high}, got {value}")
+        acceptance("clasp", self.acceptance)
+
+
+class Clasp(Method):
+    """Drafting with the layer set of the latest optimisation; before the first one, plain decoding."""
+
+    name = "clasp"
+
+    def __init__(self, options: Options, num_layers: int, clock: Callable[[], float] = perf_counter) -> None:
+        super().__init__(options, num_layers)
+        most = num_layers - (2 if options.keep_outer else 1)
+        if not max(1, options.skip) <= most:
+            raise RequestError(
+                f"method clasp: option skip expects at most {most} of this model's {num_layers} layers, "
+                f"got {options.skip}"
+            )
+        self.rejection = options.acceptance == "rejection"
+        self._options = options
+        self._skip = options.skip or min(most, max(1, num_layers // 4))
+        self._clock = clock
+        self._how = Drafting(options.num_draft_tokens, options.threshold, self.rejection)
+        self._plan: LayerPlan | None = None
+        self._budget = Budget(options.search_budget)
+        self._rounds = 0
+        self._last_s = 0.0
+        self._events: list[Mapping[str, Any]] = []
+
+    @property
+    def plan(self) -> LayerPlan:
+        return self._plan or self._full
+
+    def phase(self) -> str:
+        return "acceleration" if self._plan else "accumulation"
+
+    def events(self) -> list[Mapping[str, Any]]:
+        return list(self._events)
+
+    def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
+        """Confidence-aware drafting, as SWIFT's."""
+        draft = grow(model, cache, batch, self._plan, self._how)[0] if self._plan else no_draft(batch)
+        return draft._replace(record=self._due())
+
+    def observe(self, model: Model, cache: KVCache, done: Round) -> float:
+        """In-context layer optimisation at the sequences' newest accepted tokens, whose streams came free."""
+        self._rounds += 1
+        self._budget.earn(done.draft_s + done.verify_s)
+        if done.streams is None:
+            return 0.0
+        start = self._clock()
+        programme = Programme(
+            layers(len(self._full.runs) // 2, self._options.keep_outer),
+            self._skip,
+            [tokens[-1] for tokens in accepted_tokens(done)],
+        )
+        try:
+            while not programme.finished:
+                programme.advance(model, cache)
+        except CapacityError:
+            programme = None
+        seconds = self._clock() - start
+        self._budget.spend(seconds)
+        if programme is not None:
+            self._adopt(programme, max(sequence.generated for sequence in done.batch.sequences), seconds)
+        return seconds
+
+    def _due(self) -> bool:
+        if self._plan is None:
+            return True
+        return self._rounds >= self._options.interval and self._budget.seconds >= self._last_s
+
+    def _adopt(self, programme: Programme, tokens: int, seconds: float) -> None:
+        skipped = [sublayer // 2 for sublayer in programme.states[-1].skipped[::2]]
+        self._plan = self._full.without(attention=skipped, mlp=skipped)
+        self._rounds, self._last_s = 0, seconds
+        self._events.append(
+            {
+                "kind": "programme",
+                "iteration": len(self._events) + 1,
+                "skip_attention": list(self._plan.skipped_attention),
+                "skip_mlp": list(self._plan.skipped_mlp),
+                "score": programme.states[-1].score / programme.streams.shape[1],
+                "tokens": tokens,
+                "seconds": seconds,
+            }
+        )
+
+
+def layers(num_layers: int, keep_outer: bool) -> list[Unit]:
+    """Whole layers of weight 1."""
+    outer = (0, num_layers - 1) if keep_outer else ()
+    return [Unit((2 * i, 2 * i + 1), 1, i in outer) for i in range(num_layers)]
