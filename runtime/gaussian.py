@@ -14,9 +14,9 @@ Array = NDArray[np.float64]
 # The variance of a score around the function it samples, in units of the scores' own variance.
 NOISE: Final = 1e-2
 LENGTH_SCALES: Final = (0.05, 50.0)
-_GRID: Final = 16
+_GRID: Final = 12
 _REFINEMENTS: Final = 12
-_RANDOM_POINTS: Final = 512
+_RANDOM_POINTS: Final = 256
 _STARTS: Final = 12
 _STEPS: Final = 60
 
@@ -38,13 +38,16 @@ class GaussianProcess:
 
     def predict(self, points: Array) -> tuple[Array, Array]:
         """Mean and standard deviation [m] of the function (without noise) at points [m, D], in the targets' units."""
-        kernel, _ = _matern(_squared_distances(points, self.points), self.length_scale)
+        kernel = _matern(_distances(points, self.points) / self.length_scale)
         deviation = np.sqrt(_variance(kernel, kernel @ self.inverse))
         return self.mean + self.scale * (kernel @ self.weights), self.scale * deviation
 
     def upper_bound(self, points: Array, kappa: float) -> tuple[Array, Array]:
         """mean + kappa·std [m] at points [m, D] in the targets' units, and its gradients [m, D]."""
-        kernel, slope = _matern(_squared_distances(points, self.points), self.length_scale)
+        stretched = _distances(points, self.points) / self.length_scale
+        kernel = _matern(stretched)
+        # The factor of (x - y) in the kernel's gradient by x.
+        slope = -5 / (3 * self.length_scale**2) * (1 + stretched) * np.exp(-stretched)
         explained = kernel @ self.inverse
         deviation = np.sqrt(_variance(kernel, explained))
         pull = (self.weights - kappa * explained / deviation[:, None]) * slope
@@ -54,19 +57,19 @@ class GaussianProcess:
 
 def fit(points: Array, targets: Array, length_scale: float | None = None) -> GaussianProcess:
     """The process given targets [n] at points [n, D], n ≥ 1; without a length scale, the most likely one."""
-    squares = _squared_distances(points, points)
+    distances = _distances(points, points)
     mean, scale = _location(targets)
     normalised = (targets - mean) / scale
     if length_scale is None:
-        length_scale = _most_likely(squares, normalised)
-    inverse = np.asarray(np.linalg.inv(_covariance(squares, length_scale)), dtype=np.float64)
+        length_scale = _most_likely(distances, normalised)
+    inverse = np.asarray(np.linalg.inv(_covariance(distances, length_scale)), dtype=np.float64)
     return GaussianProcess(points, mean, scale, length_scale, inverse, inverse @ normalised)
 
 
 def log_marginal_likelihood(points: Array, targets: Array, length_scale: float) -> float:
     """Log density of the normalised targets [n] at points [n, D]."""
     mean, scale = _location(targets)
-    return _likelihood(_squared_distances(points, points), (targets - mean) / scale, length_scale)
+    return _likelihood(_distances(points, points), (targets - mean) / scale, length_scale)
 
 
 def suggest(points: Array, targets: Array, rng: np.random.Generator, *, kappa: float = 2.5) -> Array:
@@ -101,12 +104,12 @@ def _ascend(process: GaussianProcess, points: Array, kappa: float) -> Array:
     return points[np.argmax(values)]
 
 
-def _most_likely(squares: Array, targets: Array) -> float:
+def _most_likely(distances: Array, targets: Array) -> float:
     """The length scale of the highest likelihood: the best of a logarithmic grid, refined by golden section."""
     grid = np.linspace(math.log(LENGTH_SCALES[0]), math.log(LENGTH_SCALES[1]), _GRID)
 
     def likelihood(log_scale: float) -> float:
-        return _likelihood(squares, targets, math.exp(log_scale))
+        return _likelihood(distances, targets, math.exp(log_scale))
 
     best = int(np.argmax([likelihood(float(log_scale)) for log_scale in grid]))
     low, high = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, _GRID - 1)])
@@ -126,11 +129,11 @@ def _most_likely(squares: Array, targets: Array) -> float:
     return math.exp(max(float(grid[best]), refined, key=likelihood))
 
 
-def _likelihood(squares: Array, targets: Array, length_scale: float) -> float:
+def _likelihood(distances: Array, targets: Array, length_scale: float) -> float:
     n = len(targets)
     # The factor's last row solves for the targets: numpy has no triangular solver. Its corner only has to be positive.
     bordered = np.empty((n + 1, n + 1))
-    bordered[:n, :n] = _covariance(squares, length_scale)
+    bordered[:n, :n] = _covariance(distances, length_scale)
     bordered[n, :n] = bordered[:n, n] = targets
     bordered[n, n] = 1 + targets @ targets / NOISE
     factor = np.linalg.cholesky(bordered)
@@ -138,24 +141,21 @@ def _likelihood(squares: Array, targets: Array, length_scale: float) -> float:
     return float(-0.5 * (fit_term + n * math.log(2 * math.pi)) - np.log(np.diagonal(factor)[:n]).sum())
 
 
-def _covariance(squares: Array, length_scale: float) -> Array:
-    covariance, _ = _matern(squares, length_scale)
+def _covariance(distances: Array, length_scale: float) -> Array:
+    covariance = _matern(distances / length_scale)
     np.fill_diagonal(covariance, 1 + NOISE)
     return covariance
 
 
-def _matern(squares: Array, length_scale: float) -> tuple[Array, Array]:
-    """The kernel, and the factor of (x - y) in its gradient by x."""
-    stretched = np.sqrt(5 * squares) / length_scale
-    decay = np.exp(-stretched)
-    slope = -5 / (3 * length_scale**2) * (1 + stretched) * decay
-    return (1 + stretched + stretched**2 / 3) * decay, slope
+def _matern(stretched: Array) -> Array:
+    return (1 + stretched + stretched * stretched / 3) * np.exp(-stretched)
 
 
-def _squared_distances(left: Array, right: Array) -> Array:
+def _distances(left: Array, right: Array) -> Array:
+    """Distances [m, n] between points [m, D] and [n, D], times √5: the kernel knows no others."""
     products: Array = left @ np.transpose(right)
     squares = (left * left).sum(1)[:, None] + (right * right).sum(1) - 2 * products
-    return np.maximum(squares, 0.0)
+    return np.sqrt(5 * np.maximum(squares, 0.0))
 
 
 def _variance(kernel: Array, explained: Array) -> Array:
