@@ -142,16 +142,40 @@ def chat(
 
 
 @app.command()
-def inspect(model: options.Model, json: options.Json = False) -> None:
-    """Show what a model folder holds, without loading the weights."""
-    from .anatomy import examine, show
+def inspect(
+    model: options.Model,
+    lens: Annotated[
+        str | None, typer.Option(metavar="PROMPT", help="Continue this, and show what each layer would have said.")
+    ] = None,
+    lens_ids: Annotated[str | None, typer.Option(metavar="1,2,3", help="The same for a prompt of token ids.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate for --lens; 0 looks at the prompt's.")] = 32,
+    device: options.DeviceName = options.Device.AUTO,
+    dtype: options.DtypeName = options.Dtype.AUTO,
+    backend: options.BackendName = options.Backend.AUTO,
+    json: options.Json = False,
+) -> None:
+    """Show what a model folder holds, without loading the weights; with --lens, what each layer would say."""
     from .report import print_json
 
-    anatomy = examine(options.model_folder(model))
-    if json:
-        print_json(anatomy)
-    else:
-        show(anatomy)
+    folder = options.model_folder(model)
+    if lens is None and lens_ids is None:
+        from .anatomy import examine, show
+
+        anatomy = examine(folder)
+        if json:
+            print_json(anatomy)
+        else:
+            show(anatomy)
+        return
+    from . import lens as lenses
+
+    ids = lenses.read_request(folder, lens, lens_ids, max_tokens)
+    with options.load_engine(model, "autoregressive", device, dtype, backend) as engine:
+        found = lenses.lens(engine, ids, max_tokens)
+        if json:
+            print_json(lenses.report(found, engine.tokenizer))
+        else:
+            lenses.show(found, engine.tokenizer)
 
 
 @app.command()
