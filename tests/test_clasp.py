@@ -10,6 +10,7 @@ import torch
 from skipjack import Engine, SamplingParams
 from skipjack.kernels.ops import TORCH
 from skipjack.runtime import speculate as rounds
+from skipjack.runtime.cache import KVCache
 from skipjack.runtime.errors import RequestError
 from skipjack.runtime.methods import registry
 from skipjack.runtime.methods.clasp import Clasp, Options, layers
@@ -21,7 +22,7 @@ from skipjack.runtime.sequence import Sequence
 PROMPTS = [[5, 9, 11, 300], [7], list(range(20, 50))]
 
 
-def recorded(model: Model, cache, tokens: list[int]) -> tuple[list[int], torch.Tensor]:
+def recorded(model: Model, cache: KVCache, tokens: list[int]) -> tuple[list[int], torch.Tensor]:
     """Pages that hold `tokens`, and their residual streams [2L + 1, R, H]."""
     pages, streams = cache.reserve(len(tokens)), Streams()
     rows = one_sequence(tokens, 0, pages, TORCH.prefill_tile, model.device)
@@ -29,7 +30,7 @@ def recorded(model: Model, cache, tokens: list[int]) -> tuple[list[int], torch.T
     return pages, torch.stack(streams)
 
 
-def solve(programme: Programme, model: Model, cache) -> Programme:
+def solve(programme: Programme, model: Model, cache: KVCache) -> Programme:
     while not programme.finished:
         programme.advance(model, cache)
     return programme
@@ -68,19 +69,18 @@ def test_tokens_of_the_golden_cases(golden: Path, case: str) -> None:
 
 
 def literal(
-    model: Model, cache, tokens: list[Token], ids: dict[int, list[int]], units: list[Unit], budget: int
+    model: Model, cache: KVCache, tokens: list[Token], ids: dict[int, list[int]], units: list[Unit], budget: int
 ) -> dict[int, tuple[int, ...]]:
-    """The recurrence of the docstring, one state and one row at a time, each on a sequence of its own."""
+    """The recurrence of the docstring, one state and one row at a time, each token on a copy of its sequence."""
+    copies = [recorded(model, cache, ids[id(token.pages)][: token.position + 1])[0] for token in tokens]
 
     def run(unit: Unit, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         out: list[torch.Tensor] = []
-        for token, x in zip(tokens, hidden, strict=True):
-            pages, _ = recorded(model, cache, ids[id(token.pages)][: token.position + 1])
+        for token, pages, x in zip(tokens, copies, hidden, strict=True):
             laid = model.lay(one_sequence([0], token.position, pages, TORCH.decode_tile, model.device), cache)
             y = torch.nn.functional.pad(x[None], (0, 0, 0, len(laid.rows) - 1))
             for sublayer in unit.sublayers:
                 model.step(laid, cache, sublayer, y)
-            cache.release(pages)
             out.append(y[0])
         return out
 
@@ -99,12 +99,16 @@ def literal(
             if choices:
                 new[j] = max(choices, key=lambda choice: closeness(choice[0], end))
         g = {0: ([token.streams[end] for token in tokens], ())} | new
+    for pages in copies:
+        cache.release(pages)
     return {j: skipped for j, (_, skipped) in g.items()}
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-mistral", "tiny-bloom"])
 @torch.inference_mode()
-def test_the_programme_is_the_literal_recurrence(synthetic: Callable[..., Engine], shape: str, monkeypatch) -> None:
+def test_the_programme_is_the_literal_recurrence(
+    synthetic: Callable[..., Engine], shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, cache = synthetic(shape)._loaded()
     texts = [list(range(30, 70)), list(range(200, 207))]
     (first, x), (second, y) = [recorded(model, cache, text) for text in texts]
@@ -122,9 +126,16 @@ def test_the_programme_is_the_literal_recurrence(synthetic: Callable[..., Engine
     assert cache.free_pages == cache.total_pages
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("options", ["num_draft_tokens=1,threshold=0", "interval=2,search_budget=1,threshold=0.1", ""])
+@pytest.mark.parametrize(
+    ("options", "temperature", "dtype"),
+    [
+        ("num_draft_tokens=1,threshold=0", 1.0, torch.float32),
+        ("num_draft_tokens=8,interval=2,search_budget=1,threshold=0.1", 0.0, torch.bfloat16),
+        ("num_draft_tokens=3,interval=2,search_budget=1,threshold=0.1", 1.0, torch.bfloat16),
+        ("skip=4,keep_outer=true", 0.0, torch.float32),
+        ("acceptance=rejection", 0.0, torch.float32),
+    ],
+)
 def test_tokens_are_those_of_plain_decoding(
     synthetic: Callable[..., Engine], options: str, temperature: float, dtype: torch.dtype
 ) -> None:
@@ -160,7 +171,7 @@ def test_later_optimisations_wait_for_the_interval_and_the_budget(
 
     def decode(method: Clasp) -> list[int]:
         """The rounds after which the set was chosen."""
-        params = SamplingParams(max_tokens=140, ignore_eos=True)
+        params = SamplingParams(max_tokens=100, ignore_eos=True)
         sequence = Sequence(0, 0, [5, 6, 7], params, 0, frozenset(), model.config.max_context, None)
         sequence.pages = cache.reserve(sequence.max_length)
         rounds.prefill(model, cache, sequence, method)

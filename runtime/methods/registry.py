@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RequestError
-from . import autoregressive, clasp, layerskip, lookup, swift
+from . import autoregressive, clasp, knapspec, layerskip, lookup, swift
 from .base import Method
 
 _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "autoregressive": (autoregressive.Autoregressive, autoregressive.Options),
     "clasp": (clasp.Clasp, clasp.Options),
+    "knapspec": (knapspec.KnapSpec, knapspec.Options),
     "layerskip": (layerskip.LayerSkip, layerskip.Options),
     "lookup": (lookup.Lookup, lookup.Options),
     "swift": (swift.Swift, swift.Options),
