@@ -171,7 +171,7 @@ def test_later_optimisations_wait_for_the_interval_and_the_budget(
 
     def decode(method: Clasp) -> list[int]:
         """The rounds after which the set was chosen."""
-        params = SamplingParams(max_tokens=100, ignore_eos=True)
+        params = SamplingParams(max_tokens=130, ignore_eos=True)
         sequence = Sequence(0, 0, [5, 6, 7], params, 0, frozenset(), model.config.max_context, None)
         sequence.pages = cache.reserve(sequence.max_length)
         rounds.prefill(model, cache, sequence, method)
