@@ -186,7 +186,9 @@ class Pass:
         scores = self.tensor(self.rows, s.vocab)
         warping = [self.tensor(self.rows, dtype=dtype) for dtype in _WARPING]
         seed, position = self.ids(self.rows), self.ids(self.rows)
-        yield Step("sample", "sample", size(scores), lambda: TRITON.sample(scores, *warping, seed, position))
+        drawn = (scores, *warping, seed, position)
+        yield Step("sample", "sample", size(scores), lambda: TRITON.sample(*drawn))
+        yield Step("sample", "sample of 4", size(scores), lambda: TRITON.sample(*drawn, stream=DRAFTED, count=4))
         if self.rows == 16:
             return
         target, draft, parent = self.ids(count, DRAFTED + 1), self.ids(count, DRAFTED), self.ids(count, DRAFTED)

@@ -200,7 +200,7 @@ def sampling(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
     vocab, k = config.vocab_size, 4
     scores = side.put(torch.randn(rows, vocab, generator=generator) * 3)
     each = torch.arange(rows)
-    token = side.ops.sample(
+    drawn = (
         scores,
         side.put((each % 3).float() * 0.7),
         side.put(each % 4 * 20),
@@ -209,6 +209,8 @@ def sampling(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
         side.put(each * 2**40 - 7),
         side.put(each + 3),
     )
+    token = side.ops.sample(*drawn)
+    siblings = side.ops.sample(*drawn, stream=3, count=4)
     target = torch.randint(0, 3, (rows, k + 1), generator=generator)
     draft = torch.randint(0, 3, (rows, k), generator=generator)
     count = torch.randint(0, k + 1, (rows,), generator=generator)
@@ -231,6 +233,7 @@ def sampling(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
     )
     return {
         "sample": token,
+        "sample of 4": siblings,
         **{f"verify {name}": value for name, value in verdict._asdict().items()},
         **{f"rejection {name}": value for name, value in rejected._asdict().items()},
     }

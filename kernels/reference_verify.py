@@ -26,20 +26,28 @@ def sample(
     min_p: Tensor,
     seed: Tensor,
     position: Tensor,
+    *,
+    stream: int = 0,
+    count: int | None = None,
 ) -> Tensor:
-    """Draw one token per row: argmax of warped log-probability + Gumbel(seed, position, id).
+    """Draw one token per row: argmax of warped log-probability + Gumbel(seed, position, id, stream).
 
     scores [R, V]; temperature, top_p, min_p float32 [R]; top_k (≤ 0: off), seed, position int64 [R]; → int64 [R].
     Rows with temperature 0 take the argmax. Order: temperature, min-p, top-k, top-p; ties at a threshold stay.
+
+    count (≤ 32): the tokens of the `count` highest sums, in order, ties to the lowest id: a draw without replacement
+    (Gumbel top-k; Kool et al., arXiv 1903.06059); → int64 [R, count], of which column 0 is the one token. Where fewer
+    ids are possible, the columns left repeat column 0: a repeated sibling is an absent one.
     """
-    token = scores.argmax(dim=-1)
+    columns = 1 if count is None else count
+    token = _best(scores, columns)
     size = scores.shape[1]
     rule = Rule(temperature, top_k, top_p, min_p)
     for rows in torch.split(torch.nonzero(temperature > 0).flatten(), max(1, _CHUNK // size)):
         if len(rows) > 0:
             warped = warp(scores[rows].float(), rule.rows(rows))
-            token[rows] = (warped + gumbel(seed[rows], position[rows], size)).argmax(dim=-1)
-    return token
+            token[rows] = _best(warped + gumbel(seed[rows], position[rows], size, stream), columns)
+    return token[:, 0] if count is None else token
 
 
 def verify(target: Tensor, draft: Tensor, count: Tensor, length: Tensor, parent: Tensor | None = None) -> Verdict:
@@ -199,6 +207,17 @@ def _nucleus_threshold(warped: Tensor, top_p: Tensor, first: int = 1024) -> Tens
         if size == warped.shape[1] or not bool(missing[:, -1].any()):
             return ordered.gather(1, missing.sum(dim=1, keepdim=True).clamp_max(size - 1))
         size = warped.shape[1]
+
+
+def _best(values: Tensor, count: int) -> Tensor:
+    """The ids of the `count` highest values of each row [R, V] in order; the first again where only −∞ is left."""
+    first = values.argmax(dim=-1, keepdim=True)
+    columns = [first]
+    for _ in range(1, count):
+        values = values.scatter(1, columns[-1], -torch.inf)
+        best, token = values.max(dim=-1, keepdim=True)
+        columns.append(torch.where(best > -torch.inf, token, first))
+    return torch.cat(columns, dim=1)
 
 
 def _probability(scores: Tensor, rule: Rule) -> Tensor:

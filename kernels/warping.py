@@ -32,12 +32,12 @@ def uniform(
     position,
     start,
     BLOCK: tl.constexpr,
-    STREAM: tl.constexpr,
+    stream,
 ):
     """`noise.uniform` of ids start to start + BLOCK, start a multiple of four: float32 [BLOCK]."""
     block = start // 4 + tl.arange(0, BLOCK // 4)
     zero = tl.zeros((BLOCK // 4,), tl.int32)
-    w0, w1, w2, w3 = tl.philox(seed, block, zero + position.to(tl.int32), zero, zero + STREAM)
+    w0, w1, w2, w3 = tl.philox(seed, block, zero + position.to(tl.int32), zero, zero + stream)
     bits = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return ((bits >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
 

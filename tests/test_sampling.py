@@ -1,6 +1,7 @@
 """Sampled tokens against the exact distribution, and against transformers' logits processors."""
 
 from collections.abc import Callable
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -97,6 +98,58 @@ def test_sample_op_draws_each_row_by_its_own_rule() -> None:
     for row, setting in enumerate(SETTINGS, start=1):
         expected = (exact(**setting).log() + noise[row]).argmax()
         assert token[row] == expected
+
+
+def spread(rows: int, fields: dict[str, float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One setting for all rows, as `sample` takes it."""
+    return (
+        torch.full((rows,), fields["temperature"]),
+        torch.full((rows,), int(fields.get("top_k", 0))),
+        torch.full((rows,), fields.get("top_p", 1.0)),
+        torch.full((rows,), fields.get("min_p", 0.0)),
+    )
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0.0}, *SETTINGS], ids=str)
+def test_siblings_are_the_highest_sums_in_order(fields: dict[str, float]) -> None:
+    rows, count = 50, 6
+    seed, position = torch.full((rows,), 23), torch.arange(rows)
+    token = sample(LOGITS.repeat(rows, 1), *spread(rows, fields), seed, position, stream=3, count=count).numpy()
+    sums = LOGITS.numpy()[None].repeat(rows, 0)
+    if fields["temperature"] > 0:
+        sums = np.log(exact(**fields).numpy().clip(1e-300)) + gumbel(seed, position, VOCABULARY, 3).double().numpy()
+        sums[:, exact(**fields).numpy() == 0] = -np.inf
+    for row in range(rows):
+        order = np.argsort(-sums[row], kind="stable")[:count]
+        possible = np.isfinite(sums[row, order])
+        assert token[row].tolist() == np.where(possible, order, order[0]).tolist()
+
+
+def test_streams_draw_apart_and_the_first_sibling_is_the_token() -> None:
+    rows = 200
+    inputs = (LOGITS.repeat(rows, 1), *spread(rows, SETTINGS[0]), torch.full((rows,), 8), torch.arange(rows))
+    drawn = [sample(*inputs, stream=stream) for stream in (0, 1, 2)]
+    assert torch.equal(drawn[0], sample(*inputs))
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[1], drawn[2])
+    for stream in (0, 1, 2):
+        assert torch.equal(sample(*inputs, stream=stream, count=5)[:, 0], drawn[stream])
+
+
+def test_siblings_are_drawn_without_replacement() -> None:
+    """Ordered triples of 4 ids against p(a)·p(b)/(1 − p(a))·p(c)/(1 − p(a) − p(b))."""
+    rows, size = 50_000, 4
+    logits = LOGITS[:size]
+    seed, position = torch.full((rows,), 31), torch.arange(rows)
+    rule = spread(rows, {"temperature": 1.3})
+    token = sample(logits.repeat(rows, 1), *rule, seed, position, stream=2, count=3).numpy()
+    p = (logits.double() / 1.3).softmax(-1).numpy()
+    triples = list(permutations(range(size), 3))
+    expected = np.array([p[a] * p[b] / (1 - p[a]) * p[c] / (1 - p[a] - p[b]) for a, b, c in triples]) * rows
+    observed = np.array([(token == triple).all(axis=1).sum() for triple in triples])
+    assert observed.sum() == rows
+    assert expected.min() > 5
+    assert stats.chisquare(observed, expected).pvalue > 0.001
 
 
 def test_speculative_sampling_follows_the_models_distribution(synthetic: Callable[..., Engine]) -> None:

@@ -120,6 +120,41 @@ def test_sample_draws_the_reference_tokens(size: int, dtype: torch.dtype, rows: 
     assert torch.equal(token, reference_verify.sample(scores, *rule, *seeds(rows)))
 
 
+@pytest.mark.parametrize(
+    ("size", "dtype", "rows", "count"),
+    [
+        (12, torch.float32, 10, 5),
+        (3, torch.float32, 4, 5),
+        (4099, torch.float16, 5, 4),
+        (1000, torch.bfloat16, 4, 1),
+        (33, torch.bfloat16, 1, 32),
+        (20000, torch.float32, 1, 3),
+    ],
+)
+def test_siblings_are_those_of_the_reference(size: int, dtype: torch.dtype, rows: int, count: int) -> None:
+    scores, rule = scores_of(rows, size, dtype, size), rules(rows)
+    token = sample(scores, *rule, *seeds(rows), stream=7, count=count)
+    assert torch.equal(token, reference_verify.sample(scores, *rule, *seeds(rows), stream=7, count=count))
+    assert torch.equal(token[:, 0], reference_verify.sample(scores, *rule, *seeds(rows), stream=7))
+
+
+def test_greedy_siblings_are_in_order_and_ids_that_cannot_occur_repeat_the_first() -> None:
+    scores = torch.full((3, 50), -torch.inf, device=DEVICE)
+    scores[0] = 0.0
+    scores[0, [7, 33]] = 4.0
+    scores[1, [40, 9]] = 1.0
+    for temperature in (0.0, 1e-4):
+        rule = torch.full((3,), temperature, device=DEVICE), *(field[:3] for field in rules(1)[1:])
+        for op in (sample, reference_verify.sample):
+            token = op(scores, *(field.expand(3) for field in rule), *seeds(3), count=4)
+            assert sorted(token[0, :2].tolist()) == [7, 33]
+            assert sorted(token[1, :2].tolist()) == [9, 40]
+            assert token[1, 2:].eq(token[1, 0]).all()
+            assert token[2].eq(0).all()
+            if temperature == 0:
+                assert token[:2].tolist() == [[7, 33, 0, 1], [9, 40, 9, 9]]
+
+
 def test_what_is_drawn_does_not_depend_on_the_batch() -> None:
     scores, rule, (seed, position) = scores_of(10, 100, torch.bfloat16, 2), rules(10), seeds(10)
     for op in (sample, reference_verify.sample):
