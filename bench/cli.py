@@ -38,11 +38,11 @@ def exact(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each.")] = 128,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     temperature: Annotated[float, typer.Option(help="0 is greedy; above, tokens are drawn with seed 0.")] = 0.0,
-    batch: Annotated[int, typer.Option(min=1, max=16, help="Prompts drafted together.")] = 1,
+    batch: Annotated[int, typer.Option(min=0, max=16, help="Prompts drafted together; 0 rotates 1, 4, 16.")] = 1,
     output: Annotated[Path | None, typer.Option(help="Write every row as JSON here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compare SWIFT with plain decoding token by token; exit 1 if any token differs."""
+    """Compare every lossless method with plain decoding token by token; exit 1 if any token differs."""
     from ..runtime.engine import Engine
     from ..runtime.request import SamplingParams
     from .exact import compare, summary
@@ -112,6 +112,110 @@ def picture(
     with Engine.load("demo") as engine:
         drawing = svg(engine, DEMO_QUESTION, DEMO_METHOD, SamplingParams(max_tokens=max_tokens))
     output.write_text(drawing, encoding="utf-8")
+
+
+@app.command()
+def methods(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help='A model folder, "demo", or synthetic:SHAPE:LATE_SCALE.')
+    ] = "demo",
+    method: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[:key=value,…]", help="Repeatable; default: lookup and auto.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(envvar="SKIPJACK_PROMPTS", help="JSON lines with category and turns; default: our own."),
+    ] = None,
+    per_category: Annotated[int, typer.Option(min=1, help="Prompts taken of each category.")] = 5,
+    category: Annotated[list[str] | None, typer.Option(help="Only this category; repeatable.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each.")] = 128,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    output: Annotated[Path | None, typer.Option(help="Write every row as JSON here.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the speeds as SVG here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare methods with plain decoding: speed in pairs, acceptance, the ideal speed-up and what is missing to it."""
+    from ..runtime.request import SamplingParams
+    from .machine import describe
+    from .methods import compare, load, summary
+    from .prompts import load as load_prompts
+
+    chosen, machine = load_prompts(prompts, per_category), describe()
+    chosen = [prompt for prompt in chosen if not category or prompt.category in category]
+    if not chosen:
+        raise ConfigError(f"--category: expected categories of the prompts, got {', '.join(category or [])}")
+    names = method or ["lookup", "auto"]
+    notes = Console(stderr=True, highlight=False)
+    with load(model, dtype) as engine:
+        total = len(chosen) * len(names)
+        notes.print(f"{len(chosen)} prompts x {len(names)} methods, {engine.dtype}, {engine.backend}")
+        done = 0
+
+        def progress(row: object) -> None:
+            nonlocal done
+            done += 1
+            notes.print(f"{done} of {total}", end="\r" if sys.stderr.isatty() else "\n")
+
+        rows = compare(engine, names, chosen, SamplingParams(max_tokens=max_tokens), progress)
+        result = {
+            "bench": "methods",
+            "machine": machine,
+            "model": model,
+            "backend": engine.backend,
+            "dtype": str(engine.dtype).removeprefix("torch."),
+            "max_tokens": max_tokens,
+            "summary": [asdict(line) for line in summary(rows)],
+            "rows": [asdict(row) for row in rows],
+        }
+    if not all(row.identical for row in rows):
+        notes.print("NOT IDENTICAL to plain decoding: no speed is reported", style="bold red")
+        raise typer.Exit(1)
+    if output:
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if picture:
+        from .charts import speeds
+
+        speeds(summary(rows), picture, f"{model}, {result['dtype']}, {machine['device']}")
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    table = Table("method", "category", "prompts", "speed ÷ plain", "p10–p90", "ideal", "gap", "accepted", "length")
+    for line in summary(rows):
+        table.add_row(
+            line.method,
+            line.category,
+            str(line.prompts),
+            f"{line.speed:.2f}",
+            f"{line.speed_p10:.2f}–{line.speed_p90:.2f}",
+            f"{line.ideal:.2f}",
+            line.gap,
+            f"{line.acceptance_rate:.2f}",
+            f"{line.mean_acceptance_length:.2f}",
+        )
+    Console(highlight=False).print(table)
+
+
+@app.command()
+def timeline(
+    output: Annotated[Path, typer.Argument(help="The SVG file to write.")],
+    model: Annotated[str, typer.Option(help='A model folder, "demo", or synthetic:SHAPE:LATE_SCALE.')] = "demo",
+    prompt: Annotated[str, typer.Option(help="What to continue.")] = "The history of the lighthouse begins",
+    max_tokens: Annotated[int, typer.Option(min=33, help="Tokens generated.")] = 512,
+    search_budget: Annotated[float, typer.Option(help="Share of the decoding time for the search.")] = 0.3,
+    skip_ratio: Annotated[float, typer.Option(help="Share of the inner sub-layers that are skipped.")] = 0.15,
+) -> None:
+    """Draw a run of SWIFT: accumulation, optimisation and acceleration over its tokens, and the best matchness."""
+    from ..runtime.prompts import Prompt
+    from ..runtime.request import SamplingParams
+    from .charts import timeline as draw
+    from .methods import load
+
+    method = f"swift:search_budget={search_budget},skip_ratio={skip_ratio},max_tolerance_iter=60"
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    with load(model, "auto") as engine:
+        source: Prompt = prompt if engine.tokenizer else list(range(3, 12))
+        stats = engine.generate(source, params, method=method).stats
+    draw(stats, 32, output, f"{method} on {model}")
 
 
 def _show(lines: list[Line]) -> None:

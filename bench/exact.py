@@ -13,6 +13,9 @@ from ..runtime.engine import Engine
 from ..runtime.request import Output, SamplingParams
 from .prompts import Prompt
 
+METHODS = ("swift", "swift tree", "lookup", "layerskip", "clasp", "auto", "swift search", "knapspec")
+BATCHES = (1, 4, 16)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -51,15 +54,17 @@ def compare(
     batch: int = 1,
     progress: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """Every prompt by plain decoding alone, and by SWIFT in batches of `batch`.
+    """Every prompt by plain decoding alone, and by a lossless method in batches of `batch` (0: of 1, 4 and 16 in turn).
 
-    The draft length 1 to 8, the skip set and the confidence threshold rotate from batch to batch.
+    The method, its draft length 1 to 8, its skip set, threshold, tree and exit layer rotate from batch to batch.
     """
     rows: list[Row] = []
-    for start in range(0, len(prompts), batch):
-        group = prompts[start : start + batch]
+    start = number = 0
+    while start < len(prompts):
+        group = prompts[start : start + (batch or BATCHES[number % len(BATCHES)])]
         chats = [[{"role": "user", "content": prompt.text}] for prompt in group]
-        method = cell(start // batch, engine.config.num_layers)
+        method = cell(number, engine.config.num_layers)
+        start, number = start + len(group), number + 1
         drafted = engine.generate(chats, params, method=method)
         for prompt, chat, output in zip(group, chats, drafted, strict=True):
             rows.append(_row(prompt.category, method, output, engine.generate(chat, params)))
@@ -69,15 +74,29 @@ def compare(
 
 
 def cell(number: int, layers: int) -> str:
-    """The SWIFT options of one batch: every third searches for its set, the others have a random one."""
-    k, threshold = 1 + number % 8, (0.0, 0.5, 0.8)[number % 3]
-    if number % 3 == 2:
-        return f"swift:num_draft_tokens={k},threshold={threshold},search_budget=0.2,skip_ratio=0.15,seed={number}"
-    size = max(1, (layers - 2) // (4, 6, 10)[number // 3 % 3])
+    """The method and options of one batch; any two of its factors meet in every combination as numbers go on."""
+    name = METHODS[number % len(METHODS)]
+    turn = number // len(METHODS)
+    k = 1 + (turn + number % len(METHODS)) % 8
+    if name == "lookup":
+        return f"lookup:num_draft_tokens={k},max_ngram={1 + turn % 4}"
+    if name == "auto":
+        return f"auto:num_draft_tokens={k},max_loss=0.5,search_budget=0.05,skip_ratio=0.15"
+    threshold = (0.0, 0.5, 0.8)[turn // 8 % 3]
+    if name == "layerskip":
+        layer = max(1, layers - 1 - turn % (layers - 1))
+        return f"layerskip:num_draft_tokens={k},threshold={threshold},exit_layer={layer},reuse={turn % 2 == 0}"
+    if name in ("clasp", "knapspec"):
+        return f"{name}:num_draft_tokens={k},threshold={threshold},interval=8,search_budget=1.0"
+    tree = ",tree=true" if name == "swift tree" else ""
+    drafting = f"num_draft_tokens={k},threshold={threshold}{tree}"
+    if name == "swift search":
+        return f"swift:{drafting},search_budget=0.2,skip_ratio=0.15,bayes_interval=3,seed={number}"
+    size = max(1, (layers - 2) // (4, 6, 10)[turn % 3])
     chosen = np.random.default_rng(number).choice(2 * (layers - 2), size, replace=False)
     attention = "+".join(str(i // 2 + 1) for i in sorted(chosen.tolist()) if i % 2 == 0)
     mlp = "+".join(str(i // 2 + 1) for i in sorted(chosen.tolist()) if i % 2)
-    return f"swift:num_draft_tokens={k},threshold={threshold},skip_attention={attention},skip_mlp={mlp}"
+    return f"swift:{drafting},skip_attention={attention},skip_mlp={mlp}"
 
 
 def summary(rows: Sequence[Row]) -> list[Line]:

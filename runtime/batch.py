@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from ..kernels.values import Tree, Verdict
 from .rows import Rows
 from .sequence import Sequence
 
@@ -22,13 +24,62 @@ class Exit(NamedTuple):
 class Draft(NamedTuple):
     """Draft tokens int64 [S, k] and how many of them each sequence drafted, int64 [S].
 
-    With `exit` given, the cache holds those rows' keys and values of the layers before it, and verification goes on
-    from there.
+    They are a chain, or with `parent` int64 [S, k] a tree: draft token j follows row parent[j] ≤ j, row 0 being the
+    sequence's newest token and row j + 1 draft token j. `scores` [S, k, V]: what the children of row i were drawn with,
+    for rejection sampling. `confidence` float32 [S, k]: the probability the draft gave each token. With `exit` given,
+    the cache holds the rows' keys and values of the layers before it, and verification goes on from there. `record`
+    asks for the streams of the verification in `Round`.
     """
 
     tokens: Tensor
     length: Tensor
     exit: Exit | None = None
+    parent: Tensor | None = None
+    scores: Tensor | None = None
+    confidence: Tensor | None = None
+    record: bool = False
+
+
+class Lineage(NamedTuple):
+    """Where the rows of a draft tree stand: depth int64 [S, K]; path int64 [S, K, D], the rows from row 0 down to each.
+
+    Entries past a row's own depth repeat the row.
+    """
+
+    depth: Tensor
+    path: Tensor
+
+    @staticmethod
+    def of(parent: Tensor) -> Lineage:
+        """The lineage of a tree given by `Draft.parent`."""
+        up = functional.pad(parent, (1, 0))
+        row = torch.arange(up.shape[1], device=up.device).expand(up.shape)
+        upwards = [row]
+        while bool((upwards[-1] > 0).any()):
+            upwards.append(up.gather(1, upwards[-1]))
+        ancestors = torch.stack(upwards, dim=2)
+        depth = (ancestors > 0).sum(dim=2)
+        steps = torch.arange(len(upwards), device=up.device)
+        return Lineage(depth, ancestors.gather(2, (depth[:, :, None] - steps).clamp(min=0)))
+
+
+class Round(NamedTuple):
+    """A finished round, for the method to learn from: S sequences, K rows each.
+
+    path int64 [S, K] are the rows' tokens, target int64 [S, K] the full model's choices after them; `emitted` tokens
+    came of the round for each sequence. Times are seconds. `streams` has, if the draft asked for it, the residual
+    stream [S·K, H] before every sub-layer and after the last.
+    """
+
+    batch: Batch
+    draft: Draft
+    path: Tensor
+    target: Tensor
+    verdict: Verdict
+    emitted: list[int]
+    draft_s: float
+    verify_s: float
+    streams: list[Tensor] | None
 
 
 class Sampling(NamedTuple):
@@ -89,3 +140,14 @@ class Batch:
         sequence = torch.where(real, torch.arange(len(self), device=self.device)[:, None], -1)
         position = torch.where(real, first[:, None] + step, 0)
         return Rows(tokens.flatten(), position.flatten(), sequence.flatten(), self.block_table, self.tile)
+
+    def nodes(self, tokens: Tensor, count: Tensor, lineage: Lineage) -> Rows:
+        """Rows for `tokens` int64 [S, K], a tree above each sequence's cache; the first `count` [S] are real."""
+        depth, path = lineage
+        rows = self.rows(tokens, self.length, count)
+        real = rows.sequence >= 0
+        slot = torch.where(real, rows.position, 0)
+        position = torch.where(real, (self.length[:, None] + depth).flatten(), 0)
+        length = self.length[:, None].expand(depth.shape).flatten()
+        tree = Tree(length.contiguous(), (self.length[:, None, None] + path).flatten(0, 1))
+        return Rows(rows.token, position, rows.sequence, rows.block_table, rows.tile, slot, tree)

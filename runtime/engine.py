@@ -213,7 +213,10 @@ class Engine:
     def _method(self, spec: registry.MethodSpec) -> Method:
         with self._turn:
             if spec not in self._methods:
-                self._methods[spec] = spec.build(self.config.num_layers)
+                method = spec.build(self.config.num_layers)
+                with torch.inference_mode():
+                    method.prepare(*self._loaded())
+                self._methods[spec] = method
             return self._methods[spec]
 
     def _sequence(self, index: int, choice: int, ids: list[int], params: SamplingParams, seed: int) -> Sequence:

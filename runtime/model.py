@@ -17,6 +17,7 @@ from .cache import KVCache
 from .plan import LayerPlan
 from .rope import RotaryTable
 from .rows import Rows
+from .skip_sets import fingerprint
 
 
 class Layer(NamedTuple):
@@ -36,6 +37,18 @@ class Layer(NamedTuple):
     down_bias: Tensor | None
 
 
+Streams = list[Tensor]
+
+
+class Pass(NamedTuple):
+    """Rows filled up to whole tiles, and what every sub-layer of a pass over them shares."""
+
+    rows: Rows
+    slots: Slots
+    index: Index
+    rope: Rope | None
+
+
 class Model:
     """A decoder-only transformer: weights prepared for one op table, and the pass over them."""
 
@@ -45,6 +58,7 @@ class Model:
         self.full = LayerPlan.full(config.num_layers)
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
+        self.fingerprint = fingerprint(weights)
         self._embedding = weights.embedding
         self._embedding_norm = (
             Norm(weights.embedding_norm, weights.embedding_norm_bias, config.norm_eps)
@@ -72,28 +86,48 @@ class Model:
             device=self.device,
         )
 
-    def forward(self, rows: Rows, cache: KVCache, plan: LayerPlan, hidden: Tensor | None = None) -> Tensor:
+    def forward(
+        self, rows: Rows, cache: KVCache, plan: LayerPlan, hidden: Tensor | None = None, streams: Streams | None = None
+    ) -> Tensor:
         """The residual stream [R, H] of `rows` after the sub-layers of `plan`.
 
         It enters the plan's span as `hidden` [R, H], or as the rows' embeddings without one.
         Keys and values of every attention block that runs are written to the rows' slots; a row attends to the slots of
-        its own sequence at or before its position, which must have been written in that layer.
+        its own sequence at or before its position, which must have been written in that layer. `streams` receives the
+        residual stream [R, H] before every sub-layer that runs and after the last.
         """
-        count = len(rows)
-        rows = rows.padded()
-        x = self._embed(rows.token) if hidden is None else functional.pad(hidden, (0, 0, 0, len(rows) - count))
-        slots = Slots(*rows.slots(cache.page_size))
-        index = self.ops.index(
-            rows.sequence, rows.position, rows.block_table, page_size=cache.page_size, tile=rows.tile
-        )
-        rope = self.rotations(rows, cache)
+        laid = self.lay(rows, cache)
+        x = self.embed(laid) if hidden is None else functional.pad(hidden, (0, 0, 0, len(laid.rows) - len(rows)))
         for sublayer in plan.sublayers:
-            layer = sublayer // 2
-            if sublayer % 2 == 0:
-                self._attention(layer, x, cache, slots, index, rope if self.config.rope_layers[layer] else None)
-            else:
-                self._mlp(layer, x, rows.tile)
-        return x[:count]
+            if streams is not None:
+                streams.append(x[: len(rows)].clone())
+            self.step(laid, cache, sublayer, x)
+        if streams is not None:
+            streams.append(x[: len(rows)].clone())
+        return x[: len(rows)]
+
+    def lay(self, rows: Rows, cache: KVCache) -> Pass:
+        """What every sub-layer of a pass over `rows` shares."""
+        rows = rows.padded()
+        index = self.ops.index(
+            rows.sequence, rows.position, rows.block_table, page_size=cache.page_size, tile=rows.tile, tree=rows.tree
+        )
+        return Pass(rows, Slots(*rows.slots(cache.page_size)), index, self.rotations(rows, cache))
+
+    def embed(self, laid: Pass) -> Tensor:
+        """The residual stream [R, H] a pass starts with; R counts padding."""
+        x = functional.embedding(laid.rows.token, self._embedding)
+        return x if self._embedding_norm is None else self.ops.normalise(x, self._embedding_norm)
+
+    def step(self, laid: Pass, cache: KVCache, sublayer: int, x: Tensor) -> None:
+        """One sub-layer, added in place to the residual stream x [R, H]; R counts padding."""
+        layer = sublayer // 2
+        if sublayer % 2 == 0:
+            self._attention(
+                layer, x, cache, laid.slots, laid.index, laid.rope if self.config.rope_layers[layer] else None
+            )
+        else:
+            self._mlp(layer, x, laid.rows.tile)
 
     def rotations(self, rows: Rows, cache: KVCache) -> Rope | None:
         """The rotation of each row; None for a model without rotary embedding."""
@@ -103,13 +137,12 @@ class Model:
         """Final norm and LM head: [R, H] → [R, V]."""
         return self.ops.logits(x, self._norm, self._head, tile=self.ops.decode_tile)
 
-    def predict(self, x: Tensor) -> Prediction:
-        """The most likely token of each row of the residual stream [R, H]."""
-        return self.ops.head(x, self._norm, self._head, tile=self.ops.decode_tile)
+    def predict(self, x: Tensor, top_k: int | None = None, tile: int | None = None) -> Prediction:
+        """The most likely token, or the `top_k` most likely, of each row of the residual stream [R, H].
 
-    def _embed(self, token: Tensor) -> Tensor:
-        x = functional.embedding(token, self._embedding)
-        return x if self._embedding_norm is None else self.ops.normalise(x, self._embedding_norm)
+        `tile` is that of decoding without one; another may round differently, which is for scoring only.
+        """
+        return self.ops.head(x, self._norm, self._head, tile=tile or self.ops.decode_tile, top_k=top_k)
 
     def _attention(self, number: int, x: Tensor, cache: KVCache, slots: Slots, index: Index, rope: Rope | None) -> None:
         layer, config, tile = self.layers[number], self.config, index.tile

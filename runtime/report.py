@@ -28,6 +28,7 @@ def report(output: Output) -> dict[str, Any]:
             "draft_s": stats.draft_s,
             "verify_s": stats.verify_s,
             "search_s": stats.search_s,
+            "other_s": stats.other_s,
         },
         "speculative": {
             "rounds": stats.rounds,
@@ -35,6 +36,8 @@ def report(output: Output) -> dict[str, Any]:
             "accepted": stats.accepted,
             "acceptance_rate": stats.acceptance_rate,
             "mean_acceptance_length": stats.mean_acceptance_length,
+            "bonus": stats.bonus,
+            "drafted_per_position": list(stats.drafted_per_position),
             "accepted_per_position": list(stats.accepted_per_position),
         },
         "layers": {"kept": stats.layers_kept, "of": stats.layers, "executed_skips": stats.executed_skips},

@@ -136,7 +136,8 @@ class Stats:
     acceptance rate = accepted / drafted; mean acceptance length = 1 + accepted / rounds. Every choice has one token
     from its prefill; with them, `accepted` and `bonus` (the full model's own choice at the end of a round) add up to
     `completion_tokens`.
-    `accepted_per_position[i]` counts rounds in which draft token i was accepted. `layers_kept` is what a draft step
+    `drafted_per_position[i]` counts rounds whose draft reached depth i + 1, `accepted_per_position[i]` those in which a
+    draft token of that depth was accepted. `layers_kept` is what a draft step
     runs, of `layers`. `executed_skips` counts sub-layers not run, once per row and pass. `phases` are (name, first
     generated token); `events` are the method's own records (for SWIFT one per optimisation step).
     """
@@ -156,6 +157,7 @@ class Stats:
     drafted: int = 0
     accepted: int = 0
     bonus: int = 0
+    drafted_per_position: tuple[int, ...] = ()
     accepted_per_position: tuple[int, ...] = ()
     layers: int = 0
     layers_kept: float = 0.0
@@ -170,6 +172,11 @@ class Stats:
     @property
     def mean_acceptance_length(self) -> float:
         return 1 + self.accepted / self.rounds if self.rounds else 1.0
+
+    @property
+    def other_s(self) -> float:
+        """Decoding time in neither draft, verification nor search."""
+        return max(0.0, self.decode_s - self.draft_s - self.verify_s - self.search_s)
 
     @property
     def tokens_per_s(self) -> float:

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..kernels.values import Tree
+
 
 @dataclass(frozen=True)
 class Rows:
     """A ragged batch, sorted by sequence. R rows; S sequences.
 
     token, position and sequence are int64 [R]; `sequence` names a row of `block_table` int64 [S, pages], -1 marks a
-    row that belongs to none and whose results nobody reads. Position (what RoPE sees) is also the logical slot.
-    `tile` is the number of rows every product is padded to.
+    row that belongs to none and whose results nobody reads. A row's keys and values go to logical slot `slot` int64
+    [R], its position (what RoPE sees) without one; rows that are not consecutive tokens say in `tree` where the keys of
+    their own path lie. `tile` is the number of rows every product is padded to.
     """
 
     token: Tensor
@@ -23,6 +26,8 @@ class Rows:
     sequence: Tensor
     block_table: Tensor
     tile: int
+    slot: Tensor | None = None
+    tree: Tree | None = None
 
     def __len__(self) -> int:
         return self.token.shape[0]
@@ -32,8 +37,19 @@ class Rows:
         missing = -len(self) % self.tile
         if not missing:
             return self
-        token, position = functional.pad(self.token, (0, missing)), functional.pad(self.position, (0, missing))
-        return Rows(token, position, functional.pad(self.sequence, (0, missing), value=-1), self.block_table, self.tile)
+        return Rows(
+            functional.pad(self.token, (0, missing)),
+            functional.pad(self.position, (0, missing)),
+            functional.pad(self.sequence, (0, missing), value=-1),
+            self.block_table,
+            self.tile,
+            None if self.slot is None else functional.pad(self.slot, (0, missing)),
+            None
+            if self.tree is None
+            else Tree(
+                functional.pad(self.tree.length, (0, missing)), functional.pad(self.tree.slot, (0, 0, 0, missing))
+            ),
+        )
 
     def longest(self, page_size: int) -> int:
         """A position none of the rows lies beyond, known without reading one."""
@@ -41,8 +57,9 @@ class Rows:
 
     def slots(self, page_size: int) -> tuple[Tensor, Tensor]:
         """Page and offset in it where each row's keys and values go; page 0 for rows of no sequence."""
-        page = self.block_table[self.sequence.clamp(min=0), self.position // page_size]
-        return torch.where(self.sequence >= 0, page, 0), self.position % page_size
+        slot = self.position if self.slot is None else self.slot
+        page = self.block_table[self.sequence.clamp(min=0), slot // page_size]
+        return torch.where(self.sequence >= 0, page, 0), slot % page_size
 
 
 def one_sequence(tokens: list[int], start: int, pages: list[int], tile: int, device: torch.device) -> Rows:

@@ -13,47 +13,73 @@ import torch
 from torch import Tensor
 
 from ..kernels.host import ints
-from .batch import Batch, Sampling
+from .batch import Batch, Lineage, Sampling
 from .model import Model
 from .request import TokenLogprob
 from .sequence import Sequence
 
 
 class Chosen(NamedTuple):
-    """Tokens int64 [S, n], the probability the unwarped model gives each, and the logits where they were needed."""
+    """Tokens int64 [S, n], or [S, n, count], and the probability [S, n] the unwarped model gives the (first) token.
+
+    Where they were needed: the logits [S, n, V], and the scores they became after penalties and bias.
+    """
 
     tokens: Tensor
     probability: Tensor
     logits: Tensor | None
+    scores: Tensor | None
 
 
-def choose(model: Model, hidden: Tensor, batch: Batch, path: Tensor) -> Chosen:
-    """The token after each of the last n columns of `path`.
+def choose(
+    model: Model,
+    hidden: Tensor,
+    batch: Batch,
+    path: Tensor,
+    lineage: Lineage | None = None,
+    *,
+    count: int | None = None,
+    stream: int = 0,
+) -> Chosen:
+    """The token after each of the last n columns of `path`, or the `count` best ones there.
 
-    path int64 [S, J] starts with each sequence's newest token and goes on with its draft; hidden [S·n, H] is the
-    residual stream of its last n columns.
+    path int64 [S, J] starts with each sequence's newest token and goes on with its draft, as a chain or, with
+    `lineage`, as a tree, of which n is all rows; hidden [S·n, H] is the residual stream of its last n columns. `stream`
+    other than 0 draws with noise that the full model's own choices do not share.
     """
-    sequences, depth = path.shape
+    sequences, width = path.shape
     n = hidden.shape[0] // sequences
+    shape = (sequences, n) if count is None else (sequences, n, count)
     params = [s.params for s in batch.sequences]
     if all(p.greedy and not p.reshapes_logits and p.logprobs is None for p in params):
-        token, value, log_sum_exp = model.predict(hidden)
-        probability = (value.float() - log_sum_exp.float()).exp()
-        return Chosen(token.view(sequences, n), probability.view(sequences, n), None)
+        token, value, log_sum_exp = model.predict(hidden, top_k=count)
+        first = value if count is None else value[:, 0]
+        probability = (first.float() - log_sum_exp.float()).exp()
+        return Chosen(token.view(shape), probability.view(sequences, n), None, None)
 
+    if lineage is None:
+        depth = torch.arange(width - n, width, device=batch.device).expand(sequences, n)
+    else:
+        depth = lineage.depth
     logits = model.logits(hidden)
     scores = logits
     if any(p.reshapes_logits for p in params):
         scores = logits.to(torch.float32, copy=True)
         for row in range(scores.shape[0]):
-            s, column = batch.sequences[row // n], depth - n + row % n
-            if s.params.reshapes_logits:
-                scores[row] = reshape_logits(scores[row], s, s.tokens + ints(path[row // n, 1 : column + 1]))
+            (s, column), sequence = divmod(row, n), batch.sequences[row // n]
+            rows = path[s, : width - n + column + 1] if lineage is None else path[s, lineage.path[s, column]]
+            drafted = ints(rows[1 : int(depth[s, column]) + 1])
+            if sequence.params.reshapes_logits:
+                scores[row] = reshape_logits(scores[row], sequence, sequence.tokens + drafted)
     rule = Sampling(*(field.repeat_interleave(n) for field in batch.sampling()))
-    position = (batch.length[:, None] + torch.arange(depth - n + 1, depth + 1, device=batch.device)).flatten()
-    token = model.ops.sample(scores, rule.temperature, rule.top_k, rule.top_p, rule.min_p, rule.seed, position)
-    probability = (logits.float().gather(1, token[:, None])[:, 0] - logits.float().logsumexp(dim=-1)).exp()
-    return Chosen(token.view(sequences, n), probability.view(sequences, n), logits.view(sequences, n, -1))
+    position = (batch.length[:, None] + depth + 1).flatten()
+    token = model.ops.sample(
+        scores, rule.temperature, rule.top_k, rule.top_p, rule.min_p, rule.seed, position, stream=stream, count=count
+    )
+    first = token if count is None else token[:, 0]
+    probability = (logits.float().gather(1, first[:, None])[:, 0] - logits.float().logsumexp(dim=-1)).exp()
+    each = (sequences, n, -1)
+    return Chosen(token.view(shape), probability.view(sequences, n), logits.view(each), scores.view(each))
 
 
 def reshape_logits(row: Tensor, sequence: Sequence, history: list[int]) -> Tensor:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from . import gaussian
 from .cache import KVCache
 from .model import Model
 from .plan import LayerPlan
 from .rows import one_sequence
+
+# The Gaussian process sees the most recent scores.
+GP_POINTS = 300
 
 
 def matchness(model: Model, cache: KVCache, pages: list[int], tokens: list[int], window: int, plan: LayerPlan) -> float:
@@ -31,6 +35,14 @@ def matchness(model: Model, cache: KVCache, pages: list[int], tokens: list[int],
     return float((predicted == torch.tensor(tokens[start + 1 :], device=model.device)).float().mean())
 
 
+class Candidate(NamedTuple):
+    """A skip set to score: where it came from, the skipped dimensions of the search, and its plan."""
+
+    kind: str
+    skipped: tuple[int, ...]
+    plan: LayerPlan
+
+
 @dataclass
 class Incumbent:
     """The best set so far and its score on the window it was last measured on."""
@@ -40,12 +52,14 @@ class Incumbent:
 
 
 @dataclass
-class RandomSearch:
-    """Uniform random skip sets of a fixed size over the sub-layers of layers 1 to L - 2, the best one kept.
+class Search:
+    """Skip sets of a fixed size over the sub-layers of layers 1 to L - 2, the best one kept.
 
-    `size` = int(D·ratio) of the D = 2(L - 2) sub-layers are skipped. A candidate replaces the incumbent at once when
-    it scores higher. The search is over when the incumbent scores above `max_score`, after `patience` candidates
-    without improvement, or after `max_candidates`.
+    `size` = int(D·ratio) of the D = 2(L - 2) sub-layers are skipped. Candidates are uniformly random, but every
+    `bayes_interval`-th comes from a Gaussian process over those scored so far (0: none does). A candidate replaces the
+    incumbent at once when it scores higher. The search is over when the incumbent scores above `max_score`, after
+    `patience` candidates without improvement, or after `max_candidates`. `found` is a set to start from, as if a search
+    had ended with it.
     """
 
     num_layers: int
@@ -54,6 +68,8 @@ class RandomSearch:
     patience: int
     max_candidates: int
     seed: int
+    bayes_interval: int = 25
+    found: Incumbent | None = None
     incumbent: Incumbent = field(init=False)
     candidates: int = 0
     since_improvement: int = 0
@@ -61,7 +77,12 @@ class RandomSearch:
 
     def __post_init__(self) -> None:
         self._random = np.random.default_rng(self.seed)
-        self.incumbent = Incumbent(initial_plan(self.num_layers) if self.size else LayerPlan.full(self.num_layers))
+        self._points: list[list[int]] = []
+        self._scores: list[float] = []
+        self._allowed = 0 if self.found else self.max_candidates
+        self.incumbent = self.found or Incumbent(
+            initial_plan(self.num_layers) if self.size else LayerPlan.full(self.num_layers)
+        )
 
     @property
     def dimensions(self) -> int:
@@ -78,35 +99,80 @@ class RandomSearch:
             self.size == 0
             or self.incumbent.score > self.max_score
             or self.since_improvement >= self.patience
-            or self.candidates >= self.max_candidates
+            or self.candidates >= self._allowed
         )
 
-    def suggest(self) -> LayerPlan:
+    def resume(self, tokens: int) -> None:
+        """Search again, for as many candidates more: the text is no longer what the incumbent was chosen on."""
+        self.incumbent.score = -1.0
+        self.since_improvement = 0
+        self._allowed = self.candidates + self.max_candidates
+        self._points.clear()
+        self._scores.clear()
+        self.events.append({"kind": "restart", "iteration": self.candidates, "tokens": tokens})
+
+    def suggest(self) -> Candidate:
         """The next candidate."""
-        chosen = self._random.choice(self.dimensions, self.size, replace=False)
-        return plan_of(self.num_layers, chosen.tolist())
+        if self.bayes_interval and (self.candidates + 1) % self.bayes_interval == 0 and self._points:
+            points, scores = np.array(self._points[-GP_POINTS:], dtype=float), np.array(self._scores[-GP_POINTS:])
+            kind, order = "bayesian", np.argsort(-gaussian.suggest(points, scores, self._random), kind="stable")
+        else:
+            kind, order = "random", self._random.permutation(self.dimensions)
+        skipped = tuple(sorted(int(i) for i in order[: self.size]))
+        return Candidate(kind, skipped, plan_of(self.num_layers, list(skipped)))
 
     def remeasure(self, score: float) -> None:
         """The incumbent's score on a new window: a best score from another window would be a lucky one."""
         self.incumbent.score = score
 
-    def record(self, plan: LayerPlan, score: float, tokens: int) -> None:
-        """A candidate's score, measured when `tokens` tokens had been generated; swaps it in if it is the best."""
+    def record(self, candidate: Candidate, score: float, tokens: int, seconds: float = 0.0) -> None:
+        """A candidate's score, measured in `seconds` when `tokens` tokens had come; swaps it in if it is the best."""
         swapped = score > self.incumbent.score
         self.candidates += 1
         self.since_improvement = 0 if swapped else self.since_improvement + 1
+        self._points.append([int(i in candidate.skipped) for i in range(self.dimensions)])
+        self._scores.append(score)
         if swapped:
-            self.incumbent = Incumbent(plan, score)
+            self.incumbent = Incumbent(candidate.plan, score)
         self.events.append(
             {
                 "iteration": self.candidates,
-                "kind": "random",
+                "kind": candidate.kind,
                 "score": score,
                 "best": self.incumbent.score,
                 "swapped": swapped,
                 "tokens": tokens,
+                "seconds": seconds,
             }
         )
+
+
+@dataclass
+class Drift:
+    """Whether a draft is accepted clearly less often than it used to be: the text has changed its subject.
+
+    The acceptance rate is a moving average over about ten rounds, held against the best it has been.
+    """
+
+    drop: float
+    rate: float | None = None
+    best: float = 0.0
+    rounds: int = 0
+
+    def observe(self, drafted: int, accepted: int) -> bool:
+        """Take in a round; True once the rate has fallen by the share `drop`."""
+        if not drafted or not self.drop:
+            return False
+        now = accepted / drafted
+        self.rate = now if self.rate is None else 0.9 * self.rate + 0.1 * now
+        self.rounds += 1
+        if self.rounds >= 10:
+            self.best = max(self.best, self.rate)
+        return self.rate < (1 - self.drop) * self.best
+
+    def reset(self) -> None:
+        """Forget: there is a new set, or a new text."""
+        self.rate, self.best, self.rounds = None, 0.0, 0
 
 
 def initial_plan(num_layers: int) -> LayerPlan:

@@ -16,6 +16,7 @@ class Counters:
     drafted: int = 0
     accepted: int = 0
     bonus: int = 0
+    drafted_per_position: list[int] = field(default_factory=list[int])
     accepted_per_position: list[int] = field(default_factory=list[int])
     executed_skips: int = 0
     prefill_s: float = 0.0

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..kernels.host import ints
-from .batch import Batch, Draft
+from ..kernels.values import Verdict
+from .batch import Batch, Draft, Lineage, Round
 from .cache import KVCache
 from .methods.base import Method
-from .model import Model
+from .model import Model, Streams
 from .plan import LayerPlan
 from .request import Piece
 from .rows import one_sequence
@@ -25,10 +26,11 @@ PREFILL_CHUNK = 1024
 def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: Method) -> list[list[Piece]]:
     """One round of speculative decoding (Leviathan et al., arXiv 2211.17192) for sequences that share it.
 
-    The method drafts up to k tokens per sequence. One pass of the full model over each sequence's newest token and its
-    draft gives the token the full model itself chooses after every one of them. The longest prefix of the draft that
-    equals those choices is accepted, and the choice after it comes free. The pass wrote the keys and values of all
-    those rows; not counting the rejected ones is the whole rollback.
+    The method drafts tokens for every sequence, a chain or a tree of them. One pass of the full model over each
+    sequence's newest token and its draft gives the token the full model itself chooses after every one of them. The
+    longest path of the draft that follows those choices is accepted, and the choice after it comes free. The pass wrote
+    the keys and values of all those rows: a tree's accepted ones move together, and not counting the rejected ones is
+    the whole rollback.
     """
     start, phase, plan = perf_counter(), method.phase(), method.plan
     batch = Batch.of(sequences, model.ops.decode_tile, model.device)
@@ -36,25 +38,35 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
     drafted = perf_counter()
 
     path = torch.cat([batch.last[:, None], draft.tokens], dim=1)
-    target = choose(model, _verify_pass(model, cache, batch, path, draft, method.target), batch, path)
-    verdict = model.ops.verify(target.tokens, draft.tokens, draft.length, batch.length)
+    lineage = None if draft.parent is None else Lineage.of(draft.parent)
+    streams: Streams | None = [] if draft.record else None
+    hidden = _verify_pass(model, cache, batch, path, draft, lineage, method.target, streams)
+    target = choose(model, hidden, batch, path, lineage)
+    verdict = _decide(model, batch, draft, target, method.rejection)
+    if draft.parent is not None:
+        model.ops.compact(cache.keys, cache.values, batch.block_table, verdict.path, verdict.accepted, batch.length)
+    accepted = ints(verdict.accepted)
     verified = perf_counter()
 
     for sequence in sequences:
         sequence.enter(phase)
+    counts = ints(draft.length)
+    tried = counts if lineage is None else ints(_deepest(lineage, draft.length))
     pieces = [
-        _commit(sequence, target, row, int(draft.length[row]), count)
-        for row, (sequence, count) in enumerate(zip(sequences, ints(verdict.accepted), strict=True))
+        _commit(sequence, target, verdict, path, row, accepted[row], counts[row], tried[row])
+        for row, sequence in enumerate(sequences)
     ]
-    searched = method.observe(model, cache, sequences, sum(map(len, pieces)), verified - start)
-    for sequence, count in zip(sequences, ints(draft.length), strict=True):
+    emitted = [len(new) for new in pieces]
+    done = Round(batch, draft, path, target.tokens, verdict, emitted, drafted - start, verified - drafted, streams)
+    searched = method.observe(model, cache, done)
+    for sequence, count, depth in zip(sequences, counts, tried, strict=True):
         counters = sequence.counters
         counters.rounds += 1
         counters.draft_s += drafted - start
         counters.verify_s += verified - drafted
         counters.search_s += searched
         counters.decode_s += perf_counter() - start
-        counters.executed_skips += plan.skipped * count + method.target.skipped
+        counters.executed_skips += (plan.skipped * depth if count else 0) + method.target.skipped
     return pieces
 
 
@@ -70,19 +82,31 @@ def prefill(model: Model, cache: KVCache, sequence: Sequence, method: Method) ->
         rows = one_sequence(chunk, first, sequence.pages, model.ops.prefill_tile, model.device)
         hidden = model.forward(rows, cache, method.target)
     batch = Batch.of([sequence], model.ops.decode_tile, model.device)
-    pieces = _append(sequence, choose(model, hidden[-1:], batch, batch.last[:, None]), 0, 0)
+    chosen = choose(model, hidden[-1:], batch, batch.last[:, None])
+    pieces = _append(sequence, ints(chosen.tokens[0]), None if chosen.logits is None else chosen.logits[0])
     sequence.counters.prefill_s += perf_counter() - start
     return pieces
 
 
-def _verify_pass(model: Model, cache: KVCache, batch: Batch, path: Tensor, draft: Draft, target: LayerPlan) -> Tensor:
+def _verify_pass(
+    model: Model,
+    cache: KVCache,
+    batch: Batch,
+    path: Tensor,
+    draft: Draft,
+    lineage: Lineage | None,
+    target: LayerPlan,
+    streams: Streams | None,
+) -> Tensor:
     """The residual stream [S·K, H] of every row of `path` int64 [S, K] after the pass that has the last word.
 
     Where the draft left its streams after some layers, only the newest draft token still runs those (LayerSkip §4.3).
     """
+    if lineage is not None:
+        return model.forward(batch.nodes(path, draft.length + 1, lineage), cache, target, streams=streams)
     rows = batch.rows(path, batch.length, draft.length + 1)
     if draft.exit is None:
-        return model.forward(rows, cache, target)
+        return model.forward(rows, cache, target, streams=streams)
     layer, known = draft.exit
     newest, one = path.gather(1, draft.length[:, None]), torch.ones_like(draft.length)
     last = batch.rows(newest, batch.length + draft.length, one)
@@ -92,26 +116,63 @@ def _verify_pass(model: Model, cache: KVCache, batch: Batch, path: Tensor, draft
     return model.forward(rows, cache, target.resume(layer), hidden.flatten(0, 1))
 
 
-def _commit(sequence: Sequence, target: Chosen, row: int, drafted: int, accepted: int) -> list[Piece]:
+def _decide(model: Model, batch: Batch, draft: Draft, target: Chosen, rejection: bool) -> Verdict:
+    """Which draft rows are accepted: by equality under shared noise, or by rejection sampling."""
+    if not rejection or target.scores is None or batch.sequences[0].params.greedy:
+        return model.ops.verify(target.tokens, draft.tokens, draft.length, batch.length, draft.parent)
+    rule = batch.sampling()
+    return model.ops.verify_rejection(
+        target.scores,
+        draft.tokens,
+        draft.scores,
+        draft.length,
+        batch.length,
+        rule.temperature,
+        rule.top_k,
+        rule.top_p,
+        rule.min_p,
+        rule.seed,
+        parent=draft.parent,
+    )
+
+
+def _deepest(lineage: Lineage, count: Tensor) -> Tensor:
+    """The depth of each sequence's draft tree, whose first `count` int64 [S] nodes are real."""
+    real = torch.arange(lineage.depth.shape[1], device=count.device) <= count[:, None]
+    return torch.where(real, lineage.depth, 0).amax(dim=1)
+
+
+def _commit(
+    sequence: Sequence,
+    target: Chosen,
+    verdict: Verdict,
+    path: Tensor,
+    row: int,
+    accepted: int,
+    drafted: int,
+    depth: int,
+) -> list[Piece]:
     """Append what a round gave a sequence, and count it."""
-    pieces = _append(sequence, target, row, accepted)
+    rows = verdict.path[row, : accepted + 1]
+    tokens = [*ints(path[row, rows[1:]]), int(verdict.token[row])]
+    pieces = _append(sequence, tokens, None if target.logits is None else target.logits[row, rows])
     counters = sequence.counters
-    counters.drafted += drafted
     emitted = min(len(pieces), accepted)
+    counters.drafted += drafted
     counters.accepted += emitted
     counters.bonus += len(pieces) - emitted
-    per_position = counters.accepted_per_position
-    per_position.extend([0] * (emitted - len(per_position)))
-    for position in range(emitted):
-        per_position[position] += 1
+    for tally, reached in ((counters.drafted_per_position, depth), (counters.accepted_per_position, emitted)):
+        tally.extend([0] * (reached - len(tally)))
+        for position in range(reached):
+            tally[position] += 1
     return pieces
 
 
-def _append(sequence: Sequence, target: Chosen, row: int, accepted: int) -> list[Piece]:
-    """Append the accepted draft tokens and the one after them, as far as the sequence's stop rules allow."""
-    pieces = sequence.extend(ints(target.tokens[row, : accepted + 1]), accepted)
-    if sequence.params.logprobs is not None and target.logits is not None:
+def _append(sequence: Sequence, tokens: list[int], logits: Tensor | None) -> list[Piece]:
+    """Append accepted draft tokens and the one after them, as far as the sequence's stop rules allow; logits [n, V]."""
+    pieces = sequence.extend(tokens, len(tokens) - 1)
+    if sequence.params.logprobs is not None and logits is not None:
         sequence.logprobs += [
-            logprob(target.logits[row, i], piece.token_id, sequence.params.logprobs) for i, piece in enumerate(pieces)
+            logprob(logits[i], piece.token_id, sequence.params.logprobs) for i, piece in enumerate(pieces)
         ]
     return pieces

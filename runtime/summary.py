@@ -16,7 +16,7 @@ def summarise(
 ) -> Output:
     """The result of one prompt from the sequences of its choices."""
     counters = [sequence.counters for sequence in sequences]
-    per_position = [c.accepted_per_position for c in counters]
+    accepted, drafted = ([getattr(c, f"{name}_per_position") for c in counters] for name in ("accepted", "drafted"))
     first = sequences[0]
     stats = Stats(
         method=method.name,
@@ -34,7 +34,8 @@ def summarise(
         drafted=sum(c.drafted for c in counters),
         accepted=sum(c.accepted for c in counters),
         bonus=sum(c.bonus for c in counters),
-        accepted_per_position=tuple(sum(counts) for counts in zip_longest(*per_position, fillvalue=0)),
+        drafted_per_position=tuple(sum(counts) for counts in zip_longest(*drafted, fillvalue=0)),
+        accepted_per_position=tuple(sum(counts) for counts in zip_longest(*accepted, fillvalue=0)),
         layers=method.plan.num_layers,
         layers_kept=method.plan.layers_kept,
         executed_skips=sum(c.executed_skips for c in counters),

@@ -48,11 +48,14 @@ def test_a_line_separator_inside_a_prompt_ends_no_line(tmp_path: Path) -> None:
     assert load(path, 5)[0].text == "a\u2028b"
 
 
-def test_cells_cover_draft_lengths_thresholds_and_search() -> None:
-    specs = [registry.parse(exact.cell(i, 30)).options for i in range(48)]
-    assert {s.num_draft_tokens for s in specs} == set(range(1, 9))
-    assert {s.threshold for s in specs} == {0.0, 0.5, 0.8}
-    assert sum(bool(s.skip_attention or s.skip_mlp) for s in specs) == 32
+def test_cells_cover_every_method_with_every_draft_length() -> None:
+    cells = [(exact.METHODS[i % len(exact.METHODS)], registry.parse(exact.cell(i, 30)).options) for i in range(192)]
+    for name in exact.METHODS:
+        own = [options for method, options in cells if method == name]
+        assert {options.num_draft_tokens for options in own} == set(range(1, 9))
+        if name not in ("lookup", "auto"):
+            assert {options.threshold for options in own} == {0.0, 0.5, 0.8}
+    assert sum(getattr(options, "tree", False) for _, options in cells) == 24
 
 
 def test_identical_means_identical(demo: Engine) -> None:

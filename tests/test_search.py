@@ -12,7 +12,7 @@ import torch
 from skipjack import Engine, SamplingParams
 from skipjack.kernels.ops import TORCH
 from skipjack.runtime.rows import one_sequence
-from skipjack.runtime.search import RandomSearch, initial_plan, matchness, plan_of
+from skipjack.runtime.search import Search, initial_plan, matchness, plan_of
 
 
 @pytest.mark.parametrize("case", ["swift-1", "swift-2"])
@@ -35,13 +35,13 @@ def test_matchness_of_the_golden_skip_sets(golden: Path, case: str) -> None:
     assert cache.free_pages == cache.total_pages - len(pages)
 
 
-def search(**fields: object) -> RandomSearch:
+def search(**fields: object) -> Search:
     defaults = {"ratio": 0.45, "max_score": 0.95, "patience": 300, "max_candidates": 1000, "seed": 0}
-    return RandomSearch(num_layers=10, **(defaults | fields))
+    return Search(num_layers=10, **(defaults | fields))
 
 
 def test_candidates_are_uniform_sets_of_inner_sublayers() -> None:
-    suggestions = [search(seed=seed).suggest() for seed in range(400)]
+    suggestions = [search(seed=seed).suggest().plan for seed in range(400)]
     counts = np.zeros(20)
     for plan in suggestions:
         assert len(plan.sublayers) == 20 - int(16 * 0.45)
@@ -68,11 +68,11 @@ def test_a_better_candidate_is_swapped_in_at_once() -> None:
     state.record(worse, 0.5, tokens=32)
     assert state.incumbent.plan == initial_plan(10)
     state.record(better, 0.6, tokens=32)
-    assert state.incumbent.plan == better
+    assert state.incumbent.plan == better.plan
     assert [event["swapped"] for event in state.events] == [False, True]
     state.remeasure(0.2)
     state.record(worse, 0.3, tokens=64)
-    assert state.incumbent.plan == worse, "a score from an older window does not protect the incumbent"
+    assert state.incumbent.plan == worse.plan, "a score from an older window does not protect the incumbent"
 
 
 def test_the_search_ends_by_each_of_its_rules() -> None:

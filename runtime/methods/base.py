@@ -7,11 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..batch import Batch, Draft
+from ..batch import Batch, Draft, Round
 from ..cache import KVCache
 from ..model import Model
 from ..plan import LayerPlan
-from ..sequence import Sequence
 
 
 class Method:
@@ -23,6 +22,8 @@ class Method:
 
     name: ClassVar[str]
     lossless: bool = True
+    # Whether sampled drafts are accepted by rejection sampling instead of by equality under shared noise.
+    rejection: bool = False
 
     def __init__(self, options: Any, num_layers: int) -> None:
         self._full = LayerPlan.full(num_layers)
@@ -41,8 +42,11 @@ class Method:
         """Up to k draft tokens for every sequence; fewer, or none, is always allowed."""
         return no_draft(batch)
 
-    def observe(self, model: Model, cache: KVCache, sequences: list[Sequence], tokens: int, seconds: float) -> float:
-        """Learn from a finished round that took `seconds` and gave `tokens` tokens; returns the seconds spent."""
+    def prepare(self, model: Model, cache: KVCache) -> None:
+        """Called once, before the first request: check what needs the model, and measure what needs a clock."""
+
+    def observe(self, model: Model, cache: KVCache, done: Round) -> float:
+        """Learn from a finished round; returns the seconds spent."""
         return 0.0
 
     def phase(self) -> str:

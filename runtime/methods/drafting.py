@@ -1,39 +1,108 @@
-"""Drafting with a part of the model itself, one token a pass."""
+"""Drafting with a part of the model itself, one pass a depth."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..batch import Batch, Draft
 from ..cache import KVCache
+from ..errors import RequestError
 from ..model import Model
 from ..plan import LayerPlan
 from ..sampling import choose
 from .base import no_draft
 
+# Noise stream 0 is the full model's, 1 and 2 are those of the acceptance test and of the draw after it.
+FIRST_DRAFT_STREAM = 3
+# How many siblings a depth has by the probability of the most likely one (SWIFT, §4.2), and the rest.
+WIDTHS = ((0.95, 1), (0.8, 3), (0.5, 5))
+WIDEST = 10
 
-def chain(
-    model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, num_draft_tokens: int, threshold: float
-) -> tuple[Draft, Tensor]:
-    """Draft with `plan` until the model is unsure; the unsure token stays in the draft (SWIFT, §4.2).
 
-    Also returns the residual streams [S, k, H] the draft tokens were chosen from, those of the rows drafted from.
+@dataclass(frozen=True)
+class Drafting:
+    """How a draft grows: depth, the probability below which it ends, and whether it is a tree.
+
+    A `rejection` draft has noise of its own and keeps the scores its tokens were drawn with.
     """
-    steps = min(num_draft_tokens, int(batch.room.max()))
-    drafting = batch.room > 0
-    count = torch.zeros(len(batch), dtype=torch.int64, device=batch.device)
-    path, states = batch.last[:, None], list[Tensor]()
-    for step in range(steps):
+
+    num_draft_tokens: int
+    threshold: float
+    rejection: bool = False
+    tree: bool = False
+    max_nodes: int = 32
+
+
+def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Drafting) -> tuple[Draft, Tensor]:
+    """Draft with `plan` until the model is unsure; the unsure token stays in the draft (SWIFT, arXiv 2410.06916, §4.2).
+
+    In a tree every depth has siblings, more of them the less sure the model is, and the first one is expanded. Also
+    returns the residual streams [S, depth, H] the expanded rows were drafted from.
+    """
+    device, sequences = batch.device, len(batch)
+    limit = batch.room.clamp(min=0, max=how.max_nodes if how.tree else how.num_draft_tokens)
+    nodes, widest = int(limit.max()), WIDEST if how.tree else 1
+    rejection = how.rejection and not batch.sequences[0].params.greedy
+    count, spine = torch.zeros_like(batch.length), torch.zeros_like(batch.length)
+    path, confidence = functional.pad(batch.last[:, None], (0, nodes)), torch.zeros(sequences, nodes, device=device)
+    parent, states, scores = torch.zeros(sequences, nodes, dtype=torch.int64, device=device), list[Tensor](), None
+    expanded = batch.last[:, None]
+    drafting = limit > 0
+    for step in range(min(how.num_draft_tokens, nodes)):
         if not bool(drafting.any()):
             break
-        rows = batch.rows(path[:, -1:], batch.length + step, drafting.long())
+        rows = batch.rows(expanded[:, -1:], batch.length + step, drafting.long())
         states.append(model.forward(rows, cache, plan))
-        chosen = choose(model, states[-1], batch, path)
-        path = torch.cat([path, chosen.tokens], dim=1)
-        count += drafting
-        drafting = drafting & (chosen.probability[:, 0] >= threshold) & (count < batch.room)
+        stream = FIRST_DRAFT_STREAM + step if rejection else 0
+        chosen = choose(model, states[-1], batch, expanded, count=widest if how.tree else None, stream=stream)
+        siblings, sure = chosen.tokens.view(sequences, widest), chosen.probability
+        if rejection and chosen.scores is not None:
+            scores = chosen.scores.new_zeros(sequences, nodes, chosen.scores.shape[-1]) if scores is None else scores
+            at = torch.nonzero(drafting).flatten()
+            scores[at, spine[at]] = chosen.scores[at, 0]
+        place = torch.arange(widest, device=device)
+        new = (
+            drafting[:, None] & (place < (_width(sure) if how.tree else 1)) & (count[:, None] + place < limit[:, None])
+        )
+        new &= (place == 0) | (siblings != siblings[:, :1])
+        s, i = torch.nonzero(new, as_tuple=True)
+        row = count[s] + i
+        path[s, row + 1], parent[s, row], confidence[s, row] = siblings[s, i], spine[s], sure[s, 0]
+        spine = torch.where(drafting, count + 1, spine)
+        count = count + new.sum(dim=1)
+        expanded = torch.cat([expanded, siblings[:, :1]], dim=1)
+        drafting = drafting & (sure[:, 0] >= how.threshold) & (count < limit)
     if not states:
-        hidden = torch.empty(len(batch), 0, model.config.hidden_size, dtype=model.dtype, device=batch.device)
-        return no_draft(batch), hidden
-    return Draft(path[:, 1:].contiguous(), count), torch.stack(states, dim=1)
+        return no_draft(batch), torch.empty(sequences, 0, model.config.hidden_size, dtype=model.dtype, device=device)
+    used = int(count.max())
+    draft = Draft(
+        path[:, 1 : used + 1].contiguous(),
+        count,
+        parent=parent[:, :used].contiguous() if how.tree else None,
+        scores=None if scores is None else scores[:, :used].contiguous(),
+        confidence=confidence[:, :used],
+    )
+    return draft, torch.stack(states, dim=1)
+
+
+def acceptance(method: str, value: str) -> str:
+    """The rule an `acceptance` option names.
+
+    Raises:
+        RequestError: it names none.
+    """
+    if value not in ("coupled", "rejection"):
+        raise RequestError(f"method {method}: option acceptance expects coupled or rejection, got {value!r}")
+    return value
+
+
+def _width(sure: Tensor) -> Tensor:
+    """Siblings of a depth whose most likely token has probability `sure` [S, 1]."""
+    width = torch.full_like(sure, WIDEST, dtype=torch.int64)
+    for above, siblings in reversed(WIDTHS):
+        width = torch.where(sure > above, siblings, width)
+    return width

@@ -10,7 +10,7 @@ from ..errors import RequestError
 from ..model import Model
 from ..plan import LayerPlan
 from .base import Method, no_draft
-from .drafting import chain
+from .drafting import Drafting, acceptance, grow
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class Options:
     threshold: float = 0.0
     reuse: bool = True
     verify: bool = True
+    acceptance: str = "coupled"
 
     def __post_init__(self) -> None:
         for option, low, high in (("exit_layer", 0, 512), ("num_draft_tokens", 1, 64), ("threshold", 0, 1)):
             value = getattr(self, option)
             if not low <= value <= high:
                 raise RequestError(f"method layerskip: option {option} expects {low} to {high}, got {value}")
+        acceptance("layerskip", self.acceptance)
 
 
 class LayerSkip(Method):
@@ -47,6 +49,7 @@ class LayerSkip(Method):
             raise RequestError(f"method layerskip: option exit_layer expects 1 to {num_layers - 1}, got {layer}")
         self._options, self._layer = options, layer
         self.lossless = options.verify
+        self.rejection = options.acceptance == "rejection"
 
     @property
     def plan(self) -> LayerPlan:
@@ -59,6 +62,6 @@ class LayerSkip(Method):
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         if not self._options.verify:
             return no_draft(batch)
-        options = self._options
-        draft, states = chain(model, cache, batch, self.plan, options.num_draft_tokens, options.threshold)
-        return draft._replace(exit=Exit(self._layer, states)) if options.reuse else draft
+        how = Drafting(self._options.num_draft_tokens, self._options.threshold, self.rejection)
+        draft, states = grow(model, cache, batch, self.plan, how)
+        return draft._replace(exit=Exit(self._layer, states)) if self._options.reuse else draft

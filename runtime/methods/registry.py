@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RequestError
-from . import autoregressive, clasp, knapspec, layerskip, lookup, swift
+from . import auto, autoregressive, clasp, knapspec, layerskip, lookup, swift
 from .base import Method
 
 _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
+    "auto": (auto.Auto, auto.Options),
     "autoregressive": (autoregressive.Autoregressive, autoregressive.Options),
     "clasp": (clasp.Clasp, clasp.Options),
     "knapspec": (knapspec.KnapSpec, knapspec.Options),

@@ -3,39 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ..batch import Batch, Draft
+from ...kernels.host import ints
+from ..batch import Batch, Draft, Round
+from ..budget import Budget
 from ..cache import KVCache
 from ..errors import CapacityError, RequestError
 from ..model import Model
 from ..plan import LayerPlan
-from ..search import RandomSearch, matchness
+from ..search import Drift, Incumbent, Search, matchness
 from ..sequence import Sequence
+from ..skip_sets import SkipSet, config_hash
 from .base import Method
-from .drafting import chain
+from .drafting import Drafting, acceptance, grow
+
+# The adaptive threshold's goal and its step.
+TARGET, STEP = 0.9, 0.01
 
 
 @dataclass(frozen=True)
 class Options:
-    """`skip_attention` and `skip_mlp` fix the skip set by hand; without them it is searched for.
+    """`skip_attention` and `skip_mlp` fix the skip set by hand, `set` names a file of `skipjack tune`; without them it
+    is searched for.
 
-    A draft ends after `num_draft_tokens` or with the first token whose probability is below `threshold`. Every `window`
-    generated tokens, candidates are scored on the last `window` tokens, for at most `search_budget` of the decoding
-    time.
+    A draft ends after `num_draft_tokens` or with the first token whose probability is below `threshold`, which
+    `adaptive` moves to keep nine of ten drafts accepted (Draft & Verify, arXiv 2309.08168). `tree` adds siblings, up to
+    `max_nodes` nodes. Every `window` generated tokens, candidates are scored on the last `window` tokens, for at most
+    `search_budget` of the decoding time; every `bayes_interval`-th is Bayesian. A finished search resumes when the
+    acceptance rate falls by the share `restart_drop`; 0 never does.
     """
 
     skip_attention: tuple[int, ...] = ()
     skip_mlp: tuple[int, ...] = ()
+    set: str = ""
     num_draft_tokens: int = 7
     threshold: float = 0.8
+    adaptive: bool = False
+    tree: bool = False
+    max_nodes: int = 32
+    acceptance: str = "coupled"
     skip_ratio: float = 0.45
     window: int = 32
     max_score: float = 0.95
     max_tolerance_iter: int = 300
     max_opt_iter: int = 1000
+    bayes_interval: int = 25
+    restart_drop: float = 0.3
     search_budget: float = 0.02
     seed: int = 0
 
@@ -43,17 +60,23 @@ class Options:
         for option, low, high in (
             ("num_draft_tokens", 1, 64),
             ("threshold", 0, 1),
+            ("max_nodes", 1, 64),
             ("skip_ratio", 0, 1),
             ("window", 1, 1024),
             ("max_score", 0, 1),
             ("max_tolerance_iter", 1, 10**9),
             ("max_opt_iter", 0, 10**9),
+            ("bayes_interval", 0, 10**9),
+            ("restart_drop", 0, 1),
             ("search_budget", 0, 1),
             ("seed", 0, 2**63),
         ):
             value = getattr(self, option)
             if not low <= value <= high:
                 raise RequestError(f"method swift: option {option} expects {low} to {high}, got {value}")
+        acceptance("swift", self.acceptance)
+        if self.set and (self.skip_attention or self.skip_mlp):
+            raise RequestError("method swift: expected either set or skip_attention and skip_mlp, got both")
 
 
 class Swift(Method):
@@ -64,18 +87,31 @@ class Swift(Method):
     def __init__(self, options: Options, num_layers: int) -> None:
         super().__init__(options, num_layers)
         self._options = options
-        self._search = RandomSearch(
+        self.rejection = options.acceptance == "rejection"
+        self._saved = SkipSet.load(Path(options.set)) if options.set else None
+        if self._saved and self._saved.num_layers != num_layers:
+            raise RequestError(f"{options.set}: expected a set for {num_layers} layers, got {self._saved.num_layers}")
+        saved = self._saved
+        self._search = Search(
             num_layers,
             options.skip_ratio,
             options.max_score,
             options.max_tolerance_iter,
             options.max_opt_iter,
             options.seed,
+            options.bayes_interval,
+            Incumbent(self._full.without(saved.skip_attention, saved.skip_mlp), saved.score) if saved else None,
         )
         fixed = options.skip_attention or options.skip_mlp
         self._fixed = self._full.without(options.skip_attention, options.skip_mlp) if fixed else None
+        self._how = Drafting(
+            options.num_draft_tokens, options.threshold, self.rejection, options.tree, options.max_nodes
+        )
+        self._accepted_share = TARGET
+        self._drift = Drift(options.restart_drop)
         self._accumulated = 0
-        self._budget_s = self._candidate_s = 0.0
+        self._budget = Budget(options.search_budget)
+        self._candidate_s = 0.0
 
     @property
     def plan(self) -> LayerPlan:
@@ -88,45 +124,65 @@ class Swift(Method):
     def events(self) -> list[Mapping[str, Any]]:
         return list(self._search.events)
 
+    def prepare(self, model: Model, cache: KVCache) -> None:
+        if self._saved:
+            self._saved.check(config_hash(model.config), model.fingerprint, Path(self._options.set))
+
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """Confidence-aware drafting (§4.2)."""
-        return chain(model, cache, batch, self.plan, self._options.num_draft_tokens, self._options.threshold)[0]
+        return grow(model, cache, batch, self.plan, self._how)[0]
 
-    def observe(self, model: Model, cache: KVCache, sequences: list[Sequence], tokens: int, seconds: float) -> float:
+    def observe(self, model: Model, cache: KVCache, done: Round) -> float:
         """Context-based layer-set optimisation (§4.1), once `window` tokens have come and the budget allows it."""
+        drafted, accepted = sum(ints(done.draft.length)), sum(ints(done.verdict.accepted))
+        if self._options.adaptive and drafted:
+            self._adapt(accepted / drafted)
+        longest = max(done.batch.sequences, key=lambda sequence: sequence.generated)
         if self.phase() == "acceleration":
+            if not self._fixed and self._options.search_budget and self._drift.observe(drafted, accepted):
+                self._search.resume(longest.generated)
+                self._drift.reset()
             return 0.0
         # Until a candidate has been timed, it counts as a round.
+        seconds = done.draft_s + done.verify_s
         self._candidate_s = self._candidate_s or seconds
         if not self._due():
-            self._accumulated += tokens
-            self._budget_s += self._options.search_budget * seconds
-        longest = max(sequences, key=lambda sequence: sequence.generated)
+            self._accumulated += sum(done.emitted)
+            self._budget.earn(seconds)
         if not self._due() or longest.generated <= self._options.window:
             return 0.0
         start = perf_counter()
         if self._optimise(model, cache, longest):
             self._accumulated = 0
+            self._drift.reset()
         spent = perf_counter() - start
-        self._budget_s -= spent
+        self._budget.spend(spent)
         return spent
+
+    def _adapt(self, share: float) -> None:
+        """Move the threshold so that `TARGET` of the drafted tokens are accepted (Draft & Verify, §3.3)."""
+        self._accepted_share = 0.5 * self._accepted_share + 0.5 * share
+        wanted = self._how.threshold + (STEP if self._accepted_share < TARGET else -STEP)
+        moved = 0.9 * self._how.threshold + 0.1 * wanted
+        self._how = replace(self._how, threshold=min(1.0, max(0.0, moved)))
 
     def _due(self) -> bool:
         """Whether a step has been earned; while no sequence is long enough for it, nothing more is saved up."""
-        return self._accumulated >= self._options.window and self._budget_s >= 2 * self._candidate_s
+        return self._accumulated >= self._options.window and self._budget.seconds >= 2 * self._candidate_s
 
     def _optimise(self, model: Model, cache: KVCache, sequence: Sequence) -> bool:
         """Score the incumbent on this window, then candidates while the budget lasts; False if no page was free."""
-        start, scored = perf_counter(), 0
+        start, scored, spent = perf_counter(), 0, 0.0
         try:
             self._search.remeasure(self._score(model, cache, sequence, self._search.incumbent.plan))
             while not self._search.finished:
                 scored += 1
-                candidate = self._search.suggest()
-                self._search.record(candidate, self._score(model, cache, sequence, candidate), sequence.generated)
+                candidate, before = self._search.suggest(), spent
+                score = self._score(model, cache, sequence, candidate.plan)
                 spent = perf_counter() - start
+                self._search.record(candidate, score, sequence.generated, spent - before)
                 self._candidate_s = spent / (scored + 1)
-                if spent + self._candidate_s > self._budget_s:
+                if spent + self._candidate_s > self._budget.seconds:
                     break
         except CapacityError:
             return False

@@ -1,0 +1,194 @@
+"""Methods against plain decoding, prompt by prompt: speed, acceptance, and the speed-up the acceptance would allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..loaders.config import ModelConfig
+from ..loaders.synthetic import synthetic_config, synthetic_weights
+from ..runtime.engine import DTYPES, Engine
+from ..runtime.errors import RequestError
+from ..runtime.prompts import Prompt as Source
+from ..runtime.request import Output, SamplingParams
+from .prompts import Prompt
+
+PLAIN = "autoregressive"
+SYNTHETIC = "synthetic:"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt with one method, run plain, method, method, plain: `speed` is the time of plain decoding ÷ its own.
+
+    The parts of a round are in units of a plainly decoded token: draft, verify, search and what is left.
+    `depth` is the mean draft depth of a round.
+    """
+
+    method: str
+    category: str
+    tokens: int
+    identical: bool
+    speed: float
+    rounds: int
+    drafted: int
+    accepted: int
+    depth: float
+    draft: float
+    verify: float
+    search: float
+    other: float
+    ideal: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """The rows of one method and category. Speeds are medians over prompts, with the 10th and 90th percentile."""
+
+    method: str
+    category: str
+    prompts: int
+    tokens: int
+    identical: int
+    speed: float
+    speed_p10: float
+    speed_p90: float
+    ideal: float
+    gap: str
+    acceptance_rate: float
+    mean_acceptance_length: float
+
+
+def load(model: str, dtype: str) -> Engine:
+    """The engine of a model folder, "demo", or "synthetic:SHAPE:LATE_SCALE", whose late layers matter that much.
+
+    Raises:
+        RequestError: a synthetic model is not spelled so.
+    """
+    if not model.startswith(SYNTHETIC):
+        return Engine.load(model, dtype=dtype)
+    try:
+        shape, scale = model.removeprefix(SYNTHETIC).split(":")
+        late_scale = float(scale)
+    except ValueError:
+        raise RequestError(f"MODEL: expected synthetic:SHAPE:LATE_SCALE, got {model!r}") from None
+    config = ModelConfig.parse(synthetic_config(shape), model)
+    weights = synthetic_weights(config, 0, DTYPES[config.dtype if dtype == "auto" else dtype], late_scale)
+    return Engine(config, weights)
+
+
+def compare(
+    engine: Engine,
+    methods: Sequence[str],
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    progress: Callable[[Row], None],
+) -> list[Row]:
+    """Every prompt with every method. A model without a tokenizer gets random token ids of the prompt's length."""
+    rows: list[Row] = []
+    for method in (PLAIN, *methods):
+        engine.generate([1, 2, 3], SamplingParams(max_tokens=8, ignore_eos=True), method=method)
+    for number, prompt in enumerate(prompts):
+        for method in methods:
+            rows.append(_row(engine, method, prompt, number, params))
+            progress(rows[-1])
+    return rows
+
+
+def summary(rows: Sequence[Row]) -> list[Line]:
+    """A line for every method and category, and one for all categories of a method."""
+    lines: list[Line] = []
+    for method in dict.fromkeys(row.method for row in rows):
+        own = [row for row in rows if row.method == method]
+        lines += [
+            _line(method, category, [row for row in own if row.category == category])
+            for category in dict.fromkeys(row.category for row in own)
+        ]
+        lines.append(_line(method, "all", own))
+    return lines
+
+
+def head_layers(config: ModelConfig) -> float:
+    """h: the parameters of the LM head ÷ those of one layer, norms aside."""
+    width, heads = config.head_dim, config.num_heads + config.num_kv_heads
+    attention = 2 * heads * width * config.hidden_size
+    mlp = (3 if config.gated else 2) * config.hidden_size * config.intermediate_size
+    return config.vocab_size * config.hidden_size / (attention + mlp)
+
+
+def _row(engine: Engine, method: str, prompt: Prompt, number: int, params: SamplingParams) -> Row:
+    source: Source = [{"role": "user", "content": prompt.text}]
+    if engine.tokenizer is None:
+        generator = torch.Generator().manual_seed(number)
+        source = [int(i) for i in torch.randint(3, engine.config.vocab_size, (32,), generator=generator)]
+
+    def run(name: str) -> Output:
+        return engine.generate(source, params, method=name)
+
+    first, one, two, last = run(PLAIN), run(method), run(method), run(PLAIN)
+    count = max(1, len(first.token_ids) - 1)
+    plain = (first.stats.decode_s + last.stats.decode_s) / 2
+    stats = two.stats
+    per_token, rounds = plain / count, max(1, stats.rounds)
+
+    def part(seconds: float) -> float:
+        return seconds / rounds / per_token if per_token else 0.0
+
+    depth = sum(stats.drafted_per_position) / rounds
+    h = head_layers(engine.config)
+    cost = (stats.layers_kept + h) / (stats.layers + h) if stats.layers_kept < stats.layers else 0.0
+    return Row(
+        method,
+        prompt.category,
+        stats.completion_tokens,
+        first.token_ids == one.token_ids == two.token_ids,
+        2 * plain / (one.stats.decode_s + two.stats.decode_s) if stats.decode_s else 1.0,
+        stats.rounds,
+        stats.drafted,
+        stats.accepted,
+        depth,
+        part(stats.draft_s),
+        part(stats.verify_s),
+        part(stats.search_s),
+        part(stats.other_s),
+        stats.mean_acceptance_length / (depth * cost + 1),
+    )
+
+
+def _line(method: str, category: str, rows: Sequence[Row]) -> Line:
+    speeds = [row.speed for row in rows]
+    drafted, accepted = sum(row.drafted for row in rows), sum(row.accepted for row in rows)
+    low, middle, high = (float(value) for value in np.percentile(speeds, (10, 50, 90)))
+    return Line(
+        method,
+        category,
+        len(rows),
+        sum(row.tokens for row in rows),
+        sum(row.identical for row in rows),
+        middle,
+        low,
+        high,
+        float(np.median([row.ideal for row in rows])),
+        _gap(rows),
+        accepted / drafted if drafted else 0.0,
+        1 + accepted / max(1, sum(row.rounds for row in rows)),
+    )
+
+
+def _gap(rows: Sequence[Row]) -> str:
+    """What a round spends beyond the ideal: the largest part, in units of a plainly decoded token."""
+    parts = {
+        "draft": float(np.median([row.draft - max(0.0, _accepted_length(row) / row.ideal - 1) for row in rows])),
+        "verify": float(np.median([row.verify - 1 for row in rows])),
+        "search": float(np.median([row.search for row in rows])),
+        "other": float(np.median([row.other for row in rows])),
+    }
+    name = max(parts, key=lambda part: parts[part])
+    return f"{name} +{parts[name]:.2f}" if parts[name] > 0.005 else "none"
+
+
+def _accepted_length(row: Row) -> float:
+    return 1 + row.accepted / max(1, row.rounds)

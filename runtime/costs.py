@@ -1,0 +1,101 @@
+"""What passes cost on this machine, and a ledger that keeps speculation from losing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+from .cache import KVCache
+from .model import Model
+from .plan import LayerPlan
+from .rows import one_sequence
+
+Clock = Callable[[], float]
+REPEATS = 3
+
+
+@dataclass
+class Costs:
+    """Seconds of a pass as a function of its rows and sub-layers, for one machine.
+
+    A pass reads its weights once for every tile of `tile` rows: `full` is the whole model for one tile, head included,
+    `per_tile` what each further tile adds, `fixed` the part that no skipped sub-layer saves. `pace` is how much slower
+    than calibrated passes have been lately.
+    """
+
+    sublayers: int
+    tile: int
+    full: float
+    per_tile: float
+    fixed: float
+    pace: float = 1.0
+
+    def verify(self, rows: int) -> float:
+        """A full pass over `rows` rows; plain decoding is one over a row a sequence."""
+        return self.pace * (self.full + self.per_tile * (-(-rows // self.tile) - 1))
+
+    def draft(self, plan: LayerPlan, rows: int) -> float:
+        """A draft pass of `plan` over `rows` rows."""
+        share = len(plan.sublayers) / self.sublayers
+        return self.verify(rows) * (self.fixed + share * (self.full - self.fixed)) / self.full
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """A full pass over `rows` rows took `seconds`."""
+        now = seconds / (self.verify(rows) / self.pace)
+        self.pace += 0.1 * (min(max(now, 0.5 * self.pace), 2 * self.pace) - self.pace)
+
+
+def calibrate(model: Model, cache: KVCache, clock: Clock = perf_counter) -> Costs:
+    """Time the passes of `model` at a short context: the fastest of a few of each, after a warm-up.
+
+    Raises:
+        CapacityError: the cache has no page free to try on.
+    """
+    tile, layers = model.ops.decode_tile, model.config.num_layers
+    pages = cache.reserve(4 * tile)
+
+    def seconds(rows: int, plan: LayerPlan) -> float:
+        def once() -> float:
+            start = clock()
+            laid = one_sequence([0] * rows, 0, pages, tile, model.device)
+            int(model.predict(model.forward(laid, cache, plan)[-1:]).token[0])
+            return clock() - start
+
+        once()
+        return min(once() for _ in range(REPEATS))
+
+    try:
+        full, two = seconds(1, model.full), seconds(2 * tile, model.full)
+        some = seconds(1, model.full.early_exit(max(1, layers // 2)))
+    finally:
+        cache.release(pages)
+    share = max(1, layers // 2) / layers
+    fixed = full if share == 1 else (some - share * full) / (1 - share)
+    return Costs(2 * layers, tile, full, max(0.0, two - full), min(max(fixed, 0.0), full))
+
+
+@dataclass
+class Ledger:
+    """Seconds won and lost against plain decoding: a round may be risked only where its worst outcome is covered.
+
+    Covered means that the balance stays above −`limit` of the decoding time so far.
+    """
+
+    limit: float
+    decoding: float = 0.0
+    balance: float = 0.0
+
+    def affords(self, loss: float) -> bool:
+        """Whether losing `loss` seconds would keep the promise."""
+        return loss <= 0 or self.balance - loss >= -self.limit * self.decoding
+
+    def book(self, seconds: float, plain: float) -> None:
+        """A round took `seconds`, and plain decoding would have taken `plain` for the same tokens."""
+        self.decoding += seconds
+        self.balance += plain - seconds
+
+
+def expected_tokens(rate: float, drafted: int) -> float:
+    """E = (1 − α^{k+1})/(1 − α): tokens of a round that drafts k tokens accepted at rate α (Leviathan et al.)."""
+    return drafted + 1.0 if rate >= 1 else (1 - rate ** (drafted + 1)) / (1 - rate)

@@ -1,0 +1,253 @@
+"""The method that chooses: plain decoding, lookup or a skip set, whichever is fastest here and now."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from ...kernels.host import ints
+from ..batch import Batch, Draft, Round
+from ..cache import KVCache
+from ..costs import Clock, Costs, Ledger, calibrate, expected_tokens
+from ..errors import RequestError
+from ..model import Model
+from ..plan import LayerPlan
+from . import swift
+from .base import Method, no_draft
+from .drafting import Drafting, acceptance, grow
+from .lookup import match
+
+PLAIN, LOOKUP, SKIP = "plain", "lookup", "skip set"
+# Rounds between two reports of what was decided.
+REPORT = 32
+
+
+@dataclass(frozen=True)
+class Options:
+    """Drafts of at most `num_draft_tokens`, by lookup or by the best skip set known: that of the file `set`, or one
+    searched for within `search_budget` of the decoding time.
+
+    `max_loss` is the share of the decoding time that may be lost against plain decoding beyond what was won.
+    """
+
+    num_draft_tokens: int = 7
+    max_ngram: int = 3
+    set: str = ""
+    threshold: float = 0.6
+    skip_ratio: float = 0.45
+    search_budget: float = 0.005
+    max_loss: float = 0.015
+    acceptance: str = "coupled"
+
+    def __post_init__(self) -> None:
+        for option, low, high in (
+            ("num_draft_tokens", 1, 64),
+            ("max_ngram", 1, 16),
+            ("threshold", 0, 1),
+            ("skip_ratio", 0, 1),
+            ("search_budget", 0, 1),
+            ("max_loss", 0, 1),
+        ):
+            value = getattr(self, option)
+            if not low <= value <= high:
+                raise RequestError(f"method auto: option {option} expects {low} to {high}, got {value}")
+        acceptance("auto", self.acceptance)
+
+
+@dataclass
+class Rate:
+    """How often a kind of draft token is accepted, as a moving average, and when to try a losing kind again."""
+
+    value: float
+    wait: int = 32
+    idle: int = 0
+
+    def observe(self, drafted: int, accepted: int) -> None:
+        """Take in a round; tokens after the first rejected one say nothing."""
+        tried = min(drafted, accepted + 1)
+        if tried:
+            self.value += (1 - 0.9**tried) * (accepted / tried - self.value)
+        self.idle = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to decode the next round, and what the cost model says of it: seconds, tokens, and what is at risk."""
+
+    name: str
+    drafted: int
+    seconds: float
+    tokens: float
+    loss: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+@dataclass
+class Account:
+    """What was decided over some rounds, and what came of it."""
+
+    rounds: Counter[str] = field(default_factory=Counter[str])
+    reasons: Counter[str] = field(default_factory=Counter[str])
+    plain_s: float = 0.0
+    predicted_s: float = 0.0
+    predicted_tokens: float = 0.0
+    seconds: float = 0.0
+    tokens: int = 0
+
+
+class Auto(Method):
+    """Every round goes to what the cost model predicts is fastest, as far as the ledger covers its worst outcome."""
+
+    name = "auto"
+
+    def __init__(self, options: Options, num_layers: int, clock: Clock = perf_counter) -> None:
+        super().__init__(options, num_layers)
+        self._options, self._clock = options, clock
+        self.rejection = options.acceptance == "rejection"
+        self._swift = swift.Swift(
+            swift.Options(set=options.set, skip_ratio=options.skip_ratio, search_budget=options.search_budget),
+            num_layers,
+        )
+        self._ledger = Ledger(options.max_loss)
+        self._lookups = {n: Rate(0.2 + 0.6 * n / options.max_ngram) for n in range(1, options.max_ngram + 1)}
+        self._skips = Rate(0.8)
+        self._costs: Costs | None = None
+        self._matches: list[tuple[int, list[int]]] = []
+        self._choice = Choice(PLAIN, 0, 1.0, 1.0, 0.0)
+        self._why = ""
+        self._account = Account()
+        self._decisions: list[Mapping[str, Any]] = []
+
+    @property
+    def plan(self) -> LayerPlan:
+        return self._swift.plan if self._choice.name == SKIP else self._full
+
+    def phase(self) -> str:
+        return self._choice.name
+
+    def events(self) -> list[Mapping[str, Any]]:
+        return [*self._decisions, *self._swift.events()]
+
+    def prepare(self, model: Model, cache: KVCache) -> None:
+        """Time the passes of this machine."""
+        self._swift.prepare(model, cache)
+        self._costs = calibrate(model, cache, self._clock)
+
+    def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
+        """The draft of the fastest choice the ledger covers."""
+        if self._costs is None:
+            self._costs = calibrate(model, cache, self._clock)
+        k, ngram = self._options.num_draft_tokens, self._options.max_ngram
+        self._matches = [match(s.tokens, ngram, max(0, min(k, s.room))) for s in batch.sequences]
+        room = int(batch.room.max())
+        choices = self.choices(self._costs, len(batch), room)
+        self._choose(choices)
+        if self._choice.name == LOOKUP:
+            drafts = [tokens[: self._choice.drafted] for _, tokens in self._matches]
+            width = max(map(len, drafts))
+            tokens = torch.tensor([draft + [0] * (width - len(draft)) for draft in drafts], device=batch.device)
+            return Draft(tokens.long(), torch.tensor([len(draft) for draft in drafts], device=batch.device))
+        if self._choice.name == SKIP:
+            how = Drafting(self._choice.drafted, self._options.threshold, self.rejection)
+            return grow(model, cache, batch, self._swift.plan, how)[0]
+        return no_draft(batch)
+
+    def choices(self, costs: Costs, sequences: int, room: int) -> list[Choice]:
+        """Plain decoding, and the best draft length of every other way there is this round."""
+        plain = costs.verify(sequences)
+        found = [Choice(PLAIN, 0, plain, sequences, 0.0)]
+        ways: list[list[Choice]] = [[], []]
+        for k in range(1, min(self._options.num_draft_tokens, room) + 1):
+            lengths = [(n, min(k, len(tokens))) for n, tokens in self._matches]
+            rows = sequences + sum(length for _, length in lengths)
+            if rows > sequences:
+                tokens = sum(expected_tokens(self._lookups[n].value, length) if n else 1.0 for n, length in lengths)
+                seconds = costs.verify(rows)
+                ways[0].append(Choice(LOOKUP, k, seconds, tokens, seconds - plain))
+            seconds = k * costs.draft(self._swift.plan, sequences) + costs.verify(sequences * (k + 1))
+            tokens = sequences * expected_tokens(self._skips.value, k)
+            ways[1].append(Choice(SKIP, k, seconds, tokens, seconds - plain))
+        return found + [max(way, key=lambda choice: choice.tokens_per_s) for way in ways if way]
+
+    def observe(self, model: Model, cache: KVCache, done: Round) -> float:
+        """Book the round, learn the rates, and let the search for a better set have its share."""
+        start, costs, choice = self._clock(), self._costs, self._choice
+        assert costs is not None
+        sequences = len(done.batch)
+        drafted, accepted = ints(done.draft.length), ints(done.verdict.accepted)
+        plain = costs.verify(sequences)
+        seconds = done.draft_s + done.verify_s
+        if choice.name == PLAIN:
+            costs.observe(sequences, done.verify_s)
+        elif choice.name == LOOKUP:
+            for (n, _), tried, taken in zip(self._matches, drafted, accepted, strict=True):
+                if n and tried:
+                    self._lookups[n].observe(tried, taken)
+        else:
+            for tried, taken in zip(drafted, accepted, strict=True):
+                self._skips.observe(tried, taken)
+        self._skips.idle += choice.name != SKIP
+        self._ledger.book(seconds, seconds if choice.name == PLAIN else plain * sum(done.emitted) / sequences)
+        self._tell(seconds, plain, done)
+        before = self._swift.plan
+        own = done if choice.name == SKIP else done._replace(draft=no_draft(done.batch))
+        searched = self._swift.observe(model, cache, own)
+        if searched:
+            self._ledger.book(searched, 0.0)
+        if self._swift.plan != before:
+            self._skips = Rate(0.8)
+        return self._clock() - start
+
+    def _choose(self, choices: list[Choice]) -> None:
+        plain = choices[0]
+        covered = [choice for choice in choices if self._ledger.affords(choice.loss)]
+        best = max(covered, key=lambda choice: choice.tokens_per_s)
+        why = "predicted fastest"
+        skip = next((choice for choice in covered if choice.name == SKIP), None)
+        if best is not skip and skip is not None and self._skips.idle >= self._skips.wait:
+            # What has lost before may win on another text; every try that changes nothing is waited for twice as long.
+            best, why = skip, "tried again"
+            self._skips.wait = min(2 * self._skips.wait, 1024)
+        fastest = max(choices, key=lambda choice: choice.tokens_per_s)
+        if best is plain and fastest is not plain:
+            why = f"{fastest.name} is predicted faster and its loss is not covered"
+        self._choice, self._why = best, why
+
+    def _tell(self, seconds: float, plain: float, done: Round) -> None:
+        """Add the round to the account; close it after `REPORT` rounds or with the request."""
+        account, choice = self._account, self._choice
+        account.rounds[choice.name] += 1
+        account.reasons[f"{choice.name}: {self._why}"] += 1
+        account.plain_s += plain
+        account.predicted_s += choice.seconds
+        account.predicted_tokens += choice.tokens
+        account.seconds += seconds
+        account.tokens += sum(done.emitted)
+        sequences = done.batch.sequences
+        if account.rounds.total() < REPORT and not all(sequence.finish_reason for sequence in sequences):
+            return
+        self._account = Account()
+        self._decisions.append(
+            {
+                "kind": "decision",
+                "tokens": max(sequence.generated for sequence in sequences),
+                "rounds": dict(account.rounds),
+                "why": dict(account.reasons),
+                "predicted_tokens_per_s": account.predicted_tokens / account.predicted_s,
+                "measured_tokens_per_s": account.tokens / account.seconds,
+                "plain_tokens_per_s": account.rounds.total() * len(sequences) / account.plain_s,
+                "acceptance_rate": {
+                    SKIP: self._skips.value,
+                    **{f"{LOOKUP} {n}": rate.value for n, rate in self._lookups.items()},
+                },
+                "balance_s": self._ledger.balance,
+            }
+        )
