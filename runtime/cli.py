@@ -179,6 +179,29 @@ def inspect(
 
 
 @app.command()
+def tune(
+    model: options.Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")],
+    method: Annotated[str, typer.Option(help="swift or knapspec.")] = "swift",
+    prompts: Annotated[Path | None, typer.Option(help="One prompt a line, or JSON lines with turns.")] = None,
+    candidates: Annotated[int, typer.Option(min=1, help="Sets scored at most.")] = 500,
+    seconds: Annotated[float, typer.Option(min=0, help="End the search after this time.")] = 600.0,
+    skip_ratio: Annotated[float, typer.Option(min=0, max=1, help="Share of inner sub-layers skipped (swift).")] = 0.45,
+    window: Annotated[int, typer.Option(min=1, max=1024, help="Tokens of each prompt a set is scored on.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of the candidates.")] = 0,
+    device: options.DeviceName = options.Device.AUTO,
+    dtype: options.DtypeName = options.Dtype.AUTO,
+    backend: options.BackendName = options.Backend.AUTO,
+    json: options.Json = False,
+) -> None:
+    """Search for a skip set and save it; --method swift:set=FILE loads it. Ctrl-C saves the best so far."""
+    from .tuning import tune_and_save
+
+    with options.load_engine(model, "autoregressive", device, dtype, backend) as engine:
+        tune_and_save(engine, output, method, prompts, candidates, seconds, skip_ratio, window, seed, as_json=json)
+
+
+@app.command()
 def doctor(json: options.Json = False) -> None:
     """Show what Skipjack finds on this machine, which backend it will use, and what is missing."""
     from .doctor import examine, show

@@ -45,7 +45,7 @@ class Pass(NamedTuple):
 
     rows: Rows
     slots: Slots
-    index: Index
+    index: Index  # pyright: ignore[reportIncompatibleMethodOverride]
     rope: Rope | None
 
 

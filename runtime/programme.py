@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -126,7 +126,9 @@ class Programme:
 
 
 @contextmanager
-def lay_states(model: Model, cache: KVCache, pages: list[list[int]], owner: Tensor, position: Tensor) -> Iterator[Pass]:
+def lay_states(
+    model: Model, cache: KVCache, pages: list[list[int]], owner: Tensor, position: Tensor
+) -> Generator[Pass, None, None]:
     """A pass over rows int64 [R] that are each alone at their `position` of the sequence in pages[owner].
 
     Their keys and values go to pages of their own, which are given back at the end.

@@ -106,15 +106,16 @@ class SkipSet:
         """
         return _parsed(read_object(Path(path), MAX_BYTES, RequestError), str(path))
 
-    def check(self, config: ModelConfig, weights: Weights, path: Path) -> None:
-        """Refuse a set, loaded from `path`, that was found for another model.
+    def check(self, config: ModelConfig, weights: str, path: Path) -> None:
+        """Refuse a set, loaded from `path`, that was found for a model other than that of `config` and the fingerprint
+        `weights`.
 
         Raises:
             RequestError: the configuration's hash, the number of layers or the weights' hash differs.
         """
         if self.num_layers != config.num_layers:
             raise RequestError(f"{path}: num_layers: expected the model's {config.num_layers}, found {self.num_layers}")
-        for name, expected in (("config", config_hash(config)), ("weights", fingerprint(weights))):
+        for name, expected in (("config", config_hash(config)), ("weights", weights)):
             found: str = getattr(self, name)
             if found != expected:
                 raise RequestError(

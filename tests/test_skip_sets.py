@@ -126,16 +126,16 @@ def test_a_set_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "set.json"
     config, weights = model("tiny-llama")
     found = replace(FOUND, config=config_hash(config), weights=fingerprint(weights))
-    found.check(config, weights, path)
+    found.check(config, fingerprint(weights), path)
     _, other = model("tiny-llama", seed=1)
     with pytest.raises(
         RequestError, match=r"set\.json: weights: expected a skip set of this model, .* found .*another"
     ):
-        found.check(config, other, path)
+        found.check(config, fingerprint(other), path)
     with pytest.raises(RequestError, match=r"set\.json: config: expected a skip set of this model, .* found .*another"):
-        found.check(replace(config, norm_eps=1e-3), weights, path)
+        found.check(replace(config, norm_eps=1e-3), fingerprint(weights), path)
     with pytest.raises(RequestError, match=r"set\.json: num_layers: expected the model's 8, found 9"):
-        replace(found, num_layers=9).check(config, weights, path)
+        replace(found, num_layers=9).check(config, fingerprint(weights), path)
 
 
 NOTHING = object()

@@ -17,7 +17,7 @@ from ..model import Model
 from ..plan import LayerPlan
 from ..search import Drift, Incumbent, Search, matchness
 from ..sequence import Sequence
-from ..skip_sets import SkipSet, config_hash
+from ..skip_sets import SkipSet
 from .base import Method
 from .drafting import Drafting, acceptance, grow
 
@@ -126,7 +126,7 @@ class Swift(Method):
 
     def prepare(self, model: Model, cache: KVCache) -> None:
         if self._saved:
-            self._saved.check(config_hash(model.config), model.fingerprint, Path(self._options.set))
+            self._saved.check(model.config, model.fingerprint, Path(self._options.set))
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """Confidence-aware drafting (§4.2)."""

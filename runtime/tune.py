@@ -1,0 +1,138 @@
+"""Searching for a skip set ahead of time, to be saved and loaded by `swift:set=FILE`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+
+import torch
+
+from .engine import Engine
+from .errors import RequestError
+from .methods import registry
+from .request import SamplingParams
+from .rows import one_sequence
+from .search import Search, matchness
+from .skip_sets import SkipSet, config_hash
+
+PROMPTS = (
+    "The lighthouse keeper wrote in his diary every evening. On the night of the great storm he noted that",
+    "Question: Why do leaves change their colour in autumn?\nAnswer:",
+    "def moving_average(values, size):\n    ",
+    "Summarise the following paragraph. Bees live in colonies of many thousands; each has its task, and",
+)
+Report = Callable[[int, float], None]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line: plain text, or a JSON object with `turns`, of which the first counts.
+
+    Raises:
+        RequestError: the file cannot be read or holds no prompt.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        prompts = [str(json.loads(line)["turns"][0]) if line.startswith("{") else line for line in lines]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise RequestError(f"--prompts: {path}: expected a prompt a line, or objects with turns: {error}") from error
+    if not prompts:
+        raise RequestError(f"--prompts: {path}: expected at least one prompt, found none")
+    return prompts
+
+
+def tune_swift(
+    engine: Engine,
+    prompts: list[list[int]],
+    *,
+    window: int,
+    skip_ratio: float,
+    candidates: int,
+    seconds: float,
+    seed: int,
+    stop: Callable[[], bool],
+    report: Report,
+) -> SkipSet:
+    """The set of SWIFT's search (arXiv 2410.06916, §4.1) with the best mean matchness over all prompts.
+
+    Every prompt (token ids) is continued by `window` tokens of the full model, and a candidate's sub-network is held
+    against them. Ends after `candidates`, after `seconds`, or when `stop` says so, with the best set so far.
+
+    Raises:
+        CapacityError: the prompts do not fit into the cache together.
+    """
+    model, cache = engine._loaded()
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=window + 1, ignore_eos=True))
+    texts = [[*output.prompt_ids, *output.token_ids] for output in outputs]
+    search = Search(engine.config.num_layers, skip_ratio, 1.0, candidates, candidates, seed)
+    if not search.size:
+        raise RequestError(f"skip_ratio: expected a share of {search.dimensions} sub-layers, got {skip_ratio}: none")
+    held: list[list[int]] = []
+    started = monotonic()
+    try:
+        with torch.inference_mode():
+            for tokens in texts:
+                held.append(cache.reserve(len(tokens)))
+                rows = one_sequence(tokens[:-1], 0, held[-1], model.ops.prefill_tile, model.device)
+                model.forward(rows, cache, model.full)
+
+            def score() -> float:
+                plan = candidate.plan if candidate else search.incumbent.plan
+                pairs = zip(held, texts, strict=True)
+                return sum(matchness(model, cache, p, t, min(window, len(t) - 1), plan) for p, t in pairs) / len(texts)
+
+            candidate = None
+            search.remeasure(score())
+            while not search.finished and not stop() and monotonic() - started < seconds:
+                candidate = search.suggest()
+                search.record(candidate, score(), 0)
+                report(search.candidates, search.incumbent.score)
+    finally:
+        for pages in held:
+            cache.release(pages)
+    plan = search.incumbent.plan
+    return SkipSet(
+        config_hash(engine.config),
+        model.fingerprint,
+        "swift",
+        engine.config.num_layers,
+        plan.skipped_attention,
+        plan.skipped_mlp,
+        search.incumbent.score,
+        None,
+        search.candidates,
+    )
+
+
+def tune_knapspec(
+    engine: Engine, prompts: list[list[int]], *, max_tokens: int, stop: Callable[[], bool], report: Report
+) -> SkipSet:
+    """The set KnapSpec (arXiv 2602.20217) chooses last while it decodes the prompts with nothing to hold it back.
+
+    Raises:
+        RequestError: the prompts were too short for it to choose any.
+    """
+    spec = "knapspec:search_budget=1.0,interval=8"
+    method = engine._method(registry.parse(spec))
+    for ids in prompts:
+        if stop():
+            break
+        engine.generate(ids, SamplingParams(max_tokens=max_tokens, ignore_eos=True), method=spec)
+        found = [event for event in method.events() if event["kind"] == "programme"]
+        report(len(found), found[-1]["score"] if found else 0.0)
+    found = [event for event in method.events() if event["kind"] == "programme"]
+    if not found:
+        raise RequestError("tune: knapspec chose no set on these prompts: give it more or longer ones")
+    last = found[-1]
+    return SkipSet(
+        config_hash(engine.config),
+        engine._loaded()[0].fingerprint,
+        "knapspec",
+        engine.config.num_layers,
+        tuple(last["skip_attention"]),
+        tuple(last["skip_mlp"]),
+        float(last["score"]),
+        last["num_draft_tokens"] or None,
+        len(found),
+    )

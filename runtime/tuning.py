@@ -1,0 +1,79 @@
+"""`skipjack tune`: a search with its progress, and the file it ends in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .engine import Engine
+from .errors import RequestError
+from .prompts import to_ids
+from .report import print_json
+from .terminal import answers, interrupts, progress_bar
+from .tune import PROMPTS, read_prompts, tune_knapspec, tune_swift
+
+
+def tune_and_save(
+    engine: Engine,
+    output: Path,
+    method: str,
+    prompts: Path | None,
+    candidates: int,
+    seconds: float,
+    skip_ratio: float,
+    window: int,
+    seed: int,
+    *,
+    as_json: bool,
+) -> None:
+    """Search with `method` over the prompts of a file, or a few of our own, and write the best set to `output`.
+
+    Raises:
+        RequestError: an argument is not one of its choices, or a file cannot be read or written.
+    """
+    if method not in ("swift", "knapspec"):
+        raise RequestError(f"--method: expected swift or knapspec, got {method!r}")
+    if not output.parent.is_dir():
+        raise RequestError(f"--output: no such folder: {output.parent}")
+    if engine.tokenizer is None:
+        raise RequestError(f"{engine.model_path}: expected tokenizer.json, which tune needs, found none")
+    texts = list(PROMPTS) if prompts is None else read_prompts(prompts)
+    ids = [to_ids(text, engine.tokenizer, engine.config) for text in texts]
+    with progress_bar() as progress, interrupts() as stop:
+        if method == "swift":
+            found = tune_swift(
+                engine,
+                ids,
+                window=window,
+                skip_ratio=skip_ratio,
+                candidates=candidates,
+                seconds=seconds,
+                seed=seed,
+                stop=stop,
+                report=lambda done, best: progress("candidates", done, candidates),
+            )
+        else:
+            found = tune_knapspec(
+                engine,
+                ids,
+                max_tokens=4 * window,
+                stop=stop,
+                report=lambda done, best: progress("sets", done, len(ids)),
+            )
+    found.save(output)
+    summary = {
+        "output": str(output),
+        "method": found.method,
+        "score": found.score,
+        "candidates": found.candidates,
+        "skip_attention": list(found.skip_attention),
+        "skip_mlp": list(found.skip_mlp),
+    }
+    if as_json:
+        print_json(summary)
+        return
+    kept = found.num_layers - (len(found.skip_attention) + len(found.skip_mlp)) / 2
+    answers().print(
+        f"{output}: score {found.score:.3f} after {found.candidates} candidates, "
+        f"{kept:g} of {found.num_layers} layers kept; use it with --method swift:set={output}",
+        markup=False,
+    )

@@ -1,0 +1,126 @@
+"""The method that chooses: the same text, a ledger that holds on a virtual clock, and reports of what it did."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from skipjack import Engine, SamplingParams
+from skipjack.runtime.costs import Costs, Ledger, calibrate, expected_tokens
+from skipjack.runtime.methods import auto
+from skipjack.runtime.plan import LayerPlan
+
+PROMPTS = [[5, 9, 200, 31], [7] * 3, list(range(20, 90))]
+COSTS = Costs(sublayers=16, tile=8, full=1.0, per_tile=0.8, fixed=0.2)
+
+
+@pytest.mark.parametrize("method", ["auto", "auto:max_loss=1.0,search_budget=0.2,skip_ratio=0.3"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_the_tokens_are_those_of_plain_decoding(
+    synthetic: Callable[..., Engine], method: str, temperature: float
+) -> None:
+    engine = synthetic("tiny", torch.float32, 0.1)
+    params = SamplingParams(max_tokens=60, temperature=temperature, seed=5, ignore_eos=True)
+    plain = engine.generate(PROMPTS, params)
+    outputs = engine.generate(PROMPTS, params, method=method)
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
+
+
+def test_expected_tokens_is_the_sum_of_the_chances_to_get_so_far() -> None:
+    for rate, k in ((0.0, 3), (0.3, 1), (0.8, 7), (1.0, 5)):
+        assert expected_tokens(rate, k) == pytest.approx(sum(rate**i for i in range(k + 1)))
+
+
+def test_costs_of_a_pass_are_read_off_a_clock_of_known_speed(synthetic: Callable[..., Engine]) -> None:
+    """A clock that advances by 2 s a tile and 1 s a layer: what `calibrate` must find again."""
+    engine = synthetic("tiny")
+    model, cache = engine._loaded()
+    now, forward, predict = [0.0], model.forward, model.predict
+
+    def timed(rows: object, kv: object, plan: LayerPlan) -> object:
+        now[0] += plan.layers_kept * -(-len(rows) // model.ops.decode_tile)
+        return forward(rows, kv, plan)
+
+    def head(x: object) -> object:
+        now[0] += 2.0
+        return predict(x)
+
+    model.forward, model.predict = timed, head
+    try:
+        with torch.inference_mode():
+            costs = calibrate(model, cache, lambda: now[0])
+    finally:
+        del model.forward, model.predict
+    assert (costs.full, costs.per_tile, costs.fixed) == pytest.approx((10.0, 8.0, 2.0))
+    assert costs.draft(model.full.early_exit(2), 1) == pytest.approx(4.0)
+    assert cache.free_pages == cache.total_pages
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("trap", [0.0, 0.3, 0.9])
+def test_the_ledger_holds_on_a_virtual_clock(seed: int, trap: float) -> None:
+    """Whatever is accepted, and however wrong the rates believed are, no more is lost than the limit allows."""
+    random = np.random.default_rng(seed)
+    ledger, decoding, lost = Ledger(0.015), 0.0, 0.0
+    for step in range(4000):
+        k = int(random.integers(1, 8))
+        seconds = 0.6 * k + 1.0
+        if ledger.affords(seconds - 1.0):
+            honest = random.random() >= trap or step % 500 < 100
+            tokens = 1 + (int(random.integers(0, k + 1)) if honest else 0)
+            ledger.book(seconds, float(tokens))
+            lost += seconds - tokens
+        else:
+            seconds = 1.0
+            ledger.book(seconds, seconds)
+        decoding += seconds
+        assert lost <= 0.015 * decoding + 1e-9
+    assert decoding == pytest.approx(ledger.decoding)
+
+
+def method(**options: float) -> auto.Auto:
+    made = auto.Auto(auto.Options(**options), 8)
+    made._matches = [(3, [4, 5, 6, 7])]
+    return made
+
+
+def test_the_fastest_covered_choice_is_taken() -> None:
+    made = method()
+    made._skips.value = 0.95
+    choices = made.choices(COSTS, 1, 7)
+    assert [choice.name for choice in choices] == ["plain", "lookup", "skip set"]
+    assert choices[1].seconds == COSTS.verify(5) == 1.0
+    assert choices[1].tokens == pytest.approx(expected_tokens(0.8, 4))
+    made._choose(choices)
+    assert made._choice.name == "lookup", "its pass costs no more than plain decoding, and more is expected of it"
+    made._matches = [(0, [])]
+    made._choose(made.choices(COSTS, 1, 7))
+    assert made._choice.name == "plain", "nothing has been won yet that a skip set could lose"
+    made._ledger.book(1.0, 20.0)
+    made._choose(made.choices(COSTS, 1, 7))
+    assert made._choice.name == "skip set"
+
+
+def test_no_room_is_plain_decoding() -> None:
+    assert [choice.name for choice in method().choices(COSTS, 1, 0)] == ["plain"]
+
+
+def test_a_longer_pass_is_charged_to_a_batch() -> None:
+    """Four sequences of seven drafts are 32 rows, four tiles; one sequence's fit a tile."""
+    made = method()
+    made._matches = [(3, [4] * 7)] * 4
+    lookup = made.choices(COSTS, 4, 7)[1]
+    assert lookup.seconds == COSTS.verify(4 + 4 * lookup.drafted)
+
+
+def test_reports_say_what_was_predicted_and_what_came(synthetic: Callable[..., Engine]) -> None:
+    engine = synthetic("tiny", torch.float32, 0.1)
+    stats = engine.generate([7] * 3, SamplingParams(max_tokens=80, ignore_eos=True), method="auto").stats
+    decisions = [event for event in stats.events if event["kind"] == "decision"]
+    assert sum(sum(event["rounds"].values()) for event in decisions) == stats.rounds
+    for event in decisions:
+        assert set(event["rounds"]) <= {"plain", "lookup", "skip set"}
+        assert sum(event["why"].values()) == sum(event["rounds"].values())
+        assert min(event[f"{name}_tokens_per_s"] for name in ("predicted", "measured", "plain")) > 0
+    assert decisions[-1]["tokens"] == 80
