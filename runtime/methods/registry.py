@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RequestError
-from . import auto, autoregressive, clasp, knapspec, layerskip, lookup, swift
+from . import auto, autoregressive, clasp, dynamic_exit, knapspec, layerskip, lookup, swift
 from .base import Method
 
 _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "auto": (auto.Auto, auto.Options),
     "autoregressive": (autoregressive.Autoregressive, autoregressive.Options),
     "clasp": (clasp.Clasp, clasp.Options),
+    "del": (dynamic_exit.DynamicExit, dynamic_exit.Options),
     "knapspec": (knapspec.KnapSpec, knapspec.Options),
     "layerskip": (layerskip.LayerSkip, layerskip.Options),
     "lookup": (lookup.Lookup, lookup.Options),

@@ -1,0 +1,142 @@
+"""DEL (arXiv 2504.05598): LayerSkip with the exit layer and the draft length chosen anew every round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.host import ints
+from ..batch import Batch, Draft, Exit, Round
+from ..budget import Budget
+from ..cache import KVCache
+from ..costs import expected_tokens
+from ..errors import RequestError
+from ..model import Model
+from ..plan import LayerPlan
+from .base import Method, no_draft
+from .drafting import Drafting, acceptance, grow
+
+# What a newly seen token weighs in the moving averages, and the rows of a round that are measured at most.
+WEIGHT, ROWS = 0.05, 8
+
+
+@dataclass(frozen=True)
+class Options:
+    """Drafts of at most `num_draft_tokens`. The exits are measured in as many rounds as `search_budget` of the decoding
+    time pays for; `reuse` verifies from the streams the draft left.
+    """
+
+    num_draft_tokens: int = 7
+    search_budget: float = 0.1
+    reuse: bool = True
+    acceptance: str = "coupled"
+
+    def __post_init__(self) -> None:
+        for option, low, high in (("num_draft_tokens", 1, 64), ("search_budget", 0, 1)):
+            value = getattr(self, option)
+            if not low <= value <= high:
+                raise RequestError(f"method del: option {option} expects {low} to {high}, got {value}")
+        acceptance("del", self.acceptance)
+
+
+class DynamicExit(Method):
+    """Every exit's rate of agreement with the full model, and the exit and draft length that promise most."""
+
+    name = "del"
+
+    def __init__(self, options: Options, num_layers: int) -> None:
+        super().__init__(options, num_layers)
+        if num_layers < 2:
+            raise RequestError(f"method del: expected a model of at least 2 layers, got {num_layers}")
+        self._options = options
+        self.rejection = options.acceptance == "rejection"
+        self._budget = Budget(options.search_budget)
+        # Exit 1 comes first: the rate of agreement, and the confidence where it agreed and where it did not.
+        self.rates = torch.zeros(num_layers - 1)
+        self._agreed, self._missed = torch.ones(num_layers - 1), torch.zeros(num_layers - 1)
+        self._tokens = 0
+        self._probe_s = 0.0
+        self._exit, self._length = max(1, 2 * num_layers // 3), 0
+        self._events: list[Mapping[str, Any]] = []
+
+    @property
+    def plan(self) -> LayerPlan:
+        return self._full.early_exit(self._exit) if self._length else self._full
+
+    def events(self) -> list[Mapping[str, Any]]:
+        return list(self._events)
+
+    def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
+        """A draft of the chosen length from the chosen exit, ended by a token less sure than those that are missed."""
+        record = self._budget.seconds >= self._probe_s and self._options.search_budget > 0
+        if not self._length:
+            return no_draft(batch)._replace(record=record)
+        threshold = float(self._agreed[self._exit - 1] + self._missed[self._exit - 1]) / 2
+        draft, states = grow(model, cache, batch, self.plan, Drafting(self._length, threshold, self.rejection))
+        if record:
+            return draft._replace(record=True)
+        reuse = self._options.reuse and states.shape[1] > 0
+        return draft._replace(exit=Exit(self._exit, states)) if reuse else draft
+
+    def observe(self, model: Model, cache: KVCache, done: Round) -> float:
+        """Put the streams of a recorded round through the head at every exit, and choose anew."""
+        self._budget.earn(done.draft_s + done.verify_s)
+        if done.streams is None:
+            return 0.0
+        start = perf_counter()
+        self._measure(model, done)
+        before = (self._exit, self._length)
+        self._exit, self._length = best(self.rates, self._full.num_layers, self._options.num_draft_tokens)
+        if (self._exit, self._length) != before:
+            self._events.append(
+                {
+                    "kind": "exit",
+                    "exit_layer": self._exit,
+                    "num_draft_tokens": self._length,
+                    "acceptance_rate": float(self.rates[self._exit - 1]),
+                    "tokens": max(sequence.generated for sequence in done.batch.sequences),
+                }
+            )
+        self._probe_s = perf_counter() - start
+        self._budget.spend(self._probe_s)
+        return self._probe_s
+
+    def _measure(self, model: Model, done: Round) -> None:
+        assert done.streams is not None
+        rows, width = list[int](), done.path.shape[1]
+        for s, accepted in enumerate(ints(done.verdict.accepted)):
+            rows += [s * width + row for row in ints(done.verdict.path[s, : accepted + 1])]
+        seen = torch.tensor(rows[-ROWS:], device=done.path.device)
+        hidden = torch.cat([done.streams[2 * layer][seen] for layer in range(1, self._full.num_layers)])
+        predicted = model.predict(hidden, tile=model.ops.prefill_tile)
+        shape = (self._full.num_layers - 1, len(seen))
+        sure = (predicted.value.float() - predicted.log_sum_exp.float()).exp().view(shape).cpu()
+        agrees = (predicted.token.view(shape) == done.target.flatten()[seen]).cpu()
+        for token in range(len(seen)):
+            self._learn(agrees[:, token], sure[:, token])
+
+    def _learn(self, agrees: Tensor, sure: Tensor) -> None:
+        weight = max(WEIGHT, 1 / (self._tokens + 1))
+        self._tokens += 1
+        self.rates += weight * (agrees.float() - self.rates)
+        self._agreed = torch.where(agrees, self._agreed + weight * (sure - self._agreed), self._agreed)
+        self._missed = torch.where(agrees, self._missed, self._missed + weight * (sure - self._missed))
+
+
+def best(rates: Tensor, num_layers: int, longest: int) -> tuple[int, int]:
+    """The exit l and draft length k with the most tokens a layer: ((1−α^{k+1})/(1−α)) / ((L−l) + (k+1)·l).
+
+    rates [L − 1], exit 1 first. Length 0 is plain decoding, one token for L layers.
+    """
+    chosen, most = (max(1, 2 * num_layers // 3), 0), 1 / num_layers
+    for layer in range(1, num_layers):
+        for k in range(1, longest + 1):
+            value = expected_tokens(float(rates[layer - 1]), k) / (num_layers - layer + (k + 1) * layer)
+            if value > most:
+                chosen, most = (layer, k), value
+    return chosen
