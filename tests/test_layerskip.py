@@ -60,9 +60,9 @@ def passes(engine: Engine, method: str, monkeypatch: pytest.MonkeyPatch) -> list
     seen: list[tuple[tuple[int, int], int]] = []
     forward = Model.forward
 
-    def spy(self, rows, cache, plan, hidden=None):
+    def spy(self, rows, cache, plan, hidden=None, streams=None):
         seen.append((plan.span, int((rows.sequence >= 0).sum())))
-        return forward(self, rows, cache, plan, hidden)
+        return forward(self, rows, cache, plan, hidden, streams)
 
     monkeypatch.setattr(Model, "forward", spy)
     engine.generate(PROMPTS[0], SamplingParams(max_tokens=6, ignore_eos=True), method=method)
@@ -92,7 +92,7 @@ def test_early_exit_is_labelled_lossy_and_runs_no_late_layer(synthetic, monkeypa
 def test_the_prompt_meets_the_head_once(synthetic, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     predict = Model.predict
-    monkeypatch.setattr(Model, "predict", lambda self, x: rows.append(len(x)) or predict(self, x))
+    monkeypatch.setattr(Model, "predict", lambda self, x, **how: rows.append(len(x)) or predict(self, x, **how))
     synthetic("tiny").generate(list(range(3, 300)), SamplingParams(max_tokens=1), method="layerskip")
     assert rows == [1]
 

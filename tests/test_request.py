@@ -36,7 +36,10 @@ def test_sampling_parameters_out_of_range_are_named(fields: dict[str, object], n
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("medusa", "unknown method 'medusa', expected one of autoregressive, layerskip, lookup, swift"),
+        (
+            "medusa",
+            "unknown method 'medusa', expected one of auto, autoregressive, clasp, del",
+        ),
         ("swift:depth=3", "unknown option 'depth'"),
         ("swift:window=x", "option window expects int"),
         ("swift:skip_mlp=1+b", "integers joined with"),
