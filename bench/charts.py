@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,11 @@ def timeline(stats: Stats, window: int, path: Path, title: str) -> None:
 
 def _pyplot() -> Any:
     try:
-        import matplotlib
+        matplotlib: Any = import_module("matplotlib")
     except ImportError as error:
         raise SkipjackError("pictures need matplotlib: pip install 'skipjack[bench]'") from error
     matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return import_module("matplotlib.pyplot")
 
 
 def _save(pyplot: Any, figure: Any, path: Path) -> None:

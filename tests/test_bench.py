@@ -80,3 +80,32 @@ def test_table_of_result_files(tmp_path: Path) -> None:
     text = exact.markdown([json.loads(json.dumps(result))])
     assert "| float32 | 0 | 4 | 5 | 640 | 5 of 5 | 0.50 | 1.75 |" in text
     assert "Measured on X (CPU, 2 threads), torch 2.13, 2026-01-02." in text
+
+
+def test_methods_are_compared_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    arguments = ["--method", "lookup", "--method", "swift:skip_attention=4+5", "--per-category", "1"]
+    files = ["--output", str(tmp_path / "m.json"), "--picture", str(tmp_path / "m.svg")]
+    assert cli.run(["bench", "methods", "synthetic:tiny:0.1", *arguments, "--max-tokens", "8", *files]) == 0
+    assert "lookup" in capsys.readouterr().out
+    result = json.loads((tmp_path / "m.json").read_text())
+    rows = [row for row in result["rows"] if row["method"] == "lookup"]
+    assert len(rows) == 10
+    for row in rows:
+        assert row["ideal"] == pytest.approx(1 + row["accepted"] / row["rounds"]), "a lookup costs no model time"
+        assert row["speed"] > 0
+    line = result["summary"][-1]
+    assert (line["category"], line["prompts"], line["identical"]) == ("all", 10, 10)
+    assert "<svg" in (tmp_path / "m.svg").read_text()
+
+
+def test_a_timeline_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    path = tmp_path / "t.svg"
+    assert cli.run(["bench", "timeline", str(path), "--model", "synthetic:tiny:0.1", "--max-tokens", "90"]) == 0
+    assert "<svg" in path.read_text()
+
+
+def test_a_synthetic_model_that_is_not_spelled_out_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["bench", "methods", "synthetic:tiny"]) == 2
+    assert "expected synthetic:SHAPE:LATE_SCALE" in capsys.readouterr().err

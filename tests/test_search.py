@@ -11,8 +11,10 @@ import torch
 
 from skipjack import Engine, SamplingParams
 from skipjack.kernels.ops import TORCH
+from skipjack.runtime.methods import registry
+from skipjack.runtime.methods.swift import Swift
 from skipjack.runtime.rows import one_sequence
-from skipjack.runtime.search import Search, initial_plan, matchness, plan_of
+from skipjack.runtime.search import Drift, Incumbent, Search, initial_plan, matchness, plan_of
 
 
 @pytest.mark.parametrize("case", ["swift-1", "swift-2"])
@@ -178,3 +180,62 @@ def test_short_requests_save_up_no_long_step(synthetic: Callable[..., Engine], m
     known = [len(stream.outputs[0].stats.events) for _ in stream]
     assert known[-1] > 0
     assert max(after - before for before, after in pairwise(known)) <= 4
+
+
+def test_every_nth_candidate_is_bayesian_and_of_the_same_size() -> None:
+    state = search(bayes_interval=5)
+    for i in range(20):
+        candidate = state.suggest()
+        assert candidate.kind == ("bayesian" if i % 5 == 4 else "random")
+        assert len(candidate.skipped) == 7
+        state.record(candidate, len(set(candidate.skipped) & set(range(7))) / 10, tokens=32)
+    assert [event["kind"] for event in state.events].count("bayesian") == 4
+    assert all(search(bayes_interval=0).suggest().kind == "random" for _ in range(3))
+
+
+def test_bayesian_candidates_beat_random_ones() -> None:
+    """A score that counts the overlap with a hidden set: what was learnt is used, over five seeds."""
+    means: dict[str, list[float]] = {"random": [], "bayesian": []}
+    for seed in range(5):
+        state, hidden = search(bayes_interval=4, seed=seed, max_score=1.0), set(range(0, 14, 2))
+        for i in range(60):
+            candidate = state.suggest()
+            score = len(set(candidate.skipped) & hidden) / 7
+            state.record(candidate, score, tokens=32)
+            if i >= 20:
+                means[candidate.kind].append(score)
+    assert np.mean(means["bayesian"]) > np.mean(means["random"]) + 0.1
+
+
+def test_a_found_set_rests_until_the_text_changes() -> None:
+    plan = plan_of(10, [0, 1, 2])
+    state = search(found=Incumbent(plan, 0.9))
+    assert state.finished
+    assert state.incumbent.plan == plan
+    state.resume(tokens=200)
+    assert not state.finished
+    assert state.events[-1] == {"kind": "restart", "iteration": 0, "tokens": 200}
+    state.record(state.suggest(), 0.1, tokens=232)
+    assert state.incumbent.plan != plan, "the old score is not held against the new text"
+
+
+def test_drift_is_a_fall_from_the_best() -> None:
+    drift = Drift(0.3)
+    assert not any(drift.observe(7, 6) for _ in range(30))
+    assert not drift.observe(0, 0)
+    falls = [drift.observe(7, 1) for _ in range(10)]
+    assert not falls[0]
+    assert falls[-1]
+    assert not any(Drift(0.0).observe(7, taken) for taken in (7, 0, 0, 0))
+
+
+def test_the_adaptive_threshold_follows_the_acceptance(synthetic: Callable[..., Engine]) -> None:
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    for late_scale, rises in ((1.0, True), (0.0, False)):
+        engine = synthetic("tiny", torch.float32, late_scale)
+        spec = "swift:skip_attention=4+5+6,skip_mlp=4+5+6,adaptive=true,threshold=0.2"
+        output = engine.generate([5, 6, 7], params, method=spec)
+        assert output.token_ids == engine.generate([5, 6, 7], params).token_ids
+        method = engine._method(registry.parse(spec))
+        assert isinstance(method, Swift)
+        assert (method._how.threshold > 0.2) == rises

@@ -1,0 +1,90 @@
+"""Sets found ahead of time: scored as they claim, loaded by the model they belong to, and by no other."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from skipjack import Engine, RequestError, SamplingParams
+from skipjack.runtime import cli
+from skipjack.runtime.skip_sets import SkipSet
+from skipjack.runtime.tune import read_prompts, tune_knapspec, tune_swift
+
+PROMPTS = [[5, 9, 200, 31], [7] * 3, list(range(20, 90))]
+
+
+def tuned(engine: Engine, candidates: int, stop: Callable[[], bool] = lambda: False) -> SkipSet:
+    seen: list[float] = []
+    found = tune_swift(
+        engine,
+        PROMPTS,
+        window=16,
+        skip_ratio=0.3,
+        candidates=candidates,
+        seconds=60,
+        seed=1,
+        stop=stop,
+        report=lambda done, best: seen.append(best),
+    )
+    assert seen == sorted(seen)
+    return found
+
+
+def test_a_tuned_set_is_loaded_and_keeps_the_text(synthetic: Callable[..., Engine], tmp_path: Path) -> None:
+    engine = synthetic("tiny", torch.float32, 0.1)
+    found = tuned(engine, 60)
+    assert found.candidates == 60
+    assert len(found.skip_attention) + len(found.skip_mlp) == int(12 * 0.3)
+    found.save(tmp_path / "set.json")
+    params, method = SamplingParams(max_tokens=40, ignore_eos=True), f"swift:set={tmp_path}/set.json"
+    output = engine.generate(PROMPTS[0], params, method=method)
+    assert output.token_ids == engine.generate(PROMPTS[0], params).token_ids
+    assert output.stats.layers_kept == 8 - int(12 * 0.3) / 2
+    assert output.stats.phases[0][0] == "acceleration", "a saved set is drafted with from the first token"
+    with pytest.raises(RequestError, match="weights: expected a skip set of this model"):
+        synthetic("tiny", torch.float32, 0.2).generate(PROMPTS[0], params, method=method)
+    cache = engine._loaded()[1]
+    assert cache.free_pages == cache.total_pages
+
+
+def test_the_score_grows_with_the_candidates(synthetic: Callable[..., Engine]) -> None:
+    engine = synthetic("tiny", torch.float32, 0.1)
+    assert tuned(engine, 60).score > tuned(engine, 1).score
+
+
+def test_stopping_keeps_the_best_so_far(synthetic: Callable[..., Engine]) -> None:
+    calls: list[int] = []
+    found = tuned(synthetic("tiny"), 500, stop=lambda: len(calls) >= 5 or bool(calls.append(1)))
+    assert found.candidates == 5
+
+
+def test_knapspec_leaves_the_set_it_chose_last(synthetic: Callable[..., Engine]) -> None:
+    engine = synthetic("tiny", torch.float32, 0.1)
+    found = tune_knapspec(engine, PROMPTS, max_tokens=80, stop=lambda: False, report=lambda done, best: None)
+    assert found.method == "knapspec"
+    assert not {0, 7} & {*found.skip_attention, *found.skip_mlp}
+
+
+def test_prompts_come_one_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text('a plain line\n{"turns": ["first", "second"]}\n\n')
+    assert read_prompts(path) == ["a plain line", "first"]
+    for content in ("", '{"turns": []}\n', "{broken\n"):
+        path.write_text(content)
+        with pytest.raises(RequestError, match="--prompts"):
+            read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "magic", "-o", "x.json"], "--method: expected swift or knapspec"),
+        (["-o", "/nowhere/x.json"], "--output: no such folder"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str, demo: Engine
+) -> None:
+    assert cli.run(["tune", str(demo.model_path), *arguments]) == 2
+    assert message in capsys.readouterr().err
