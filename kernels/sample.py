@@ -39,7 +39,9 @@ def _sample_kernel(
     wait_for_producers(PDL)
     temperature = tl.load(temperature_ptr + pid_row)
     highest, token = peak(row_ptr, V, BLOCK)
-    offs = tl.arange(0, BLOCK)
+    # Draws only compare, so the size of their blocks rounds nothing; siblings take more registers.
+    DRAW: tl.constexpr = BLOCK // 2 if COUNT > 1 else BLOCK
+    offs = tl.arange(0, DRAW)
     if temperature > 0.0:
         top_k = tl.load(top_k_ptr + pid_row)
         top_p = tl.load(top_p_ptr + pid_row)
@@ -51,11 +53,11 @@ def _sample_kernel(
         last_id = tl.full((), -1, tl.int32)
         first = last_id
         for column in range(COUNT):
-            best = tl.full((BLOCK,), float("-inf"), tl.float32)
+            best = tl.full((DRAW,), float("-inf"), tl.float32)
             ids = offs
-            for start in range(0, V, BLOCK):
+            for start in range(0, V, DRAW):
                 x = tl.load(row_ptr + start + offs, mask=start + offs < V, other=float("-inf")).to(tl.float32)
-                noise = -log(-log(uniform(seed, position, start, BLOCK, stream)))
+                noise = -log(-log(uniform(seed, position, start, DRAW, stream)))
                 value = tl.where(x >= threshold, tl.div_rn(x - highest, temperature) + noise, float("-inf"))
                 if COUNT > 1:
                     value = _after(value, start + offs, last, last_id)
@@ -70,9 +72,9 @@ def _sample_kernel(
         last = highest
         last_id = token
         for column in range(1, COUNT):
-            best = tl.full((BLOCK,), float("-inf"), tl.float32)
+            best = tl.full((DRAW,), float("-inf"), tl.float32)
             ids = offs
-            for start in range(0, V, BLOCK):
+            for start in range(0, V, DRAW):
                 x = tl.load(row_ptr + start + offs, mask=start + offs < V, other=float("-inf")).to(tl.float32)
                 value = _after(x, start + offs, last, last_id)
                 ids = tl.where(value > best, start + offs, ids)

@@ -82,8 +82,11 @@ def test_table_of_result_files(tmp_path: Path) -> None:
     assert "Measured on X (CPU, 2 threads), torch 2.13, 2026-01-02." in text
 
 
-def test_methods_are_compared_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_methods_are_compared_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.delenv("SKIPJACK_PROMPTS", raising=False)
     arguments = ["--method", "lookup", "--method", "swift:skip_attention=4+5", "--per-category", "1"]
     files = ["--output", str(tmp_path / "m.json"), "--picture", str(tmp_path / "m.svg")]
     assert cli.run(["bench", "methods", "synthetic:tiny:0.1", *arguments, "--max-tokens", "8", *files]) == 0
