@@ -50,8 +50,24 @@ def linear(
 
     x [R, K], W [N, K] → [R, N]; with activation "silu_gate" W holds gate rows above up rows and the result is
     silu(gate)·up, [R, N/2]; "gelu_tanh" is elementwise. `scale` float32 [R]. `active` bool [R]: rows that are False
-    leave `residual` untouched (their result is undefined without one).
+    leave `residual` untouched (their result is undefined without one). Only active rows are computed.
     """
+    if active is not None and not bool(active.all()):
+        row = torch.nonzero(active).flatten()
+        if not len(row):
+            return x.new_empty(x.shape[0], _width(weight, activation)) if residual is None else residual
+        part = linear(
+            x[row],
+            weight,
+            tile=tile,
+            norm=norm,
+            bias=bias,
+            activation=activation,
+            residual=None if residual is None else residual[row],
+            scale=None if scale is None else scale[row],
+        )
+        whole = x.new_empty(x.shape[0], part.shape[1]) if residual is None else residual
+        return whole.index_copy_(0, row, part)
     added = residual if scale is None else None
     parts = [
         _linear_tile(part, weight, norm, bias, activation, None if added is None else added[start : start + tile])
@@ -62,11 +78,7 @@ def linear(
     if scale is not None:
         scaled = y * scale[:, None]
         y = (scaled if residual is None else scaled + residual).to(x.dtype)
-    if residual is None:
-        return y
-    if active is not None:
-        y = torch.where(active[:, None], y, residual)
-    return residual.copy_(y)
+    return y if residual is None else residual.copy_(y)
 
 
 def qkv_rope_append(
@@ -90,10 +102,13 @@ def qkv_rope_append(
 
     x [R, H]; W [(heads + 2·kv_heads)·D, H]; keys, values [pages, kv_heads, P, D], one layer's cache; q_norm, k_norm
     [D]. Returns q [R, heads, D], undefined for rows that are not `active` bool [R]. Rows that are not `write` bool [R]
-    write nothing: FlexiDepth keeps the keys and values of rows it computes no query for.
+    write nothing: FlexiDepth keeps the keys and values of rows it computes no query for. Rows that are neither are not
+    computed.
     """
     _, kv_heads, _, head_dim = keys.shape
-    qkv = linear(x, weight, tile=tile, norm=norm, bias=bias).view(x.shape[0], heads + 2 * kv_heads, head_dim)
+    needed = None if active is None or write is None else active | write
+    qkv = linear(x, weight, tile=tile, norm=norm, bias=bias, active=needed)
+    qkv = qkv.view(x.shape[0], heads + 2 * kv_heads, head_dim)
     qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
     if q_norm is not None and k_norm is not None:
         q = _head_norm(qk[:, :heads], q_norm, norm.eps, tile)
@@ -189,6 +204,10 @@ def head(
         value = scores.gather(1, token)
     log_sum_exp = scores.float().logsumexp(dim=-1)
     return Prediction(token if ids is None else ids[token], value, log_sum_exp)
+
+
+def _width(weight: Matrix, activation: str | None) -> int:
+    return weight.rows // 2 if activation == "silu_gate" else weight.rows
 
 
 def _tiles(x: Tensor, tile: int) -> list[tuple[int, Tensor]]:

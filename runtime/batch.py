@@ -141,6 +141,10 @@ class Batch:
         position = torch.where(real, first[:, None] + step, 0)
         return Rows(tokens.flatten(), position.flatten(), sequence.flatten(), self.block_table, self.tile)
 
+    def newest(self) -> Rows:
+        """One row a sequence: its newest token."""
+        return self.rows(self.last[:, None], self.length, torch.ones_like(self.length))
+
     def nodes(self, tokens: Tensor, count: Tensor, lineage: Lineage) -> Rows:
         """Rows for `tokens` int64 [S, K], a tree above each sequence's cache; the first `count` [S] are real."""
         depth, path = lineage

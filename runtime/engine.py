@@ -20,14 +20,16 @@ from ..loaders.demo import demo_folder
 from ..loaders.tokenizer import Tokenizer
 from ..loaders.weights import Weights, load_weights
 from .cache import KVCache
+from .decode import decode, prefill
 from .errors import CapacityError, ConfigError, RequestError
 from .methods import registry
 from .methods.base import Method
+from .methods.policy import Policy
 from .model import Model
 from .prompts import Prompt, Prompts, check_params, is_many, to_ids
 from .request import Chunk, Output, Piece, SamplingParams
 from .sequence import Sequence
-from .speculate import prefill, speculate
+from .speculate import speculate
 from .summary import summarise
 from .text import TextStream
 
@@ -107,7 +109,7 @@ class Engine:
         if not folder.is_dir():
             raise ConfigError(f"model: no such folder: {folder}")
         config = ModelConfig.load(folder)
-        spec.build(config.num_layers)
+        spec.build(config)
         tokenizer = Tokenizer.load(folder, config)
         weights = load_weights(
             folder,
@@ -213,7 +215,7 @@ class Engine:
     def _method(self, spec: registry.MethodSpec) -> Method:
         with self._turn:
             if spec not in self._methods:
-                method = spec.build(self.config.num_layers)
+                method = spec.build(self.config)
                 with torch.inference_mode():
                     method.prepare(*self._loaded())
                 self._methods[spec] = method
@@ -237,7 +239,10 @@ class Engine:
                         chunks.append(_chunk(running[-1], prefill(model, cache, running[-1], method)))
                     running = self._without_finished(cache, running)
                     if running:
-                        pieces = speculate(model, cache, running, method)
+                        if isinstance(method, Policy):
+                            pieces = decode(model, cache, running, method)
+                        else:
+                            pieces = speculate(model, cache, running, method)
                         chunks += [_chunk(sequence, new) for sequence, new in zip(running, pieces, strict=True)]
                         running = self._without_finished(cache, running)
                 yield from chunks

@@ -16,10 +16,10 @@ from .engine import Engine
 from .errors import RequestError
 from .model import Model, Streams
 from .options import parse_ids
+from .prefill import PREFILL_CHUNK
 from .prompts import to_ids
 from .request import SamplingParams
 from .rows import one_sequence
-from .speculate import PREFILL_CHUNK
 from .terminal import DRAFT, GENERATED, answers, visible
 
 if TYPE_CHECKING:

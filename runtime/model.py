@@ -121,13 +121,11 @@ class Model:
 
     def step(self, laid: Pass, cache: KVCache, sublayer: int, x: Tensor) -> None:
         """One sub-layer, added in place to the residual stream x [R, H]; R counts padding."""
-        layer = sublayer // 2
+        active = None if laid.rows.active is None else laid.rows.active[sublayer]
         if sublayer % 2 == 0:
-            self._attention(
-                layer, x, cache, laid.slots, laid.index, laid.rope if self.config.rope_layers[layer] else None
-            )
+            self._attention(sublayer // 2, x, cache, laid, active)
         else:
-            self._mlp(layer, x, laid.rows.tile)
+            self._mlp(sublayer // 2, x, laid.rows.tile, active)
 
     def rotations(self, rows: Rows, cache: KVCache) -> Rope | None:
         """The rotation of each row; None for a model without rotary embedding."""
@@ -144,8 +142,8 @@ class Model:
         """
         return self.ops.head(x, self._norm, self._head, tile=tile or self.ops.decode_tile, top_k=top_k)
 
-    def _attention(self, number: int, x: Tensor, cache: KVCache, slots: Slots, index: Index, rope: Rope | None) -> None:
-        layer, config, tile = self.layers[number], self.config, index.tile
+    def _attention(self, number: int, x: Tensor, cache: KVCache, laid: Pass, active: Tensor | None) -> None:
+        layer, config, tile = self.layers[number], self.config, laid.rows.tile
         keys, values = cache.keys[number], cache.values[number]
         q = self.ops.qkv_rope_append(
             x,
@@ -154,23 +152,34 @@ class Model:
             layer.qkv_bias,
             layer.q_norm,
             layer.k_norm,
-            rope,
+            laid.rope if config.rope_layers[number] else None,
             keys,
             values,
-            slots,
+            laid.slots,
             heads=config.num_heads,
             tile=tile,
+            active=active,
+            write=active,
         )
         window = config.window if config.window is not None and config.window_layers[number] else None
-        mixed = self.ops.attend(q, keys, values, index, scale=config.head_dim**-0.5, window=window, slopes=self._slopes)
-        self.ops.linear(mixed, layer.output, tile=tile, bias=layer.output_bias, residual=x)
+        mixed = self.ops.attend(
+            q,
+            keys,
+            values,
+            laid.index,
+            scale=config.head_dim**-0.5,
+            window=window,
+            slopes=self._slopes,
+            active=active,
+        )
+        self.ops.linear(mixed, layer.output, tile=tile, bias=layer.output_bias, residual=x, active=active)
 
-    def _mlp(self, number: int, x: Tensor, tile: int) -> None:
+    def _mlp(self, number: int, x: Tensor, tile: int, active: Tensor | None) -> None:
         layer = self.layers[number]
         inner = self.ops.linear(
-            x, layer.up, tile=tile, norm=layer.mlp_norm, bias=layer.up_bias, activation=self._activation
+            x, layer.up, tile=tile, norm=layer.mlp_norm, bias=layer.up_bias, activation=self._activation, active=active
         )
-        self.ops.linear(inner, layer.down, tile=tile, bias=layer.down_bias, residual=x)
+        self.ops.linear(inner, layer.down, tile=tile, bias=layer.down_bias, residual=x, active=active)
 
 
 def alibi_slopes(heads: int) -> Tensor:

@@ -40,7 +40,12 @@ def report(output: Output) -> dict[str, Any]:
             "drafted_per_position": list(stats.drafted_per_position),
             "accepted_per_position": list(stats.accepted_per_position),
         },
-        "layers": {"kept": stats.layers_kept, "of": stats.layers, "executed_skips": stats.executed_skips},
+        "layers": {
+            "kept": stats.layers_kept,
+            "of": stats.layers,
+            "executed_skips": stats.executed_skips,
+            **({"per_token": list(stats.layers_per_token)} if stats.layers_per_token else {}),
+        },
     }
 
 

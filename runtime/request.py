@@ -138,7 +138,8 @@ class Stats:
     `completion_tokens`.
     `drafted_per_position[i]` counts rounds whose draft reached depth i + 1, `accepted_per_position[i]` those in which a
     draft token of that depth was accepted. `layers_kept` is what a draft step
-    runs, of `layers`. `executed_skips` counts sub-layers not run, once per row and pass. `phases` are (name, first
+    runs, of `layers`; `layers_per_token` are the layers behind each token of the first choice, where a method decides
+    token by token. `executed_skips` counts sub-layers not run, once per row and pass. `phases` are (name, first
     generated token); `events` are the method's own records (for SWIFT one per optimisation step).
     """
 
@@ -162,6 +163,7 @@ class Stats:
     layers: int = 0
     layers_kept: float = 0.0
     executed_skips: int = 0
+    layers_per_token: tuple[float, ...] = ()
     phases: tuple[tuple[str, int], ...] = ()
     events: tuple[Mapping[str, Any], ...] = ()
 

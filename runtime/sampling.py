@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels.host import ints
 from .batch import Batch, Lineage, Sampling
 from .model import Model
-from .request import TokenLogprob
+from .request import Piece, TokenLogprob
 from .sequence import Sequence
 
 
@@ -100,6 +100,16 @@ def reshape_logits(row: Tensor, sequence: Sequence, history: list[int]) -> Tenso
         times = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
         row[ids] -= params.presence_penalty + params.frequency_penalty * times
     return row
+
+
+def append(sequence: Sequence, tokens: list[int], logits: Tensor | None) -> list[Piece]:
+    """Append accepted draft tokens and the one after them, as far as the sequence's stop rules allow; logits [n, V]."""
+    pieces = sequence.extend(tokens, len(tokens) - 1)
+    if sequence.params.logprobs is not None and logits is not None:
+        sequence.logprobs += [
+            logprob(logits[i], piece.token_id, sequence.params.logprobs) for i, piece in enumerate(pieces)
+        ]
+    return pieces
 
 
 def logprob(logits: Tensor, token: int, top: int) -> TokenLogprob:

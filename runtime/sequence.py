@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from .request import Choice, Piece, SamplingParams, TokenLogprob
 from .text import TextStream
@@ -46,6 +47,9 @@ class Sequence:
     logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     counters: Counters = field(default_factory=Counters)
     phases: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
+    # Layers' worth of sub-layers behind each generated token, and what a policy has to remember.
+    layers_used: list[float] = field(default_factory=list[float])
+    memory: Any = None
     finish_reason: str | None = None
 
     def __post_init__(self) -> None:

@@ -16,11 +16,8 @@ from .methods.base import Method
 from .model import Model, Streams
 from .plan import LayerPlan
 from .request import Piece
-from .rows import one_sequence
-from .sampling import Chosen, choose, logprob
+from .sampling import Chosen, append, choose
 from .sequence import Sequence
-
-PREFILL_CHUNK = 1024
 
 
 def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: Method) -> list[list[Piece]]:
@@ -67,24 +64,6 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
         counters.search_s += searched
         counters.decode_s += perf_counter() - start
         counters.executed_skips += (plan.skipped * depth if count else 0) + method.target.skipped
-    return pieces
-
-
-def prefill(model: Model, cache: KVCache, sequence: Sequence, method: Method) -> list[Piece]:
-    """Cache a prompt and choose the first token.
-
-    The prompt has tiles of its own, of the same size for every prompt and batch: its neighbours cannot change it.
-    """
-    start = perf_counter()
-    hidden = torch.empty(0, device=model.device)
-    for first in range(0, len(sequence.prompt), PREFILL_CHUNK):
-        chunk = sequence.prompt[first : first + PREFILL_CHUNK]
-        rows = one_sequence(chunk, first, sequence.pages, model.ops.prefill_tile, model.device)
-        hidden = model.forward(rows, cache, method.target)
-    batch = Batch.of([sequence], model.ops.decode_tile, model.device)
-    chosen = choose(model, hidden[-1:], batch, batch.last[:, None])
-    pieces = _append(sequence, ints(chosen.tokens[0]), None if chosen.logits is None else chosen.logits[0])
-    sequence.counters.prefill_s += perf_counter() - start
     return pieces
 
 
@@ -155,7 +134,7 @@ def _commit(
     """Append what a round gave a sequence, and count it."""
     rows = verdict.path[row, : accepted + 1]
     tokens = [*ints(path[row, rows[1:]]), int(verdict.token[row])]
-    pieces = _append(sequence, tokens, None if target.logits is None else target.logits[row, rows])
+    pieces = append(sequence, tokens, None if target.logits is None else target.logits[row, rows])
     counters = sequence.counters
     emitted = min(len(pieces), accepted)
     counters.drafted += drafted
@@ -165,14 +144,4 @@ def _commit(
         tally.extend([0] * (reached - len(tally)))
         for position in range(reached):
             tally[position] += 1
-    return pieces
-
-
-def _append(sequence: Sequence, tokens: list[int], logits: Tensor | None) -> list[Piece]:
-    """Append accepted draft tokens and the one after them, as far as the sequence's stop rules allow; logits [n, V]."""
-    pieces = sequence.extend(tokens, len(tokens) - 1)
-    if sequence.params.logprobs is not None and logits is not None:
-        sequence.logprobs += [
-            logprob(logits[i], piece.token_id, sequence.params.logprobs) for i, piece in enumerate(pieces)
-        ]
     return pieces

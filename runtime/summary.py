@@ -39,6 +39,7 @@ def summarise(
         layers=method.plan.num_layers,
         layers_kept=method.plan.layers_kept,
         executed_skips=sum(c.executed_skips for c in counters),
+        layers_per_token=tuple(first.layers_used),
         phases=tuple(first.phases),
         events=tuple(events),
     )

@@ -9,8 +9,11 @@ import torch
 
 from skipjack import Engine, SamplingParams
 from skipjack.kernels.ops import TORCH
+from skipjack.loaders.config import ModelConfig
+from skipjack.loaders.synthetic import synthetic_config
 from skipjack.runtime import speculate as rounds
 from skipjack.runtime.cache import KVCache
+from skipjack.runtime.decode import prefill
 from skipjack.runtime.errors import RequestError
 from skipjack.runtime.methods import registry
 from skipjack.runtime.methods.clasp import Clasp, Options, layers
@@ -19,6 +22,7 @@ from skipjack.runtime.programme import Programme, Token, Unit
 from skipjack.runtime.rows import one_sequence
 from skipjack.runtime.sequence import Sequence
 
+CONFIG = ModelConfig.parse(synthetic_config("tiny"), "tiny")
 PROMPTS = [[5, 9, 11, 300], [7], list(range(20, 50))]
 
 
@@ -174,7 +178,7 @@ def test_later_optimisations_wait_for_the_interval_and_the_budget(
         params = SamplingParams(max_tokens=130, ignore_eos=True)
         sequence = Sequence(0, 0, [5, 6, 7], params, 0, frozenset(), model.config.max_context, None)
         sequence.pages = cache.reserve(sequence.max_length)
-        rounds.prefill(model, cache, sequence, method)
+        prefill(model, cache, sequence, method)
         chosen: list[int] = []
         while sequence.finish_reason is None:
             known = len(method.events())
@@ -207,9 +211,9 @@ def test_without_a_free_page_it_decodes_on(golden: Path) -> None:
 
 def test_options_that_do_not_fit_are_refused() -> None:
     with pytest.raises(RequestError, match="skip"):
-        registry.parse("clasp:skip=7,keep_outer=true").build(8)
+        registry.parse("clasp:skip=7,keep_outer=true").build(CONFIG)
     with pytest.raises(RequestError, match="interval"):
         registry.parse("clasp:interval=0")
     with pytest.raises(RequestError, match="acceptance"):
         registry.parse("clasp:acceptance=maybe")
-    assert registry.parse("clasp").build(8).plan.skipped == 0
+    assert registry.parse("clasp").build(CONFIG).plan.skipped == 0

@@ -9,6 +9,7 @@ import torch
 from skipjack import Engine, SamplingParams
 from skipjack.kernels.ops import TORCH
 from skipjack.loaders.config import ModelConfig
+from skipjack.loaders.synthetic import synthetic_config
 from skipjack.loaders.weights import load_weights
 from skipjack.runtime.errors import RequestError
 from skipjack.runtime.methods import registry
@@ -124,4 +125,5 @@ def test_options_are_checked(synthetic, method: str, message: str) -> None:
 def test_two_thirds_of_the_layers_is_the_default_exit() -> None:
     assert LayerSkip(Options(), 30).plan.span == (0, 40)
     assert LayerSkip(Options(), 2).plan.span == (0, 2)
-    assert registry.parse("layerskip:verify=False").build(30).lossless is False
+    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
+    assert registry.parse("layerskip:verify=False").build(config).lossless is False

@@ -22,6 +22,8 @@ class Method:
 
     name: ClassVar[str]
     lossless: bool = True
+    # Values of `model_type` whose checkpoints are made for this method, which no other method runs; none: dense models.
+    checkpoints: ClassVar[tuple[str, ...]] = ()
     # Whether sampled drafts are accepted by rejection sampling instead of by equality under shared noise.
     rejection: bool = False
 
@@ -35,8 +37,13 @@ class Method:
 
     @property
     def target(self) -> LayerPlan:
-        """The pass that has the last word on every token, prompt included: for a lossless method, the full model."""
+        """The pass that has the last word on every generated token: for a lossless method, the full model."""
         return self._full
+
+    @property
+    def prompt(self) -> LayerPlan:
+        """The pass that reads a prompt."""
+        return self.target
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """Up to k draft tokens for every sequence; fewer, or none, is always allowed."""

@@ -6,6 +6,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
+from ...loaders.config import ModelConfig
 from ..errors import RequestError
 from . import auto, autoregressive, clasp, dynamic_exit, knapspec, layerskip, lookup, swift
 from .base import Method
@@ -33,9 +34,19 @@ class MethodSpec:
     name: str
     options: Any
 
-    def build(self, num_layers: int) -> Method:
-        """A fresh instance for a model of `num_layers` layers; refuses options that do not fit it."""
-        return _METHODS[self.name][0](self.options, num_layers)
+    def build(self, config: ModelConfig) -> Method:
+        """A fresh instance for a model of this shape.
+
+        Raises:
+            RequestError: the options do not fit it, or its checkpoint is made for another method.
+        """
+        kind, own = config.model_type, _METHODS[self.name][0].checkpoints
+        owner = next((name for name, (method, _) in _METHODS.items() if kind in method.checkpoints), None)
+        if owner is not None and kind not in own:
+            raise RequestError(f"method: expected {owner}, which a {kind} checkpoint is made for, got {self.name}")
+        if own and owner is None:
+            raise RequestError(f"method {self.name}: expected model_type {' or '.join(own)}, got {kind}")
+        return _METHODS[self.name][0](self.options, config.num_layers)
 
 
 def names() -> list[str]:

@@ -1,0 +1,55 @@
+"""Rounds without a draft: the first token of every sequence, and every token of a lossy policy."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+from ..kernels.host import ints
+from .batch import Batch
+from .cache import KVCache
+from .methods.base import Method
+from .methods.policy import Policy
+from .model import Model
+from .prefill import read
+from .request import Piece
+from .sampling import append, choose
+from .sequence import Sequence
+
+
+def prefill(model: Model, cache: KVCache, sequence: Sequence, method: Method) -> list[Piece]:
+    """Cache a prompt and choose the first token."""
+    start = perf_counter()
+    if isinstance(method, Policy):
+        hidden, used = method.read(model, cache, sequence)
+        sequence.layers_used += used
+    else:
+        hidden = read(model, cache, sequence, method.prompt)
+    batch = Batch.of([sequence], model.ops.decode_tile, model.device)
+    chosen = choose(model, hidden, batch, batch.last[:, None])
+    pieces = append(sequence, ints(chosen.tokens[0]), None if chosen.logits is None else chosen.logits[0])
+    sequence.counters.prefill_s += perf_counter() - start
+    return pieces
+
+
+def decode(model: Model, cache: KVCache, sequences: list[Sequence], policy: Policy) -> list[list[Piece]]:
+    """One token for every sequence, from the pass the policy chooses."""
+    start, layers = perf_counter(), model.config.num_layers
+    for sequence in sequences:
+        sequence.enter(policy.phase())
+    batch = Batch.of(sequences, model.ops.decode_tile, model.device)
+    hidden, used = policy.step(model, cache, batch)
+    chosen = choose(model, hidden, batch, batch.last[:, None])
+    pieces: list[list[Piece]] = []
+    for row, (sequence, ran) in enumerate(zip(sequences, used, strict=True)):
+        logits = None if chosen.logits is None else chosen.logits[row]
+        pieces.append(append(sequence, ints(chosen.tokens[row]), logits))
+        sequence.layers_used.append(ran)
+        counters = sequence.counters
+        counters.rounds += 1
+        counters.bonus += 1
+        counters.executed_skips += round(2 * (layers - ran))
+    spent = perf_counter() - start
+    for sequence in sequences:
+        sequence.counters.verify_s += spent
+        sequence.counters.decode_s += spent
+    return pieces

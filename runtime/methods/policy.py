@@ -1,0 +1,43 @@
+"""What every lossy method is: a decode policy, which says how a prompt is read and how each next token's pass runs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..batch import Batch
+from ..cache import KVCache
+from ..model import Model
+from ..prefill import read
+from ..sequence import Sequence
+from .base import Method
+
+
+class Step(NamedTuple):
+    """What a policy's pass left for S sequences.
+
+    hidden [S, H]: the residual stream each one's next token is chosen from. used [S]: the layers' worth of sub-layers
+    that ran for it.
+    """
+
+    hidden: Tensor
+    used: list[float]
+
+
+class Policy(Method):
+    """Plain decoding, one token a sequence and round, through the passes the policy chooses; nothing is verified.
+
+    What it has to remember of a sequence lies in `Sequence.memory`.
+    """
+
+    lossless = False
+
+    def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Step:
+        """Cache the prompt of one sequence, whatever else runs; S = 1."""
+        return Step(read(model, cache, sequence, self.prompt), [self.prompt.layers_kept])
+
+    def step(self, model: Model, cache: KVCache, batch: Batch) -> Step:
+        """The pass over each sequence's newest token, which writes what later passes will read of it."""
+        hidden = model.forward(batch.newest(), cache, self.target)
+        return Step(hidden, [self.target.layers_kept] * len(batch))
