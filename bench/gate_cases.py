@@ -151,6 +151,11 @@ class Pass:
         reduced, ids = self.matrix(s.vocab // 4, s.hidden), self.ids(s.vocab // 4)
         yield Step("logits", "logits", size(weight), lambda: TRITON.logits(x, norm, weight, tile=tile))
         yield Step("head", "head", size(weight), lambda: TRITON.head(x, norm, weight, tile=tile))
+        active = self.tensor(self.rows, dtype=torch.bool)
+        masked = Step(
+            "head", "head, masked", size(weight), lambda: TRITON.head(x, norm, weight, tile=tile, active=active)
+        )
+        yield masked._replace(masked=True)
         yield Step(
             "head", "head of 8", size(reduced), lambda: TRITON.head(x, norm, reduced, tile=tile, top_k=8, ids=ids)
         )

@@ -46,6 +46,7 @@ def _head_kernel(
     norm_ptr,
     norm_bias_ptr,
     w_ptr,
+    active_ptr,
     candidate_ptr,
     log_sum_exp_ptr,
     stride_x,
@@ -62,7 +63,7 @@ def _head_kernel(
 ):
     """The KEPT highest of a block's logits norm(x)·Wᵀ and their log-sum-exp.
 
-    x [R, K]; W [V, K_PADDED]; candidate int64 [R, KEPT, blocks]; log_sum_exp float32 [R, blocks].
+    x [R, K]; W [V, K_PADDED]; active bool [R]; candidate int64 [R, KEPT, blocks]; log_sum_exp float32 [R, blocks].
     """
     start_dependents(PDL)
     offs_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -71,8 +72,15 @@ def _head_kernel(
     offs_w = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_w = offs_w < V
     mask_r = offs_r < rows
-    first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, BLOCK_K)
-    wait_for_producers(PDL)
+    if active_ptr is None:
+        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, BLOCK_K)
+        wait_for_producers(PDL)
+    else:
+        wait_for_producers(PDL)
+        active = tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0
+        if tl.max(active.to(tl.int32), axis=0) == 0:
+            return
+        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, BLOCK_K)
     y = row_product(
         x_ptr,
         offs_r * stride_x,
@@ -108,6 +116,7 @@ def _merge_kernel(
     candidate_ptr,
     partial_ptr,
     ids_ptr,
+    active_ptr,
     token_ptr,
     value_ptr,
     log_sum_exp_ptr,
@@ -121,8 +130,9 @@ def _merge_kernel(
 ):
     """The TOP_K highest candidates of all blocks and the log-sum-exp of their log-sum-exps.
 
-    candidate [R, KEPT, blocks], highest first; partial [R, blocks]; ids int64 [V] or None; token, value [R, TOP_K];
-    log_sum_exp [R]. Lane i of LANES holds the highest candidate not yet taken of blocks i, i + LANES, …
+    candidate [R, KEPT, blocks], highest first; partial [R, blocks]; ids int64 [V] or None; active bool [R]: rows that
+    are not get nothing; token, value [R, TOP_K]; log_sum_exp [R]. Lane i of LANES holds the highest candidate not yet
+    taken of blocks i, i + LANES, …
     """
     start_dependents(PDL)
     pid_row = tl.program_id(0).to(tl.int64)
@@ -130,6 +140,9 @@ def _merge_kernel(
     candidate_ptr += pid_row * KEPT * BLOCKS
     partial_ptr += pid_row * BLOCKS
     wait_for_producers(PDL)
+    if active_ptr is not None:  # noqa: SIM102
+        if tl.load(active_ptr + pid_row) == 0:
+            return
 
     lanes = tl.full((LANES,), _NONE, tl.int64)
     peaks = tl.full((LANES,), float("-inf"), tl.float32)
@@ -162,14 +175,23 @@ def _merge_kernel(
 
 
 def head(
-    x: Tensor, norm: Norm, weight: Matrix, *, tile: int, top_k: int | None = None, ids: Tensor | None = None
+    x: Tensor,
+    norm: Norm,
+    weight: Matrix,
+    *,
+    tile: int,
+    top_k: int | None = None,
+    ids: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> Prediction:
     """argmax, or the `top_k` highest, of norm(x)·Wᵀ with their logits and the log-sum-exp; ties go to the lowest id.
 
-    ids int64 [V'], ascending: the tokens the rows of a reduced vocabulary's W [V', H] stand for.
+    ids int64 [V'], ascending: the tokens the rows of a reduced vocabulary's W [V', H] stand for. The results of rows
+    that are not `active` bool [R] are undefined.
     """
     rows, vocabulary = x.shape[0], weight.rows
     x = x if x.stride(1) == 1 else x.contiguous()
+    active = None if active is None else active.contiguous()
     arch = launch.architecture()
     rule = launch.product_rule(vocabulary, weight.columns, rows, tile, x.element_size(), arch)
     blocks = triton.cdiv(vocabulary, rule.block_n)
@@ -185,6 +207,7 @@ def head(
         norm.weight,
         norm.bias,
         weight.data,
+        active,
         candidate,
         partial,
         x.stride(0),
@@ -205,6 +228,7 @@ def head(
         candidate,
         partial,
         ids,
+        active,
         token,
         value,
         log_sum_exp,

@@ -190,13 +190,21 @@ def logits(x: Tensor, norm: Norm, weight: Matrix, *, tile: int) -> Tensor:
 
 
 def head(
-    x: Tensor, norm: Norm, weight: Matrix, *, tile: int, top_k: int | None = None, ids: Tensor | None = None
+    x: Tensor,
+    norm: Norm,
+    weight: Matrix,
+    *,
+    tile: int,
+    top_k: int | None = None,
+    ids: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> Prediction:
     """argmax, or the `top_k` highest, of norm(x)·Wᵀ with their logits and the log-sum-exp; ties go to the lowest id.
 
-    ids int64 [V'], ascending: the tokens the rows of a reduced vocabulary's W [V', H] stand for.
+    ids int64 [V'], ascending: the tokens the rows of a reduced vocabulary's W [V', H] stand for. The results of rows
+    that are not `active` bool [R] are undefined.
     """
-    scores = logits(x, norm, weight, tile=tile)
+    scores = linear(x, weight, tile=tile, norm=norm, active=active)
     if top_k is None:
         value, token = scores.max(dim=-1)
     else:

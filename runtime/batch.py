@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..kernels.host import ints
 from ..kernels.values import Tree, Verdict
+from .plan import LayerPlan
 from .rows import Rows
 from .sequence import Sequence
 
@@ -63,6 +65,17 @@ class Lineage(NamedTuple):
         return Lineage(depth, ancestors.gather(2, (depth[:, :, None] - steps).clamp(min=0)))
 
 
+class Tally(NamedTuple):
+    """What a round came to for each of S sequences: draft tokens, those accepted, tokens emitted; seconds."""
+
+    sequences: list[Sequence]
+    drafted: list[int]
+    accepted: list[int]
+    emitted: list[int]
+    draft_s: float
+    verify_s: float
+
+
 class Round(NamedTuple):
     """A finished round, for the method to learn from: S sequences, K rows each.
 
@@ -81,6 +94,30 @@ class Round(NamedTuple):
     verify_s: float
     streams: list[Tensor] | None
 
+    @property
+    def tally(self) -> Tally:
+        drafted, accepted = ints(self.draft.length), ints(self.verdict.accepted)
+        return Tally(self.batch.sequences, drafted, accepted, self.emitted, self.draft_s, self.verify_s)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What fixes the shapes and the kernels of a round.
+
+    The draft has `num_draft_tokens` steps of `plan`. Where the skip set is still being searched for (`masked`), the
+    plan is the whole model and the set lies in `State.mask`, so that changing it changes no launch. `confident`: a
+    draft ends with the first token less probable than `State.threshold`. `reuse`: verification goes on from the
+    streams of the draft, whose plan is an early exit.
+    """
+
+    target: LayerPlan
+    plan: LayerPlan
+    num_draft_tokens: int = 0
+    masked: bool = False
+    confident: bool = False
+    reuse: bool = False
+    sampled: bool = False
+
 
 class Sampling(NamedTuple):
     """Sampling parameters of each row, [R]; float32 the first three, int64 the rest."""
@@ -97,7 +134,8 @@ class Batch:
     """S sequences at the start of a round; built anew for every round.
 
     `last` int64 [S] is each sequence's newest token, not yet in the cache; `length` int64 [S] the tokens before it,
-    all cached; `room` int64 [S] the draft tokens that can still be of use.
+    all cached; `room` int64 [S] the draft tokens that can still be of use. `alive` bool [S]: sequences that have rows
+    in a pass, all of them without it. A batch of a device's own round knows no `sequences`.
     """
 
     sequences: list[Sequence]
@@ -106,6 +144,7 @@ class Batch:
     room: Tensor
     block_table: Tensor
     tile: int
+    alive: Tensor | None = None
 
     @staticmethod
     def of(sequences: list[Sequence], tile: int, device: torch.device) -> Batch:
@@ -131,12 +170,14 @@ class Batch:
         )
 
     def __len__(self) -> int:
-        return len(self.sequences)
+        return self.last.shape[0]
 
     def rows(self, tokens: Tensor, first: Tensor, count: Tensor) -> Rows:
         """Rows for `tokens` int64 [S, K] from positions `first` [S], of which the first `count` [S] are real."""
         step = torch.arange(tokens.shape[1], device=self.device)
         real = step < count[:, None]
+        if self.alive is not None:
+            real &= self.alive[:, None]
         sequence = torch.where(real, torch.arange(len(self), device=self.device)[:, None], -1)
         position = torch.where(real, first[:, None] + step, 0)
         return Rows(tokens.flatten(), position.flatten(), sequence.flatten(), self.block_table, self.tile)

@@ -22,6 +22,7 @@ from ..loaders.weights import Weights, load_weights
 from .cache import KVCache
 from .decode import decode, prefill
 from .errors import CapacityError, ConfigError, RequestError
+from .graphs import Graphs, Rounds
 from .methods import registry
 from .methods.base import Method
 from .methods.policy import Policy
@@ -59,8 +60,13 @@ class Engine:
         method: str = "autoregressive",
         backend: str = "auto",
         cache_tokens: int | None = None,
+        graphs: bool | None = None,
     ) -> None:
-        """An engine over weights that are already in memory, on their device; `load` reads them from a folder."""
+        """An engine over weights that are already in memory, on their device; `load` reads them from a folder.
+
+        `graphs`: whether rounds run on the device alone where their method can, captured as CUDA graphs on a GPU; None
+        does so on a GPU.
+        """
         self.config = config
         self.tokenizer = tokenizer
         self.model_path = model_path
@@ -75,6 +81,8 @@ class Engine:
         self._model: Model | None = Model(config, weights, table)
         tokens = cache_tokens or max(config.max_context, MAX_BATCH * min(config.max_context, BATCH_CONTEXT))
         self._cache: KVCache | None = self._model.new_cache(-(-tokens // table.page_size) + SPARE_PAGES)
+        on_device = self._model.device.type == "cuda" if graphs is None else graphs
+        self._graphs = Graphs(self._model, self._cache) if on_device else None
         self._method(self._default)
 
     @staticmethod
@@ -196,7 +204,7 @@ class Engine:
     def close(self) -> None:
         """Give back the weights and the cache. A closed engine refuses requests."""
         with self._turn:
-            self._model = self._cache = None
+            self._model = self._cache = self._graphs = None
             self._methods.clear()
 
     def __enter__(self) -> Engine:
@@ -230,6 +238,7 @@ class Engine:
         self, model: Model, cache: KVCache, sequences: list[Sequence], method: Method
     ) -> Generator[Chunk, None, None]:
         waiting, running = deque(sequences), list[Sequence]()
+        rounds = Rounds(self._graphs, model, cache, method) if self._graphs else None
         try:
             while waiting or running:
                 chunks: list[Chunk] = []
@@ -239,15 +248,18 @@ class Engine:
                         chunks.append(_chunk(running[-1], prefill(model, cache, running[-1], method)))
                     running = self._without_finished(cache, running)
                     if running:
-                        if isinstance(method, Policy):
+                        pieces = rounds.advance(running) if rounds else None
+                        if pieces is None and isinstance(method, Policy):
                             pieces = decode(model, cache, running, method)
-                        else:
+                        elif pieces is None:
                             pieces = speculate(model, cache, running, method)
                         chunks += [_chunk(sequence, new) for sequence, new in zip(running, pieces, strict=True)]
                         running = self._without_finished(cache, running)
                 yield from chunks
         finally:
-            with self._turn:
+            with self._turn, torch.inference_mode():
+                if rounds:
+                    rounds.close()
                 self._release(cache, sequences)
 
     def _admit(self, cache: KVCache, sequence: Sequence, others: bool) -> bool:

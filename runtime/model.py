@@ -135,12 +135,15 @@ class Model:
         """Final norm and LM head: [R, H] → [R, V]."""
         return self.ops.logits(x, self._norm, self._head, tile=self.ops.decode_tile)
 
-    def predict(self, x: Tensor, top_k: int | None = None, tile: int | None = None) -> Prediction:
+    def predict(
+        self, x: Tensor, top_k: int | None = None, tile: int | None = None, active: Tensor | None = None
+    ) -> Prediction:
         """The most likely token, or the `top_k` most likely, of each row of the residual stream [R, H].
 
-        `tile` is that of decoding without one; another may round differently, which is for scoring only.
+        `tile` is that of decoding without one; another may round differently, which is for scoring only. Rows that are
+        not `active` bool [R] get anything.
         """
-        return self.ops.head(x, self._norm, self._head, tile=tile or self.ops.decode_tile, top_k=top_k)
+        return self.ops.head(x, self._norm, self._head, tile=tile or self.ops.decode_tile, top_k=top_k, active=active)
 
     def _attention(self, number: int, x: Tensor, cache: KVCache, laid: Pass, active: Tensor | None) -> None:
         layer, config, tile = self.layers[number], self.config, laid.rows.tile

@@ -32,6 +32,7 @@ def report(output: Output) -> dict[str, Any]:
         },
         "speculative": {
             "rounds": stats.rounds,
+            "graph_rounds": stats.graph_rounds,
             "drafted": stats.drafted,
             "accepted": stats.accepted,
             "acceptance_rate": stats.acceptance_rate,

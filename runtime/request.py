@@ -136,6 +136,7 @@ class Stats:
     acceptance rate = accepted / drafted; mean acceptance length = 1 + accepted / rounds. Every choice has one token
     from its prefill; with them, `accepted` and `bonus` (the full model's own choice at the end of a round) add up to
     `completion_tokens`.
+    `graph_rounds` of the rounds ran on the device alone, their draft and verification not timed apart.
     `drafted_per_position[i]` counts rounds whose draft reached depth i + 1, `accepted_per_position[i]` those in which a
     draft token of that depth was accepted. `layers_kept` is what a draft step
     runs, of `layers`; `layers_per_token` are the layers behind each token of the first choice, where a method decides
@@ -155,6 +156,7 @@ class Stats:
     verify_s: float = 0.0
     search_s: float = 0.0
     rounds: int = 0
+    graph_rounds: int = 0
     drafted: int = 0
     accepted: int = 0
     bonus: int = 0

@@ -28,6 +28,7 @@ class RotaryTable:
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self._frequencies = inverse_frequencies(config.rope_theta, config.head_dim, config.rope_scaling)
         self._device = device
+        self._outgrown: list[Tensor] = []
         self._cos = self._sin = torch.empty(0, 1, config.head_dim, device=device)
 
     def rows(self, position: Tensor, longest: int) -> Rope:
@@ -37,6 +38,8 @@ class RotaryTable:
         return Rope(self._cos[position], self._sin[position])
 
     def _grow(self, size: int) -> None:
+        # A captured graph goes on reading the table it was captured with.
+        self._outgrown += [self._cos, self._sin]
         angle = torch.arange(size, dtype=torch.float32, device="cpu")[:, None] * self._frequencies
         cos, sin = steady(torch.cos, angle), steady(torch.sin, angle)
         self._cos = torch.cat([cos, cos], dim=-1)[:, None].to(self._device)

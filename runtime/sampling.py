@@ -82,6 +82,26 @@ def choose(
     return Chosen(token.view(shape), probability.view(sequences, n), logits.view(each), scores.view(each))
 
 
+def draw(
+    model: Model, hidden: Tensor, rule: Sampling | None, position: Tensor, active: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The token int64 [R] after each row of hidden [R, H], and the probability [R] the unwarped model gives it.
+
+    `rule` and `position` int64 [R] have one entry a row; without a rule tokens are the most likely ones. The same
+    choices as those of `choose`, without anything that needs the host. Rows that are not `active` bool [R] get token 0,
+    for whatever they would have been given may be no token.
+    """
+    if rule is None:
+        token, value, log_sum_exp = model.predict(hidden, active=active)
+        token = token if active is None else torch.where(active, token, 0)
+        return token, (value.float() - log_sum_exp.float()).exp()
+    logits = model.logits(hidden)
+    token = model.ops.sample(logits, rule.temperature, rule.top_k, rule.top_p, rule.min_p, rule.seed, position)
+    token = token if active is None else torch.where(active, token, 0)
+    probability = logits.float().gather(1, token[:, None])[:, 0] - logits.float().logsumexp(dim=-1)
+    return token, probability.exp()
+
+
 def reshape_logits(row: Tensor, sequence: Sequence, history: list[int]) -> Tensor:
     """Logit bias, minimum length and penalties, as vLLM defines them; row float32 [V], history = prompt and output."""
     params, prompt = sequence.params, len(sequence.prompt)

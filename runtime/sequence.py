@@ -14,6 +14,7 @@ class Counters:
     """What one sequence's rounds added up to; prefill token + accepted + bonus = emitted tokens."""
 
     rounds: int = 0
+    graph_rounds: int = 0
     drafted: int = 0
     accepted: int = 0
     bonus: int = 0

@@ -37,7 +37,7 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
     path = torch.cat([batch.last[:, None], draft.tokens], dim=1)
     lineage = None if draft.parent is None else Lineage.of(draft.parent)
     streams: Streams | None = [] if draft.record else None
-    hidden = _verify_pass(model, cache, batch, path, draft, lineage, method.target, streams)
+    hidden = verify_pass(model, cache, batch, path, draft, lineage, method.target, streams)
     target = choose(model, hidden, batch, path, lineage)
     verdict = _decide(model, batch, draft, target, method.rejection)
     if draft.parent is not None:
@@ -49,10 +49,12 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
         sequence.enter(phase)
     counts = ints(draft.length)
     tried = counts if lineage is None else ints(_deepest(lineage, draft.length))
-    pieces = [
-        _commit(sequence, target, verdict, path, row, accepted[row], counts[row], tried[row])
-        for row, sequence in enumerate(sequences)
-    ]
+    pieces: list[list[Piece]] = []
+    for row, sequence in enumerate(sequences):
+        rows = verdict.path[row, : accepted[row] + 1]
+        tokens = [*ints(path[row, rows[1:]]), int(verdict.token[row])]
+        logits = None if target.logits is None else target.logits[row, rows]
+        pieces.append(commit(sequence, tokens, logits, counts[row], tried[row]))
     emitted = [len(new) for new in pieces]
     done = Round(batch, draft, path, target.tokens, verdict, emitted, drafted - start, verified - drafted, streams)
     searched = method.observe(model, cache, done)
@@ -67,7 +69,7 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
     return pieces
 
 
-def _verify_pass(
+def verify_pass(
     model: Model,
     cache: KVCache,
     batch: Batch,
@@ -121,26 +123,18 @@ def _deepest(lineage: Lineage, count: Tensor) -> Tensor:
     return torch.where(real, lineage.depth, 0).amax(dim=1)
 
 
-def _commit(
-    sequence: Sequence,
-    target: Chosen,
-    verdict: Verdict,
-    path: Tensor,
-    row: int,
-    accepted: int,
-    drafted: int,
-    depth: int,
-) -> list[Piece]:
-    """Append what a round gave a sequence, and count it."""
-    rows = verdict.path[row, : accepted + 1]
-    tokens = [*ints(path[row, rows[1:]]), int(verdict.token[row])]
-    pieces = append(sequence, tokens, None if target.logits is None else target.logits[row, rows])
+def commit(sequence: Sequence, tokens: list[int], logits: Tensor | None, drafted: int, depth: int) -> list[Piece]:
+    """Append what a round gave a sequence, accepted draft tokens and the one after them, and count it.
+
+    logits [n, V]: those the n tokens were chosen from; a draft of `drafted` nodes was `depth` deep.
+    """
+    pieces = append(sequence, tokens, logits)
     counters = sequence.counters
-    emitted = min(len(pieces), accepted)
+    accepted = min(len(pieces), len(tokens) - 1)
     counters.drafted += drafted
-    counters.accepted += emitted
-    counters.bonus += len(pieces) - emitted
-    for tally, reached in ((counters.drafted_per_position, depth), (counters.accepted_per_position, emitted)):
+    counters.accepted += accepted
+    counters.bonus += len(pieces) - accepted
+    for tally, reached in ((counters.drafted_per_position, depth), (counters.accepted_per_position, accepted)):
         tally.extend([0] * (reached - len(tally)))
         for position in range(reached):
             tally[position] += 1

@@ -31,6 +31,7 @@ def summarise(
         verify_s=max(c.verify_s for c in counters),
         search_s=max(c.search_s for c in counters),
         rounds=sum(c.rounds for c in counters),
+        graph_rounds=sum(c.graph_rounds for c in counters),
         drafted=sum(c.drafted for c in counters),
         accepted=sum(c.accepted for c in counters),
         bonus=sum(c.bonus for c in counters),

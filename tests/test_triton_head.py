@@ -148,6 +148,16 @@ def test_rows_do_not_depend_on_their_number_or_place() -> None:
                 assert torch.equal(part[i - start], expected[0])
 
 
+def test_inactive_rows_read_no_weight_and_change_no_other() -> None:
+    x, norm, matrix = randn(16, 40), unit(40), prepare(randn(200, 40, seed=1))
+    active = torch.tensor([True, False, False, True, *[False] * 12], device=DEVICE)
+    every, some = head(x, norm, matrix, tile=TILE), head(x, norm, matrix, tile=TILE, active=active)
+    for part, expected in zip(some, every, strict=True):
+        assert torch.equal(part[active], expected[active])
+    gone = Matrix(matrix.data[:0], matrix.rows, matrix.columns, packed=False)
+    head(x, norm, gone, tile=TILE, active=torch.zeros_like(active))
+
+
 @pytest.mark.parametrize("kept", [1, 8, 32])
 @pytest.mark.parametrize("blocks", [1, 1536, 4008, 4748])
 @pytest.mark.parametrize("arch", [0, 80, 90, 100])

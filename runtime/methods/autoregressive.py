@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..batch import Recipe
+from ..sequence import Sequence
 from .base import Method
 
 
@@ -16,3 +18,6 @@ class Autoregressive(Method):
     """One token per round, no draft."""
 
     name = "autoregressive"
+
+    def recipe(self, sequences: list[Sequence]) -> Recipe | None:
+        return Recipe(self._full, self._full, sampled=any(not sequence.params.greedy for sequence in sequences))

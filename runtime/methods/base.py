@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..batch import Batch, Draft, Round
+from ..batch import Batch, Draft, Recipe, Round, Tally
 from ..cache import KVCache
 from ..model import Model
 from ..plan import LayerPlan
+from ..sequence import Sequence
 
 
 class Method:
@@ -54,6 +55,19 @@ class Method:
 
     def observe(self, model: Model, cache: KVCache, done: Round) -> float:
         """Learn from a finished round; returns the seconds spent."""
+        return self.count(model, cache, done.tally)
+
+    def count(self, model: Model, cache: KVCache, tally: Tally) -> float:
+        """Learn from what a round came to, which is all that is known of one the device ran alone; as `observe`."""
+        return 0.0
+
+    def recipe(self, sequences: list[Sequence]) -> Recipe | None:
+        """How the device runs the next round alone; None where the method needs the host for it."""
+        return None
+
+    @property
+    def threshold(self) -> float:
+        """The probability below which a draft of the device ends."""
         return 0.0
 
     def phase(self) -> str:

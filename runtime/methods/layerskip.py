@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..batch import Batch, Draft, Exit
+from ..batch import Batch, Draft, Exit, Recipe
 from ..cache import KVCache
 from ..errors import RequestError
 from ..model import Model
 from ..plan import LayerPlan
+from ..sequence import Sequence
 from .base import Method, no_draft
 from .drafting import Drafting, acceptance, grow
 
@@ -58,6 +59,25 @@ class LayerSkip(Method):
     @property
     def target(self) -> LayerPlan:
         return self._full if self._options.verify else self.plan
+
+    def recipe(self, sequences: list[Sequence]) -> Recipe | None:
+        sampled, options = any(not sequence.params.greedy for sequence in sequences), self._options
+        if not options.verify:
+            return Recipe(self.plan, self.plan, sampled=sampled)
+        if sampled and self.rejection:
+            return None
+        return Recipe(
+            self._full,
+            self.plan,
+            options.num_draft_tokens,
+            confident=options.threshold > 0,
+            reuse=options.reuse,
+            sampled=sampled,
+        )
+
+    @property
+    def threshold(self) -> float:
+        return self._options.threshold
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         if not self._options.verify:

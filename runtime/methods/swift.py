@@ -8,8 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ...kernels.host import ints
-from ..batch import Batch, Draft, Round
+from ..batch import Batch, Draft, Recipe, Tally
 from ..budget import Budget
 from ..cache import KVCache
 from ..errors import CapacityError, RequestError
@@ -132,22 +131,35 @@ class Swift(Method):
         """Confidence-aware drafting (§4.2)."""
         return grow(model, cache, batch, self.plan, self._how)[0]
 
-    def observe(self, model: Model, cache: KVCache, done: Round) -> float:
+    def recipe(self, sequences: list[Sequence]) -> Recipe | None:
+        sampled = any(not sequence.params.greedy for sequence in sequences)
+        if self._options.tree or (sampled and self.rejection):
+            return None
+        searching = self.phase() == "accumulation"
+        confident = self._options.adaptive or self._options.threshold > 0
+        plan = self._full if searching else self.plan
+        return Recipe(self._full, plan, self._options.num_draft_tokens, searching, confident, sampled=sampled)
+
+    @property
+    def threshold(self) -> float:
+        return self._how.threshold
+
+    def count(self, model: Model, cache: KVCache, tally: Tally) -> float:
         """Context-based layer-set optimisation (§4.1), once `window` tokens have come and the budget allows it."""
-        drafted, accepted = sum(ints(done.draft.length)), sum(ints(done.verdict.accepted))
+        drafted, accepted = sum(tally.drafted), sum(tally.accepted)
         if self._options.adaptive and drafted:
             self._adapt(accepted / drafted)
-        longest = max(done.batch.sequences, key=lambda sequence: sequence.generated)
+        longest = max(tally.sequences, key=lambda sequence: sequence.generated)
         if self.phase() == "acceleration":
             if not self._fixed and self._options.search_budget and self._drift.observe(drafted, accepted):
                 self._search.resume(longest.generated)
                 self._drift.reset()
             return 0.0
         # Until a candidate has been timed, it counts as a round.
-        seconds = done.draft_s + done.verify_s
+        seconds = tally.draft_s + tally.verify_s
         self._candidate_s = self._candidate_s or seconds
         if not self._due():
-            self._accumulated += sum(done.emitted)
+            self._accumulated += sum(tally.emitted)
             self._budget.earn(seconds)
         if not self._due() or longest.generated <= self._options.window:
             return 0.0

@@ -1,0 +1,208 @@
+"""Rounds on the device alone: the tokens and counts of rounds the host steers, and nothing asked of the host."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from skipjack import Engine, SamplingParams
+from skipjack.kernels.ops import select
+from skipjack.loaders.config import ModelConfig
+from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
+from skipjack.runtime import graphs
+from skipjack.runtime.batch import Recipe
+from skipjack.runtime.cache import KVCache
+from skipjack.runtime.graphs import AHEAD
+from skipjack.runtime.model import Model
+from skipjack.runtime.plan import LayerPlan
+from skipjack.runtime.request import Output
+from skipjack.runtime.round import State, device_round
+
+PROMPTS = [[5, 9, 11, 300], [7], list(range(20, 50))]
+FIXED = "swift:skip_attention=2+3,num_draft_tokens=4"
+METHODS = [
+    "autoregressive",
+    f"{FIXED},threshold=0",
+    f"{FIXED},threshold=0.1",
+    f"{FIXED},threshold=0.1,acceptance=rejection",
+    "layerskip:exit_layer=5",
+    "layerskip:exit_layer=5,threshold=0.05",
+    "layerskip:exit_layer=5,reuse=false",
+    "layerskip:exit_layer=3,verify=false",
+]
+
+
+@pytest.fixture(scope="module")
+def device() -> Engine:
+    """The model of `synthetic("tiny", …, 0.1)` whose rounds run on the device alone."""
+    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
+    return Engine(config, synthetic_weights(config, 0, torch.float32, 0.1), graphs=True)
+
+
+def told(output: Output) -> tuple[object, ...]:
+    stats = output.stats
+    return (
+        output.token_ids,
+        output.finish_reason,
+        stats.rounds,
+        stats.drafted,
+        stats.accepted,
+        stats.bonus,
+        stats.drafted_per_position,
+        stats.accepted_per_position,
+        stats.executed_skips,
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("method", METHODS)
+def test_rounds_of_the_device_are_those_of_the_host(
+    synthetic: Callable[..., Engine], device: Engine, method: str, temperature: float
+) -> None:
+    params = SamplingParams(max_tokens=20, temperature=temperature, seed=3, ignore_eos=True)
+    host = synthetic("tiny", torch.float32, 0.1)
+    expected = host.generate(PROMPTS, params, method=method)
+    outputs = device.generate(PROMPTS, params, method=method)
+    assert [told(output) for output in outputs] == [told(output) for output in expected]
+    alone = not (temperature and "rejection" in method)
+    assert [output.stats.graph_rounds for output in outputs] == [alone * output.stats.rounds for output in outputs]
+    assert not any(output.stats.graph_rounds for output in expected)
+
+
+def test_sequences_that_end_at_different_times_take_nothing_from_each_other(device: Engine) -> None:
+    free = SamplingParams(max_tokens=24, ignore_eos=True)
+    whole = [device.generate(prompt, free, method=FIXED).token_ids for prompt in PROMPTS]
+    ends = [whole[0][5], whole[2][11]]
+    params = SamplingParams(max_tokens=24, stop_token_ids=ends, ignore_eos=True)
+    for output, tokens in zip(device.generate(PROMPTS, params, method=FIXED), whole, strict=True):
+        end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens) - 1)
+        assert output.token_ids == tokens[: end + 1]
+    assert device._loaded()[1].free_pages == device._loaded()[1].total_pages
+
+
+def test_more_prompts_than_fit_a_round_wait_their_turn(synthetic: Callable[..., Engine], device: Engine) -> None:
+    prompts = [[3 + i, 40 + i] for i in range(18)]
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    expected = synthetic("tiny", torch.float32, 0.1).generate(prompts, params)
+    assert [o.token_ids for o in device.generate(prompts, params, method=FIXED)] == [o.token_ids for o in expected]
+
+
+def test_a_search_goes_on_while_the_device_drafts_by_its_mask(synthetic: Callable[..., Engine], device: Engine) -> None:
+    method = "swift:window=8,search_budget=1,max_opt_iter=6,restart_drop=0,num_draft_tokens=3,threshold=0"
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    output = device.generate(PROMPTS[0], params, method=method)
+    assert output.token_ids == synthetic("tiny", torch.float32, 0.1).generate(PROMPTS[0], params).token_ids
+    assert [name for name, _ in output.stats.phases] == ["accumulation", "acceleration"]
+    assert len(output.stats.events) == 6
+    assert output.stats.graph_rounds == output.stats.rounds
+
+
+def test_what_the_host_must_see_is_left_to_it(synthetic: Callable[..., Engine], device: Engine) -> None:
+    host = synthetic("tiny", torch.float32, 0.1)
+    for changed in ({"repetition_penalty": 1.2}, {"logprobs": 1}):
+        params = SamplingParams(max_tokens=12, ignore_eos=True, **changed)
+        output = device.generate(PROMPTS[0], params, method=FIXED)
+        assert output.stats.graph_rounds == 0
+        assert output.token_ids == host.generate(PROMPTS[0], params).token_ids
+    output = device.generate(PROMPTS[0], SamplingParams(max_tokens=12, ignore_eos=True), method="lookup")
+    assert output.stats.graph_rounds == 0
+
+
+def test_a_stream_closed_early_leaves_its_graph_to_the_next(device: Engine) -> None:
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    expected = device.generate(PROMPTS[0], params, method=FIXED).token_ids
+    pool, cache = device._graphs, device._loaded()[1]
+    assert pool is not None
+    captured = pool.captured
+    for _ in range(3):
+        stream = device.stream(PROMPTS[0], params, method=FIXED)
+        next(stream)
+        next(stream)
+        stream.close()
+        assert cache.free_pages == cache.total_pages
+    assert device.generate(PROMPTS[0], params, method=FIXED).token_ids == expected
+    assert pool.captured == captured
+
+
+def test_requests_at_the_same_time_have_graphs_of_their_own(device: Engine) -> None:
+    params = SamplingParams(max_tokens=16, ignore_eos=True)
+    expected = [device.generate(prompt, params, method=FIXED).token_ids for prompt in PROMPTS]
+    streams = [device.stream(prompt, params, method=FIXED) for prompt in PROMPTS]
+    got: list[list[int]] = [[] for _ in PROMPTS]
+    while any(chunks := [next(stream, None) for stream in streams]):
+        for index, chunk in enumerate(chunks):
+            got[index] += chunk.token_ids if chunk else []
+    assert got == expected
+
+
+def test_a_context_that_is_full_ends_the_request(synthetic: Callable[..., Engine], device: Engine) -> None:
+    prompt = [(7 * i) % 500 + 3 for i in range(device.config.max_context - 6)]
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    output = device.generate(prompt, params, method=f"{FIXED},threshold=0")
+    assert (len(output.token_ids), output.finish_reason) == (6, "length")
+    assert output.token_ids == synthetic("tiny", torch.float32, 0.1).generate(prompt, params).token_ids
+
+
+class Questions(TorchFunctionMode):
+    """Notes what would make the host wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "numpy"):
+            self.asked.append(name)
+        if name in ("__getitem__", "__setitem__", "index_put_") and any(
+            isinstance(part, torch.Tensor) and part.dtype == torch.bool
+            for part in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        ):
+            self.asked.append(f"{name} by a mask")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("sampled", [False, True])
+@torch.inference_mode()
+def test_a_round_asks_the_host_nothing(sampled: bool) -> None:
+    pytest.importorskip("triton")
+    fields = synthetic_config("tiny-llama") | {"num_hidden_layers": 2, "vocab_size": 64}
+    config = ModelConfig.parse(fields, "tiny-llama")
+    model = Model(config, synthetic_weights(config, 0, torch.float32, 0.1), select("triton"))
+    cache = model.new_cache(4)
+    full = LayerPlan.full(2)
+    recipes = [
+        Recipe(full, full, 2, masked=True, confident=True, sampled=sampled),
+        Recipe(full, full.early_exit(1), 2, reuse=True, sampled=sampled),
+    ]
+    for recipe in recipes:
+        state = State.empty(2, 1, 4, 2, model.device)
+        state.left[0], state.block_table[0, 0] = 9, 1
+        questions = Questions()
+        with questions:
+            device_round(model, cache, state, recipe)
+        assert questions.asked == []
+        accepted, drafted = state.report[0, :2].tolist()
+        assert 0 <= accepted <= drafted <= 2
+        assert (state.left.tolist(), state.length.tolist()) == ([8 - accepted, 0], [accepted + 1, 0])
+        assert state.report[1, 0] == -1, "a place no sequence has does not run"
+
+
+def test_the_device_is_ahead_of_the_host(device: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    enqueued: list[Recipe] = []
+
+    def note(model: Model, cache: KVCache, state: State, recipe: Recipe) -> None:
+        enqueued.append(recipe)
+        device_round(model, cache, state, recipe)
+
+    monkeypatch.setattr(graphs, "device_round", note)
+    stream = device.stream(PROMPTS[0], SamplingParams(max_tokens=30, ignore_eos=True), method=FIXED)
+    next(stream)
+    assert len(enqueued) == 1 + AHEAD, "the chunk of the prompt comes with that of the first round"
+    next(stream)
+    next(stream)
+    assert len(enqueued) == 2 + AHEAD
+    stream.close()
