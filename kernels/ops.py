@@ -29,6 +29,7 @@ class Ops:
     page_size: int
     prepare: Callable[[Tensor], Matrix]
     prepare_stack: Callable[[Tensor], Stack]
+    take_rows: Callable[[Matrix, Tensor], Matrix]
     index: Callable[..., Index]
     normalise: Callable[..., Tensor]
     linear: Callable[..., Tensor]
@@ -57,6 +58,7 @@ TORCH = Ops(
     page_size=256,
     prepare=reference.prepare,
     prepare_stack=reference.prepare_stack,
+    take_rows=packed.take_rows,
     index=AttentionIndex,
     normalise=reference.normalise,
     linear=reference.linear,

@@ -43,6 +43,13 @@ def pack(weight: Tensor) -> Matrix:
     return Matrix(weight, rows, columns, packed=False)
 
 
+def take_rows(weight: Matrix, rows: Tensor) -> Matrix:
+    """The given rows int64 [N'] of a weight, as a weight of its own in the same layout."""
+    if weight.packed:
+        return pack(weight.data.to_dense()[rows])
+    return Matrix(weight.data[rows], len(rows), weight.columns, packed=False)
+
+
 def product(x: Tensor, weight: Matrix, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """x [M, columns] · weightᵀ + bias + residual → [M, rows], rounded once on the packed path."""
     if weight.packed and residual is not None:

@@ -12,6 +12,7 @@ from .head import head
 from .linear import linear, logits, prepare, prepare_stack
 from .norm import normalise
 from .ops import Ops
+from .packed import take_rows
 from .qkv import qkv_rope_append
 from .route import route, row_map
 from .sample import sample
@@ -33,6 +34,7 @@ TRITON = Ops(
     page_size=64,
     prepare=prepare,
     prepare_stack=prepare_stack,
+    take_rows=take_rows,
     index=TritonIndex,
     normalise=normalise,
     linear=linear,

@@ -107,7 +107,7 @@ class Recipe:
     The draft has `num_draft_tokens` steps of `plan`. Where the skip set is still being searched for (`masked`), the
     plan is the whole model and the set lies in `State.mask`, so that changing it changes no launch. `confident`: a
     draft ends with the first token less probable than `State.threshold`. `reuse`: verification goes on from the
-    streams of the draft, whose plan is an early exit.
+    streams of the draft, whose plan is an early exit. Drafts come from the first `vocabulary` tokens, 0 being all.
     """
 
     target: LayerPlan
@@ -117,6 +117,7 @@ class Recipe:
     confident: bool = False
     reuse: bool = False
     sampled: bool = False
+    vocabulary: int = 0
 
 
 class Sampling(NamedTuple):

@@ -40,6 +40,13 @@ class Layer(NamedTuple):
 Streams = list[Tensor]
 
 
+class Vocabulary(NamedTuple):
+    """A part of the vocabulary to draft from: the head's rows [V', H] and the tokens int64 [V'] they stand for."""
+
+    head: Matrix
+    ids: Tensor
+
+
 class Pass(NamedTuple):
     """Rows filled up to whole tiles, and what every sub-layer of a pass over them shares."""
 
@@ -71,6 +78,7 @@ class Model:
         self._head = ops.prepare(weights.head)
         self._rotary = RotaryTable(config, self.device) if any(config.rope_layers) else None
         self._slopes = alibi_slopes(config.num_heads).to(self.device) if config.alibi else None
+        self._vocabularies: dict[int, Vocabulary] = {}
         self._activation = "silu_gate" if config.gated else config.activation
 
     def new_cache(self, pages: int) -> KVCache:
@@ -131,19 +139,46 @@ class Model:
         """The rotation of each row; None for a model without rotary embedding."""
         return self._rotary.rows(rows.position, rows.longest(cache.page_size)) if self._rotary else None
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Final norm and LM head: [R, H] → [R, V]."""
-        return self.ops.logits(x, self._norm, self._head, tile=self.ops.decode_tile)
+    def logits(self, x: Tensor, vocabulary: int = 0) -> Tensor:
+        """Final norm and LM head: [R, H] → [R, V]; outside the first `vocabulary` tokens, 0 being all of them, −∞."""
+        tile = self.ops.decode_tile
+        if not self.reduces(vocabulary):
+            return self.ops.logits(x, self._norm, self._head, tile=tile)
+        head, ids = self.vocabulary(vocabulary)
+        scores = x.new_full((x.shape[0], self.config.vocab_size), -torch.inf)
+        return scores.index_copy_(1, ids, self.ops.logits(x, self._norm, head, tile=tile))
+
+    def reduces(self, vocabulary: int) -> bool:
+        """Whether a vocabulary of this size leaves anything out."""
+        return 0 < vocabulary < self.config.vocab_size
+
+    def vocabulary(self, size: int) -> Vocabulary:
+        """The `size` tokens of the lowest ids and those that end a text.
+
+        A byte-pair tokenizer numbers its tokens as it merged them, frequent ones first (as FR-Spec, arXiv 2502.14856,
+        drafts from the frequent part of the vocabulary).
+        """
+        if size not in self._vocabularies:
+            ids = torch.tensor(sorted({*range(size), *self.config.eos_token_ids}), device=self.device)
+            self._vocabularies[size] = Vocabulary(self.ops.take_rows(self._head, ids), ids)
+        return self._vocabularies[size]
 
     def predict(
-        self, x: Tensor, top_k: int | None = None, tile: int | None = None, active: Tensor | None = None
+        self,
+        x: Tensor,
+        top_k: int | None = None,
+        tile: int | None = None,
+        active: Tensor | None = None,
+        vocabulary: int = 0,
     ) -> Prediction:
         """The most likely token, or the `top_k` most likely, of each row of the residual stream [R, H].
 
         `tile` is that of decoding without one; another may round differently, which is for scoring only. Rows that are
-        not `active` bool [R] get anything.
+        not `active` bool [R] get anything. `vocabulary` as in `logits`.
         """
-        return self.ops.head(x, self._norm, self._head, tile=tile or self.ops.decode_tile, top_k=top_k, active=active)
+        head, ids = self.vocabulary(vocabulary) if self.reduces(vocabulary) else (self._head, None)
+        tile = tile or self.ops.decode_tile
+        return self.ops.head(x, self._norm, head, tile=tile, top_k=top_k, ids=ids, active=active)
 
     def _attention(self, number: int, x: Tensor, cache: KVCache, laid: Pass, active: Tensor | None) -> None:
         layer, config, tile = self.layers[number], self.config, laid.rows.tile

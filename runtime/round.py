@@ -88,7 +88,7 @@ def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Rec
             rows = replace(rows, active=runs[:, None] & drafting)
         streams.append(model.forward(rows, cache, recipe.plan))
         rule = state.sampling if recipe.sampled else None
-        token, sure = draw(model, streams[-1], rule, batch.length + step + 1, drafting)
+        token, sure = draw(model, streams[-1], rule, batch.length + step + 1, drafting, recipe.vocabulary)
         tokens.append(token)
         count = count + drafting
         drafting = drafting & (count < batch.room)

@@ -40,19 +40,21 @@ def choose(
     *,
     count: int | None = None,
     stream: int = 0,
+    vocabulary: int = 0,
 ) -> Chosen:
     """The token after each of the last n columns of `path`, or the `count` best ones there.
 
     path int64 [S, J] starts with each sequence's newest token and goes on with its draft, as a chain or, with
     `lineage`, as a tree, of which n is all rows; hidden [S·n, H] is the residual stream of its last n columns. `stream`
-    other than 0 draws with noise that the full model's own choices do not share.
+    other than 0 draws with noise that the full model's own choices do not share. Drafts may choose from the first
+    `vocabulary` tokens only; 0 is all of them.
     """
     sequences, width = path.shape
     n = hidden.shape[0] // sequences
     shape = (sequences, n) if count is None else (sequences, n, count)
     params = [s.params for s in batch.sequences]
     if all(p.greedy and not p.reshapes_logits and p.logprobs is None for p in params):
-        token, value, log_sum_exp = model.predict(hidden, top_k=count)
+        token, value, log_sum_exp = model.predict(hidden, top_k=count, vocabulary=vocabulary)
         first = value if count is None else value[:, 0]
         probability = (first.float() - log_sum_exp.float()).exp()
         return Chosen(token.view(shape), probability.view(sequences, n), None, None)
@@ -61,7 +63,7 @@ def choose(
         depth = torch.arange(width - n, width, device=batch.device).expand(sequences, n)
     else:
         depth = lineage.depth
-    logits = model.logits(hidden)
+    logits = model.logits(hidden, vocabulary)
     scores = logits
     if any(p.reshapes_logits for p in params):
         scores = logits.to(torch.float32, copy=True)
@@ -83,7 +85,12 @@ def choose(
 
 
 def draw(
-    model: Model, hidden: Tensor, rule: Sampling | None, position: Tensor, active: Tensor | None = None
+    model: Model,
+    hidden: Tensor,
+    rule: Sampling | None,
+    position: Tensor,
+    active: Tensor | None = None,
+    vocabulary: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The token int64 [R] after each row of hidden [R, H], and the probability [R] the unwarped model gives it.
 
@@ -92,10 +99,10 @@ def draw(
     for whatever they would have been given may be no token.
     """
     if rule is None:
-        token, value, log_sum_exp = model.predict(hidden, active=active)
+        token, value, log_sum_exp = model.predict(hidden, active=active, vocabulary=vocabulary)
         token = token if active is None else torch.where(active, token, 0)
         return token, (value.float() - log_sum_exp.float()).exp()
-    logits = model.logits(hidden)
+    logits = model.logits(hidden, vocabulary)
     token = model.ops.sample(logits, rule.temperature, rule.top_k, rule.top_p, rule.min_p, rule.seed, position)
     token = token if active is None else torch.where(active, token, 0)
     probability = logits.float().gather(1, token[:, None])[:, 0] - logits.float().logsumexp(dim=-1)

@@ -27,6 +27,7 @@ METHODS = [
     f"{FIXED},threshold=0",
     f"{FIXED},threshold=0.1",
     f"{FIXED},threshold=0.1,acceptance=rejection",
+    f"{FIXED},threshold=0.1,draft_vocab=128",
     "layerskip:exit_layer=5",
     "layerskip:exit_layer=5,threshold=0.05",
     "layerskip:exit_layer=5,reuse=false",
@@ -108,6 +109,19 @@ def test_what_the_host_must_see_is_left_to_it(synthetic: Callable[..., Engine], 
         assert output.token_ids == host.generate(PROMPTS[0], params).token_ids
     output = device.generate(PROMPTS[0], SamplingParams(max_tokens=12, ignore_eos=True), method="lookup")
     assert output.stats.graph_rounds == 0
+
+
+def test_drafts_from_a_part_of_the_vocabulary_choose_what_the_whole_would_among_it(
+    synthetic: Callable[..., Engine],
+) -> None:
+    model, _ = synthetic("tiny", torch.float32, 0.1)._loaded()
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    whole, part = model.logits(x), model.logits(x, 100)
+    assert torch.equal(part[:, :100], whole[:, :100])
+    assert part[:, 100:].isinf().all()
+    assert torch.equal(model.predict(x, vocabulary=100).token, whole[:, :100].argmax(dim=1))
+    assert torch.equal(model.predict(x, vocabulary=600).token, whole.argmax(dim=1))
+    assert model.vocabulary(1).ids.tolist() == [0, *model.config.eos_token_ids], "what ends a text is always among it"
 
 
 def test_a_stream_closed_early_leaves_its_graph_to_the_next(device: Engine) -> None:

@@ -27,6 +27,7 @@ WIDEST = 10
 class Drafting:
     """How a draft grows: depth, the probability below which it ends, and whether it is a tree.
 
+    Tokens come from the first `vocabulary` ones, 0 being all: a smaller LM head, and tokens outside are never drafted.
     A `rejection` draft has noise of its own and keeps the scores its tokens were drawn with.
     """
 
@@ -35,6 +36,7 @@ class Drafting:
     rejection: bool = False
     tree: bool = False
     max_nodes: int = 32
+    vocabulary: int = 0
 
 
 def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Drafting) -> tuple[Draft, Tensor]:
@@ -58,7 +60,15 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
         rows = batch.rows(expanded[:, -1:], batch.length + step, drafting.long())
         states.append(model.forward(rows, cache, plan))
         stream = FIRST_DRAFT_STREAM + step if rejection else 0
-        chosen = choose(model, states[-1], batch, expanded, count=widest if how.tree else None, stream=stream)
+        chosen = choose(
+            model,
+            states[-1],
+            batch,
+            expanded,
+            count=widest if how.tree else None,
+            stream=stream,
+            vocabulary=how.vocabulary,
+        )
         siblings, sure = chosen.tokens.view(sequences, widest), chosen.probability
         if rejection and chosen.scores is not None:
             scores = chosen.scores.new_zeros(sequences, nodes, chosen.scores.shape[-1]) if scores is None else scores

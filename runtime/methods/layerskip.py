@@ -20,7 +20,8 @@ class Options:
 
     `exit_layer` 0 is two thirds of the layers. A draft ends early with a token less probable than `threshold`, 0 being
     never. With `reuse`, verification starts from the streams the draft left after the exit layer; without it, it is a
-    full pass. `verify` false is plain early exit, which is lossy.
+    full pass. `verify` false is plain early exit, which is lossy. Drafts are made of the `draft_vocab` tokens of the
+    lowest ids, 0 being the vocabulary.
     """
 
     exit_layer: int = 0
@@ -28,10 +29,16 @@ class Options:
     threshold: float = 0.0
     reuse: bool = True
     verify: bool = True
+    draft_vocab: int = 0
     acceptance: str = "coupled"
 
     def __post_init__(self) -> None:
-        for option, low, high in (("exit_layer", 0, 512), ("num_draft_tokens", 1, 64), ("threshold", 0, 1)):
+        for option, low, high in (
+            ("exit_layer", 0, 512),
+            ("num_draft_tokens", 1, 64),
+            ("threshold", 0, 1),
+            ("draft_vocab", 0, 2**31),
+        ):
             value = getattr(self, option)
             if not low <= value <= high:
                 raise RequestError(f"method layerskip: option {option} expects {low} to {high}, got {value}")
@@ -73,6 +80,7 @@ class LayerSkip(Method):
             confident=options.threshold > 0,
             reuse=options.reuse,
             sampled=sampled,
+            vocabulary=options.draft_vocab,
         )
 
     @property
@@ -82,6 +90,7 @@ class LayerSkip(Method):
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         if not self._options.verify:
             return no_draft(batch)
-        how = Drafting(self._options.num_draft_tokens, self._options.threshold, self.rejection)
+        options = self._options
+        how = Drafting(options.num_draft_tokens, options.threshold, self.rejection, vocabulary=options.draft_vocab)
         draft, states = grow(model, cache, batch, self.plan, how)
         return draft._replace(exit=Exit(self._layer, states)) if self._options.reuse else draft

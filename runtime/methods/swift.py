@@ -31,9 +31,10 @@ class Options:
 
     A draft ends after `num_draft_tokens` or with the first token whose probability is below `threshold`, which
     `adaptive` moves to keep nine of ten drafts accepted (Draft & Verify, arXiv 2309.08168). `tree` adds siblings, up to
-    `max_nodes` nodes. Every `window` generated tokens, candidates are scored on the last `window` tokens, for at most
-    `search_budget` of the decoding time; every `bayes_interval`-th is Bayesian. A finished search resumes when the
-    acceptance rate falls by the share `restart_drop`; 0 never does.
+    `max_nodes` nodes. Drafts are made of the `draft_vocab` tokens of the lowest ids, 0 being the vocabulary. Every
+    `window` generated tokens, candidates are scored on the last `window` tokens, for at most `search_budget` of the
+    decoding time; every `bayes_interval`-th is Bayesian. A finished search resumes when the acceptance rate falls by
+    the share `restart_drop`; 0 never does.
     """
 
     skip_attention: tuple[int, ...] = ()
@@ -44,6 +45,7 @@ class Options:
     adaptive: bool = False
     tree: bool = False
     max_nodes: int = 32
+    draft_vocab: int = 0
     acceptance: str = "coupled"
     skip_ratio: float = 0.45
     window: int = 32
@@ -60,6 +62,7 @@ class Options:
             ("num_draft_tokens", 1, 64),
             ("threshold", 0, 1),
             ("max_nodes", 1, 64),
+            ("draft_vocab", 0, 2**31),
             ("skip_ratio", 0, 1),
             ("window", 1, 1024),
             ("max_score", 0, 1),
@@ -104,7 +107,12 @@ class Swift(Method):
         fixed = options.skip_attention or options.skip_mlp
         self._fixed = self._full.without(options.skip_attention, options.skip_mlp) if fixed else None
         self._how = Drafting(
-            options.num_draft_tokens, options.threshold, self.rejection, options.tree, options.max_nodes
+            options.num_draft_tokens,
+            options.threshold,
+            self.rejection,
+            options.tree,
+            options.max_nodes,
+            options.draft_vocab,
         )
         self._accepted_share = TARGET
         self._drift = Drift(options.restart_drop)
@@ -138,7 +146,15 @@ class Swift(Method):
         searching = self.phase() == "accumulation"
         confident = self._options.adaptive or self._options.threshold > 0
         plan = self._full if searching else self.plan
-        return Recipe(self._full, plan, self._options.num_draft_tokens, searching, confident, sampled=sampled)
+        return Recipe(
+            self._full,
+            plan,
+            self._options.num_draft_tokens,
+            masked=searching,
+            confident=confident,
+            sampled=sampled,
+            vocabulary=self._options.draft_vocab,
+        )
 
     @property
     def threshold(self) -> float:
