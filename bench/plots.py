@@ -1,0 +1,172 @@
+"""Pictures of result files, one file a picture; the title names the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime.costs import expected_tokens
+from .charts import pyplot_svg, save, speeds
+from .methods import Line
+from .project import LABEL, costs_of
+from .record import device, title
+
+DRAFT, VERIFY, SEARCH, OTHER = "tab:blue", "tab:orange", "tab:purple", "lightgrey"
+
+
+class NothingToDraw(Exception):
+    """A result file without the figures a picture needs; the message says which."""
+
+
+def methods(result: dict[str, Any], path: Path) -> None:
+    """Speed of every method and category against plain decoding."""
+    speeds([Line(**line) for line in result["summary"]], path, title(result))
+
+
+def one_round(result: dict[str, Any], path: Path) -> None:
+    """The parts of one round, medians over prompts, in units of a plainly decoded token."""
+    pyplot = pyplot_svg()
+    names = list(dict.fromkeys(row["method"] for row in result["rows"]))
+    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.6 * len(names)))
+    labelled: set[str] = set()
+    for y, name in enumerate(names):
+        rows = [row for row in result["rows"] if row["method"] == name and row["rounds"]]
+        if not rows:
+            continue
+        start, steps = 0.0, float(np.median([row["depth"] for row in rows]))
+        for part, colour in (("draft", DRAFT), ("verify", VERIFY), ("search", SEARCH), ("other", OTHER)):
+            length = float(np.median([row[part] for row in rows]))
+            label = part if part not in labelled else None
+            labelled.add(part)
+            axes.barh(y, length, left=start, color=colour, label=label, edgecolor="white", lw=0.5)
+            if part == "draft" and steps >= 1:
+                axes.vlines(
+                    start + length / steps * np.arange(1, int(steps) + 1), y - 0.4, y + 0.4, color="white", lw=0.8
+                )
+            start += length
+        tokens = 1 + sum(row["accepted"] for row in rows) / sum(row["rounds"] for row in rows)
+        axes.plot([tokens, tokens], [y - 0.45, y + 0.45], color="black", lw=1.5)
+    axes.plot([], [], color="black", lw=1.5, label="plain decoding of the same tokens")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("one round, in plainly decoded tokens (left of the black line is a gain)")
+    axes.set_title(f"One round: {title(result)}", fontsize=9)
+    axes.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.35), frameon=False)
+    save(pyplot, figure, path)
+
+
+def draft_line(result: dict[str, Any], path: Path) -> None:
+    """Time of a draft step against the layers it keeps, the line through it, and plain decoding."""
+    pyplot = pyplot_svg()
+    costs = costs_of(result)
+    layers, seconds = (np.asarray(values) for values in zip(*costs.draft_by_layers, strict=True))
+    slope, fixed = np.polyfit(layers, seconds, 1)
+    around = float(((seconds - seconds.mean()) ** 2).sum())
+    fit = 1 - float(((seconds - fixed - slope * layers) ** 2).sum()) / around if around else 1.0
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    axes.plot(layers, 1e3 * seconds, "o", color=DRAFT, label="measured draft step")
+    span = np.array([0, costs.layers])
+    axes.plot(span, 1e3 * (fixed + slope * span), color=DRAFT, lw=1, label=f"line, R² = {fit:.4f}")
+    axes.plot([costs.layers], [1e3 * costs.decode], "s", color="black", label="plain decoding")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(f"layers kept, of {costs.layers}")
+    axes.set_ylabel("ms")
+    axes.set_title(f"Draft cost: {costs.shape}, {result['dtype']}, {device(result['machine'])}", fontsize=9)
+    axes.legend(fontsize=8)
+    save(pyplot, figure, path)
+
+
+def acceptance(result: dict[str, Any], path: Path) -> None:
+    """Speed-up against forced acceptance, measured end to end, with the ideal curve of a free host and v = 1.
+
+    Reads `forced`: a list of alpha, k, kept (share of the layers) and speedup.
+    """
+    measured = result.get("forced")
+    if not measured:
+        raise NothingToDraw("no field forced (runs with forced acceptance)")
+    pyplot = pyplot_svg()
+    costs = costs_of(result)
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    alphas = np.linspace(0, 1, 101)
+    for number, (k, kept) in enumerate(sorted({(int(one["k"]), float(one["kept"])) for one in measured})):
+        own = sorted(
+            (float(one["alpha"]), float(one["speedup"])) for one in measured if (one["k"], one["kept"]) == (k, kept)
+        )
+        colour = f"C{number}"
+        cost = k * costs.draft(kept) / costs.decode + 1
+        axes.plot(alphas, [expected_tokens(a, k) / cost for a in alphas], color=colour, lw=1, ls="--")
+        axes.plot(*zip(*own, strict=True), "o", color=colour, label=f"k = {k}, {kept:.0%} of the layers")
+    axes.plot([], [], color="black", lw=1, ls="--", label="ideal: (1−α^{k+1})/(1−α) ÷ (k·c + 1)")
+    axes.axhline(1, color="black", lw=0.8)
+    axes.set_xlabel("α, chance of a draft token to be accepted (forced)")
+    axes.set_ylabel("tokens/s ÷ plain decoding")
+    axes.set_title(
+        f"Speed-up against acceptance: {costs.shape}, {result['dtype']}, {device(result['machine'])}", fontsize=9
+    )
+    axes.legend(fontsize=8)
+    save(pyplot, figure, path)
+
+
+def roofline(result: dict[str, Any], path: Path) -> None:
+    """Every kernel's floating-point rate over its arithmetic intensity, under the measured bandwidth."""
+    rows = [row for row in result["figures"] if row["median"] and row["bytes"]]
+    copy = next((row["median"] for row in result["figures"] if row["name"] == "copy bandwidth"), None)
+    if not rows or not copy:
+        raise NothingToDraw("no times in it (a dry run)")
+    pyplot = pyplot_svg()
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    # A product reads each weight once and multiplies it with every row; other work is small beside it.
+    intensity = {id(row): 2 * row["rows"] / row.get("itemsize", 2) for row in rows}
+    for number, shape in enumerate(dict.fromkeys(row["shape"] for row in rows)):
+        own = [row for row in rows if row["shape"] == shape]
+        x = [intensity[id(row)] for row in own]
+        y = [intensity[id(row)] * row["bytes"] / row["median"] / 1e9 for row in own]
+        axes.plot(x, y, "o", color=f"C{number}", ms=4, label=shape)
+        for row, a, b in zip(own, x, y, strict=True):
+            axes.annotate(row["name"], (a, b), fontsize=6, xytext=(3, 0), textcoords="offset points")
+    span = np.array([min(intensity.values()) / 2, max(intensity.values()) * 2])
+    axes.plot(span, span * copy / 1e9, color="black", lw=1, label=f"measured copy bandwidth, {copy / 1e9:.0f} GB/s")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("floating-point operations per byte")
+    axes.set_ylabel("GFLOP/s")
+    axes.set_title(f"Kernels under the roof: {device(result['machine'])}", fontsize=9)
+    axes.legend(fontsize=7)
+    save(pyplot, figure, path)
+
+
+def peers(result: dict[str, Any], path: Path) -> None:
+    """Skipjack's plain decoding as a multiple of each peer's speed."""
+    lines = [line for line in result["summary"] if line["unavailable"] is None]
+    if not lines:
+        raise NothingToDraw("no peer ran")
+    pyplot = pyplot_svg()
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.5 * len(lines)))
+    for y, line in enumerate(lines):
+        whiskers = [[line["ratio"] - line["ratio_p10"]], [line["ratio_p90"] - line["ratio"]]]
+        axes.barh(y, line["ratio"], xerr=np.maximum(whiskers, 0), color=DRAFT, error_kw={"lw": 0.8})
+    axes.axvline(1, color="black", lw=0.8)
+    axes.set_yticks(range(len(lines)), [line["peer"] for line in lines], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("skipjack's plain decoding ÷ the peer, whole calls (whiskers p10 to p90)")
+    axes.set_title(title(result), fontsize=9)
+    save(pyplot, figure, path)
+
+
+def projection(result: dict[str, Any], path: Path) -> None:
+    """Projected beside published speed-ups, where the published acceptance is known."""
+    rows = [row for row in result["rows"] if row["projected"] is not None]
+    pyplot = pyplot_svg()
+    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.6 * len(rows)))
+    for y, row in enumerate(rows):
+        axes.barh(y - 0.2, row["published"], 0.38, color=OTHER, label="published, its own hardware" if not y else None)
+        axes.barh(y + 0.2, row["projected"], 0.38, color=DRAFT, hatch="//", label="PROJECTED here" if not y else None)
+    axes.axvline(1, color="black", lw=0.8)
+    axes.set_yticks(range(len(rows)), [f"{row['method']}: {row['model']}, {row['task']}" for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("speed-up over plain decoding")
+    axes.set_title(f"{LABEL}: costs of {result['shape']}, {result['dtype']}, {device(result['machine'])}", fontsize=9)
+    axes.legend(fontsize=7)
+    save(pyplot, figure, path)
