@@ -198,7 +198,7 @@ def project(
             steps = costs_from(calibrate(*engine._loaded()), name)
             base = header("project", engine, name)
     rows = [asdict(row) for row in rows_of(steps)]
-    result = base | {"projection": True, "label": LABEL, "shape": steps.shape, "costs": asdict(steps), "rows": rows}
+    result = base | {"projection": True, "label": LABEL, "shape": steps.shape, "costs": steps.fields(), "rows": rows}
     _finish(result, sheet, output, as_json)
 
 

@@ -37,6 +37,16 @@ class StepCosts:
     draft_by_layers: tuple[tuple[float, float], ...]
     verify_by_rows: tuple[tuple[float, float], ...]
 
+    def fields(self) -> dict[str, Any]:
+        """As `costs_of` reads them."""
+        return {
+            "shape": self.shape,
+            "layers": self.layers,
+            "t_decode": self.decode,
+            "t_draft": {f"{layers:g}": seconds for layers, seconds in self.draft_by_layers},
+            "t_verify": {f"{rows:g}": seconds for rows, seconds in self.verify_by_rows},
+        }
+
     def draft(self, kept: float) -> float:
         """A draft step that keeps this share of the layers, on the line through the measured ones."""
         layers, seconds = zip(*self.draft_by_layers, strict=True)
@@ -143,6 +153,7 @@ def sheet(result: dict[str, Any]) -> Sheet:
         "α needed here",
         "source",
     )
+    sources = list(dict.fromkeys(row["source"] for row in result["rows"]))
     rows = tuple(
         (
             row["method"],
@@ -153,12 +164,13 @@ def sheet(result: dict[str, Any]) -> Sheet:
             "" if row["projected"] is None else f"{row['projected']:.2f}×",
             "" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:.0f}",
             "out of reach" if row["needed"] is None else f"{row['needed']:.2f}",
-            row["source"],
+            f"[{sources.index(row['source']) + 1}]",
         )
         for row in result["rows"]
     )
     where = f"costs of {result['shape']}, {result['dtype']}, {device(result['machine'])}"
-    return Sheet(f"{LABEL}: {where}", columns, rows, NOTES)
+    cited = tuple(f"[{number}] {source}." for number, source in enumerate(sources, start=1))
+    return Sheet(f"{LABEL}: {where}", columns, rows, (*NOTES, *cited))
 
 
 def _row(costs: StepCosts, one: Published) -> Row:
