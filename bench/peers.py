@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +75,7 @@ class Line:
 
 
 @contextmanager
-def folder_of(model: str) -> Iterator[Path]:
+def folder_of(model: str) -> Generator[Path]:
     """The folder of a model, of "demo", or of a synthetic:SHAPE:LATE_SCALE written for the purpose.
 
     Raises:

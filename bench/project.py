@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -93,7 +93,7 @@ def costs_of(result: Mapping[str, Any], shape: str | None = None) -> StepCosts:
     """
     try:
         found: Any = result["costs"]
-        known: list[Any] = found if isinstance(found, list) else [found]
+        known = cast("list[Any]", found if isinstance(found, list) else [found])
         chosen = next(cost for cost in known if shape in (None, cost["shape"]))
         draft, verify = (
             tuple(sorted((float(count), float(seconds)) for count, seconds in chosen[name].items()))

@@ -9,7 +9,8 @@ import torch
 
 from skipjack import Engine
 from skipjack.bench import peers, sheets
-from skipjack.bench.peer_loops import PLAIN, CompiledLoop, Setting, load_model
+from skipjack.bench.compiled_loop import CompiledLoop
+from skipjack.bench.peer_loops import PLAIN, Setting, load_model
 from skipjack.bench.prompts import Prompt
 from skipjack.loaders.synthetic import write_synthetic
 from skipjack.runtime import cli
