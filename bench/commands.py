@@ -172,7 +172,6 @@ def serve(
 def project(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Measure its steps now, roughly.")] = None,
     costs: Annotated[Path | None, typer.Option(help="A result of `skipjack bench decode`.")] = None,
-    shape: Annotated[str | None, typer.Option(help="Which shape of the result; default: its first.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     output: Output = None,
@@ -190,7 +189,7 @@ def project(
         raise RequestError("project: expected either MODEL or --costs FILE")
     if costs is not None:
         measured = read(costs)
-        steps = costs_of(measured, shape)
+        steps = costs_of(measured)
         base = {key: measured[key] for key in ("machine", "dtype")} | {"bench": "project", "model": steps.shape}
     else:
         name = model or ""

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.costs import expected_tokens
 from .charts import pyplot_svg, save, speeds
 from .methods import Line
 from .project import LABEL, costs_of
@@ -79,62 +78,64 @@ def draft_line(result: dict[str, Any], path: Path) -> None:
 
 
 def acceptance(result: dict[str, Any], path: Path) -> None:
-    """Speed-up against forced acceptance, measured end to end, with the ideal curve of a free host and v = 1.
-
-    Reads `forced`: a list of alpha, k, kept (share of the layers) and speedup.
-    """
-    measured = result.get("forced")
-    if not measured:
-        raise NothingToDraw("no field forced (runs with forced acceptance)")
+    """Speed-up at forced acceptance, end to end, under what the acceptance allows (v = 1, drafts as cheap as bytes)."""
+    if not result["rounds"]:
+        raise NothingToDraw("no rounds with forced acceptance")
     pyplot = pyplot_svg()
-    costs = costs_of(result)
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    alphas = np.linspace(0, 1, 101)
-    for number, (k, kept) in enumerate(sorted({(int(one["k"]), float(one["kept"])) for one in measured})):
-        own = sorted(
-            (float(one["alpha"]), float(one["speedup"])) for one in measured if (one["k"], one["kept"]) == (k, kept)
-        )
-        colour = f"C{number}"
-        cost = k * costs.draft(kept) / costs.decode + 1
-        axes.plot(alphas, [expected_tokens(a, k) / cost for a in alphas], color=colour, lw=1, ls="--")
-        axes.plot(*zip(*own, strict=True), "o", color=colour, label=f"k = {k}, {kept:.0%} of the layers")
-    axes.plot([], [], color="black", lw=1, ls="--", label="ideal: (1−α^{k+1})/(1−α) ÷ (k·c + 1)")
+    figure, axes = pyplot.subplots(figsize=(6.5, 4))
+    for number, name in enumerate(dict.fromkeys(one["method"] for one in result["rounds"])):
+        own = sorted((one for one in result["rounds"] if one["method"] == name), key=lambda one: one["rate"])
+        rates, speeds_ = [one["rate"] for one in own], [one["speed"] for one in own]
+        whiskers = [[abs(speed["median"] - speed[end]) for speed in speeds_] for end in ("p10", "p90")]
+        colour, label = f"C{number}", f"{name.partition(':')[0]}, k = {own[0]['k']}"
+        axes.errorbar(rates, [one["median"] for one in speeds_], whiskers, fmt="o", color=colour, ms=4, label=label)
+        axes.plot(rates, [one["possible"] for one in own], color=colour, lw=1, ls="--")
+    axes.plot([], [], color="black", lw=1, ls="--", label="ideal: E ÷ (k·(h + f·(1 − h)) + 1)")
     axes.axhline(1, color="black", lw=0.8)
     axes.set_xlabel("α, chance of a draft token to be accepted (forced)")
     axes.set_ylabel("tokens/s ÷ plain decoding")
-    axes.set_title(
-        f"Speed-up against acceptance: {costs.shape}, {result['dtype']}, {device(result['machine'])}", fontsize=9
-    )
+    axes.set_title(f"Speed-up against acceptance: {title(result)}", fontsize=9)
     axes.legend(fontsize=8)
     save(pyplot, figure, path)
 
 
 def roofline(result: dict[str, Any], path: Path) -> None:
-    """Every kernel's floating-point rate over its arithmetic intensity, under the measured bandwidth."""
-    rows = [row for row in result["figures"] if row["median"] and row["bytes"]]
-    copy = next((row["median"] for row in result["figures"] if row["name"] == "copy bandwidth"), None)
-    if not rows or not copy:
+    """The bandwidth every kernel reaches, over the bytes it cannot avoid, under the bandwidth measured beside it."""
+    roofs, points = _kernels(result)
+    if not roofs or not points:
         raise NothingToDraw("no times in it (a dry run)")
     pyplot = pyplot_svg()
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    # A product reads each weight once and multiplies it with every row; other work is small beside it.
-    intensity = {id(row): 2 * row["rows"] / row.get("itemsize", 2) for row in rows}
-    for number, shape in enumerate(dict.fromkeys(row["shape"] for row in rows)):
-        own = [row for row in rows if row["shape"] == shape]
-        x = [intensity[id(row)] for row in own]
-        y = [intensity[id(row)] * row["bytes"] / row["median"] / 1e9 for row in own]
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for number, shape in enumerate(dict.fromkeys(point[0] for point in points)):
+        own = [point for point in points if point[0] == shape]
+        x, y = [point[2] / 1e6 for point in own], [point[2] / point[3] / 1e9 for point in own]
         axes.plot(x, y, "o", color=f"C{number}", ms=4, label=shape)
-        for row, a, b in zip(own, x, y, strict=True):
-            axes.annotate(row["name"], (a, b), fontsize=6, xytext=(3, 0), textcoords="offset points")
-    span = np.array([min(intensity.values()) / 2, max(intensity.values()) * 2])
-    axes.plot(span, span * copy / 1e9, color="black", lw=1, label=f"measured copy bandwidth, {copy / 1e9:.0f} GB/s")
+        for point, a, b in zip(own, x, y, strict=True):
+            axes.annotate(point[1], (a, b), fontsize=5, xytext=(3, 0), textcoords="offset points")
+    for (name, rate), style in zip(roofs.items(), ("-", "--"), strict=False):
+        axes.axhline(
+            rate / 1e9, color="black", lw=1, ls=style, label=f"measured {name} bandwidth, {rate / 1e9:.0f} GB/s"
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("floating-point operations per byte")
-    axes.set_ylabel("GFLOP/s")
-    axes.set_title(f"Kernels under the roof: {device(result['machine'])}", fontsize=9)
+    axes.set_xlabel("MB a launch cannot avoid moving")
+    axes.set_ylabel("GB/s reached")
+    axes.set_title(f"Kernels under the roof of bandwidth: {device(result['machine'])}", fontsize=9)
     axes.legend(fontsize=7)
     save(pyplot, figure, path)
+
+
+def _kernels(result: dict[str, Any]) -> tuple[dict[str, float], list[tuple[str, str, float, float]]]:
+    """Bandwidths by name, and (shape, label, bytes, seconds) of every kernel of a microbenchmark or of gpu-check."""
+    figures: list[dict[str, Any]] = result["figures"]
+    if result["bench"] == "micro":
+        points = [(f["shape"], f"{f['op']} ×{f['rows']}", f["bytes"], f["seconds"]["median"]) for f in figures]
+        return result["bandwidth"], points
+    roofs = {
+        f["name"].partition(" ")[0]: f["median"] for f in figures if f["name"].endswith("bandwidth") and f["median"]
+    }
+    measured = [f for f in figures if f["bytes"] and f["median"]]
+    return roofs, [(f["shape"], f"{f['name']} ×{f['rows']}", f["bytes"], f["median"]) for f in measured]
 
 
 def peers(result: dict[str, Any], path: Path) -> None:

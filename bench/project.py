@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class StepCosts:
     verify_by_rows: tuple[tuple[float, float], ...]
 
     def fields(self) -> dict[str, Any]:
-        """As `costs_of` reads them."""
+        """For a result file; `costs_of` reads them back."""
         return {
             "shape": self.shape,
             "layers": self.layers,
@@ -82,33 +82,35 @@ class Row:
     needed: float | None
 
 
-def costs_of(result: Mapping[str, Any], shape: str | None = None) -> StepCosts:
-    """The step costs in a result of `skipjack bench decode`.
-
-    Its field `costs` is one object, or a list of one for each shape, of shape, layers, t_decode (seconds),
-    t_draft {layers kept: seconds} and t_verify {rows: seconds}.
+def costs_of(result: Mapping[str, Any]) -> StepCosts:
+    """The step costs in a result of `skipjack bench decode` or of `skipjack bench project`.
 
     Raises:
-        ConfigError: they are not there, or `shape` is not among them.
+        ConfigError: they are not there.
     """
     try:
-        found: Any = result["costs"]
-        known = cast("list[Any]", found if isinstance(found, list) else [found])
-        chosen = next(cost for cost in known if shape in (None, cost["shape"]))
-        draft, verify = (
-            tuple(sorted((float(count), float(seconds)) for count, seconds in chosen[name].items()))
-            for name in ("t_draft", "t_verify")
-        )
-        costs = StepCosts(chosen["shape"], int(chosen["layers"]), float(chosen["t_decode"]), draft, verify)
-    except StopIteration:
-        raise ConfigError(f"--shape: not in this result: {shape}") from None
+        found = _of_passes(result) if "passes" in result else _of_fields(result["costs"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"--costs: expected a result of `skipjack bench decode` with the field costs: {error!r}"
-        ) from error
-    if len(draft) < 2 or not verify:
+        raise ConfigError(f"--costs: expected a result of `skipjack bench decode`: {error!r}") from error
+    if len(found.draft_by_layers) < 2 or not found.verify_by_rows:
         raise ConfigError("--costs: expected draft steps of two numbers of layers at least, and one verification")
-    return costs
+    return found
+
+
+def _of_passes(result: Mapping[str, Any]) -> StepCosts:
+    verify = {one["rows"]: one["seconds"]["median"] for one in result["passes"] if one["kind"] == "verify"}
+    draft = {one["layers"]: one["seconds"]["median"] for one in result["passes"] if one["kind"] == "draft"}
+    layers = max(one["layers"] for one in result["passes"])
+    fields = {"shape": result["model"], "layers": layers, "t_decode": verify[1], "t_draft": draft, "t_verify": verify}
+    return _of_fields(fields)
+
+
+def _of_fields(fields: Mapping[str, Any]) -> StepCosts:
+    draft, verify = (
+        tuple(sorted((float(count), float(seconds)) for count, seconds in fields[name].items()))
+        for name in ("t_draft", "t_verify")
+    )
+    return StepCosts(fields["shape"], int(fields["layers"]), float(fields["t_decode"]), draft, verify)
 
 
 def costs_from(calibrated: Costs, shape: str) -> StepCosts:

@@ -21,13 +21,26 @@ CPU = {"device": "X", "threads": 2, "torch": "2.13", "date": "2026-01-02T03:04:0
 GPU = CPU | {"gpu": "Y"}
 PLACE = {"machine": CPU, "model": "m", "dtype": "bfloat16", "backend": "torch"}
 # h + f linear: 2 ms for the head, 1 ms a layer.
-COSTS = {
+COSTS: dict[str, Any] = {
     "shape": "m",
     "layers": 8,
     "t_decode": 0.010,
     "t_draft": {"2": 0.004, "4": 0.006, "6": 0.008},
     "t_verify": {"1": 0.010, "8": 0.010, "16": 0.018},
 }
+
+
+def decode_result(machine: dict[str, Any]) -> dict[str, Any]:
+    """COSTS as `bench decode` writes them, and rounds with forced acceptance."""
+    passes = [
+        {"kind": kind, "rows": int(n) if kind == "verify" else 1, "layers": 8 if kind == "verify" else int(n),
+         "seconds": {"median": seconds}}
+        for kind, name in (("verify", "t_verify"), ("draft", "t_draft"))
+        for n, seconds in COSTS[name].items()
+    ]  # fmt: skip
+    speed = {"median": 1.2, "p10": 1.1, "p90": 1.3}
+    rounds = [{"method": "swift:a=1", "k": 3, "rate": rate, "speed": speed, "possible": 1.4} for rate in (0.9, 0.5)]
+    return {"bench": "decode", **PLACE, "machine": machine, "passes": passes, "rounds": rounds}
 
 
 def accept_row(category: str, drafted: tuple[int, ...], accepted: tuple[int, ...], rounds: int) -> accept.Row:
@@ -129,6 +142,7 @@ def test_tokens_of_one_arrival_share_its_time() -> None:
 
 def test_a_projection_is_the_formula() -> None:
     costs = project.costs_of({"costs": COSTS})
+    assert costs == project.costs_of(decode_result(CPU))
     assert costs.draft(0.5) == pytest.approx(0.006)
     assert costs.draft(1.0) == pytest.approx(0.010)
     assert costs.verify(4) == pytest.approx(0.010)
@@ -153,7 +167,7 @@ def test_calibrated_costs_survive_their_result_file() -> None:
     costs = project.costs_from(calibrated, "m")
     assert costs.draft(0.5) == pytest.approx(0.006)
     assert (costs.verify(8), costs.verify(9)) == (0.010, pytest.approx(0.014))
-    assert project.costs_of({"costs": [costs.fields()]}, "m") == costs
+    assert project.costs_of({"costs": json.loads(json.dumps(costs.fields()))}) == costs
 
 
 @pytest.mark.parametrize("costs", [None, {}, {**COSTS, "t_draft": {"2": 0.004}}, {**COSTS, "t_verify": 3}])
@@ -170,7 +184,7 @@ def test_published_results_are_cited_and_plausible() -> None:
 
 
 def test_every_output_of_a_projection_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "d.json").write_text(json.dumps({"bench": "decode", **PLACE, "costs": [COSTS]}))
+    (tmp_path / "d.json").write_text(json.dumps(decode_result(CPU)))
     output = tmp_path / "p.json"
     assert cli.run(["bench", "project", "--costs", str(tmp_path / "d.json"), "--output", str(output)]) == 0
     assert "PROJECTION, not a measurement" in capsys.readouterr().out
@@ -190,14 +204,15 @@ def test_every_picture_is_drawn_or_its_absence_told(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     results = tmp_path / "results"
     results.mkdir()
-    forced = [{"alpha": a, "k": 3, "kept": 0.5, "speedup": 0.9 + a} for a in (0.5, 0.9)]
+    op = {"op": "linear", "shape": "m", "rows": 8, "seconds": {"median": 1e-4}, "bytes": 10**6}
     parts = {"draft": 1.2, "verify": 1.0, "search": 0.0, "other": 0.1, "depth": 2.0, "rounds": 4, "accepted": 6}
     lines = {"summary": [method_line("swift")], "rows": [{"method": "swift", **parts}]}
     figure = {"name": "up", "shape": "m", "rows": 1, "median": 1e-5, "bytes": 10**7}
     bandwidth = {"name": "copy bandwidth", "shape": "", "rows": 0, "median": 4e12, "bytes": 0}
     files = {
-        "decode-x": {"bench": "decode", **PLACE, "costs": [COSTS], "forced": forced},
-        "decode-y": {"bench": "decode", **PLACE, "machine": GPU, "costs": [COSTS]},
+        "decode-x": decode_result(CPU),
+        "decode-y": decode_result(GPU) | {"rounds": []},
+        "micro": {"bench": "micro", **PLACE, "bandwidth": {"copy": 4e10}, "figures": [op]},
         "methods-x": {"bench": "methods", **PLACE, **lines},
         "gpu-check": {"bench": "gpu-check", "machine": GPU, "figures": [bandwidth, figure]},
     }  # fmt: skip
@@ -207,9 +222,9 @@ def test_every_picture_is_drawn_or_its_absence_told(tmp_path: Path) -> None:
     drawn = figures.draw(results, tmp_path / "figures", notices.append)
     names = {path.stem for path in drawn}
     assert names == {
-        "roofline-gpu-check", "draft-cost-decode-x", "draft-cost-decode-y", "acceptance-decode-x", "methods-methods-x",
-        "round-methods-x",
-    }  # fmt: skip
+        *("roofline-gpu-check", "roofline-micro", "draft-cost-decode-x", "draft-cost-decode-y"),
+        *("acceptance-decode-x", "methods-methods-x", "round-methods-x"),
+    }
     first = {path: path.read_bytes() for path in drawn}
     assert all(content.startswith(b"<?xml") for content in first.values())
     figures.draw(results, tmp_path / "figures", lambda _: None)
@@ -224,7 +239,7 @@ def test_a_title_names_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     titles: list[str] = []
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     for machine in (CPU, GPU):
-        figures.PICTURES[1].draw({"bench": "decode", **PLACE, "machine": machine, "costs": COSTS}, tmp_path)
+        next(p for p in figures.PICTURES if p.name == "draft-cost").draw(decode_result(machine), tmp_path)
     assert "X (CPU, 2 threads)" in titles[0]
     assert "Y (GPU)" in titles[1]
 
