@@ -29,6 +29,7 @@ PICTURES = (
     Picture("acceptance", "decode", "skipjack bench decode MODEL --output FILE", plots.acceptance),
     Picture("methods", "methods", "skipjack bench methods MODEL --output FILE", plots.methods),
     Picture("round", "methods", "skipjack bench methods MODEL --output FILE", plots.one_round),
+    Picture("timeline", "profile", "skipjack bench profile MODEL --json > FILE", plots.timeline),
     Picture("peers", "peers", "skipjack bench peers MODEL --output FILE", plots.peers),
     Picture("projection", "project", "skipjack bench project --costs FILE --output FILE", plots.projection),
 )

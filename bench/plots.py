@@ -56,6 +56,26 @@ def one_round(result: dict[str, Any], path: Path) -> None:
     save(pyplot, figure, path)
 
 
+def timeline(result: dict[str, Any], path: Path) -> None:
+    """One round as the profiler saw it, milliseconds, parts in their order; a part is as long as on average."""
+    pyplot = pyplot_svg()
+    figure, axes = pyplot.subplots(figsize=(8, 1.8))
+    start = 0.0
+    colours = {"draft": DRAFT, "verify": VERIFY, "commit": "tab:green", "search": SEARCH, "other": OTHER}
+    for name, colour in colours.items():
+        own = [part for part in result["parts"] if part["part"].partition("[")[0] == name]
+        for number, part in enumerate(own):
+            length, label = part["round_ms"], name if number == 0 else None
+            axes.barh(0, length, left=start, color=colour, edgecolor="white", lw=0.8, label=label)
+            start += length
+    axes.set_yticks([])
+    axes.set_xlabel("ms")
+    where = f"{result['model']}, {result['method']}, {device(result['machine'])}"
+    axes.set_title(f"One round of {result['rounds']} profiled: {where}", fontsize=9)
+    axes.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.55), frameon=False)
+    save(pyplot, figure, path)
+
+
 def draft_line(result: dict[str, Any], path: Path) -> None:
     """Time of a draft step against the layers it keeps, the line through it, and plain decoding."""
     pyplot = pyplot_svg()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -51,13 +50,9 @@ class Spread:
 
 def header(bench: str, engine: Engine, model: str) -> dict[str, Any]:
     """The fields that say what was measured, and where; `machine.gpu` is there only if the model lay on a GPU."""
-    machine = describe()
-    if engine._loaded()[0].device.type == "cuda":
-        card = cast("Any", torch.cuda).get_device_properties(0)
-        machine |= {"gpu": card.name, "cuda": torch.version.cuda, "memory_gib": round(card.total_memory / 2**30, 1)}
     return {
         "bench": bench,
-        "machine": machine,
+        "machine": describe(engine._loaded()[0].device),
         "model": model,
         "backend": engine.backend,
         "dtype": str(engine.dtype).removeprefix("torch."),

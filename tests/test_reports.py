@@ -207,6 +207,7 @@ def test_every_picture_is_drawn_or_its_absence_told(tmp_path: Path) -> None:
     op = {"op": "linear", "shape": "m", "rows": 8, "seconds": {"median": 1e-4}, "bytes": 10**6}
     parts = {"draft": 1.2, "verify": 1.0, "search": 0.0, "other": 0.1, "depth": 2.0, "rounds": 4, "accepted": 6}
     lines = {"summary": [method_line("swift")], "rows": [{"method": "swift", **parts}]}
+    spans = [{"part": part, "round_ms": 1.5} for part in ("draft[0]", "draft[1]", "verify", "commit", "other")]
     figure = {"name": "up", "shape": "m", "rows": 1, "median": 1e-5, "bytes": 10**7}
     bandwidth = {"name": "copy bandwidth", "shape": "", "rows": 0, "median": 4e12, "bytes": 0}
     files = {
@@ -214,6 +215,7 @@ def test_every_picture_is_drawn_or_its_absence_told(tmp_path: Path) -> None:
         "decode-y": decode_result(GPU) | {"rounds": []},
         "micro": {"bench": "micro", **PLACE, "bandwidth": {"copy": 4e10}, "figures": [op]},
         "methods-x": {"bench": "methods", **PLACE, **lines},
+        "profile": {"bench": "profile", **PLACE, "method": "swift", "rounds": 5, "parts": spans},
         "gpu-check": {"bench": "gpu-check", "machine": GPU, "figures": [bandwidth, figure]},
     }  # fmt: skip
     for name, result in files.items():
@@ -223,7 +225,7 @@ def test_every_picture_is_drawn_or_its_absence_told(tmp_path: Path) -> None:
     names = {path.stem for path in drawn}
     assert names == {
         *("roofline-gpu-check", "roofline-micro", "draft-cost-decode-x", "draft-cost-decode-y"),
-        *("acceptance-decode-x", "methods-methods-x", "round-methods-x"),
+        *("acceptance-decode-x", "methods-methods-x", "round-methods-x", "timeline-profile"),
     }
     first = {path: path.read_bytes() for path in drawn}
     assert all(content.startswith(b"<?xml") for content in first.values())
