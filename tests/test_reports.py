@@ -271,3 +271,22 @@ def test_tables_of_two_devices_stay_apart(tmp_path: Path) -> None:
     assert "Y (GPU)" not in first
     assert "(CPU" not in second
     assert markdown([]) == ""
+
+
+def test_serve_reports_latencies_only_of_the_right_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SKIPJACK_PROMPTS", raising=False)
+    arguments = ["bench", "serve", "synthetic:tiny:0.1", "--method", "lookup", "--requests", "2", "--max-tokens", "3"]
+    arguments += ["--concurrency", "2", "--json", "--output", str(tmp_path / "s.json")]
+    assert cli.run(arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [(row["method"], row["concurrency"], row["tokens"]) for row in result["rows"]] == [("lookup", 2, 6)]
+    assert "| lookup | 2 | 2 |" in figures.table([tmp_path / "s.json"])
+
+    wrong = latency.Row("lookup", True, 2, 2, 6, 1, 1.0, None, None, None, None)
+    monkeypatch.setattr(latency, "measure", lambda *_: [wrong])
+    assert cli.run(arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "NOT IDENTICAL" in printed.err
