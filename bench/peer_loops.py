@@ -72,7 +72,7 @@ def _transformers() -> Any:
 
 def _generate(model: Any, options: dict[str, Any], compile_config: Any = None) -> Generate:
     config_class: Any = model.generation_config.__class__
-    known: set[str] = set(vars(config_class()))
+    known: dict[str, Any] = config_class().__dict__
     # Older releases size a static cache by the longest call so far instead.
     missing = [name for name in options if name not in known and name != "max_cache_len"]
     if missing:
