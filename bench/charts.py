@@ -21,7 +21,7 @@ def speeds(lines: Sequence[Line], path: Path, title: str) -> None:
     Raises:
         SkipjackError: matplotlib is not installed.
     """
-    pyplot = _pyplot()
+    pyplot = pyplot_svg()
     methods = list(dict.fromkeys(line.method for line in lines))
     categories = list(dict.fromkeys(line.category for line in lines))
     figure, axes = pyplot.subplots(figsize=(max(6.0, 1.1 * len(categories) + 2), 4))
@@ -37,7 +37,7 @@ def speeds(lines: Sequence[Line], path: Path, title: str) -> None:
     axes.set_ylabel("tokens/s ÷ plain decoding (black tick: ideal)")
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=8)
-    _save(pyplot, figure, path)
+    save(pyplot, figure, path)
 
 
 def timeline(stats: Stats, window: int, path: Path, title: str) -> None:
@@ -46,7 +46,7 @@ def timeline(stats: Stats, window: int, path: Path, title: str) -> None:
     Raises:
         SkipjackError: matplotlib is not installed.
     """
-    pyplot = _pyplot()
+    pyplot = pyplot_svg()
     figure, (band, curve) = pyplot.subplots(2, 1, figsize=(8, 4.5), height_ratios=(1, 3))
     colours = {"accumulation": ACCUMULATION, "acceleration": ACCELERATION}
     ends = [first for _, first in stats.phases[1:]] + [stats.completion_tokens]
@@ -72,19 +72,27 @@ def timeline(stats: Stats, window: int, path: Path, title: str) -> None:
     curve.set_xlabel("candidate")
     curve.set_ylabel("matchness")
     curve.legend(fontsize=7)
-    _save(pyplot, figure, path)
+    save(pyplot, figure, path)
 
 
-def _pyplot() -> Any:
+def pyplot_svg() -> Any:
+    """matplotlib's pyplot, drawing SVG.
+
+    Raises:
+        SkipjackError: matplotlib is not installed.
+    """
     try:
         matplotlib: Any = import_module("matplotlib")
     except ImportError as error:
         raise SkipjackError("pictures need matplotlib: pip install 'skipjack[bench]'") from error
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "skipjack"
     return import_module("matplotlib.pyplot")
 
 
-def _save(pyplot: Any, figure: Any, path: Path) -> None:
+def save(pyplot: Any, figure: Any, path: Path) -> None:
+    """Write a figure and close it; the same figure gives the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)

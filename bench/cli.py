@@ -13,11 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ..runtime.errors import ConfigError
+from .commands import accept, figures, peers, project, serve, table
 
 if TYPE_CHECKING:
     from .exact import Line
 
 app = typer.Typer(add_completion=False)
+for command in (peers, accept, serve, project, figures, table):
+    app.command()(command)
 
 
 @app.callback(invoke_without_command=True)
@@ -83,19 +86,6 @@ def exact(
     if not all(row.identical for row in rows):
         notes.print("NOT IDENTICAL to plain decoding", style="bold red")
         raise typer.Exit(1)
-
-
-@app.command()
-def table(
-    results: Annotated[list[Path], typer.Argument(help="Result files of `skipjack bench exact --output`.")],
-) -> None:
-    """Print result files as a Markdown table, one line a file."""
-    from .exact import markdown
-
-    try:
-        typer.echo(markdown([json.loads(path.read_text(encoding="utf-8")) for path in results]))
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"RESULTS: expected result files of `skipjack bench exact`: {error!r}") from error
 
 
 @app.command()

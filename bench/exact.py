@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -105,27 +104,6 @@ def summary(rows: Sequence[Row]) -> list[Line]:
     for row in rows:
         groups[row.category].append(row)
     return [_line(name, group) for name, group in [*groups.items(), ("all", list(rows))]]
-
-
-def markdown(results: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of result files, one line each, then where each was measured."""
-    head = "| dtype | temperature | batch | prompts | tokens | identical to plain | acceptance rate | mean length |"
-    lines = [head, "|---|---|---|---|---|---|---|---|"]
-    for result in results:
-        total = result["summary"][-1]
-        lines.append(
-            f"| {result['dtype']} | {result['temperature']:g} | {result['batch']} | {total['prompts']} "
-            f"| {total['tokens']} | {total['identical']} of {total['prompts']} | {total['acceptance_rate']:.2f} "
-            f"| {total['mean_acceptance_length']:.2f} |"
-        )
-    lines.append("")
-    for where in dict.fromkeys(_where(result["machine"]) for result in results):
-        lines.append(f"Measured on {where}.")
-    return "\n".join(lines)
-
-
-def _where(machine: Mapping[str, Any]) -> str:
-    return f"{machine['device']} (CPU, {machine['threads']} threads), torch {machine['torch']}, {machine['date'][:10]}"
 
 
 def _line(name: str, rows: Sequence[Row]) -> Line:

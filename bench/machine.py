@@ -7,14 +7,18 @@ import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 
-def describe() -> dict[str, Any]:
-    """Processor, versions, commit and date (UTC)."""
-    return {
+def describe(device: torch.device | None = None) -> dict[str, Any]:
+    """Processor, versions, commit and date (UTC); what was measured on a GPU has that `device`'s name as `gpu` too."""
+    gpu: dict[str, Any] = {}
+    if device is not None and device.type == "cuda":
+        card = cast("Any", torch.cuda).get_device_properties(device)
+        gpu = {"gpu": card.name, "cuda": torch.version.cuda, "memory_gib": round(card.total_memory / 2**30, 1)}
+    return gpu | {
         "device": _processor(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from ..runtime.engine import Engine
 from ..runtime.errors import RequestError
+from ..runtime.prompts import Prompt as Source
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,10 @@ def load(path: Path | None, per_category: int) -> list[Prompt]:
     if not chosen:
         raise RequestError(f"--prompts: no prompts in {path}")
     return chosen
+
+
+def source(prompt: Prompt, engine: Engine) -> Source:
+    """What to send: a chat message; to a model without a tokenizer, up to 32 token ids made of the prompt's bytes."""
+    if engine.tokenizer is not None:
+        return [{"role": "user", "content": prompt.text}]
+    return [3 + byte % (engine.config.vocab_size - 3) for byte in prompt.text.encode()[:32]]

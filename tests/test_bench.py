@@ -73,15 +73,6 @@ def test_identical_means_identical(demo: Engine) -> None:
     assert (line.prompts, line.identical) == (4, 3)
 
 
-def test_table_of_result_files(tmp_path: Path) -> None:
-    summary = {"prompts": 5, "tokens": 640, "identical": 5, "acceptance_rate": 0.5, "mean_acceptance_length": 1.75}
-    machine = {"device": "X", "threads": 2, "torch": "2.13", "date": "2026-01-02T03:04:05"}
-    result = {"dtype": "float32", "temperature": 0.0, "batch": 4, "summary": [summary], "machine": machine}
-    text = exact.markdown([json.loads(json.dumps(result))])
-    assert "| float32 | 0 | 4 | 5 | 640 | 5 of 5 | 0.50 | 1.75 |" in text
-    assert "Measured on X (CPU, 2 threads), torch 2.13, 2026-01-02." in text
-
-
 def test_methods_are_compared_and_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

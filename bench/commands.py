@@ -1,0 +1,261 @@
+"""The bench commands that compare: with other libraries, over prompt files, under an event loop, and with papers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..runtime.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from .prompts import Prompt
+    from .record import Sheet
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help='A model folder, "demo", or synthetic:SHAPE:LATE_SCALE.')]
+Methods = Annotated[list[str] | None, typer.Option("--method", metavar="NAME[:key=value,…]", help="Repeatable.")]
+Prompts = Annotated[
+    Path | None, typer.Option(envvar="SKIPJACK_PROMPTS", help="JSON lines with category and turns; default: our own.")
+]
+PerCategory = Annotated[int, typer.Option(min=1, help="Prompts taken of each category.")]
+Category = Annotated[list[str] | None, typer.Option(help="Only this category; repeatable.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Output = Annotated[Path | None, typer.Option(help="Write the result as JSON here.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def peers(
+    model: Model = "demo",
+    prompts: Prompts = None,
+    per_category: PerCategory = 1,
+    category: Category = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each prompt.")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    exit_layer: Annotated[int, typer.Option(min=0, help="Of assistant_early_exit; 0: two thirds of the layers.")] = 0,
+    num_draft_tokens: Annotated[int, typer.Option(min=1, help="Of prompt_lookup_num_tokens.")] = 10,
+    compile_mode: Annotated[
+        str, typer.Option(help="torch.compile's mode for the decode loop; auto: max-autotune on a GPU, else default.")
+    ] = "auto",
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare plain decoding with transformers' generate and a torch.compile loop: ids in float32 first, then speed."""
+    from ..runtime.engine import Engine
+    from .peer_loops import PLAIN, Setting, version
+    from .peers import Contest, folder_of, trusted
+    from .record import header
+    from .sheets import peers as sheet
+
+    chosen, notes = _chosen(prompts, per_category, category), _notes()
+    transformers = version()
+    with folder_of(model) as folder:
+        with Engine.load(folder, device=device, dtype="float32") as engine:
+            layers, on_gpu = engine.config.num_layers, "triton" in engine.backend
+            mode = compile_mode if compile_mode != "auto" else "max-autotune" if on_gpu else "default"
+            setting = Setting(exit_layer or max(1, 2 * layers // 3), num_draft_tokens, mode)
+            contest = Contest(folder, engine, chosen, setting, max_tokens)
+            agreements = contest.agree(notes)
+        del contest
+        result: dict[str, Any] = {"agreement": [asdict(agreement) for agreement in agreements]}
+        if not trusted(agreements):
+            notes(f"RED: greedy ids are not those of {PLAIN} in float32: no speed is reported")
+            notes(json.dumps(result))
+            raise typer.Exit(1)
+        with Engine.load(folder, device=device, dtype=dtype) as engine:
+            contest = Contest(folder, engine, chosen, setting, max_tokens)
+            rows, lines = contest.measure(agreements, notes)
+            result |= header("peers", engine, model)
+    result |= {
+        "transformers": transformers,
+        "max_tokens": max_tokens,
+        "summary": [asdict(line) for line in lines],
+        "rows": [asdict(row) for row in rows],
+    }
+    _finish(result, sheet, output, as_json)
+
+
+def accept(
+    model: Model = "demo",
+    prompts: Prompts = None,
+    method: Methods = None,
+    per_category: PerCategory = 5,
+    category: Category = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each prompt.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 is greedy; above, tokens are drawn with seed 0.")
+    ] = 0.0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    output: Output = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Acceptance over a prompt file, by method, category and draft depth; no speed."""
+    from ..runtime.engine import Engine
+    from ..runtime.request import SamplingParams
+    from .accept import METHODS, measure, sheet, summary
+    from .peers import folder_of
+    from .record import header
+
+    chosen, notes = _chosen(prompts, per_category, category), _notes()
+    names = method or list(METHODS)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
+    with folder_of(model) as folder, Engine.load(folder, device=device, dtype=dtype) as engine:
+        total, done = len(names) * len(chosen), 0
+
+        def progress(row: object) -> None:
+            nonlocal done
+            done += 1
+            notes(f"{done} of {total}")
+
+        rows = measure(engine, names, chosen, params, progress)
+        result = header("accept", engine, model)
+    result |= {
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "summary": [asdict(line) for line in summary(rows)],
+        "rows": [asdict(row) for row in rows],
+    }
+    _finish(result, sheet, output, as_json, markdown)
+
+
+def serve(
+    model: Model = "demo",
+    prompts: Prompts = None,
+    method: Methods = None,
+    concurrency: Annotated[list[int] | None, typer.Option(min=1, max=16, help="Repeatable; default: 1 and 4.")] = None,
+    requests: Annotated[int, typer.Option(min=1, max=10000, help="Requests of each run.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each request.")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Latency percentiles of the engine embedded in an event loop: first token, between tokens, and the loop itself."""
+    from ..runtime.engine import Engine
+    from ..runtime.request import SamplingParams
+    from .latency import measure, sheet
+    from .peers import folder_of
+    from .prompts import source
+    from .record import header
+
+    chosen, notes = _chosen(prompts, requests, None), _notes()
+    names, concurrencies = method or ["autoregressive", "lookup", "auto"], concurrency or [1, 4]
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    with folder_of(model) as folder, Engine.load(folder, device=device, dtype=dtype) as engine:
+        sources = [source(chosen[i % len(chosen)], engine) for i in range(requests)]
+        rows = measure(
+            engine,
+            names,
+            concurrencies,
+            sources,
+            params,
+            lambda row: notes(f"{row.method}, {row.concurrency} at a time"),
+        )
+        result = header("serve", engine, model)
+    result |= {"max_tokens": max_tokens, "rows": [asdict(row) for row in rows]}
+    wrong = [row.method for row in rows if row.lossless and row.identical < row.requests]
+    if wrong:
+        notes(f"NOT IDENTICAL to plain decoding: {', '.join(dict.fromkeys(wrong))}: no latency is reported")
+        raise typer.Exit(1)
+    _finish(result, sheet, output, as_json)
+
+
+def project(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Measure its steps now, roughly.")] = None,
+    costs: Annotated[Path | None, typer.Option(help="A result of `skipjack bench decode`.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """PROJECTION: measured step costs and published acceptance rates, next to the published speed-ups."""
+    from ..runtime.costs import calibrate
+    from ..runtime.engine import Engine
+    from .peers import folder_of
+    from .project import LABEL, costs_from, costs_of, sheet
+    from .project import project as rows_of
+    from .record import header, read
+
+    if (model is None) == (costs is None):
+        raise RequestError("project: expected either MODEL or --costs FILE")
+    if costs is not None:
+        measured = read(costs)
+        steps = costs_of(measured)
+        base = {key: measured[key] for key in ("machine", "dtype")} | {"bench": "project", "model": steps.shape}
+    else:
+        name = model or ""
+        with folder_of(name) as folder, Engine.load(folder, device=device, dtype=dtype) as engine:
+            steps = costs_from(calibrate(*engine._loaded()), name)
+            base = header("project", engine, name)
+    rows = [asdict(row) for row in rows_of(steps)]
+    result = base | {"projection": True, "label": LABEL, "shape": steps.shape, "costs": steps.fields(), "rows": rows}
+    _finish(result, sheet, output, as_json)
+
+
+def figures(
+    results: Annotated[Path, typer.Argument(help="The folder of result files.")] = Path("bench/results"),
+    output: Annotated[Path, typer.Option(help="The folder of pictures.")] = Path("docs/figures"),
+) -> None:
+    """Draw every picture there is a result file for; the others are named with the command that makes their result."""
+    from .figures import draw
+
+    notes = _notes()
+    for path in draw(results, output, notes):
+        typer.echo(path)
+
+
+def table(results: Annotated[list[Path], typer.Argument(help="Result files of `skipjack bench … --output`.")]) -> None:
+    """Print result files as Markdown tables; each table is of one device."""
+    from .figures import table as render
+
+    typer.echo(render(results))
+
+
+def _chosen(path: Path | None, per_category: int, categories: Sequence[str] | None) -> list[Prompt]:
+    from .prompts import load
+
+    chosen = [p for p in load(path, per_category) if not categories or p.category in categories]
+    if not chosen:
+        raise ConfigError(f"--category: expected categories of the prompts, got {', '.join(categories or [])}")
+    return chosen
+
+
+def _notes() -> Callable[[str], None]:
+    """Progress on standard error: one line that changes on a terminal, elsewhere a line each."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def note(text: str) -> None:
+        end = "\r" if sys.stderr.isatty() else "\n"
+        console.print(f"{text:<78}" if end == "\r" else text, end=end, markup=False)
+
+    return note
+
+
+def _finish(
+    result: dict[str, Any],
+    sheet: Callable[[dict[str, Any]], Sheet],
+    output: Path | None,
+    as_json: bool,
+    markdown: Path | None = None,
+) -> None:
+    from .record import markdown as render
+    from .record import show, write
+
+    if output:
+        write(result, output)
+    if markdown:
+        markdown.write_text(render([sheet(result)]) + "\n", encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        # As it would be read back.
+        show(sheet(json.loads(json.dumps(result))))
