@@ -90,7 +90,8 @@ class RoundGraph:
             device_round(self._model, self._cache, self.state, self.recipe)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads of the host process may go on using the GPU.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             device_round(self._model, self._cache, self.state, self.recipe)
         return graph
 
