@@ -10,6 +10,7 @@ import torch
 
 from ..loaders.config import ModelConfig
 from ..loaders.synthetic import synthetic_config, synthetic_weights
+from ..runtime.costs import head_layers
 from ..runtime.engine import DTYPES, Engine
 from ..runtime.errors import RequestError
 from ..runtime.prompts import Prompt as Source
@@ -62,14 +63,16 @@ class Line:
     mean_acceptance_length: float
 
 
-def load(model: str, dtype: str) -> Engine:
+def load(model: str, dtype: str, method: str = PLAIN) -> Engine:
     """The engine of a model folder, "demo", or "synthetic:SHAPE:LATE_SCALE", whose late layers matter that much.
+
+    `method` is the engine's own: a checkpoint made for one runs by no other.
 
     Raises:
         RequestError: a synthetic model is not spelled so.
     """
     if not model.startswith(SYNTHETIC):
-        return Engine.load(model, dtype=dtype)
+        return Engine.load(model, dtype=dtype, method=method)
     try:
         shape, scale = model.removeprefix(SYNTHETIC).split(":")
         late_scale = float(scale)
@@ -77,7 +80,7 @@ def load(model: str, dtype: str) -> Engine:
         raise RequestError(f"MODEL: expected synthetic:SHAPE:LATE_SCALE, got {model!r}") from None
     config = ModelConfig.parse(synthetic_config(shape), model)
     weights = synthetic_weights(config, 0, DTYPES[config.dtype if dtype == "auto" else dtype], late_scale)
-    return Engine(config, weights)
+    return Engine(config, weights, method=method)
 
 
 def compare(
@@ -109,14 +112,6 @@ def summary(rows: Sequence[Row]) -> list[Line]:
         ]
         lines.append(_line(method, "all", own))
     return lines
-
-
-def head_layers(config: ModelConfig) -> float:
-    """h: the parameters of the LM head ÷ those of one layer, norms aside."""
-    width, heads = config.head_dim, config.num_heads + config.num_kv_heads
-    attention = 2 * heads * width * config.hidden_size
-    mlp = (3 if config.gated else 2) * config.hidden_size * config.intermediate_size
-    return config.vocab_size * config.hidden_size / (attention + mlp)
 
 
 def _row(engine: Engine, method: str, prompt: Prompt, number: int, params: SamplingParams) -> Row:

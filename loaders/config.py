@@ -30,12 +30,27 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Cycle:
+    """How a model trained for Direct Multi-Token Decoding (arXiv 2510.11958) is split.
+
+    `encoding`, `thinking`, `decoding`: layers of each part, in this order; they add up to all layers. `horizon`: tokens
+    of a cycle, of which the first, its head, has the thinking layers.
+    """
+
+    encoding: int
+    thinking: int
+    decoding: int
+    horizon: int
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape and the switches of a decoder-only model.
 
     `max_context`, `window`: positions. A windowed token sees itself and the `window` - 1 tokens before it.
     `rope_layers`, `window_layers`: per layer, whether it rotates, whether it uses the window.
     `eos_token_ids`, `bos_token_id`: ids the model has; ids beyond the vocabulary cannot be produced and are left out.
+    `cycle`: of a checkpoint made for Direct Multi-Token Decoding, None for every other.
     """
 
     model_type: str
@@ -66,6 +81,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
+    cycle: Cycle | None = None
 
     @staticmethod
     def load(folder: Path) -> ModelConfig:

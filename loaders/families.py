@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from .config import ModelConfig
+from .config import Cycle, ModelConfig
 from .errors import ConfigError
 from .fields import REQUIRED, Fields
 from .json_files import shown
@@ -15,6 +15,7 @@ _MAX_VOCAB = 1 << 24
 _MAX_WIDTH = 1 << 20
 _MAX_HEADS = 4096
 _MAX_HEAD_DIM = 4096
+_MAX_HORIZON = 64
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
     "silu": "silu",
@@ -39,13 +40,17 @@ class _Rotary:
     always_qkv_bias: bool = False
     qk_norm: bool = False
     window: WindowRule = "none"
+    cycle: bool = False
 
 
+_QWEN3 = _Rotary("Qwen3", 32768, head_dim=128, attention_bias_field=True, qk_norm=True, window="late layers")
 _ROTARY = {
     "llama": _Rotary("Llama", 2048, kv_heads_default=True, attention_bias_field=True, mlp_bias_field=True),
     "mistral": _Rotary("Mistral", 131072, window="all layers"),
     "qwen2": _Rotary("Qwen2", 32768, always_qkv_bias=True, window="late layers"),
-    "qwen3": _Rotary("Qwen3", 32768, head_dim=128, attention_bias_field=True, qk_norm=True, window="late layers"),
+    "qwen3": _QWEN3,
+    "mtpqwen3": replace(_QWEN3, class_prefix="MTPQwen3", cycle=True),
+    "dmtdqwen3": replace(_QWEN3, class_prefix="DMTDQwen3", cycle=True),
     "smollm3": _Rotary(
         "SmolLM3",
         32768,
@@ -117,7 +122,19 @@ def _rotary(fields: Fields, model_type: str, family: _Rotary) -> ModelConfig:
         bos_token_id=_bos(fields, vocab),
         eos_token_ids=_eos(fields, vocab),
         dtype=_dtype(fields),
+        cycle=_cycle(fields, layers) if family.cycle else None,
     )
+
+
+def _cycle(fields: Fields, layers: int) -> Cycle:
+    """How many layers encode, think and decode; all of them do one of the three."""
+    encoding = fields.integer("num_encoding_layers", 0, layers)
+    thinking = fields.integer("num_thinking_layers", 1, layers)
+    decoding = fields.integer("num_decoding_layers", 1, layers)
+    if encoding + thinking + decoding != layers:
+        parts = "num_encoding_layers, num_thinking_layers and num_decoding_layers"
+        raise fields.refuse("num_hidden_layers", f"the sum of {parts} ({encoding + thinking + decoding})", layers)
+    return Cycle(encoding, thinking, decoding, fields.integer("mtp_horizon", 1, _MAX_HORIZON))
 
 
 def _bloom(fields: Fields) -> ModelConfig:

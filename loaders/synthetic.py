@@ -127,6 +127,23 @@ _SHAPES: Final[dict[str, dict[str, object]]] = {
         "torch_dtype": "bfloat16",
     },
 }
+# Direct Multi-Token Decoding: a small one, and the shape of the published checkpoints.
+_SHAPES["tiny-dmtd"] = {
+    **_SHAPES["tiny-qwen3"],
+    "model_type": "mtpqwen3",
+    "num_encoding_layers": 0,
+    "num_thinking_layers": 6,
+    "num_decoding_layers": 2,
+    "mtp_horizon": 4,
+}
+_SHAPES["4b-dmtd"] = {
+    **_SHAPES["4b"],
+    "model_type": "mtpqwen3",
+    "num_encoding_layers": 0,
+    "num_thinking_layers": 28,
+    "num_decoding_layers": 8,
+    "mtp_horizon": 4,
+}
 _SHAPES["tiny"] = _SHAPES["tiny-llama"]
 NAMES: Final = tuple(sorted(_SHAPES))
 # The standard deviation of the logits, and of q and k per channel (attention scores deviate by its square).

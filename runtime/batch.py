@@ -187,6 +187,15 @@ class Batch:
         """One row a sequence: its newest token."""
         return self.rows(self.last[:, None], self.length, torch.ones_like(self.length))
 
+    def recent(self, counts: list[int]) -> Rows:
+        """The last counts[s] tokens of each sequence, its newest included."""
+        given = [(number, s, count) for number, (s, count) in enumerate(zip(self.sequences, counts, strict=True))]
+        token = [token for _, s, count in given for token in s.tokens[len(s.tokens) - count :]]
+        position = [at for _, s, count in given for at in range(len(s.tokens) - count, len(s.tokens))]
+        sequence = [number for number, _, count in given for _ in range(count)]
+        columns = (torch.tensor(column, device=self.device) for column in (token, position, sequence))
+        return Rows(*columns, self.block_table, self.tile)
+
     def nodes(self, tokens: Tensor, count: Tensor, lineage: Lineage) -> Rows:
         """Rows for `tokens` int64 [S, K], a tree above each sequence's cache; the first `count` [S] are real."""
         depth, path = lineage

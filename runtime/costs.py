@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
+from ..loaders.config import ModelConfig
 from .cache import KVCache
 from .model import Model
 from .plan import LayerPlan
@@ -40,6 +41,11 @@ class Costs:
         share = len(plan.sublayers) / self.sublayers
         return self.verify(rows) * (self.fixed + share * (self.full - self.fixed)) / self.full
 
+    def part(self, plan: LayerPlan, rows: int) -> float:
+        """The sub-layers of `plan` over `rows` rows, as a part of a pass: without what no skipped sub-layer saves."""
+        share = len(plan.sublayers) / self.sublayers
+        return self.verify(rows) * share * (self.full - self.fixed) / self.full
+
     def observe(self, rows: int, seconds: float) -> None:
         """A full pass over `rows` rows took `seconds`."""
         now = seconds / (self.verify(rows) / self.pace)
@@ -73,6 +79,20 @@ def calibrate(model: Model, cache: KVCache, clock: Clock = perf_counter) -> Cost
     share = max(1, layers // 2) / layers
     fixed = full if share == 1 else (some - share * full) / (1 - share)
     return Costs(2 * layers, tile, full, max(0.0, two - full), min(max(fixed, 0.0), full))
+
+
+def head_layers(config: ModelConfig) -> float:
+    """h: the parameters of the LM head ÷ those of one layer, norms aside."""
+    width, heads = config.head_dim, config.num_heads + config.num_kv_heads
+    attention = 2 * heads * width * config.hidden_size
+    mlp = (3 if config.gated else 2) * config.hidden_size * config.intermediate_size
+    return config.vocab_size * config.hidden_size / (attention + mlp)
+
+
+def weight_pass(config: ModelConfig, layers: float) -> float:
+    """(l + h)/(L + h): the share of the weights a pass of l of the L layers reads, with the LM head."""
+    head = head_layers(config)
+    return (layers + head) / (config.num_layers + head)
 
 
 @dataclass

@@ -7,6 +7,7 @@ from time import perf_counter
 from ..kernels.host import ints
 from .batch import Batch
 from .cache import KVCache
+from .costs import weight_pass
 from .methods.base import Method
 from .methods.policy import Policy
 from .model import Model
@@ -20,8 +21,9 @@ def prefill(model: Model, cache: KVCache, sequence: Sequence, method: Method) ->
     """Cache a prompt and choose the first token."""
     start = perf_counter()
     if isinstance(method, Policy):
-        hidden, used = method.read(model, cache, sequence)
-        sequence.layers_used += used
+        step = method.read(model, cache, sequence)
+        hidden = step.hidden
+        sequence.layers_used += step.used
     else:
         hidden = read(model, cache, sequence, method.prompt)
     batch = Batch.of([sequence], model.ops.decode_tile, model.device)
@@ -37,10 +39,10 @@ def decode(model: Model, cache: KVCache, sequences: list[Sequence], policy: Poli
     for sequence in sequences:
         sequence.enter(policy.phase())
     batch = Batch.of(sequences, model.ops.decode_tile, model.device)
-    hidden, used = policy.step(model, cache, batch)
-    chosen = choose(model, hidden, batch, batch.last[:, None])
+    step = policy.step(model, cache, batch)
+    chosen = choose(model, step.hidden, batch, batch.last[:, None])
     pieces: list[list[Piece]] = []
-    for row, (sequence, ran) in enumerate(zip(sequences, used, strict=True)):
+    for row, (sequence, ran) in enumerate(zip(sequences, step.used, strict=True)):
         logits = None if chosen.logits is None else chosen.logits[row]
         pieces.append(append(sequence, ints(chosen.tokens[row]), logits))
         sequence.layers_used.append(ran)
@@ -48,6 +50,8 @@ def decode(model: Model, cache: KVCache, sequences: list[Sequence], policy: Poli
         counters.rounds += 1
         counters.bonus += 1
         counters.executed_skips += round(2 * (layers - ran))
+        if step.layers_read is not None:
+            counters.weight_passes += weight_pass(model.config, step.layers_read)
     spent = perf_counter() - start
     for sequence in sequences:
         sequence.counters.verify_s += spent

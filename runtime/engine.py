@@ -243,7 +243,12 @@ class Engine:
             while waiting or running:
                 chunks: list[Chunk] = []
                 with self._turn, torch.inference_mode():
-                    while waiting and len(running) < MAX_BATCH and self._admit(cache, waiting[0], bool(running)):
+                    while (
+                        waiting
+                        and len(running) < MAX_BATCH
+                        and method.admits(running)
+                        and self._admit(cache, waiting[0], bool(running))
+                    ):
                         running.append(waiting.popleft())
                         chunks.append(_chunk(running[-1], prefill(model, cache, running[-1], method)))
                     running = self._without_finished(cache, running)

@@ -114,6 +114,11 @@ class Model:
             streams.append(x[: len(rows)].clone())
         return x[: len(rows)]
 
+    def run(self, laid: Pass, cache: KVCache, plan: LayerPlan, x: Tensor) -> None:
+        """The sub-layers of `plan`, added in place to the residual stream x [R, H]; R counts padding."""
+        for sublayer in plan.sublayers:
+            self.step(laid, cache, sublayer, x)
+
     def lay(self, rows: Rows, cache: KVCache) -> Pass:
         """What every sub-layer of a pass over `rows` shares."""
         rows = rows.padded()
@@ -137,7 +142,8 @@ class Model:
 
     def rotations(self, rows: Rows, cache: KVCache) -> Rope | None:
         """The rotation of each row; None for a model without rotary embedding."""
-        return self._rotary.rows(rows.position, rows.longest(cache.page_size)) if self._rotary else None
+        position = rows.position if rows.angle is None else rows.angle
+        return self._rotary.rows(position, rows.longest(cache.page_size)) if self._rotary else None
 
     def logits(self, x: Tensor, vocabulary: int = 0) -> Tensor:
         """Final norm and LM head: [R, H] → [R, V]; outside the first `vocabulary` tokens, 0 being all of them, −∞."""

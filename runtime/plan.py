@@ -40,6 +40,12 @@ class LayerPlan:
         self._between(exit_layer, 0, self.num_layers - 1, "exit_layer")
         return replace(self, span=(2 * exit_layer, 2 * self.num_layers))
 
+    def between(self, first: int, last: int) -> LayerPlan:
+        """Layers `first` to `last` - 1, entered with a residual stream; none where they are equal."""
+        self._between(last, 0, self.num_layers, "last")
+        self._between(first, 0, last, "first")
+        return replace(self, span=(2 * first, 2 * last))
+
     def balanced(self, speedup: float) -> LayerPlan:
         """Evenly spaced layers, about 1 in `speedup` (Unified Layer Skipping, arXiv 2404.06954).
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from .request import Chunk, Output
+from .request import Chunk, Output, Stats
 
 
 def report(output: Output) -> dict[str, Any]:
@@ -47,6 +47,15 @@ def report(output: Output) -> dict[str, Any]:
             "executed_skips": stats.executed_skips,
             **({"per_token": list(stats.layers_per_token)} if stats.layers_per_token else {}),
         },
+        **({"weights": _weights(stats)} if stats.weight_passes else {}),
+    }
+
+
+def _weights(stats: Stats) -> dict[str, float | None]:
+    return {
+        "passes": stats.weight_passes,
+        "tokens_per_pass": stats.tokens_per_weight_pass,
+        "tokens_per_pass_bound": stats.weight_pass_bound,
     }
 
 

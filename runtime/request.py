@@ -140,7 +140,10 @@ class Stats:
     `drafted_per_position[i]` counts rounds whose draft reached depth i + 1, `accepted_per_position[i]` those in which a
     draft token of that depth was accepted. `layers_kept` is what a draft step
     runs, of `layers`; `layers_per_token` are the layers behind each token of the first choice, where a method decides
-    token by token. `executed_skips` counts sub-layers not run, once per row and pass. `phases` are (name, first
+    token by token. `executed_skips` counts sub-layers not run, once per row and pass. `weight_passes`: how
+    often decoding read the model's weights, the LM head's included, partial readings as their share; those a batch
+    shares count fully for each member; 0 where the method does not say. `weight_pass_bound`: the most tokens such a
+    pass can give by the method and the model's shape. `phases` are (name, first
     generated token); `events` are the method's own records (for SWIFT one per optimisation step).
     """
 
@@ -165,6 +168,8 @@ class Stats:
     layers: int = 0
     layers_kept: float = 0.0
     executed_skips: int = 0
+    weight_passes: float = 0.0
+    weight_pass_bound: float | None = None
     layers_per_token: tuple[float, ...] = ()
     phases: tuple[tuple[str, int], ...] = ()
     events: tuple[Mapping[str, Any], ...] = ()
@@ -176,6 +181,11 @@ class Stats:
     @property
     def mean_acceptance_length(self) -> float:
         return 1 + self.accepted / self.rounds if self.rounds else 1.0
+
+    @property
+    def tokens_per_weight_pass(self) -> float | None:
+        """Decoded tokens per reading of all weights: plain decoding has 1."""
+        return self.rounds / self.weight_passes if self.weight_passes else None
 
     @property
     def other_s(self) -> float:

@@ -18,7 +18,8 @@ class Rows:
     token, position and sequence are int64 [R]; `sequence` names a row of `block_table` int64 [S, pages], -1 marks a
     row that belongs to none and whose results nobody reads. A row's keys and values go to logical slot `slot` int64
     [R], its position (what RoPE sees) without one; rows that are not consecutive tokens say in `tree` where the keys of
-    their own path lie. `active` bool [2L, R] says which sub-layers run for each row, all of them
+    their own path lie. `angle` int64 [R]: what RoPE sees where that is not the position, because the cache leaves tokens
+    out. `active` bool [2L, R] says which sub-layers run for each row, all of them
     without it: one that does not is the identity and writes no keys and values.
     `tile` is the number of rows every product is padded to.
     """
@@ -31,6 +32,7 @@ class Rows:
     slot: Tensor | None = None
     tree: Tree | None = None
     active: Tensor | None = None
+    angle: Tensor | None = None
 
     def __len__(self) -> int:
         return self.token.shape[0]
@@ -53,6 +55,7 @@ class Rows:
                 functional.pad(self.tree.length, (0, missing)), functional.pad(self.tree.slot, (0, 0, 0, missing))
             ),
             None if self.active is None else functional.pad(self.active, (0, missing)),
+            None if self.angle is None else functional.pad(self.angle, (0, missing)),
         )
 
     def longest(self, page_size: int) -> int:

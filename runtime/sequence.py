@@ -21,6 +21,7 @@ class Counters:
     drafted_per_position: list[int] = field(default_factory=list[int])
     accepted_per_position: list[int] = field(default_factory=list[int])
     executed_skips: int = 0
+    weight_passes: float = 0.0
     prefill_s: float = 0.0
     draft_s: float = 0.0
     verify_s: float = 0.0

@@ -7,6 +7,7 @@ from itertools import zip_longest
 from typing import Any
 
 from .methods.base import Method
+from .methods.policy import Policy
 from .request import Output, Stats
 from .sequence import Sequence
 
@@ -40,6 +41,8 @@ def summarise(
         layers=method.plan.num_layers,
         layers_kept=method.plan.layers_kept,
         executed_skips=sum(c.executed_skips for c in counters),
+        weight_passes=sum(c.weight_passes for c in counters),
+        weight_pass_bound=method.bound if isinstance(method, Policy) else None,
         layers_per_token=tuple(first.layers_used),
         phases=tuple(first.phases),
         events=tuple(events),

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...loaders.config import ModelConfig
 from ..batch import Batch, Draft, Recipe, Round, Tally
 from ..cache import KVCache
 from ..model import Model
@@ -18,7 +19,7 @@ class Method:
     """Plain decoding, and the places where a method differs from it.
 
     One instance serves one engine and one set of options, over all requests: what it learns belongs to it and to nobody
-    else. Built as `Method(options, num_layers)`.
+    else. Built as `Method(options, num_layers)`, or by `fit` where a method needs more of the model's shape.
     """
 
     name: ClassVar[str]
@@ -30,6 +31,15 @@ class Method:
 
     def __init__(self, options: Any, num_layers: int) -> None:
         self._full = LayerPlan.full(num_layers)
+
+    @classmethod
+    def fit(cls, options: Any, config: ModelConfig) -> Method:
+        """An instance for a model of this shape.
+
+        Raises:
+            RequestError: the options do not fit it.
+        """
+        return cls(options, config.num_layers)
 
     @property
     def plan(self) -> LayerPlan:
@@ -52,6 +62,10 @@ class Method:
 
     def prepare(self, model: Model, cache: KVCache) -> None:
         """Called once, before the first request: check what needs the model, and measure what needs a clock."""
+
+    def admits(self, running: list[Sequence]) -> bool:
+        """Whether a new sequence may join those `running` now; a method may hold it back for a few rounds."""
+        return True
 
     def observe(self, model: Model, cache: KVCache, done: Round) -> float:
         """Learn from a finished round; returns the seconds spent."""

@@ -18,11 +18,12 @@ class Step(NamedTuple):
     """What a policy's pass left for S sequences.
 
     hidden [S, H]: the residual stream each one's next token is chosen from. used [S]: the layers' worth of sub-layers
-    that ran for it.
+    that ran for it. layers_read: the layers' worth of weights the pass took, however many rows shared them.
     """
 
     hidden: Tensor
     used: list[float]
+    layers_read: float | None = None
 
 
 class Policy(Method):
@@ -32,6 +33,8 @@ class Policy(Method):
     """
 
     lossless = False
+    # The most tokens a sequence can get, in the long run, of one reading of all weights; None where routes decide.
+    bound: float | None = None
 
     def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Step:
         """Cache the prompt of one sequence, whatever else runs; S = 1."""
@@ -40,4 +43,4 @@ class Policy(Method):
     def step(self, model: Model, cache: KVCache, batch: Batch) -> Step:
         """The pass over each sequence's newest token, which writes what later passes will read of it."""
         hidden = model.forward(batch.newest(), cache, self.target)
-        return Step(hidden, [self.target.layers_kept] * len(batch))
+        return Step(hidden, [self.target.layers_kept] * len(batch), self.target.layers_kept)

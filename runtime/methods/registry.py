@@ -8,7 +8,7 @@ from typing import Any
 
 from ...loaders.config import ModelConfig
 from ..errors import RequestError
-from . import auto, autoregressive, clasp, dynamic_exit, knapspec, layerskip, lookup, swift
+from . import auto, autoregressive, clasp, dmtd, dynamic_exit, knapspec, layerskip, lookup, swift
 from .base import Method
 
 _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
@@ -16,6 +16,7 @@ _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "autoregressive": (autoregressive.Autoregressive, autoregressive.Options),
     "clasp": (clasp.Clasp, clasp.Options),
     "del": (dynamic_exit.DynamicExit, dynamic_exit.Options),
+    "dmtd": (dmtd.DirectMultiToken, dmtd.Options),
     "knapspec": (knapspec.KnapSpec, knapspec.Options),
     "layerskip": (layerskip.LayerSkip, layerskip.Options),
     "lookup": (lookup.Lookup, lookup.Options),
@@ -46,7 +47,7 @@ class MethodSpec:
             raise RequestError(f"method: expected {owner}, which a {kind} checkpoint is made for, got {self.name}")
         if own and owner is None:
             raise RequestError(f"method {self.name}: expected model_type {' or '.join(own)}, got {kind}")
-        return _METHODS[self.name][0](self.options, config.num_layers)
+        return _METHODS[self.name][0].fit(self.options, config)
 
 
 def names() -> list[str]:
