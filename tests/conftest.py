@@ -1,8 +1,11 @@
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -77,3 +80,105 @@ def demo() -> Engine:
     """The packaged model, in its own dtype."""
     pytest.importorskip("gguf", reason="the demo model's packages are not installed")
     return Engine.load("demo")
+
+
+class Audit:
+    """An engine's op table that knows which slots every layer has written, and fails where another is read.
+
+    `ran` lists the sub-layers that were run, in order, each with the number of rows it ran for; `reads` counts slots
+    read. A page that is reserved anew holds nothing; a fork and the compaction of a tree carry what they copy.
+    """
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, kv = engine._loaded()
+        self.ran: list[tuple[int, int]] = []
+        self.reads = 0
+        self.written = torch.zeros(kv.keys.shape[0], kv.keys.shape[1], kv.page_size, dtype=torch.bool)
+        self._size = kv.page_size
+        self._table, self._reserve, self._fork = model.ops, kv.reserve, kv.fork
+        self._layers = {kv.keys[i].data_ptr(): i for i in range(len(kv.keys))}
+        self._mlps = {id(layer.up): i for i, layer in enumerate(model.layers)}
+        self._passes: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+        self._real = torch.empty(0, dtype=torch.bool)
+        watched = ("qkv_rope_append", "attend", "fill_kv", "compact", "linear")
+        ops = replace(model.ops, index=self._index, **{name: self._watch(name) for name in watched})
+        monkeypatch.setattr(model, "ops", ops)
+        monkeypatch.setattr(kv, "reserve", self._reserved)
+        monkeypatch.setattr(kv, "fork", self._forked)
+
+    def _watch(self, name: str) -> Callable[..., Any]:
+        op, note = getattr(self._table, name), getattr(self, f"_{name}")
+
+        def watched(*args: Any, **options: Any) -> Any:
+            given = signature(op).bind(*args, **options)
+            given.apply_defaults()
+            note(**given.arguments)
+            return op(*args, **options)
+
+        return watched
+
+    def _index(self, *args: Any, **options: Any) -> Any:
+        laid = self._table.index(*args, **options)
+        given = signature(self._table.index).bind(*args, **options)
+        given.apply_defaults()
+        self._passes[laid], self._real = given.arguments, given.arguments["sequence"] >= 0
+        return laid
+
+    def _qkv_rope_append(self, keys: Any, slots: Any, active: Any, write: Any, **_: Any) -> None:
+        layer, rows = self._layers[keys.data_ptr()], slice(None) if write is None else write
+        self.written[layer, slots.page[rows], slots.offset[rows]] = True
+        self._real = slots.page > 0
+        self._note(2 * layer, active)
+
+    def _linear(self, weight: Any, active: Any, **_: Any) -> None:
+        if id(weight) in self._mlps:
+            self._note(2 * self._mlps[id(weight)] + 1, active)
+
+    def _note(self, sublayer: int, active: Any) -> None:
+        self.ran.append((sublayer, int((self._real if active is None else self._real & active).sum())))
+
+    def _fill_kv(self, rows: Any, keys: Any, slots: Any, **_: Any) -> None:
+        first = self._layers[keys.data_ptr()]
+        for layer, count in enumerate(rows.count.tolist()):
+            row = rows.row[layer, :count].long()
+            self.written[first + layer, slots.page[row], slots.offset[row]] = True
+
+    def _attend(self, keys: Any, index: Any, window: Any, active: Any, **_: Any) -> None:
+        layer, laid = self._layers[keys.data_ptr()], self._passes[index]
+        tree, real = laid["tree"], laid["sequence"] >= 0
+        for row in torch.nonzero(real if active is None else real & active).flatten().tolist():
+            at = int(laid["position"][row])
+            slot = torch.arange(0 if window is None else max(0, at - window + 1), at + 1)
+            if tree is not None:
+                depth = slot - tree.length[row]
+                slot = torch.where(depth < 0, slot, tree.slot[row, depth.clamp(min=0)])
+            page = laid["block_table"][laid["sequence"][row], slot // self._size]
+            seen = self.written[layer, page, slot % self._size]
+            self.reads += len(slot)
+            assert seen.all(), f"layer {layer} reads slot {slot[~seen][0]}, which was never written there"
+
+    def _compact(self, block_table: Any, path: Any, accepted: Any, length: Any, **_: Any) -> None:
+        written = self.written.clone()
+        for row, count in enumerate(accepted.tolist()):
+            for depth in range(count + 1):
+                here, there = int(length[row] + path[row, depth]), int(length[row]) + depth
+                source, target = (block_table[row, slot // self._size] for slot in (here, there))
+                self.written[:, target, there % self._size] = written[:, source, here % self._size]
+
+    def _reserved(self, tokens: int) -> list[int]:
+        pages = self._reserve(tokens)
+        self.written[:, pages] = False
+        return pages
+
+    def _forked(self, pages: list[int], length: int, tokens: int) -> list[int]:
+        child = self._fork(pages, length, tokens)
+        full, part = divmod(length, self._size)
+        if part:
+            self.written[:, child[full], :part] = self.written[:, pages[full], :part]
+        return child
+
+
+@pytest.fixture
+def audit(monkeypatch: pytest.MonkeyPatch) -> Callable[[Engine], Audit]:
+    """Watch an engine until the test ends: `audit(engine)` fails a pass that reads a hole."""
+    return lambda engine: Audit(engine, monkeypatch)
