@@ -193,8 +193,8 @@ class Batch:
         token = [token for _, s, count in given for token in s.tokens[len(s.tokens) - count :]]
         position = [at for _, s, count in given for at in range(len(s.tokens) - count, len(s.tokens))]
         sequence = [number for number, _, count in given for _ in range(count)]
-        columns = (torch.tensor(column, device=self.device) for column in (token, position, sequence))
-        return Rows(*columns, self.block_table, self.tile)
+        table = torch.tensor([token, position, sequence], device=self.device)
+        return Rows(table[0], table[1], table[2], self.block_table, self.tile)
 
     def nodes(self, tokens: Tensor, count: Tensor, lineage: Lineage) -> Rows:
         """Rows for `tokens` int64 [S, K], a tree above each sequence's cache; the first `count` [S] are real."""

@@ -17,10 +17,10 @@ class Rows:
 
     token, position and sequence are int64 [R]; `sequence` names a row of `block_table` int64 [S, pages], -1 marks a
     row that belongs to none and whose results nobody reads. A row's keys and values go to logical slot `slot` int64
-    [R], its position (what RoPE sees) without one; rows that are not consecutive tokens say in `tree` where the keys of
-    their own path lie. `angle` int64 [R]: what RoPE sees where that is not the position, because the cache leaves tokens
-    out. `active` bool [2L, R] says which sub-layers run for each row, all of them
-    without it: one that does not is the identity and writes no keys and values.
+    [R], its position without one; rows that are not consecutive tokens say in `tree` where the keys of their own path
+    lie. RoPE sees `angle` int64 [R], the position without one: they differ where a cache leaves tokens out. `active`
+    bool [2L, R] says which sub-layers run for each row, all of them without it: one that does not is the identity and
+    writes no keys and values.
     `tile` is the number of rows every product is padded to.
     """
 

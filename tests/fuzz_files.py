@@ -143,8 +143,15 @@ class Folder:
         self.config = ModelConfig.parse(fields, "config.json")
         tensors = checkpoint_tensors(synthetic_weights(self.config, 0, torch.bfloat16), self.config)
         self.single, self.sharded, self.text = root / "single", root / "sharded", root / "text"
+        self.split = root / "split"
         save_checkpoint(self.single, fields, tensors)
         save_checkpoint(self.sharded, fields, tensors, max_shard_bytes=8000)
+        cycle = synthetic_config("tiny-dmtd") | {
+            "num_hidden_layers": 2, "num_thinking_layers": 1, "num_decoding_layers": 1, "hidden_size": 16,
+            "head_dim": 4, "intermediate_size": 8, "vocab_size": 400,
+        }  # fmt: skip
+        split = ModelConfig.parse(cycle, "config.json")
+        save_checkpoint(self.split, cycle, checkpoint_tensors(synthetic_weights(split, 0, torch.bfloat16), split))
         self.text.mkdir()
         (self.text / "tokenizer.json").write_bytes(_tokenizer())
         settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE}
@@ -152,7 +159,8 @@ class Folder:
         (self.text / "chat_template.jinja").write_text(TEMPLATE)
         self.kinds: dict[str, tuple[Path, Callable[[bytes, random.Random], bytes], Callable[[], None]]] = {
             "safetensors": (self.single / "model.safetensors", mutated_safetensors, self._load),
-            "config": (self.single / "config.json", mutated, self._configure),
+            "config": (self.single / "config.json", mutated, lambda: self._configure(self.single)),
+            "cycle": (self.split / "config.json", mutated, lambda: self._configure(self.split)),
             "index": (self.sharded / "model.safetensors.index.json", mutated, self._open_shards),
             "tokenizer": (self.text / "tokenizer.json", mutated, self._tokenize),
             "settings": (self.text / "tokenizer_config.json", mutated, self._tokenize),
@@ -166,10 +174,10 @@ class Folder:
                     checkpoint.read(name).double().sum()
         load_weights(self.single, self.config, torch.float32)
 
-    def _configure(self) -> None:
-        config = ModelConfig.load(self.single)
+    def _configure(self, folder: Path) -> None:
+        config = ModelConfig.load(folder)
         field_shapes(config)
-        load_weights(self.single, config, torch.float32)
+        load_weights(folder, config, torch.float32)
 
     def _open_shards(self) -> None:
         load_weights(self.sharded, self.config, torch.float32)
@@ -238,7 +246,7 @@ def fuzz(kind: str, examples: int, seed: int = 0) -> Counter[str]:
     return outcomes
 
 
-KINDS = ("safetensors", "config", "index", "tokenizer", "settings", "template")
+KINDS = ("safetensors", "config", "cycle", "index", "tokenizer", "settings", "template")
 
 
 @contextlib.contextmanager

@@ -89,7 +89,9 @@ def test_the_audit_sees_a_hole(synthetic: Callable[..., Engine], audit: Callable
         cache.release(pages)
 
 
-def test_the_audit_sees_a_slot_of_an_earlier_holder(synthetic: Callable[..., Engine], audit: Callable[..., Any]) -> None:
+def test_the_audit_sees_a_slot_of_an_earlier_holder(
+    synthetic: Callable[..., Engine], audit: Callable[..., Any]
+) -> None:
     engine = synthetic("tiny")
     audit(engine)
     model, cache = engine._loaded()

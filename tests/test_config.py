@@ -1,12 +1,13 @@
 """ModelConfig against the values transformers gives, and every refusal by file and field."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import transformers
 
-from skipjack.loaders.config import ModelConfig, RopeScaling
+from skipjack.loaders.config import Cycle, ModelConfig, RopeScaling
 from skipjack.loaders.errors import ConfigError
 
 SMALL = {
@@ -167,8 +168,7 @@ REFUSED = [
     ("model_type", NOTHING, "model_type: expected a string, found no such field"),
     ("model_type", "mixtral", "model_type: expected a supported architecture .*llama, mistral, .*found 'mixtral'"),
     ("model_type", "ddllama", "supported architecture .* found 'ddllama'"),
-    ("model_type", "mtpqwen3", "supported architecture .* found 'mtpqwen3'"),
-    ("model_type", "dmtdqwen3", "supported architecture .* found 'dmtdqwen3'"),
+    ("model_type", "mtpqwen3", "num_encoding_layers: expected an integer from 0 to 6, found no such field"),
     ("model_type", "llama_mindskip", "supported architecture .* found 'llama_mindskip'"),
     ("model_type", 3, "model_type: expected a string, found 3"),
     ("architectures", ["LlamaForSequenceClassification"], "architectures: expected LlamaForCausalLM, found"),
@@ -245,6 +245,50 @@ def test_family_fields_refused(model_type, fields, message):
         merged.pop("num_hidden_layers")
     with pytest.raises(ConfigError, match=message):
         ModelConfig.parse(merged, "config.json")
+
+
+SPLIT = SMALL | {
+    "model_type": "mtpqwen3",
+    "architectures": ["MTPQwen3ForCausalLM"],
+    "num_encoding_layers": 1,
+    "num_thinking_layers": 3,
+    "num_decoding_layers": 2,
+    "mtp_horizon": 4,
+}
+
+
+@pytest.mark.parametrize("prefix", ["MTP", "DMTD"])
+def test_a_model_split_into_cycles_is_a_qwen3_that_says_so(prefix):
+    own = {"model_type": f"{prefix.lower()}qwen3", "architectures": [f"{prefix}Qwen3ForCausalLM"]}
+    config = ModelConfig.parse(SPLIT | own, "config.json")
+    assert config.cycle == Cycle(1, 3, 2, 4)
+    plain = ModelConfig.parse(SMALL | {"model_type": "qwen3"}, "config.json")
+    assert plain.cycle is None
+    assert replace(config, model_type="qwen3", cycle=None) == plain
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_encoding_layers", NOTHING, "num_encoding_layers: expected an integer from 0 to 6, found no such field"),
+        ("num_encoding_layers", None, "num_encoding_layers: expected an integer from 0 to 6, found None"),
+        ("num_encoding_layers", -1, "num_encoding_layers: expected an integer from 0 to 6, found -1"),
+        ("num_thinking_layers", 0, "num_thinking_layers: expected an integer from 1 to 6, found 0"),
+        ("num_thinking_layers", 7, "num_thinking_layers: expected an integer from 1 to 6, found 7"),
+        ("num_decoding_layers", "2", "num_decoding_layers: expected an integer from 1 to 6, found '2'"),
+        ("num_decoding_layers", 3, r"num_hidden_layers: expected the sum of num_encoding_layers, .* \(7\), found 6"),
+        ("num_thinking_layers", 2, r"num_hidden_layers: expected the sum of num_encoding_layers, .* \(5\), found 6"),
+        ("mtp_horizon", NOTHING, "mtp_horizon: expected an integer from 1 to 64, found no such field"),
+        ("mtp_horizon", 0, "mtp_horizon: expected an integer from 1 to 64, found 0"),
+        ("mtp_horizon", 65, "mtp_horizon: expected an integer from 1 to 64, found 65"),
+        ("mtp_horizon", True, "mtp_horizon: expected an integer from 1 to 64, found True"),
+        ("architectures", ["Qwen3ForCausalLM"], "architectures: expected MTPQwen3ForCausalLM, found"),
+    ],
+)
+def test_splits_refused(field, value, message):
+    fields = {name: kept for name, kept in (SPLIT | {field: value}).items() if kept is not NOTHING}
+    with pytest.raises(ConfigError, match=f"^config.json: {message}"):
+        ModelConfig.parse(fields, "config.json")
 
 
 @pytest.mark.parametrize(

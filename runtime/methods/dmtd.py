@@ -55,7 +55,7 @@ class Options:
 
 @dataclass
 class Memory:
-    """What a sequence's next head needs: e [1, H] of every token since the last one, and how many heads there were."""
+    """e [1, H] of each token that still has to think, and how many heads there have been."""
 
     waiting: list[Tensor] = field(default_factory=list[Tensor])
     heads: int = 0
@@ -66,7 +66,7 @@ class DirectMultiToken(Policy):
 
     e is the residual stream after the encoding layers, t after the thinking layers. A head takes the tokens that
     skipped the thinking layers through them with it, in one pass over their weights: their keys and values are the
-    true ones, late by less than a cycle.
+    true ones, late by less than a cycle. `encoding`, `thinking` and `decoding` are the passes a token is made of.
     """
 
     name = "dmtd"
@@ -75,11 +75,11 @@ class DirectMultiToken(Policy):
     def __init__(self, options: Options, num_layers: int, cycle: Cycle) -> None:
         super().__init__(options, num_layers)
         self._options, self._cycle = options, cycle
-        self._horizon = options.horizon or cycle.horizon
+        self.horizon = options.horizon or cycle.horizon
         think = cycle.encoding + cycle.thinking
-        self._encoding = self._full.between(0, cycle.encoding)
-        self._thinking = self._full.between(cycle.encoding, think)
-        self._decoding = self._full.between(think, num_layers)
+        self.encoding = self._full.between(0, cycle.encoding)
+        self.thinking = self._full.between(cycle.encoding, think)
+        self.decoding = self._full.between(think, num_layers)
 
     @classmethod
     def fit(cls, options: Any, config: ModelConfig) -> Method:
@@ -97,14 +97,9 @@ class DirectMultiToken(Policy):
         return method
 
     @property
-    def horizon(self) -> int:
-        """Tokens of a cycle."""
-        return self._horizon
-
-    @property
     def layers_by_token(self) -> list[float]:
         """The layers whose weights each token of a cycle reads."""
-        return [self._full.layers_kept] + [self.plan.layers_kept] * (self._horizon - 1)
+        return [self._full.layers_kept] + [self.plan.layers_kept] * (self.horizon - 1)
 
     @property
     def plan(self) -> LayerPlan:
@@ -122,33 +117,31 @@ class DirectMultiToken(Policy):
         for rows in prompt_rows(model, sequence):
             laid = model.lay(rows, cache)
             x = model.embed(laid)
-            model.run(laid, cache, self._encoding, x)
+            model.run(laid, cache, self.encoding, x)
             early = x.clone()
-            model.run(laid, cache, self._thinking, x)
+            model.run(laid, cache, self.thinking, x)
             x = self._late_prompt(laid, early, x)
-            model.run(laid, cache, self._decoding, x)
+            model.run(laid, cache, self.decoding, x)
             hidden = x[len(rows) - 1 : len(rows)]
         return Step(hidden, [self._full.layers_kept])
 
     def step(self, model: Model, cache: KVCache, batch: Batch) -> Step:
         laid = model.lay(batch.newest(), cache)
         x = model.embed(laid)
-        model.run(laid, cache, self._encoding, x)
+        model.run(laid, cache, self.encoding, x)
         early = x[: len(batch)].clone()
-        heads = [self._is_head(sequence) for sequence in batch.sequences]
-        if any(heads):
-            at = torch.tensor([i for i, head in enumerate(heads) if head], device=model.device)
-            x[at] += self._think(model, cache, batch, heads, early)
-        for sequence, head, e in zip(batch.sequences, heads, early.split(1), strict=True):
-            sequence.memory = self._remembered(sequence.memory, head, e)
-        model.run(laid, cache, self._decoding, x)
-        used = [self._full.layers_kept if head else self.plan.layers_kept for head in heads]
+        entering = [self._entering(sequence, early[i : i + 1]) for i, sequence in enumerate(batch.sequences)]
+        if any(entering):
+            heads = torch.tensor([i for i, rows in enumerate(entering) if rows], device=model.device)
+            x[heads] += self._think(model, cache, batch, entering)
+        model.run(laid, cache, self.decoding, x)
+        used = [self._full.layers_kept if rows else self.plan.layers_kept for rows in entering]
         return Step(x[: len(batch)], used, max(used))
 
     def _is_head(self, sequence: Sequence) -> bool:
         """Whether the sequence's newest token, the next to be read, starts a cycle."""
         start = len(sequence.prompt) if self._options.phase == "prompt" else 0
-        return (sequence.cached - start) % self._horizon == 0
+        return (sequence.cached - start) % self.horizon == 0
 
     def _late_prompt(self, laid: Pass, e: Tensor, t: Tensor) -> Tensor:
         """The late input of prompt rows [R, H]."""
@@ -156,28 +149,31 @@ class DirectMultiToken(Policy):
             return t
         if self._options.prefill == "readd":
             return e + t
-        head = laid.rows.position % self._horizon == 0
+        head = laid.rows.position % self.horizon == 0
         return torch.where(head[:, None], e + t, e)
 
-    def _think(self, model: Model, cache: KVCache, batch: Batch, heads: list[bool], early: Tensor) -> Tensor:
-        """t [heads, H] of the sequences whose newest token is a head; fills what their cycles have left open."""
-        memories: list[Memory] = [sequence.memory for sequence in batch.sequences]
-        counts = [len(memory.waiting) + 1 if head else 0 for memory, head in zip(memories, heads, strict=True)]
-        entering = [
-            e
-            for memory, head, newest in zip(memories, heads, early.split(1), strict=True)
-            if head
-            for e in (*memory.waiting, newest)
-        ]
-        rows = batch.recent(counts)
-        if self._options.history == "shadow":
-            place = [len(s.prompt) + s.memory.heads for s, head in zip(batch.sequences, heads, strict=True) if head]
-            rows = replace(rows, position=torch.tensor(place, device=model.device), angle=rows.position)
-        thought = model.forward(rows, cache, self._thinking, torch.cat(entering))
-        ends = torch.tensor([count for count in counts if count], device=model.device).cumsum(0)
-        return thought[ends - 1]
+    def _entering(self, sequence: Sequence, e: Tensor) -> list[Tensor]:
+        """The rows that go through the thinking layers with the newest token, whose e is given; none but for a head."""
+        memory: Memory = sequence.memory
+        if not self._is_head(sequence):
+            if self._options.history == "real":
+                memory.waiting.append(e)
+            return []
+        entering, memory.waiting = [*memory.waiting, e], []
+        memory.heads += 1
+        return entering
 
-    def _remembered(self, memory: Memory, head: bool, e: Tensor) -> Memory:
-        if head:
-            return Memory(heads=memory.heads + 1)
-        return memory if self._options.history == "shadow" else Memory([*memory.waiting, e], memory.heads)
+    def _think(self, model: Model, cache: KVCache, batch: Batch, entering: list[list[Tensor]]) -> Tensor:
+        """t [heads, H] of the heads of a batch; fills what their cycles have left open.
+
+        Without refill the thinking layers hold the prompt and the heads, one after the other.
+        """
+        rows = batch.recent([len(own) for own in entering])
+        if self._options.history == "shadow":
+            place = [
+                len(s.prompt) + s.memory.heads - 1 for s, own in zip(batch.sequences, entering, strict=True) if own
+            ]
+            rows = replace(rows, position=torch.tensor(place, device=model.device), angle=rows.position)
+        thought = model.forward(rows, cache, self.thinking, torch.cat([e for own in entering for e in own]))
+        last = torch.tensor([len(own) for own in entering if own], device=model.device).cumsum(0) - 1
+        return thought[last]

@@ -1,0 +1,64 @@
+"""`skipjack bench dmtd`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def dmtd(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A DMTD model folder, or synthetic:SHAPE:LATE_SCALE.")
+    ] = "synthetic:tiny-dmtd:1",
+    horizon: Annotated[list[int] | None, typer.Option(min=1, max=64, help="Repeatable; default: 2, 3, 4, 6.")] = None,
+    batch: Annotated[int, typer.Option(min=1, max=16, help="Sequences decoded together.")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each.")] = 97,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs measured, after one to warm up.")] = 5,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    output: Annotated[Path | None, typer.Option(help="Write the lines as JSON here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Direct Multi-Token Decoding: measured speed over plain decoding, the cost model's prediction, and the bound."""
+    from .cycles import compare
+    from .machine import describe
+    from .methods import load
+
+    notes, machine = Console(stderr=True, highlight=False), describe()
+    with load(model, dtype, "dmtd") as engine:
+        notes.print(f"{model}: {engine.dtype}, {engine.backend}")
+        lines = compare(engine, horizon or (2, 3, 4, 6), batch, max_tokens, pairs, notes.print)
+        result = {
+            "bench": "dmtd",
+            "machine": machine,
+            "model": model,
+            "backend": engine.backend,
+            "dtype": str(engine.dtype).removeprefix("torch."),
+            "lines": [asdict(line) for line in lines],
+        }
+    if not all(line.identical for line in lines):
+        notes.print("NOT IDENTICAL to a teacher-forced pass: no speed is reported", style="bold red")
+        raise typer.Exit(1)
+    if output:
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    table = Table("horizon", "batch", "speed ÷ plain", "p10–p90", "predicted", "tokens / weight pass", "bound")
+    for line in lines:
+        spread = f"{line.speed_low:.2f}–{line.speed_high:.2f}"
+        table.add_row(
+            str(line.horizon),
+            str(line.batch),
+            f"{line.speed:.2f}",
+            spread,
+            f"{line.predicted:.2f}",
+            f"{line.tokens_per_weight_pass:.2f}",
+            f"{line.bound:.2f}",
+        )
+    Console(highlight=False).print(table)
