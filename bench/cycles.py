@@ -65,7 +65,7 @@ def compare(
         for horizon in horizons:
             method = registry.parse(f"dmtd:horizon={horizon}").build(engine.config)
             assert isinstance(method, DirectMultiToken)
-            identical = _as_taught(model, cache, prompts[0], method, min(tokens, 3 * horizon))
+            identical = _as_taught(model, cache, prompts[0], method, min(tokens, 8 * horizon))
             speeds: list[float] = []
             counted = Counters()
             for pair in range(pairs + 1):

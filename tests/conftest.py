@@ -108,9 +108,10 @@ class Audit:
 
     def _watch(self, name: str) -> Callable[..., Any]:
         op, note = getattr(self._table, name), getattr(self, f"_{name}")
+        takes = signature(op)
 
         def watched(*args: Any, **options: Any) -> Any:
-            given = signature(op).bind(*args, **options)
+            given = takes.bind(*args, **options)
             given.apply_defaults()
             note(**given.arguments)
             return op(*args, **options)

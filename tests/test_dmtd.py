@@ -16,11 +16,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from skipjack import Engine, RequestError, SamplingParams
+from skipjack.bench import cycles
 from skipjack.loaders.config import Cycle, ModelConfig
 from skipjack.loaders.save import save_checkpoint
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.loaders.weights import checkpoint_tensors
+from skipjack.runtime import cli
 from skipjack.runtime import engine as engine_module
+from skipjack.runtime.costs import Costs
 from skipjack.runtime.methods import registry
 from skipjack.runtime.methods.dmtd import DirectMultiToken
 from skipjack.runtime.report import report
@@ -333,3 +336,33 @@ def test_the_kernels_give_the_ids_of_the_torch_table(audit: Callable[..., Any]) 
             outputs = table.generate([[5, 9, 11], [7]], SamplingParams(max_tokens=4, ignore_eos=True))
             seen.append(([output.token_ids for output in outputs], watched.ran))
     assert seen[0] == seen[1]
+
+
+def test_bench_shows_measure_prediction_and_bound(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", "dmtd", "--horizon", "4", "--batch", "2", "--max-tokens", "9", "--pairs", "1", "--json"]
+    assert cli.run(command) == 0
+    (line,) = json.loads(capsys.readouterr().out)["lines"]
+    assert line["identical"]
+    assert line["tokens_per_weight_pass"] == pytest.approx(line["bound"])
+    assert line["bound"] == pytest.approx(engine().generate([5], SamplingParams(max_tokens=1)).stats.weight_pass_bound)
+    assert line["speed"] > 0
+
+    think = DirectMultiToken._think
+    monkeypatch.setattr(DirectMultiToken, "_think", lambda *given: -think(*given))
+    assert cli.run(command) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "NOT IDENTICAL" in shown.err
+
+
+def test_the_cost_models_prediction() -> None:
+    """Full passes take 10, of which 2 whatever is skipped; a second tile of rows adds 6."""
+    costs = Costs(sublayers=16, tile=8, full=10.0, per_tile=6.0, fixed=2.0)
+    method = registry.parse("dmtd").build(parsed())
+    assert isinstance(method, DirectMultiToken)
+    assert cycles.predict(costs, method, 1) == pytest.approx(4 * 10 / (4 * (2 + 8 / 4) + 8 * 6 / 8))
+    alone = costs.part(method.thinking, 8)
+    assert costs.part(method.thinking, 16) == pytest.approx(alone * 16 / 10), "four heads fill two tiles"
+    assert cycles.predict(costs, method, 4) == pytest.approx(4 * 10 / (4 * 4 + alone * 16 / 10))
