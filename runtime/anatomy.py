@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "max_context": config.max_context,
         "tied_head": tied,
         "position": _position(config),
+        "cycle": None if config.cycle is None else asdict(config.cycle),
         "window": None if config.window is None else {"size": config.window, "layers": sum(config.window_layers)},
         "parts": parts,
         "parameters": sum(count for _, count, _ in tensors),
@@ -65,7 +67,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "read_per_token": {"weight_bytes": sum(part["bytes"] for part in read), "kv_bytes_per_position": kv_bytes},
         "h": parts["head"]["parameters"] / layer if layer else None,
         **_text_files(folder),
-        "methods": _methods(),
+        "methods": _methods(config),
     }
 
 
@@ -76,6 +78,7 @@ def show(anatomy: dict[str, Any]) -> None:
     from .terminal import answers
 
     position, window, read = anatomy["position"], anatomy["window"], anatomy["read_per_token"]
+    cycle: dict[str, int] | None = anatomy["cycle"]
     rows = [
         ("folder", anatomy["folder"]),
         ("architecture", f"{anatomy['model_type']}, {anatomy['dtype']}"),
@@ -88,6 +91,7 @@ def show(anatomy: dict[str, Any]) -> None:
         ("context", str(anatomy["max_context"])),
         ("position", ", ".join(f"{key} {value}" for key, value in position.items()).removeprefix("kind ")),
         ("window", "none" if window is None else f"{window['size']} in {window['layers']} layers"),
+        *([("cycle", ", ".join(f"{part} {value}" for part, value in cycle.items()))] if cycle else []),
         ("tokenizer", "present" if anatomy["tokenizer"] else "absent: use --prompt-ids"),
         ("chat template", "present" if anatomy["chat_template"] else "absent"),
         ("read per token", f"{_readable(read['weight_bytes'])} of weights"),
@@ -135,10 +139,10 @@ def _text_files(folder: Path) -> dict[str, bool]:
     return {"tokenizer": (folder / "tokenizer.json").is_file(), "chat_template": template is not None}
 
 
-def _methods() -> list[str]:
+def _methods(config: ModelConfig) -> list[str]:
     from .methods import registry
 
-    return registry.names()
+    return registry.names(config.model_type)
 
 
 def _readable(count: int) -> str:

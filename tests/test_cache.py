@@ -64,6 +64,7 @@ def test_a_fork_shares_full_pages_and_copies_the_partial_one() -> None:
         "swift:skip_attention=2+4,skip_mlp=3,threshold=0.0",
         "swift:skip_attention=2+4,tree=true,threshold=0.0,max_nodes=9",
         "swift:search_budget=0.9,window=8",
+        "layerskip:exit_layer=3,verify=false",
     ],
 )
 def test_no_pass_reads_a_hole(synthetic: Callable[..., Engine], audit: Callable[..., Any], method: str) -> None:

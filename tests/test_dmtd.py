@@ -23,6 +23,7 @@ from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.loaders.weights import checkpoint_tensors
 from skipjack.runtime import cli
 from skipjack.runtime import engine as engine_module
+from skipjack.runtime.anatomy import examine
 from skipjack.runtime.costs import Costs
 from skipjack.runtime.methods import registry
 from skipjack.runtime.methods.dmtd import DirectMultiToken
@@ -303,6 +304,10 @@ def test_sharded_checkpoints_load(tmp_path: Path, model_type: str) -> None:
             loaded.generate(PROMPTS[0], params, method="swift")
     with pytest.raises(RequestError, match=f"expected dmtd, which a {model_type} checkpoint is made for, got autoreg"):
         Engine.load(tmp_path / "m")
+    anatomy = examine(tmp_path / "m")
+    assert anatomy["cycle"] == {"encoding": 0, "thinking": 6, "decoding": 2, "horizon": 4}
+    assert anatomy["methods"] == ["dmtd"]
+    assert "dmtd" not in registry.names("qwen3")
 
 
 def test_what_does_not_fit_is_refused(synthetic: Callable[..., Engine]) -> None:

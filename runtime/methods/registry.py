@@ -41,18 +41,15 @@ class MethodSpec:
         Raises:
             RequestError: the options do not fit it, or its checkpoint is made for another method.
         """
-        kind, own = config.model_type, _METHODS[self.name][0].checkpoints
-        owner = next((name for name, (method, _) in _METHODS.items() if kind in method.checkpoints), None)
-        if owner is not None and kind not in own:
-            raise RequestError(f"method: expected {owner}, which a {kind} checkpoint is made for, got {self.name}")
-        if own and owner is None:
-            raise RequestError(f"method {self.name}: expected model_type {' or '.join(own)}, got {kind}")
+        mismatch = _mismatch(self.name, config.model_type)
+        if mismatch:
+            raise RequestError(mismatch)
         return _METHODS[self.name][0].fit(self.options, config)
 
 
-def names() -> list[str]:
-    """The methods of this version."""
-    return list(_METHODS)
+def names(model_type: str | None = None) -> list[str]:
+    """The methods of this version; with `model_type`, those that run checkpoints of it."""
+    return [name for name in _METHODS if model_type is None or _mismatch(name, model_type) is None]
 
 
 def parse(text: str) -> MethodSpec:
@@ -76,6 +73,17 @@ def parse(text: str) -> MethodSpec:
             raise RequestError(f"method {name}: expected {key}=VALUE once, got {item!r}")
         values[key] = _convert(name, key, value, types[key])
     return MethodSpec(name, options(**values))
+
+
+def _mismatch(name: str, model_type: str) -> str | None:
+    """Why a method cannot run checkpoints of a `model_type`: they, or it, are made for another; None if it can."""
+    own = _METHODS[name][0].checkpoints
+    owner = next((other for other, (method, _) in _METHODS.items() if model_type in method.checkpoints), None)
+    if owner is not None and model_type not in own:
+        return f"method: expected {owner}, which a {model_type} checkpoint is made for, got {name}"
+    if own and owner is None:
+        return f"method {name}: expected model_type {' or '.join(own)}, got {model_type}"
+    return None
 
 
 def _convert(method: str, key: str, value: str, kind: Any) -> object:
