@@ -14,12 +14,13 @@ from rich.table import Table
 
 from ..runtime.errors import ConfigError
 from .commands import accept, figures, peers, project, serve, table
+from .unified_command import unified
 
 if TYPE_CHECKING:
     from .exact import Line
 
 app = typer.Typer(add_completion=False)
-for command in (peers, accept, serve, project, figures, table):
+for command in (peers, accept, serve, project, figures, table, unified):
     app.command()(command)
 
 
