@@ -137,7 +137,8 @@ class Model:
 
     def rotations(self, rows: Rows, cache: KVCache) -> Rope | None:
         """The rotation of each row; None for a model without rotary embedding."""
-        return self._rotary.rows(rows.position, rows.longest(cache.page_size)) if self._rotary else None
+        longest = rows.longest(cache.page_size)
+        return self._rotary.rows(rows.position, longest, rows.prompt) if self._rotary else None
 
     def logits(self, x: Tensor, vocabulary: int = 0) -> Tensor:
         """Final norm and LM head: [R, H] → [R, V]; outside the first `vocabulary` tokens, 0 being all of them, −∞."""

@@ -19,7 +19,8 @@ class Rows:
     row that belongs to none and whose results nobody reads. A row's keys and values go to logical slot `slot` int64
     [R], its position (what RoPE sees) without one; rows that are not consecutive tokens say in `tree` where the keys of
     their own path lie. `active` bool [2L, R] says which sub-layers run for each row, all of them
-    without it: one that does not is the identity and writes no keys and values.
+    without it: one that does not is the identity and writes no keys and values. `prompt` is the prompt's length where
+    the rows are tokens of a prompt, which may rotate otherwise than generated ones.
     `tile` is the number of rows every product is padded to.
     """
 
@@ -31,6 +32,7 @@ class Rows:
     slot: Tensor | None = None
     tree: Tree | None = None
     active: Tensor | None = None
+    prompt: int | None = None
 
     def __len__(self) -> int:
         return self.token.shape[0]
@@ -53,6 +55,7 @@ class Rows:
                 functional.pad(self.tree.length, (0, missing)), functional.pad(self.tree.slot, (0, 0, 0, missing))
             ),
             None if self.active is None else functional.pad(self.active, (0, missing)),
+            self.prompt,
         )
 
     def longest(self, page_size: int) -> int:
@@ -66,8 +69,13 @@ class Rows:
         return torch.where(self.sequence >= 0, page, 0), slot % page_size
 
 
-def one_sequence(tokens: list[int], start: int, pages: list[int], tile: int, device: torch.device) -> Rows:
-    """Rows for consecutive `tokens` from position `start` of the sequence that lies in `pages`."""
+def one_sequence(
+    tokens: list[int], start: int, pages: list[int], tile: int, device: torch.device, *, prompt: int | None = None
+) -> Rows:
+    """Rows for consecutive `tokens` from position `start` of the sequence that lies in `pages`.
+
+    `prompt` is the length of the prompt they belong to; None for generated tokens.
+    """
     position = torch.arange(start, start + len(tokens), device=device)
     token, table = torch.tensor(tokens, device=device), torch.tensor([pages], device=device)
-    return Rows(token, position, torch.zeros_like(position), table, tile)
+    return Rows(token, position, torch.zeros_like(position), table, tile, prompt=prompt)
