@@ -16,12 +16,12 @@ import torch
 
 from ..kernels import ops
 from ..loaders.config import ModelConfig
-from ..loaders.demo import demo_folder
+from ..loaders.locate import locate
 from ..loaders.tokenizer import Tokenizer
 from ..loaders.weights import Weights, load_weights
 from .cache import KVCache
 from .decode import decode, prefill
-from .errors import CapacityError, ConfigError, RequestError
+from .errors import CapacityError, RequestError
 from .forced import Forced, Scored
 from .graphs import Graphs, Rounds
 from .methods import registry
@@ -99,14 +99,14 @@ class Engine:
         cache_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> Engine:
-        """Load a model folder, or "demo" for the packaged one.
+        """Load a model folder, "demo" for the packaged one, or `org/name` (`org/name@revision`) from the hub.
 
         `device` auto is the GPU where there is one; `backend` auto is "triton" on a GPU and "torch" on the CPU. `dtype`
         auto is the checkpoint's own. `cache_tokens` bounds the tokens all running requests hold together.
         `progress` is called with a label, what is done and what there is to do.
 
         Raises:
-            ConfigError, CheckpointError, TokenizerError: the folder is not a model this version runs.
+            ConfigError, CheckpointError, TokenizerError: there is no such model, or this version does not run it.
             RequestError: an argument is not one of its choices.
         """
         spec = registry.parse(method)
@@ -115,9 +115,7 @@ class Engine:
         _one_of("numerics", numerics, ("exact",))
         place = _place(device)
         _table(backend, place)
-        folder = demo_folder(progress) if str(model) == "demo" else Path(model)
-        if not folder.is_dir():
-            raise ConfigError(f"model: no such folder: {folder}")
+        folder = locate(model, progress)
         config = ModelConfig.load(folder)
         spec.build(config)
         tokenizer = Tokenizer.load(folder, config)
