@@ -83,10 +83,10 @@ def _show(patterns: Sequence[Pattern], batches: Sequence[Batch], scaling: Sequen
     console = Console(highlight=False)
     names = [name for name in dict.fromkeys(line.pattern for line in patterns) if name != "full"]
     cells = {(line.category, line.speedup, line.pattern): line for line in patterns}
-    table = Table("category", "speed-up", "layers", *names, title="agreement with the full model · nats per token")
+    table = Table("category", "speed-up", "layers", *names, title="agreement with the full model / nats per token")
     for category, speedup in dict.fromkeys((line.category, line.speedup) for line in patterns if line.pattern in names):
         own = [cells[category, speedup, name] for name in names]
-        shares = [f"{line.agreement:.2f} · {line.nll:.2f}" for line in own]
+        shares = [f"{line.agreement:.2f}/{line.nll:.1f}" for line in own]
         table.add_row(category, f"{speedup:g}", str(own[0].kept), *shares)
     console.print(table)
     table = Table("speed-up", "batch", "identical to alone")
@@ -104,6 +104,6 @@ def _show(patterns: Sequence[Pattern], batches: Sequence[Batch], scaling: Sequen
             f"{line.measured:.2f}",
             f"{line.measured_p10:.2f}–{line.measured_p90:.2f}",
             f"{line.predicted:.2f}",
-            f"{line.reached:.2f}",
+            f"{line.ratio:.2f}",
         )
     console.print(table)
