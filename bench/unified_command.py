@@ -93,12 +93,11 @@ def _show(patterns: Sequence[Pattern], batches: Sequence[Batch], scaling: Sequen
     for line in batches:
         table.add_row(f"{line.speedup:g}", str(line.batch), f"{line.identical} of {line.prompts}")
     console.print(table)
-    table = Table("speed-up", "batch", "layers", "tokens/s", "plain", "measured", "p10–p90", "predicted", "ratio")
+    table = Table("speed-up", "batch", "tokens/s", "plain", "measured", "p10–p90", "predicted", "ratio")
     for line in scaling:
         table.add_row(
             f"{line.speedup:g}",
             str(line.batch),
-            f"{line.kept} of {line.of}",
             f"{line.tokens_per_s:.1f}",
             f"{line.plain_tokens_per_s:.1f}",
             f"{line.measured:.2f}",
