@@ -17,7 +17,7 @@ from .methods import head_layers
 from .prompts import Prompt, source
 
 PLAIN = agreement.PLAIN
-SPEEDUPS = (1.5, 2.0, 3.0, 5.0)
+SPEEDUPS = (1.25, 1.5, 2.0, 3.0, 5.0)
 SCALING = (2.0, 3.0, 5.0)
 BATCHES = (1, 8)
 SEEDS = (0, 1, 2)

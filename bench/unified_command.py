@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .unified import Batch, Pattern, Scale
+    from .unified import Batch, Pattern
 
 
 def unified(
@@ -35,12 +35,12 @@ def unified(
 ) -> None:
     """Unified Layer Skipping: which pattern keeps the text, whether batches agree, and what time is saved."""
     from . import unified as experiments
-    from .machine import describe
     from .methods import load
     from .prompts import load as load_prompts
-    from .unified_picture import draw
+    from .record import header, show, write
+    from .unified_picture import draw, sheet
 
-    chosen, machine = load_prompts(prompts, per_category), describe()
+    chosen = load_prompts(prompts, per_category)
     notes = Console(stderr=True, highlight=False)
 
     def progress(text: str) -> None:
@@ -48,6 +48,7 @@ def unified(
 
     with load(model, dtype) as engine:
         notes.print(f"{len(chosen)} prompts, {max_tokens} tokens each, {engine.dtype}, {engine.backend}")
+        start = header("unified", engine, model)
         patterns = experiments.patterns(engine, chosen, max_tokens, progress)
         batches = experiments.batches(engine, chosen, max_tokens, progress)
         if any(line.agreement != 1 for line in patterns if line.pattern == "full"):
@@ -58,11 +59,7 @@ def unified(
             raise typer.Exit(1)
         scaling = experiments.scaling(engine, chosen, max_tokens, pairs, progress)
         result = {
-            "bench": "unified",
-            "machine": machine,
-            "model": model,
-            "backend": engine.backend,
-            "dtype": str(engine.dtype).removeprefix("torch."),
+            **start,
             "max_tokens": max_tokens,
             "prompts": len(chosen),
             "patterns": [asdict(line) for line in patterns],
@@ -70,16 +67,17 @@ def unified(
             "scaling": [asdict(line) for line in scaling],
         }
     if output:
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write(result, output)
     if picture:
-        draw(patterns, scaling, picture, f"{model}, {result['dtype']}, {machine['device']}")
+        draw(result, picture)
     if as_json:
         typer.echo(json.dumps(result))
     else:
-        _show(patterns, batches, scaling)
+        _show(patterns, batches)
+        show(sheet(result))
 
 
-def _show(patterns: Sequence[Pattern], batches: Sequence[Batch], scaling: Sequence[Scale]) -> None:
+def _show(patterns: Sequence[Pattern], batches: Sequence[Batch]) -> None:
     console = Console(highlight=False)
     names = [name for name in dict.fromkeys(line.pattern for line in patterns) if name != "full"]
     cells = {(line.category, line.speedup, line.pattern): line for line in patterns}
@@ -92,17 +90,4 @@ def _show(patterns: Sequence[Pattern], batches: Sequence[Batch], scaling: Sequen
     table = Table("speed-up", "batch", "identical to alone")
     for line in batches:
         table.add_row(f"{line.speedup:g}", str(line.batch), f"{line.identical} of {line.prompts}")
-    console.print(table)
-    table = Table("speed-up", "batch", "tokens/s", "plain", "measured", "p10–p90", "predicted", "ratio")
-    for line in scaling:
-        table.add_row(
-            f"{line.speedup:g}",
-            str(line.batch),
-            f"{line.tokens_per_s:.1f}",
-            f"{line.plain_tokens_per_s:.1f}",
-            f"{line.measured:.2f}",
-            f"{line.measured_p10:.2f}–{line.measured_p90:.2f}",
-            f"{line.predicted:.2f}",
-            f"{line.ratio:.2f}",
-        )
     console.print(table)

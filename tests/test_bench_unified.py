@@ -28,6 +28,9 @@ def test_all_three_experiments(arguments: list[str], tmp_path: Path, capsys: pyt
     assert cli.run([*arguments, *files]) == 0
     printed = capsys.readouterr()
     assert "agreement with the full model" in printed.out
+    assert "predicted" in printed.out
+    assert cli.run(["bench", "table", str(tmp_path / "u.json")]) == 0
+    assert "Unified Layer Skipping: synthetic:tiny:0.3, float32" in capsys.readouterr().out
     assert "scaling 2 of 2" in printed.err
     assert "<svg" in (tmp_path / "u.svg").read_text()
     result = json.loads((tmp_path / "u.json").read_text())
