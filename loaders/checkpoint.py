@@ -124,19 +124,35 @@ class Checkpoint:
         return self._maps[path]
 
 
-def _sharded(folder: Path) -> dict[str, TensorEntry]:
-    index_path = folder / INDEX_FILE
+def shard_names(index_path: Path) -> set[str]:
+    """The files an index names, all of them bare file names.
+
+    Raises:
+        CheckpointError: it is malformed.
+    """
+    return set(_read_index(index_path).values())
+
+
+def _read_index(index_path: Path) -> dict[str, str]:
+    """The file of every tensor."""
     weight_map = read_object(index_path, _MAX_INDEX_BYTES, CheckpointError).get("weight_map")
     places = as_object(weight_map)
     if not places:
         raise CheckpointError(f"{index_path}: weight_map: expected an object of file names, found {shown(weight_map)}")
     if len(places) > MAX_TENSORS:
         raise CheckpointError(f"{index_path}: weight_map: expected at most {MAX_TENSORS} entries, found {len(places)}")
-    shards = {_shard_name(index_path, name, shard) for name, shard in places.items()}
-    if len(shards) > _MAX_SHARDS:
-        raise CheckpointError(f"{index_path}: weight_map: expected at most {_MAX_SHARDS} files, found {len(shards)}")
+    named = {name: _shard_name(index_path, name, shard) for name, shard in places.items()}
+    shards = len(set(named.values()))
+    if shards > _MAX_SHARDS:
+        raise CheckpointError(f"{index_path}: weight_map: expected at most {_MAX_SHARDS} files, found {shards}")
+    return named
+
+
+def _sharded(folder: Path) -> dict[str, TensorEntry]:
+    index_path = folder / INDEX_FILE
+    places = _read_index(index_path)
     entries: dict[str, TensorEntry] = {}
-    for shard in sorted(shards):
+    for shard in sorted(set(places.values())):
         if not os.path.exists(folder / shard):
             raise CheckpointError(f"{index_path}: weight_map: expected the file {shown(shard)} beside it, found none")
         for name, entry in read_header(folder / shard).items():

@@ -20,13 +20,22 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched: none, by `factor`, or by Llama 3's bands of wavelengths (in positions)."""
+    """How rotary frequencies are stretched.
 
-    kind: Literal["default", "linear", "llama3"] = "default"
+    Not at all, by `factor` (linear), by Llama 3's bands of wavelengths in positions (llama3), by YaRN's ramp between
+    `beta_slow` and `beta_fast` turns over the original context, whose rotations are lengthened by `attention_factor`
+    (yarn), or through a base that grows with the length of a text beyond the original context (dynamic).
+    """
+
+    kind: Literal["default", "linear", "llama3", "yarn", "dynamic"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 0
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,8 @@ class Cycle:
 class ModelConfig:
     """The shape and the switches of a decoder-only model.
 
-    `max_context`, `window`: positions. A windowed token sees itself and the `window` - 1 tokens before it.
+    `max_context`, `window`: positions, the first with what a yarn or dynamic scaling adds. A windowed token sees itself
+    and the `window` - 1 tokens before it.
     `rope_layers`, `window_layers`: per layer, whether it rotates, whether it uses the window.
     `eos_token_ids`, `bos_token_id`: ids the model has; ids beyond the vocabulary cannot be produced and are left out.
     `cycle`: of a checkpoint made for Direct Multi-Token Decoding, None for every other.

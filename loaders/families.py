@@ -9,7 +9,7 @@ from .config import Cycle, ModelConfig
 from .errors import ConfigError
 from .fields import REQUIRED, Fields
 from .json_files import shown
-from .position_fields import MAX_LAYERS, MAX_POSITIONS, WindowRule, read_rope, read_rope_layers, read_window
+from .position_fields import MAX_LAYERS, MAX_POSITIONS, WindowRule, read_rope, read_rope_layers, read_window, stretched
 
 _MAX_VOCAB = 1 << 24
 _MAX_WIDTH = 1 << 20
@@ -96,6 +96,9 @@ def _rotary(fields: Fields, model_type: str, family: _Rotary) -> ModelConfig:
     rope_layers = read_rope_layers(fields, layers) if model_type == "smollm3" else (True,) * layers
     window, window_layers = read_window(fields, family.window, layers, rope_layers)
     theta, scaling = read_rope(fields, family.rope_theta, max_context)
+    head_dim = _head_dim(fields, hidden, heads, family.head_dim)
+    if scaling.kind == "dynamic" and head_dim == 2:
+        raise fields.refuse("head_dim", "more than 2 for a dynamic rope scaling", head_dim)
     vocab = fields.integer("vocab_size", 1, _MAX_VOCAB)
     return ModelConfig(
         model_type=model_type,
@@ -105,8 +108,8 @@ def _rotary(fields: Fields, model_type: str, family: _Rotary) -> ModelConfig:
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=_kv_heads(fields, heads, family.kv_heads_default),
-        head_dim=_head_dim(fields, hidden, heads, family.head_dim),
-        max_context=max_context,
+        head_dim=head_dim,
+        max_context=stretched(max_context, scaling),
         norm_eps=fields.number("rms_norm_eps", 1e-12, 1.0, 1e-6),
         activation=_activation(fields),
         qkv_bias=attention_bias or family.always_qkv_bias,

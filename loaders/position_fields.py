@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Final, Literal
 
@@ -85,6 +86,56 @@ def read_rope(fields: Fields, default_theta: float, max_context: int) -> tuple[f
         high = rope.number("high_freq_factor", 1e-6, 1e6)
         if high <= low:
             raise rope.refuse("high_freq_factor", f"more than low_freq_factor ({low:g})", high)
-        original = rope.integer("original_max_position_embeddings", 1, MAX_POSITIONS, max_context)
+        original = _original_positions(fields, rope, max_context)
         return theta, RopeScaling("llama3", rope.number("factor", 1.0, 1e6), low, high, original)
-    raise rope.refuse("rope_type", "a supported kind (default, linear, llama3)", kind)
+    if kind == "yarn":
+        return theta, _yarn(rope, theta, _original_positions(fields, rope, max_context))
+    if kind == "dynamic":
+        return theta, RopeScaling("dynamic", rope.number("factor", 1.0, 1e6), original_max_position=max_context)
+    raise rope.refuse("rope_type", "a supported kind (default, linear, llama3, yarn, dynamic)", kind)
+
+
+def stretched(max_context: int, scaling: RopeScaling) -> int:
+    """The positions a model serves: yarn and dynamic take it `factor` times beyond its original context."""
+    if scaling.kind not in ("yarn", "dynamic"):
+        return max_context
+    return min(MAX_POSITIONS, max(max_context, int(scaling.factor * scaling.original_max_position)))
+
+
+def _original_positions(fields: Fields, rope: Fields, max_context: int) -> int:
+    holder = fields if fields.has("original_max_position_embeddings") else rope
+    return holder.integer("original_max_position_embeddings", 1, MAX_POSITIONS, max_context)
+
+
+def _yarn(rope: Fields, theta: float, original: int) -> RopeScaling:
+    """YaRN's fields; without `attention_factor` it follows from `factor`, `mscale` and `mscale_all_dim`."""
+    if theta == 1:
+        raise rope.refuse("rope_theta", "more than 1 for yarn", theta)
+    factor = rope.number("factor", 1.0, 1e6)
+    fast, slow = (
+        rope.number(name, 1e-6, 1e6) if rope.has(name) else default
+        for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
+    )
+    if fast < slow:
+        raise rope.refuse("beta_fast", f"beta_slow ({slow:g}) or more", fast)
+    scale, all_dims = (rope.number(name, 0.0, 1e6) if rope.has(name) else 0.0 for name in ("mscale", "mscale_all_dim"))
+    if rope.has("attention_factor"):
+        attention = rope.number("attention_factor", 1e-6, 1e6)
+    elif scale and all_dims:
+        attention = _length_scale(factor, scale) / _length_scale(factor, all_dims)
+    else:
+        attention = _length_scale(factor, 1.0)
+    return RopeScaling(
+        "yarn",
+        factor,
+        original_max_position=original,
+        attention_factor=attention,
+        beta_fast=fast,
+        beta_slow=slow,
+        truncate=rope.boolean("truncate", True),
+    )
+
+
+def _length_scale(factor: float, weight: float) -> float:
+    """How much longer queries and keys are for a context `factor` times longer."""
+    return 0.1 * weight * math.log(factor) + 1.0

@@ -228,7 +228,7 @@ def demo(
     from .showcase import compare
 
     params = SamplingParams(max_tokens=max_tokens)
-    with options.load_engine(options.DEMO, method, device, dtype, backend) as engine:
+    with options.load_engine("demo", method, device, dtype, backend) as engine:
         if not compare(engine, prompt, method, params):
             raise typer.Exit(1)
 

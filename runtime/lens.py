@@ -137,7 +137,8 @@ def lens(engine: Engine, ids: list[int], max_tokens: int = 32) -> Lens:
             for start, tokens, rows_tile in parts:
                 wanted = max(first - start, 0)
                 streams: Streams | None = [] if wanted < len(tokens) else None
-                rows = one_sequence(tokens, start, pages, rows_tile, model.device)
+                prompt = len(ids) if start < len(ids) else None
+                rows = one_sequence(tokens, start, pages, rows_tile, model.device, prompt=prompt)
                 model.forward(rows, cache, model.full, streams=streams)
                 if streams is not None:
                     readings += _read(model, [x[wanted:] for x in streams[2::2]], start + wanted + 1, tile)

@@ -143,7 +143,8 @@ class Model:
     def rotations(self, rows: Rows, cache: KVCache) -> Rope | None:
         """The rotation of each row; None for a model without rotary embedding."""
         position = rows.position if rows.angle is None else rows.angle
-        return self._rotary.rows(position, rows.longest(cache.page_size)) if self._rotary else None
+        longest = rows.longest(cache.page_size)
+        return self._rotary.rows(position, longest, rows.prompt) if self._rotary else None
 
     def logits(self, x: Tensor, vocabulary: int = 0) -> Tensor:
         """Final norm and LM head: [R, H] → [R, V]; outside the first `vocabulary` tokens, 0 being all of them, −∞."""

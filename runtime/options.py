@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .errors import ConfigError, RequestError
+from ..loaders.locate import check_name
+from .errors import RequestError
 
 if TYPE_CHECKING:
     from .engine import Engine
-
-DEMO = "demo"
 
 
 class Device(str, Enum):
@@ -44,7 +43,9 @@ class Backend(str, Enum):
     TRITON = "triton"
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help='A model folder, or "demo".', show_default=False)]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help='A model folder, "demo", or org/name of the hub.', show_default=False)
+]
 Method = Annotated[str, typer.Option(metavar="NAME[:key=value,…]", help="Decoding method; lists join with +.")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
@@ -57,17 +58,6 @@ DeviceName = Annotated[Device, typer.Option(help="Where to run.")]
 BackendName = Annotated[Backend, typer.Option(help="Op table; auto is triton on a GPU, torch on the CPU.")]
 DtypeName = Annotated[Dtype, typer.Option(help="Type of weights and activations; auto is the checkpoint's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-
-
-def existing_model(model: str) -> str:
-    """The model as given, known to be there.
-
-    Raises:
-        ConfigError: it is neither a folder nor "demo".
-    """
-    if model != DEMO and not Path(model).is_dir():
-        raise ConfigError(f'MODEL: expected a model folder or "{DEMO}", got {model!r}, which is not a folder')
-    return model
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None, prompt_ids: str | None) -> str | list[int]:
@@ -114,7 +104,7 @@ def load_engine(
     model: str, method: str, device: Device, dtype: Dtype, backend: Backend
 ) -> Generator[Engine, None, None]:
     """An engine for the time of a command, loaded behind a progress bar."""
-    existing_model(model)
+    check_name(model)
     from .engine import Engine
     from .terminal import progress_bar
 
@@ -127,11 +117,9 @@ def load_engine(
 
 
 def model_folder(model: str) -> Path:
-    """The folder of a model; the packaged one is converted if it has not been."""
-    if existing_model(model) != DEMO:
-        return Path(model)
-    from ..loaders.demo import demo_folder
+    """The folder of a model; what is not on this machine yet is made or downloaded behind a progress bar."""
+    from ..loaders.locate import locate
     from .terminal import progress_bar
 
     with progress_bar() as progress:
-        return demo_folder(progress)
+        return locate(model, progress)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from .errors import RequestError
+from .keep_sets import keep_set
 
 
 @dataclass(frozen=True)
@@ -46,24 +47,19 @@ class LayerPlan:
         self._between(first, 0, last, "first")
         return replace(self, span=(2 * first, 2 * last))
 
-    def balanced(self, speedup: float) -> LayerPlan:
+    def keeping(self, layers: Iterable[int]) -> LayerPlan:
+        """The same plan with every layer but the given ones skipped."""
+        kept = {self._layer(i) for i in layers}
+        skipped = [i for i in range(self.num_layers) if i not in kept]
+        return self.without(attention=skipped, mlp=skipped)
+
+    def balanced(self, speedup: float, rule: str = "auto") -> LayerPlan:
         """Evenly spaced layers, about 1 in `speedup` (Unified Layer Skipping, arXiv 2404.06954).
 
-        The authors' rule for an integer `speedup` that leaves at least two layers, rounded even spacing otherwise.
+        `rule` paper is the authors' own, for a whole `speedup` that leaves two layers or more; general is rounded even
+        spacing; auto is the first where it is defined.
         """
-        if not speedup >= 1:
-            raise RequestError(f"speedup: expected a number of at least 1, got {speedup}")
-        layers = self.num_layers
-        count = int(layers / speedup)
-        if float(speedup).is_integer() and count >= 2:
-            interval = int(layers / (count - 1))
-            inner = [i for i in range(1, layers - 1) if i % interval == 0]
-            kept = {0, layers - 1, *inner[: count - 2]}
-        else:
-            count = min(layers, max(2, round(layers / speedup)))
-            kept = {round(i * (layers - 1) / (count - 1)) for i in range(count)} if layers > 1 else {0}
-        skipped = [i for i in range(layers) if i not in kept]
-        return self.without(attention=skipped, mlp=skipped)
+        return self.keeping(keep_set(self.num_layers, speedup, rule=rule))
 
     @property
     def num_layers(self) -> int:

@@ -34,6 +34,7 @@ def prompt_rows(model: Model, sequence: Sequence) -> list[Rows]:
             sequence.pages,
             model.ops.prefill_tile,
             model.device,
+            prompt=len(sequence.prompt),
         )
         for first in range(0, len(sequence.prompt), PREFILL_CHUNK)
     ]

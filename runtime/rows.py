@@ -20,7 +20,8 @@ class Rows:
     [R], its position without one; rows that are not consecutive tokens say in `tree` where the keys of their own path
     lie. RoPE sees `angle` int64 [R], the position without one: they differ where a cache leaves tokens out. `active`
     bool [2L, R] says which sub-layers run for each row, all of them without it: one that does not is the identity and
-    writes no keys and values.
+    writes no keys and values. `prompt` is the prompt's length where the rows are tokens of a prompt, which may rotate
+    otherwise than generated ones.
     `tile` is the number of rows every product is padded to.
     """
 
@@ -33,6 +34,7 @@ class Rows:
     tree: Tree | None = None
     active: Tensor | None = None
     angle: Tensor | None = None
+    prompt: int | None = None
 
     def __len__(self) -> int:
         return self.token.shape[0]
@@ -56,6 +58,7 @@ class Rows:
             ),
             None if self.active is None else functional.pad(self.active, (0, missing)),
             None if self.angle is None else functional.pad(self.angle, (0, missing)),
+            self.prompt,
         )
 
     def longest(self, page_size: int) -> int:
@@ -69,8 +72,13 @@ class Rows:
         return torch.where(self.sequence >= 0, page, 0), slot % page_size
 
 
-def one_sequence(tokens: list[int], start: int, pages: list[int], tile: int, device: torch.device) -> Rows:
-    """Rows for consecutive `tokens` from position `start` of the sequence that lies in `pages`."""
+def one_sequence(
+    tokens: list[int], start: int, pages: list[int], tile: int, device: torch.device, *, prompt: int | None = None
+) -> Rows:
+    """Rows for consecutive `tokens` from position `start` of the sequence that lies in `pages`.
+
+    `prompt` is the length of the prompt they belong to; None for generated tokens.
+    """
     position = torch.arange(start, start + len(tokens), device=device)
     token, table = torch.tensor(tokens, device=device), torch.tensor([pages], device=device)
-    return Rows(token, position, torch.zeros_like(position), table, tile)
+    return Rows(token, position, torch.zeros_like(position), table, tile, prompt=prompt)

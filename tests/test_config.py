@@ -114,6 +114,7 @@ def test_switches_agree_with_the_modules_transformers_builds(tmp_path, model_typ
     assert [config.window if slides else None for slides in config.window_layers] == windows
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0}
 OLD_LLAMA = SMALL | {"model_type": "llama", "rope_theta": 500000.0}
 
 
@@ -192,8 +193,23 @@ REFUSED = [
     ("attention_bias", None, "attention_bias: expected true or false, found None"),
     ("max_position_embeddings", 0, "max_position_embeddings: expected an integer"),
     ("rope_theta", 10**400, "rope_theta: expected a number"),
-    ("rope_scaling", {"type": "yarn", "factor": 4}, r"rope_scaling\.rope_type: expected a supported kind .* 'yarn'"),
-    ("rope_scaling", {"rope_type": "dynamic"}, r"rope_scaling\.rope_type: expected a supported kind .* 'dynamic'"),
+    (
+        "rope_scaling",
+        {"type": "longrope", "factor": 4},
+        r"rope_scaling\.rope_type: expected a supported kind .* 'longr",
+    ),
+    ("rope_scaling", {"rope_type": "dynamic"}, r"rope_scaling\.factor: expected a number from 1 to 1e\+06, found no"),
+    ("rope_scaling", {"rope_type": "yarn", "factor": None}, r"rope_scaling\.factor: expected a number from 1"),
+    (
+        "rope_scaling",
+        YARN | {"beta_fast": 1, "beta_slow": 32},
+        r"rope_scaling\.beta_fast: expected beta_slow \(32\) or",
+    ),
+    ("rope_scaling", YARN | {"attention_factor": -1}, r"rope_scaling\.attention_factor: expected a number from 1e-06"),
+    ("rope_scaling", YARN | {"truncate": "no"}, r"rope_scaling\.truncate: expected true or false"),
+    ("rope_scaling", YARN | {"rope_theta": 1.0}, r"rope_scaling\.rope_theta: expected more than 1 for yarn"),
+    ("rope_scaling", YARN | {"mscale": "1"}, r"rope_scaling\.mscale: expected a number from 0"),
+    ("rope_scaling", YARN | {"original_max_position_embeddings": 0}, r"rope_scaling\.original_max_position_embeddings"),
     ("rope_scaling", {"rope_type": "linear", "factor": 0.5}, r"rope_scaling\.factor: expected a number from 1"),
     ("rope_scaling", LLAMA3 | {"high_freq_factor": 1.0}, r"rope_scaling\.high_freq_factor: expected more than"),
     ("rope_scaling", {"full_attention": {}}, r"rope_scaling\.rope_type: expected one rotary embedding for all layers"),

@@ -33,11 +33,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
 FAMILIES = {
     "llama": ("Llama", {}),
     "llama-tied-biases": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "llama-linear-rope": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 1000.0}),
     "llama3-rope": ("Llama", {"rope_scaling": LLAMA3, "rope_theta": 500.0, "head_dim": 16}),
+    "llama-yarn": ("Llama", {"rope_scaling": YARN, "head_dim": 16}),
     "mistral-window": ("Mistral", {"sliding_window": 24}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 12}),
     "qwen2": ("Qwen2", {}),

