@@ -224,8 +224,10 @@ class Engine:
         with self._turn:
             if spec not in self._methods:
                 method = spec.build(self.config)
+                model, cache = self._loaded()
                 with torch.inference_mode():
-                    method.prepare(*self._loaded())
+                    method.calibrate(model, self.tokenizer.encode if self.tokenizer else None)
+                    method.prepare(model, cache)
                 self._methods[spec] = method
             return self._methods[spec]
 
@@ -306,7 +308,7 @@ class Stream(Iterator[Chunk]):
     @property
     def outputs(self) -> list[Output]:
         """One result per prompt, of what has been generated so far."""
-        events = self._method.events()[self._known_events :]
+        events = self._method.findings() + self._method.events()[self._known_events :]
         prompts = groupby(self._sequences, key=lambda sequence: sequence.index)
         return [summarise(list(own), self._method, self._backend, self._seed, events) for _, own in prompts]
 

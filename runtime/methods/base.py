@@ -9,6 +9,7 @@ import torch
 
 from ..batch import Batch, Draft, Recipe, Round, Tally
 from ..cache import KVCache
+from ..calibration import Encode
 from ..model import Model
 from ..plan import LayerPlan
 from ..sequence import Sequence
@@ -52,6 +53,13 @@ class Method:
 
     def prepare(self, model: Model, cache: KVCache) -> None:
         """Called once, before the first request: check what needs the model, and measure what needs a clock."""
+
+    def calibrate(self, model: Model, encode: Encode | None) -> None:
+        """Called once, before `prepare`: look at text, which `encode` turns into token ids where there is a tokenizer."""
+
+    def findings(self) -> list[Mapping[str, Any]]:
+        """What was found before the first request, told with every result."""
+        return []
 
     def observe(self, model: Model, cache: KVCache, done: Round) -> float:
         """Learn from a finished round; returns the seconds spent."""
