@@ -6,15 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from ..loaders.config import ModelConfig
 from ..loaders.synthetic import synthetic_config, synthetic_weights
 from ..runtime.engine import DTYPES, Engine
 from ..runtime.errors import RequestError
-from ..runtime.prompts import Prompt as Source
 from ..runtime.request import Output, SamplingParams
-from .prompts import Prompt
+from .prompts import Prompt, question
 
 PLAIN = "autoregressive"
 SYNTHETIC = "synthetic:"
@@ -120,13 +118,10 @@ def head_layers(config: ModelConfig) -> float:
 
 
 def _row(engine: Engine, method: str, prompt: Prompt, number: int, params: SamplingParams) -> Row:
-    source: Source = [{"role": "user", "content": prompt.text}]
-    if engine.tokenizer is None:
-        generator = torch.Generator().manual_seed(number)
-        source = [int(i) for i in torch.randint(3, engine.config.vocab_size, (32,), generator=generator)]
+    given = question(engine, prompt, number)
 
     def run(name: str) -> Output:
-        return engine.generate(source, params, method=name)
+        return engine.generate(given, params, method=name)
 
     first, one, two, last = run(PLAIN), run(method), run(method), run(PLAIN)
     count = max(1, len(first.token_ids) - 1)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+import torch
+
 from ..runtime.engine import Engine
 from ..runtime.errors import RequestError
 from ..runtime.prompts import Prompt as Source
@@ -52,3 +54,13 @@ def source(prompt: Prompt, engine: Engine) -> Source:
     if engine.tokenizer is not None:
         return [{"role": "user", "content": prompt.text}]
     return [3 + byte % (engine.config.vocab_size - 3) for byte in prompt.text.encode()[:32]]
+
+
+def question(engine: Engine, prompt: Prompt, number: int) -> Source:
+    """What to generate from: the prompt as a user's message, or token ids drawn with seed `number` for a model without
+    a tokenizer.
+    """
+    if engine.tokenizer is not None:
+        return [{"role": "user", "content": prompt.text}]
+    generator = torch.Generator().manual_seed(number)
+    return [int(i) for i in torch.randint(3, engine.config.vocab_size, (32,), generator=generator)]

@@ -23,7 +23,9 @@ from .cache import KVCache
 from .decode import decode, prefill
 from .errors import CapacityError, ConfigError, RequestError
 from .graphs import Graphs, Rounds
+from .forced import Forced, Scored
 from .methods import registry
+from .methods.autoregressive import Autoregressive
 from .methods.base import Method
 from .methods.policy import Policy
 from .model import Model
@@ -171,14 +173,38 @@ class Engine:
             for i, ids in enumerate(to_ids(p, self.tokenizer, self.config) for p in prompts)
             for choice in range(params.n)
         ]
-        for sequence in sequences:
-            if cache.pages_for(sequence.max_length) > cache.total_pages:
-                raise CapacityError(
-                    f"the request may grow to {sequence.max_length} tokens and the KV cache holds "
-                    f"{cache.total_pages * cache.page_size}: lower max_tokens or raise cache_tokens"
-                )
+        _check_room(cache, sequences)
         drafter = self._method(spec)
         return Stream(self._run(model, cache, sequences, drafter), sequences, drafter, self.backend, seed)
+
+    def score(self, prompts: Prompts, continuations: Prompts, *, method: str | None = None) -> list[Scored]:
+        """What a method makes of given continuations, token ids, one for every prompt: teacher forcing.
+
+        The prompt is read and every token decoded as `generate` would, together with the other prompts; only the token
+        that goes into the next pass is the given one. A lossless method other than plain decoding has nothing to score.
+
+        Raises:
+            RequestError, CapacityError: as `generate`, or the method is one of those.
+        """
+        model, cache = self._loaded()
+        spec = registry.parse(method) if method else self._default
+        policy = self._method(spec)
+        if policy.lossless and spec.name != Autoregressive.name:
+            raise RequestError(f"score: expected a lossy method or {Autoregressive.name}, got {spec.name}")
+        if len(prompts) != len(continuations):
+            raise RequestError(f"score: expected {len(prompts)} continuations, got {len(continuations)}")
+        sequences: list[Sequence] = []
+        for i, (prompt, given) in enumerate(zip(prompts, continuations, strict=True)):
+            ids, tokens = to_ids(prompt, self.tokenizer, self.config), to_ids(given, None, self.config)
+            if len(ids) + len(tokens) > self.config.max_context:
+                raise RequestError(
+                    f"score: {len(ids)} + {len(tokens)} tokens, the context is {self.config.max_context}"
+                )
+            sequences.append(Forced.of(i, ids, tokens))
+        _check_room(cache, sequences)
+        for _ in self._run(model, cache, sequences, policy):
+            pass
+        return [sequence.scored() for sequence in sequences if isinstance(sequence, Forced)]
 
     async def astream(
         self, prompt: Prompt | Prompts, params: SamplingParams | None = None, *, method: str | None = None
@@ -311,6 +337,15 @@ class Stream(Iterator[Chunk]):
         events = self._method.findings() + self._method.events()[self._known_events :]
         prompts = groupby(self._sequences, key=lambda sequence: sequence.index)
         return [summarise(list(own), self._method, self._backend, self._seed, events) for _, own in prompts]
+
+
+def _check_room(cache: KVCache, sequences: list[Sequence]) -> None:
+    for sequence in sequences:
+        if cache.pages_for(sequence.max_length) > cache.total_pages:
+            raise CapacityError(
+                f"the request may grow to {sequence.max_length} tokens and the KV cache holds "
+                f"{cache.total_pages * cache.page_size}: lower max_tokens or raise cache_tokens"
+            )
 
 
 def _chunk(sequence: Sequence, pieces: list[Piece]) -> Chunk:

@@ -1,0 +1,107 @@
+"""How well a lossy method follows the full model: agreement and likelihood on the full model's own continuations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..runtime.engine import MAX_BATCH, Engine
+from ..runtime.prompts import Prompt as Source
+from ..runtime.request import SamplingParams
+from .prompts import Prompt, question
+
+PLAIN = "autoregressive"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt with one method, teacher-forced over the full model's greedy continuation of `tokens` tokens.
+
+    `agreed` tokens are those the method would have chosen too; `nll` is the sum of its negative natural-log
+    probabilities of the full model's tokens, `layers` that of the layers' worth of sub-layers it ran for them (None
+    where it does not count them).
+    """
+
+    method: str
+    category: str
+    tokens: int
+    agreed: int
+    nll: float
+    layers: float | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """The rows of one method and category: shares and means over tokens, in nats; perplexity = exp(nll)."""
+
+    method: str
+    category: str
+    prompts: int
+    tokens: int
+    agreement: float
+    nll: float
+    perplexity: float
+    layers: float | None
+
+
+def compare(
+    engine: Engine,
+    methods: Sequence[str],
+    prompts: Sequence[Prompt],
+    max_tokens: int,
+    progress: Callable[[Row], None],
+) -> list[Row]:
+    """Score every method on every prompt; a model without a tokenizer gets random token ids.
+
+    Continuations end with the full model's end of text or after `max_tokens` tokens.
+    """
+    rows: list[Row] = []
+    params = SamplingParams(max_tokens=max_tokens)
+    for first in range(0, len(prompts), MAX_BATCH):
+        some = prompts[first : first + MAX_BATCH]
+        sources: list[Source] = [question(engine, prompt, first + i) for i, prompt in enumerate(some)]
+        given = [output.token_ids for output in engine.generate(sources, params, method=PLAIN)]
+        for method in methods:
+            for prompt, tokens, scored in zip(some, given, engine.score(sources, given, method=method), strict=True):
+                rows.append(
+                    Row(
+                        method,
+                        prompt.category,
+                        len(tokens),
+                        sum(a == b for a, b in zip(scored.chosen, tokens, strict=True)),
+                        -sum(scored.logprobs),
+                        sum(scored.layers_per_token) if scored.layers_per_token else None,
+                    )
+                )
+                progress(rows[-1])
+    return rows
+
+
+def summary(rows: Sequence[Row]) -> list[Line]:
+    """A line for every method and category, and one for all categories of a method."""
+    lines: list[Line] = []
+    for method in dict.fromkeys(row.method for row in rows):
+        own = [row for row in rows if row.method == method]
+        lines += [
+            _line(method, category, [row for row in own if row.category == category])
+            for category in dict.fromkeys(row.category for row in own)
+        ]
+        lines.append(_line(method, "all", own))
+    return lines
+
+
+def _line(method: str, category: str, rows: Sequence[Row]) -> Line:
+    tokens = sum(row.tokens for row in rows)
+    nll = sum(row.nll for row in rows) / tokens
+    layers = [row.layers for row in rows if row.layers is not None]
+    return Line(
+        method,
+        category,
+        len(rows),
+        tokens,
+        sum(row.agreed for row in rows) / tokens,
+        nll,
+        math.exp(nll),
+        sum(layers) / tokens if layers else None,
+    )

@@ -1,0 +1,45 @@
+"""A continuation that is given: decoding as ever, but every token is replaced by the one that comes next there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field
+
+from .request import Piece, SamplingParams
+from .sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a method made of a given continuation, an entry a token.
+
+    `chosen` are the tokens it would have taken, `logprobs` its natural-log probabilities of the given ones,
+    `layers_per_token` the layers' worth of sub-layers that ran for them where a method decides token by token.
+    """
+
+    chosen: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    layers_per_token: tuple[float, ...]
+
+
+@dataclass
+class Forced(Sequence):
+    """A sequence whose every next token is given."""
+
+    given: Ids[int] = ()
+    chosen: list[int] = field(default_factory=list[int])
+
+    @staticmethod
+    def of(index: int, prompt: list[int], given: list[int]) -> Forced:
+        """A greedy sequence of `prompt` and the tokens `given`."""
+        params = SamplingParams(max_tokens=len(given), ignore_eos=True, logprobs=0)
+        length = len(prompt) + len(given)
+        return Forced(index, 0, prompt, params, 0, frozenset(), length, None, given=given)
+
+    def extend(self, tokens: list[int], drafted: int) -> list[Piece]:
+        first = self.generated
+        self.chosen += tokens
+        return super().extend(list(self.given[first : first + len(tokens)]), drafted)
+
+    def scored(self) -> Scored:
+        return Scored(tuple(self.chosen), tuple(entry.logprob for entry in self.logprobs), tuple(self.layers_used))
