@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from .attention_routing import AttentionRouting
 from .errors import ConfigError
 from .fields import Fields
 from .json_files import read_object
@@ -66,6 +67,7 @@ class ModelConfig:
     tied_head: bool = False
     embedding_norm: bool = False
     routing: Routing | None = None
+    attention_routing: AttentionRouting | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"

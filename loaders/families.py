@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from .attention_routing import read_attention_routing
 from .config import ModelConfig
 from .errors import ConfigError
 from .fields import REQUIRED, Fields
@@ -41,15 +42,18 @@ class _Rotary:
     qk_norm: bool = False
     window: WindowRule = "none"
     routed: bool = False
+    attention_routed: bool = False
 
 
+_LLAMA = _Rotary("Llama", 2048, kv_heads_default=True, attention_bias_field=True, mlp_bias_field=True)
+_QWEN2 = _Rotary("Qwen2", 32768, always_qkv_bias=True, window="late layers")
 _ROTARY = {
-    "llama": _Rotary("Llama", 2048, kv_heads_default=True, attention_bias_field=True, mlp_bias_field=True),
-    "ddllama": _Rotary(
-        "DDLlama", 2048, kv_heads_default=True, attention_bias_field=True, mlp_bias_field=True, routed=True
-    ),
+    "llama": _LLAMA,
+    "ddllama": replace(_LLAMA, class_prefix="DDLlama", routed=True),
+    "llama_mindskip": replace(_LLAMA, class_prefix="LlamaMindSkip", attention_routed=True),
     "mistral": _Rotary("Mistral", 131072, window="all layers"),
-    "qwen2": _Rotary("Qwen2", 32768, always_qkv_bias=True, window="late layers"),
+    "qwen2": _QWEN2,
+    "qwen2_mindskip": replace(_QWEN2, class_prefix="Qwen2MindSkip", attention_routed=True),
     "qwen3": _Rotary("Qwen3", 32768, head_dim=128, attention_bias_field=True, qk_norm=True, window="late layers"),
     "smollm3": _Rotary(
         "SmolLM3",
@@ -121,6 +125,7 @@ def _rotary(fields: Fields, model_type: str, family: _Rotary) -> ModelConfig:
         window_layers=window_layers,
         tied_head=fields.boolean("tie_word_embeddings", family.tied_head),
         routing=read_routing(fields, layers, hidden, inner) if family.routed else None,
+        attention_routing=read_attention_routing(fields, layers) if family.attention_routed else None,
         bos_token_id=_bos(fields, vocab),
         eos_token_ids=_eos(fields, vocab),
         dtype=_dtype(fields),

@@ -61,6 +61,8 @@ _DDLLAMA: Final = replace(
     },
 )
 
+_MINDSKIP: Final = replace(_LLAMA, routed={"attention_router": ("layers.{}.router.weight",)})
+
 _BLOOM: Final = Naming(
     prefix="transformer.",
     model={
@@ -91,7 +93,12 @@ _BLOOM: Final = Naming(
     interleaved_qkv=True,
 )
 
-_NAMING: Final = {"bloom": _BLOOM, "ddllama": _DDLLAMA}
+_NAMING: Final = {
+    "bloom": _BLOOM,
+    "ddllama": _DDLLAMA,
+    "llama_mindskip": _MINDSKIP,
+    "qwen2_mindskip": _MINDSKIP,
+}
 
 
 def naming(model_type: str) -> Naming:
@@ -161,13 +168,20 @@ def pieces(config: ModelConfig, prefix: str | None = None) -> Iterator[Piece]:
             if name in shapes:
                 named = tuple(prefix + part.format(layer) for part in parts)
                 yield from _split(config, name, named, layer, shapes[name][1:])
-    for place, layer in enumerate(config.routing.layers if config.routing else ()):
+    for place, layer in enumerate(_routed_layers(config)):
         for name, parts in table.routed.items():
             named = tuple(prefix + part.format(layer) for part in parts)
             yield from _split(config, name, named, place, shapes[name][1:])
 
 
+def _routed_layers(config: ModelConfig) -> tuple[int, ...]:
+    routing = config.routing or config.attention_routing
+    return routing.layers if routing else ()
+
+
 def _routed_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    if config.attention_routing is not None:
+        return {"attention_router": (len(config.attention_routing.layers), 1, config.hidden_size)}
     if config.routing is None:
         return {}
     routed, hidden = len(config.routing.layers), config.hidden_size

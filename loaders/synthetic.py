@@ -44,6 +44,13 @@ _SHAPES: Final[dict[str, dict[str, object]]] = {
     "tiny-qwen2": {"model_type": "qwen2", **_TINY, "tie_word_embeddings": True},
     "tiny-qwen3": {"model_type": "qwen3", **_TINY, "head_dim": 32},
     "tiny-smollm3": {"model_type": "smollm3", **_TINY, "no_rope_layer_interval": 4, "tie_word_embeddings": True},
+    "tiny-mindskip": {
+        "model_type": "llama_mindskip",
+        **_TINY,
+        "is_mindskip": [False, False, False, True, True, True, True, False],
+        "granularity": "attn_sequence",
+        "threshold": 0.5,
+    },
     "tiny-bloom": {
         "model_type": "bloom",
         "n_layer": 8,
@@ -134,6 +141,8 @@ NAMES: Final = tuple(sorted(_SHAPES))
 ROUTED: Final = "routed-"
 # The standard deviation of a router's logits, about: half of the tokens skip a layer.
 _ROUTE_SCALE: Final = 2.0
+# The mean over a prompt that MindSkip's routers see is smaller than any of its tokens.
+_MEAN_ROUTE_SCALE: Final = 4.0
 # The standard deviation of the logits, and of q and k per channel (attention scores deviate by its square).
 _LOGIT_SCALE: Final = 2.0
 _SHARPNESS: Final = 1.5
@@ -225,6 +234,7 @@ def _draw(name: str, block: Tensor, config: ModelConfig, generator: torch.Genera
         "output": 1.5 * per_layer,
         "down": 1.7 * per_layer,
         "router_head": _ROUTE_SCALE,
+        "attention_router": _MEAN_ROUTE_SCALE,
         "adapter_down": 1.7 * per_layer,
     }
     values *= gain.get(name, 1.0) / math.sqrt(block.shape[-1])

@@ -45,6 +45,7 @@ class Weights:
     norm: Tensor  # [H]
     norm_bias: Tensor | None  # [H]
     head: Tensor  # [V, H]
+    attention_router: Tensor | None = None  # [N, 1, H]
     router_encoder: Tensor | None = None  # [N, r, H]
     router_norm: Tensor | None = None  # [N, r]
     router_decoder: Tensor | None = None  # [N, H, r]

@@ -19,23 +19,26 @@ PROMPTS = (
     "Summarise the following paragraph. Bees live in colonies of many thousands; each has its task, and",
 )
 TEXTS = (
-    "The lighthouse keeper wrote in his diary every evening. On the night of the great storm he noted that the lamp had "
-    "burned without a flicker, although the wind had torn two slates from the roof and the sea had come up as far as the "
-    "garden wall. In the morning he walked along the beach, found a broken oar and a barrel of salt, and carried both "
-    "home before breakfast.",
-    "Question: Why do leaves change their colour in autumn?\nAnswer: In summer the green of chlorophyll hides the other "
-    "pigments of a leaf. When the days become shorter and cooler, a tree stops making chlorophyll and draws what is of "
-    "use back into its branches. The yellow and orange carotenoids that were there all along become visible, and some "
-    "trees make red anthocyanins as well.",
-    "def moving_average(values, size):\n    if size < 1:\n        raise ValueError('size must be at least 1')\n    total, "
-    "means = 0.0, []\n    for i, value in enumerate(values):\n        total += value\n        if i >= size:\n            "
-    "total -= values[i - size]\n        if i >= size - 1:\n            means.append(total / size)\n    return means\n",
-    "A train leaves the station at nine o'clock and covers 180 kilometres in two hours. A second train leaves an hour "
-    "later and needs an hour and a half for the same way. The first is at 90 kilometres per hour, the second at 120, so "
-    "the second gains 30 kilometres in every hour. It starts 90 kilometres behind and would catch up after three hours.",
-    "Bees live in colonies of many thousands; each has its task, and the task changes with age. Young workers clean the "
-    "cells and feed the larvae, older ones build the comb and guard the entrance, and only the oldest fly out to gather "
-    "nectar, pollen and water. The parliament of the small republic met twice a year to vote on taxes, roads and schools.",
+    "The lighthouse keeper wrote in his diary every evening. On the night of the great storm he noted that the "
+    "lamp had burned without a flicker, although the wind had torn two slates from the roof and the sea had come "
+    "up as far as the garden wall. In the morning he walked along the beach, found a broken oar and a barrel of "
+    "salt, and carried both home before breakfast.",
+    "Question: Why do leaves change their colour in autumn?\nAnswer: In summer the green of chlorophyll hides the "
+    "other pigments of a leaf. When the days become shorter and cooler, a tree stops making chlorophyll and draws "
+    "what is of use back into its branches. The yellow and orange carotenoids that were there all along become "
+    "visible, and some trees make red anthocyanins as well.",
+    "def moving_average(values, size):\n    if size < 1:\n        raise ValueError('size must be at least 1')\n    "
+    "total, means = 0.0, []\n    for i, value in enumerate(values):\n        total += value\n        if i >= "
+    "size:\n            total -= values[i - size]\n        if i >= size - 1:\n            means.append(total / "
+    "size)\n    return means\n",
+    "A train leaves the station at nine o'clock and covers 180 kilometres in two hours. A second train leaves an "
+    "hour later and needs an hour and a half for the same way. The first is at 90 kilometres per hour, the second "
+    "at 120, so the second gains 30 kilometres in every hour. It starts 90 kilometres behind and would catch up "
+    "after three hours.",
+    "Bees live in colonies of many thousands; each has its task, and the task changes with age. Young workers "
+    "clean the cells and feed the larvae, older ones build the comb and guard the entrance, and only the oldest "
+    "fly out to gather nectar, pollen and water. The parliament of the small republic met twice a year to vote on "
+    "taxes, roads and schools.",
 )
 Encode: TypeAlias = Callable[[str], list[int]]
 _DRAWN_TEXTS, _DRAWN_TOKENS = 5, 64

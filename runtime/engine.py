@@ -334,7 +334,7 @@ class Stream(Iterator[Chunk]):
     @property
     def outputs(self) -> list[Output]:
         """One result per prompt, of what has been generated so far."""
-        events = self._method.findings() + self._method.events()[self._known_events :]
+        events = self._method.events()[self._known_events :]
         prompts = groupby(self._sequences, key=lambda sequence: sequence.index)
         return [summarise(list(own), self._method, self._backend, self._seed, events) for _, own in prompts]
 

@@ -37,6 +37,13 @@ class Layer(NamedTuple):
     down_bias: Tensor | None
 
 
+class AttentionRouter(NamedTuple):
+    """MindSkip's router of one layer: weight float32 [H]; attention runs at a probability of `threshold` or more."""
+
+    weight: Tensor
+    threshold: float
+
+
 class Fill(NamedTuple):
     """What keys and values are made of, of every layer: what the fill of skipped attention blocks reads."""
 
@@ -96,6 +103,7 @@ class Model:
         norm = Norm(weights.attention_norm, weights.attention_norm_bias, config.norm_eps)
         rotated = torch.tensor(config.rope_layers, device=self.device)
         self._fill = Fill(norm, qkv, weights.qkv_bias, weights.k_norm, rotated)
+        self.attention_routers = _attention_routers(weights, config)
         self._norm = Norm(weights.norm, weights.norm_bias, config.norm_eps)
         self._head = ops.prepare(weights.head)
         self._rotary = RotaryTable(config, self.device) if any(config.rope_layers) else None
@@ -122,9 +130,9 @@ class Model:
         """The residual stream [R, H] of `rows` after the sub-layers of `plan`.
 
         It enters the plan's span as `hidden` [R, H], or as the rows' embeddings without one.
-        Keys and values of every attention block that runs, or that the plan fills, are written to the rows' slots; a row attends to the slots of
-        its own sequence at or before its position, which must have been written in that layer. `streams` receives the
-        residual stream [R, H] before every sub-layer that runs and after the last.
+        Keys and values of every attention block that runs, or that the plan fills, are written to the rows' slots; a
+        row attends to the slots of its own sequence at or before its position, which must have been written in that
+        layer. `streams` receives the residual stream [R, H] before every sub-layer that runs and after the last.
         """
         laid = self.lay(rows, cache)
         x = self.embed(laid) if hidden is None else functional.pad(hidden, (0, 0, 0, len(laid.rows) - len(rows)))
@@ -182,6 +190,16 @@ class Model:
             heads=self.config.num_heads,
             tile=laid.rows.tile,
         )
+
+    def route_attention(self, layer: int, streams: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Whether a layer's attention runs for a sequence (MindSkip): a logit, float32, and a bool, on the device.
+
+        The router sees the mean of the sequence's rows, which `streams` [R, H] hold in parts, after the layer's norm.
+        """
+        norm, router = self.layers[layer].attention_norm, self.attention_routers[layer]
+        total = torch.stack([self.ops.normalise(x, norm).float().sum(dim=0) for x in streams]).sum(dim=0)
+        logit = total / sum(map(len, streams)) @ router.weight
+        return logit, torch.sigmoid(logit) >= router.threshold
 
     def rotations(self, rows: Rows, cache: KVCache) -> Rope | None:
         """The rotation of each row; None for a model without rotary embedding."""
@@ -281,6 +299,16 @@ def alibi_slopes(heads: int) -> Tensor:
     slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
     extra = [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(heads - power)]
     return torch.tensor(slopes + extra)
+
+
+def _attention_routers(weights: Weights, config: ModelConfig) -> dict[int, AttentionRouter]:
+    routing, stacked = config.attention_routing, weights.attention_router
+    if routing is None or stacked is None:
+        return {}
+    return {
+        layer: AttentionRouter(weight[0].float(), routing.threshold)
+        for layer, weight in zip(routing.layers, stacked, strict=True)
+    }
 
 
 def _layer(weights: Weights, qkv: Stack, i: int, eps: float, ops: Ops) -> Layer:

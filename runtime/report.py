@@ -47,6 +47,7 @@ def report(output: Output) -> dict[str, Any]:
             "executed_skips": stats.executed_skips,
             **({"per_token": list(stats.layers_per_token)} if stats.layers_per_token else {}),
         },
+        **({"events": list(stats.events)} if stats.events else {}),
     }
 
 

@@ -42,6 +42,6 @@ def summarise(
         executed_skips=sum(c.executed_skips for c in counters),
         layers_per_token=tuple(first.layers_used),
         phases=tuple(first.phases),
-        events=tuple(events),
+        events=(*method.findings(first), *events),
     )
     return Output(first.prompt, tuple(sequence.result() for sequence in sequences), stats)

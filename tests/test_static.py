@@ -219,16 +219,16 @@ def test_calibration_texts(demo: Engine, tmp_path: Path) -> None:
     drawn = calibration_ids(demo.config, None, "", "x")
     assert drawn == calibration_ids(demo.config, None, "", "x")
     assert len({token for text in drawn for token in text}) > 300
-    with pytest.raises(RequestError, match="x: .*texts: expected lists of token ids, as the model has no tokenizer"):
+    with pytest.raises(RequestError, match=r"x: .*texts: expected lists of token ids, as the model has no tokenizer"):
         calibration_ids(demo.config, None, str(path), "x")
     path.write_text("[1, 999999]\n")
     with pytest.raises(RequestError, match="token 999999 is outside the vocabulary of 49152"):
         calibration_ids(demo.config, None, str(path), "x")
     for content in ("", "\n", '{"turns": []}\n', "{broken\n", "[null]\n"):
         path.write_text(content)
-        with pytest.raises(RequestError, match="x: .*texts: expected (a text a line|at least one text)"):
+        with pytest.raises(RequestError, match=r"x: .*texts: expected (a text a line|at least one text)"):
             read_texts(path, "x")
-    with pytest.raises(RequestError, match="x: .*nothing: expected a text a line"):
+    with pytest.raises(RequestError, match=r"x: .*nothing: expected a text a line"):
         read_texts(tmp_path / "nothing", "x")
 
 

@@ -55,10 +55,10 @@ class Method:
         """Called once, before the first request: check what needs the model, and measure what needs a clock."""
 
     def calibrate(self, model: Model, encode: Encode | None) -> None:
-        """Called once, before `prepare`: look at text, which `encode` turns into token ids where there is a tokenizer."""
+        """Called once, before `prepare`, to look at text; `encode` makes token ids of it where there is a tokenizer."""
 
-    def findings(self) -> list[Mapping[str, Any]]:
-        """What was found before the first request, told with every result."""
+    def findings(self, sequence: Sequence) -> list[Mapping[str, Any]]:
+        """What was found before the first request, or decided for this sequence; told with its result."""
         return []
 
     def observe(self, model: Model, cache: KVCache, done: Round) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...loaders.config import ModelConfig
 from ..errors import RequestError
-from . import auto, autoregressive, clasp, dynamic_exit, knapspec, layerskip, lookup, shortgpt, static, swift
+from . import auto, autoregressive, clasp, dynamic_exit, knapspec, layerskip, lookup, mindskip, shortgpt, static, swift
 from .base import Method
 
 _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
@@ -19,6 +19,7 @@ _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "knapspec": (knapspec.KnapSpec, knapspec.Options),
     "layerskip": (layerskip.LayerSkip, layerskip.Options),
     "lookup": (lookup.Lookup, lookup.Options),
+    "mindskip": (mindskip.MindSkip, mindskip.Options),
     "shortgpt": (shortgpt.ShortGPT, shortgpt.Options),
     "static": (static.Static, static.Options),
     "swift": (swift.Swift, swift.Options),

@@ -10,6 +10,7 @@ from ..calibration import Encode, calibration_ids
 from ..errors import RequestError
 from ..influence import block_influence, removal_order
 from ..model import Model
+from ..sequence import Sequence
 from .static import Pruned, check_pruning
 
 
@@ -60,5 +61,5 @@ class ShortGPT(Pruned):
         found = {"influence": influence.tolist(), "removed": list(removed), "tokens": tokens}
         self._findings.append({"kind": "influence", **found})
 
-    def findings(self) -> list[Mapping[str, Any]]:
+    def findings(self, sequence: Sequence) -> list[Mapping[str, Any]]:
         return self._findings
