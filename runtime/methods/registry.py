@@ -8,7 +8,20 @@ from typing import Any
 
 from ...loaders.config import ModelConfig
 from ..errors import RequestError
-from . import auto, autoregressive, clasp, dynamic_exit, knapspec, layerskip, lookup, mindskip, shortgpt, static, swift
+from . import (
+    auto,
+    autoregressive,
+    clasp,
+    dynamic_exit,
+    knapspec,
+    laco,
+    layerskip,
+    lookup,
+    mindskip,
+    shortgpt,
+    static,
+    swift,
+)
 from .base import Method
 
 _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
@@ -17,6 +30,7 @@ _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "clasp": (clasp.Clasp, clasp.Options),
     "del": (dynamic_exit.DynamicExit, dynamic_exit.Options),
     "knapspec": (knapspec.KnapSpec, knapspec.Options),
+    "laco": (laco.LaCo, laco.Options),
     "layerskip": (layerskip.LayerSkip, layerskip.Options),
     "lookup": (lookup.Lookup, lookup.Options),
     "mindskip": (mindskip.MindSkip, mindskip.Options),
@@ -36,6 +50,11 @@ class MethodSpec:
 
     name: str
     options: Any
+
+    @property
+    def edits(self) -> bool:
+        """Whether an engine must be loaded with it, and serves nothing else then."""
+        return _METHODS[self.name][0].edits
 
     def build(self, config: ModelConfig) -> Method:
         """A fresh instance for a model of this shape.
