@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ..runtime.errors import ConfigError
+from .baselines_command import baselines
 from .commands import accept, figures, peers, project, serve, table
 
 if TYPE_CHECKING:
     from .exact import Line
 
 app = typer.Typer(add_completion=False)
-for command in (peers, accept, serve, project, figures, table):
+for command in (baselines, peers, accept, serve, project, figures, table):
     app.command()(command)
 
 

@@ -60,14 +60,14 @@ class Line:
     mean_acceptance_length: float
 
 
-def load(model: str, dtype: str) -> Engine:
+def load(model: str, dtype: str, method: str = PLAIN) -> Engine:
     """The engine of a model folder, "demo", or "synthetic:SHAPE:LATE_SCALE", whose late layers matter that much.
 
     Raises:
         RequestError: a synthetic model is not spelled so.
     """
     if not model.startswith(SYNTHETIC):
-        return Engine.load(model, dtype=dtype)
+        return Engine.load(model, dtype=dtype, method=method)
     try:
         shape, scale = model.removeprefix(SYNTHETIC).split(":")
         late_scale = float(scale)
@@ -75,7 +75,7 @@ def load(model: str, dtype: str) -> Engine:
         raise RequestError(f"MODEL: expected synthetic:SHAPE:LATE_SCALE, got {model!r}") from None
     config = ModelConfig.parse(synthetic_config(shape), model)
     weights = synthetic_weights(config, 0, DTYPES[config.dtype if dtype == "auto" else dtype], late_scale)
-    return Engine(config, weights)
+    return Engine(config, weights, method=method)
 
 
 def compare(

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from ..kernels.host import ints
 from ..loaders.config import ModelConfig
 from .errors import RequestError
 
@@ -71,18 +72,22 @@ def calibration_ids(config: ModelConfig, encode: Encode | None, file: str, optio
     """
     if not file and encode is None:
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(config.vocab_size, (_DRAWN_TEXTS, _DRAWN_TOKENS), generator=generator).tolist()
-    ids: list[list[int]] = []
+        drawn = torch.randint(config.vocab_size, (_DRAWN_TEXTS, _DRAWN_TOKENS), generator=generator)
+        return [ints(text) for text in drawn]
+    found: list[list[int]] = []
     for text in read_texts(Path(file), option) if file else TEXTS:
-        if isinstance(text, str) and encode is None:
+        if isinstance(text, list):
+            found.append(text)
+        elif encode is not None:
+            found.append(encode(text))
+        else:
             raise RequestError(
                 f"{option}: {file}: expected lists of token ids, as the model has no tokenizer, got text"
             )
-        ids.append(encode(text) if isinstance(text, str) and encode else list(text))  # pyright: ignore[reportArgumentType]
-        wrong = next((token for token in ids[-1] if not 0 <= token < config.vocab_size), None)
+        wrong = next((token for token in found[-1] if not 0 <= token < config.vocab_size), None)
         if wrong is not None:
             raise RequestError(f"{option}: {file}: token {wrong} is outside the vocabulary of {config.vocab_size}")
-    return ids
+    return found
 
 
 def _text(line: str) -> str | list[int]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..kernels.host import ints
 from .model import Model
 from .rows import one_sequence
 
@@ -36,4 +37,4 @@ def block_influence(model: Model, texts: list[list[int]], window: int, *, offici
 
 def removal_order(influence: Tensor) -> tuple[int, ...]:
     """Layers [L] from the least to the most influential; of equals the lower first."""
-    return tuple(torch.argsort(influence, stable=True).tolist())
+    return tuple(ints(torch.argsort(influence, stable=True)))

@@ -15,6 +15,7 @@ from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.save import save_checkpoint
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.loaders.weights import Weights, checkpoint_tensors, load_weights
+from skipjack.runtime import cli
 from skipjack.runtime.errors import RequestError
 from skipjack.runtime.merging import Merged, Scan, Similarity, remove_layers, search
 from skipjack.runtime.model import Model
@@ -129,10 +130,7 @@ def test_bfloat16_is_merged_in_float32() -> None:
     layers = original("tiny", torch.bfloat16).weights.down
     merged = original("tiny", torch.bfloat16).merge(1, 3, "paper").weights.down[1]
     exact = layers[2:5].double().sum(dim=0) - 2 * layers[1].double()
-    assert (
-        torch.equal(merged, exact.float().bfloat16())
-        or (merged.double() - exact).abs().max() < 2**-8 * exact.abs().max()
-    )
+    torch.testing.assert_close(merged.double(), exact, rtol=2**-8, atol=1e-6)
     assert merged.dtype == torch.bfloat16
 
 
@@ -196,3 +194,24 @@ def test_options_are_checked(options: str, message: str) -> None:
     whole = original("tiny")
     with pytest.raises(RequestError, match=message):
         Engine(whole.config, whole.weights, method=f"laco:{options}")
+
+
+@pytest.mark.parametrize("shape", ["tiny-smollm3", "tiny-bloom", "windowed"])
+def test_a_merged_model_is_written_as_a_folder(tmp_path: Path, shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 5}
+    fields = synthetic_config("tiny-qwen2") | window if shape == "windowed" else synthetic_config(shape)
+    config = ModelConfig.parse(fields, "config.json")
+    weights = synthetic_weights(config, 2, torch.float32)
+    save_checkpoint(tmp_path / "m", fields, checkpoint_tensors(weights, config))
+    (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": 7}')
+    method, params = "laco:base=2,followers=2", SamplingParams(max_tokens=6, ignore_eos=True)
+    assert cli.run(["merge", str(tmp_path / "m"), str(tmp_path / "out"), "--method", method, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == [[0], [1], [2, 3, 4], [5], [6], [7]]
+    with Engine.load(tmp_path / "m", method=method) as edited, Engine.load(tmp_path / "out") as written:
+        assert written.config == edited.config
+        assert written.config.eos_token_ids == (7,)
+        assert written.generate(PROMPTS[2], params).token_ids == edited.generate(PROMPTS[2], params).token_ids
+    assert cli.run(["merge", str(tmp_path / "m"), str(tmp_path / "out"), "--method", method]) == 2
+    assert "out: cannot be written" in capsys.readouterr().err
+    assert cli.run(["merge", str(tmp_path / "m"), str(tmp_path / "new"), "--method", "swift"]) == 2
+    assert "--method: expected laco, which edits weights, got swift" in capsys.readouterr().err

@@ -71,23 +71,23 @@ class LaCo(Policy):
     def edit(
         self, config: ModelConfig, weights: Weights, build: Build, encode: Encode | None
     ) -> tuple[ModelConfig, Weights]:
-        original = Merged.of(config, weights)
-        if self._options.base >= 0:
-            merged = original.merge(self._options.base, self._options.followers, self._options.rule)
-        else:
-            merged = self._searched(original, build, encode)
+        merged = self.merged(config, weights, build, encode)
         self._full = LayerPlan.full(merged.config.num_layers)
         self._findings.append({"kind": "merge", "rule": self._options.rule, **merged.report()})
         return merged.config, merged.weights
 
-    def findings(self, sequence: Sequence) -> list[Mapping[str, Any]]:
-        return self._findings
+    def merged(self, config: ModelConfig, weights: Weights, build: Build, encode: Encode | None) -> Merged:
+        """The model with the layers merged that the options name, or that the search finds.
 
-    def _searched(self, original: Merged, build: Build, encode: Encode | None) -> Merged:
-        options = self._options
-        highest = options.highest or original.config.num_layers - 1
+        Raises:
+            RequestError: the calibration file cannot be used, or no threshold removes as many layers as asked for.
+        """
+        original, options = Merged.of(config, weights), self._options
+        if options.base >= 0:
+            return original.merge(options.base, options.followers, options.rule)
+        highest = options.highest or config.num_layers - 1
         scan = Scan(options.merge_layers, options.interval, options.threshold, options.lowest, highest)
-        texts = calibration_ids(original.config, encode, options.calibration, "method laco: option calibration")
+        texts = calibration_ids(config, encode, options.calibration, "method laco: option calibration")
         similarity = Similarity(original, build, texts)
         if not options.remove:
             return search(original, similarity, scan, options.rule)
@@ -95,3 +95,6 @@ class LaCo(Policy):
         if found is None:
             raise RequestError(f"method laco: option remove: no threshold removes {options.remove} layers in this scan")
         return found
+
+    def findings(self, sequence: Sequence) -> list[Mapping[str, Any]]:
+        return self._findings

@@ -67,7 +67,7 @@ class MindSkip(Policy):
         decided = sequence.memory
         if not isinstance(decided, Decisions):
             return []
-        skipped = [layer for layer, runs in enumerate(decided.active[::2].tolist()) if not runs]
+        skipped = ints(torch.nonzero(~decided.active[::2]).flatten())
         return [{"kind": "routing", "skip_attention": skipped, "router_logits": decided.logits.tolist()}]
 
     def step(self, model: Model, cache: KVCache, batch: Batch) -> Step:

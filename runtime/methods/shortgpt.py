@@ -58,8 +58,8 @@ class ShortGPT(Pruned):
         removed = tuple(sorted(removal_order(influence)[: self._count]))
         self.remove(removed)
         tokens = sum(len(text) for text in texts)
-        found = {"influence": influence.tolist(), "removed": list(removed), "tokens": tokens}
-        self._findings.append({"kind": "influence", **found})
+        values: list[float] = influence.tolist()
+        self._findings.append({"kind": "influence", "influence": values, "removed": list(removed), "tokens": tokens})
 
     def findings(self, sequence: Sequence) -> list[Mapping[str, Any]]:
         return self._findings
