@@ -143,8 +143,13 @@ class Folder:
         self.config = ModelConfig.parse(fields, "config.json")
         tensors = checkpoint_tensors(synthetic_weights(self.config, 0, torch.bfloat16), self.config)
         self.single, self.sharded, self.text = root / "single", root / "sharded", root / "text"
+        self.mindskip = root / "mindskip"
         save_checkpoint(self.single, fields, tensors)
         save_checkpoint(self.sharded, fields, tensors, max_shard_bytes=8000)
+        own = {"model_type": "llama_mindskip", "architectures": None, "is_mindskip": [False, True], "threshold": 0.5}
+        skipping = ModelConfig.parse(fields | own, "config.json")
+        tensors = checkpoint_tensors(synthetic_weights(skipping, 0, torch.bfloat16), skipping)
+        save_checkpoint(self.mindskip, fields | own, tensors)
         self.text.mkdir()
         (self.text / "tokenizer.json").write_bytes(_tokenizer())
         settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE}
@@ -152,7 +157,8 @@ class Folder:
         (self.text / "chat_template.jinja").write_text(TEMPLATE)
         self.kinds: dict[str, tuple[Path, Callable[[bytes, random.Random], bytes], Callable[[], None]]] = {
             "safetensors": (self.single / "model.safetensors", mutated_safetensors, self._load),
-            "config": (self.single / "config.json", mutated, self._configure),
+            "config": (self.single / "config.json", mutated, lambda: self._configure(self.single)),
+            "mindskip": (self.mindskip / "config.json", mutated, lambda: self._configure(self.mindskip)),
             "index": (self.sharded / "model.safetensors.index.json", mutated, self._open_shards),
             "tokenizer": (self.text / "tokenizer.json", mutated, self._tokenize),
             "settings": (self.text / "tokenizer_config.json", mutated, self._tokenize),
@@ -166,10 +172,10 @@ class Folder:
                     checkpoint.read(name).double().sum()
         load_weights(self.single, self.config, torch.float32)
 
-    def _configure(self) -> None:
-        config = ModelConfig.load(self.single)
+    def _configure(self, folder: Path) -> None:
+        config = ModelConfig.load(folder)
         field_shapes(config)
-        load_weights(self.single, config, torch.float32)
+        load_weights(folder, config, torch.float32)
 
     def _open_shards(self) -> None:
         load_weights(self.sharded, self.config, torch.float32)
@@ -238,7 +244,7 @@ def fuzz(kind: str, examples: int, seed: int = 0) -> Counter[str]:
     return outcomes
 
 
-KINDS = ("safetensors", "config", "index", "tokenizer", "settings", "template")
+KINDS = ("safetensors", "config", "mindskip", "index", "tokenizer", "settings", "template")
 
 
 @contextlib.contextmanager
