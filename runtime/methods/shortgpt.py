@@ -58,7 +58,7 @@ class ShortGPT(Pruned):
         removed = tuple(sorted(removal_order(influence)[: self._count]))
         self.remove(removed)
         tokens = sum(len(text) for text in texts)
-        values: list[float] = influence.tolist()
+        values = [float(value) for value in influence]
         self._findings.append({"kind": "influence", "influence": values, "removed": list(removed), "tokens": tokens})
 
     def findings(self, sequence: Sequence) -> list[Mapping[str, Any]]:
