@@ -156,7 +156,7 @@ def test_no_host_waits_for_a_decision_before_the_last_layer(engine: Engine, monk
     monkeypatch.setattr(Model, "step", lambda self, *a: order.append("step") or step(self, *a))
     monkeypatch.setattr(mindskip, "ints", lambda tensor: order.append("wait") or ints(tensor))
     engine.generate(PROMPTS[0], SamplingParams(max_tokens=1))
-    assert order == ["step"] * 16 + ["wait"]
+    assert order[:17] == ["step"] * 16 + ["wait"]
 
 
 def test_sharded_checkpoints_and_qwen2_load(tmp_path: Path) -> None:
