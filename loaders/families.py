@@ -49,11 +49,8 @@ _LLAMA = _Rotary("Llama", 2048, kv_heads_default=True, attention_bias_field=True
 _QWEN2 = _Rotary("Qwen2", 32768, always_qkv_bias=True, window="late layers")
 _ROTARY = {
     "llama": _LLAMA,
-    "ddllama": replace(_LLAMA, class_prefix="DDLlama", routed=True),
-    "llama_mindskip": replace(_LLAMA, class_prefix="LlamaMindSkip", attention_routed=True),
     "mistral": _Rotary("Mistral", 131072, window="all layers"),
     "qwen2": _QWEN2,
-    "qwen2_mindskip": replace(_QWEN2, class_prefix="Qwen2MindSkip", attention_routed=True),
     "qwen3": _Rotary("Qwen3", 32768, head_dim=128, attention_bias_field=True, qk_norm=True, window="late layers"),
     "smollm3": _Rotary(
         "SmolLM3",
@@ -64,6 +61,9 @@ _ROTARY = {
         mlp_bias_field=True,
         window="layers without rope",
     ),
+    "ddllama": replace(_LLAMA, class_prefix="DDLlama", routed=True),
+    "llama_mindskip": replace(_LLAMA, class_prefix="LlamaMindSkip", attention_routed=True),
+    "qwen2_mindskip": replace(_QWEN2, class_prefix="Qwen2MindSkip", attention_routed=True),
 }
 SUPPORTED = (*_ROTARY, "bloom")
 
