@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..runtime.engine import MAX_BATCH, Engine
 from ..runtime.prompts import Prompt as Source
@@ -29,6 +30,13 @@ class Row:
     agreed: int
     nll: float
     layers: float | None
+
+
+class Given(NamedTuple):
+    """Token ids of a prompt, and of the full model's continuation."""
+
+    prompt: list[int]
+    tokens: list[int]
 
 
 @dataclass(frozen=True)
@@ -57,25 +65,37 @@ def compare(
     Continuations end with the full model's end of text or after `max_tokens` tokens.
     """
     rows: list[Row] = []
-    params = SamplingParams(max_tokens=max_tokens)
     for first in range(0, len(prompts), MAX_BATCH):
         some = prompts[first : first + MAX_BATCH]
-        sources: list[Source] = [source(prompt, engine) for prompt in some]
-        given = [output.token_ids for output in engine.generate(sources, params, method=PLAIN)]
+        given = continuations(engine, some, max_tokens)
         for method in methods:
-            for prompt, tokens, scored in zip(some, given, engine.score(sources, given, method=method), strict=True):
-                rows.append(
-                    Row(
-                        method,
-                        prompt.category,
-                        len(tokens),
-                        sum(a == b for a, b in zip(scored.chosen, tokens, strict=True)),
-                        -sum(scored.logprobs),
-                        sum(scored.layers_per_token) if scored.layers_per_token else None,
-                    )
-                )
-                progress(rows[-1])
+            for row in score(engine, method, some, given):
+                rows.append(row)
+                progress(row)
     return rows
+
+
+def continuations(engine: Engine, prompts: Sequence[Prompt], max_tokens: int) -> list[Given]:
+    """What the full model says to each prompt."""
+    sources: list[Source] = [source(prompt, engine) for prompt in prompts]
+    outputs = engine.generate(sources, SamplingParams(max_tokens=max_tokens), method=PLAIN)
+    return [Given(output.prompt_ids, output.token_ids) for output in outputs]
+
+
+def score(engine: Engine, method: str, prompts: Sequence[Prompt], given: Sequence[Given]) -> list[Row]:
+    """One method of an engine, along the continuations of the full model: a row a prompt."""
+    scores = engine.score([g.prompt for g in given], [g.tokens for g in given], method=method)
+    return [
+        Row(
+            method,
+            prompt.category,
+            len(tokens),
+            sum(a == b for a, b in zip(scored.chosen, tokens, strict=True)),
+            -sum(scored.logprobs),
+            sum(scored.layers_per_token) if scored.layers_per_token else None,
+        )
+        for prompt, (_, tokens), scored in zip(prompts, given, scores, strict=True)
+    ]
 
 
 def summary(rows: Sequence[Row]) -> list[Line]:

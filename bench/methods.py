@@ -6,16 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from ..loaders.config import ModelConfig
 from ..loaders.synthetic import synthetic_config, synthetic_weights
 from ..runtime.costs import head_layers
 from ..runtime.engine import DTYPES, Engine
 from ..runtime.errors import RequestError
-from ..runtime.prompts import Prompt as Source
 from ..runtime.request import Output, SamplingParams
-from .prompts import Prompt
+from .prompts import Prompt, source
 
 PLAIN = "autoregressive"
 SYNTHETIC = "synthetic:"
@@ -115,13 +113,10 @@ def summary(rows: Sequence[Row]) -> list[Line]:
 
 
 def _row(engine: Engine, method: str, prompt: Prompt, number: int, params: SamplingParams) -> Row:
-    source: Source = [{"role": "user", "content": prompt.text}]
-    if engine.tokenizer is None:
-        generator = torch.Generator().manual_seed(number)
-        source = [int(i) for i in torch.randint(3, engine.config.vocab_size, (32,), generator=generator)]
+    given = source(prompt, engine)
 
     def run(name: str) -> Output:
-        return engine.generate(source, params, method=name)
+        return engine.generate(given, params, method=name)
 
     first, one, two, last = run(PLAIN), run(method), run(method), run(PLAIN)
     count = max(1, len(first.token_ids) - 1)

@@ -3,6 +3,8 @@
 Notation: R rows, S sequences, L layers, H hidden size, D head dimension, P slots per page, V vocabulary.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +33,10 @@ class Stack:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def part(self, first: int, end: int) -> Stack:
+        """The layers from `first` to `end` - 1; nothing is copied."""
+        return Stack(self.layers[first:end], None if self.data is None else self.data[first:end])
 
 
 class Norm(NamedTuple):

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from .attention_routing import AttentionRouting
 from .errors import ConfigError
 from .fields import Fields
 from .json_files import read_object
+from .routing import Routing
 
 MAX_CONFIG_BYTES = 1_000_000
 
@@ -59,6 +61,8 @@ class ModelConfig:
     `max_context`, `window`: positions, the first with what a yarn or dynamic scaling adds. A windowed token sees itself
     and the `window` - 1 tokens before it.
     `rope_layers`, `window_layers`: per layer, whether it rotates, whether it uses the window.
+    `routing`: the layers that decide token by token whether they run, `attention_routing` those that decide once for
+    every sequence whether their attention runs; None is a dense model.
     `eos_token_ids`, `bos_token_id`: ids the model has; ids beyond the vocabulary cannot be produced and are left out.
     `cycle`: of a checkpoint made for Direct Multi-Token Decoding, None for every other.
     """
@@ -88,6 +92,8 @@ class ModelConfig:
     window_layers: tuple[bool, ...] = ()
     tied_head: bool = False
     embedding_norm: bool = False
+    routing: Routing | None = None
+    attention_routing: AttentionRouting | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"

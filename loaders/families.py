@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from .attention_routing import read_attention_routing
 from .config import Cycle, ModelConfig
 from .errors import ConfigError
 from .fields import REQUIRED, Fields
 from .json_files import shown
 from .position_fields import MAX_LAYERS, MAX_POSITIONS, WindowRule, read_rope, read_rope_layers, read_window, stretched
+from .routing import read_routing
 
 _MAX_VOCAB = 1 << 24
 _MAX_WIDTH = 1 << 20
@@ -41,16 +43,18 @@ class _Rotary:
     qk_norm: bool = False
     window: WindowRule = "none"
     cycle: bool = False
+    routed: bool = False
+    attention_routed: bool = False
 
 
+_LLAMA = _Rotary("Llama", 2048, kv_heads_default=True, attention_bias_field=True, mlp_bias_field=True)
+_QWEN2 = _Rotary("Qwen2", 32768, always_qkv_bias=True, window="late layers")
 _QWEN3 = _Rotary("Qwen3", 32768, head_dim=128, attention_bias_field=True, qk_norm=True, window="late layers")
 _ROTARY = {
-    "llama": _Rotary("Llama", 2048, kv_heads_default=True, attention_bias_field=True, mlp_bias_field=True),
+    "llama": _LLAMA,
     "mistral": _Rotary("Mistral", 131072, window="all layers"),
-    "qwen2": _Rotary("Qwen2", 32768, always_qkv_bias=True, window="late layers"),
+    "qwen2": _QWEN2,
     "qwen3": _QWEN3,
-    "mtpqwen3": replace(_QWEN3, class_prefix="MTPQwen3", cycle=True),
-    "dmtdqwen3": replace(_QWEN3, class_prefix="DMTDQwen3", cycle=True),
     "smollm3": _Rotary(
         "SmolLM3",
         32768,
@@ -60,6 +64,11 @@ _ROTARY = {
         mlp_bias_field=True,
         window="layers without rope",
     ),
+    "mtpqwen3": replace(_QWEN3, class_prefix="MTPQwen3", cycle=True),
+    "dmtdqwen3": replace(_QWEN3, class_prefix="DMTDQwen3", cycle=True),
+    "ddllama": replace(_LLAMA, class_prefix="DDLlama", routed=True),
+    "llama_mindskip": replace(_LLAMA, class_prefix="LlamaMindSkip", attention_routed=True),
+    "qwen2_mindskip": replace(_QWEN2, class_prefix="Qwen2MindSkip", attention_routed=True),
 }
 SUPPORTED = (*_ROTARY, "bloom")
 
@@ -100,11 +109,12 @@ def _rotary(fields: Fields, model_type: str, family: _Rotary) -> ModelConfig:
     if scaling.kind == "dynamic" and head_dim == 2:
         raise fields.refuse("head_dim", "more than 2 for a dynamic rope scaling", head_dim)
     vocab = fields.integer("vocab_size", 1, _MAX_VOCAB)
+    inner = fields.integer("intermediate_size", 1, _MAX_WIDTH)
     return ModelConfig(
         model_type=model_type,
         vocab_size=vocab,
         hidden_size=hidden,
-        intermediate_size=fields.integer("intermediate_size", 1, _MAX_WIDTH),
+        intermediate_size=inner,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=_kv_heads(fields, heads, family.kv_heads_default),
@@ -122,6 +132,8 @@ def _rotary(fields: Fields, model_type: str, family: _Rotary) -> ModelConfig:
         window=window,
         window_layers=window_layers,
         tied_head=fields.boolean("tie_word_embeddings", family.tied_head),
+        routing=read_routing(fields, layers, hidden, inner) if family.routed else None,
+        attention_routing=read_attention_routing(fields, layers) if family.attention_routed else None,
         bos_token_id=_bos(fields, vocab),
         eos_token_ids=_eos(fields, vocab),
         dtype=_dtype(fields),

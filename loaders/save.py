@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,14 +40,17 @@ def save_checkpoint(
     config_fields: Mapping[str, object],
     tensors: Mapping[str, Tensor],
     max_shard_bytes: int | None = None,
+    files: Iterable[Path] = (),
 ) -> None:
-    """Write a new model folder; `max_shard_bytes` splits the tensors into shards with an index.
+    """Write a new model folder; `max_shard_bytes` splits the tensors into shards with an index, `files` are copied.
 
     Raises:
         CheckpointError: the folder is there already and not empty, or cannot be written.
     """
     with staged_folder(Path(folder)) as stage:
         write_json(stage / "config.json", config_fields)
+        for file in files:
+            shutil.copyfile(file, stage / file.name)
         if max_shard_bytes is None:
             write_tensors(stage / SINGLE_FILE, tensors)
             return

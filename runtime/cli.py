@@ -202,6 +202,19 @@ def tune(
 
 
 @app.command()
+def merge(
+    model: options.Model,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
+    method: Annotated[str, typer.Option(metavar="laco[:key=value,…]", help="What to merge, and how.")] = "laco",
+    json: options.Json = False,
+) -> None:
+    """Merge layers with LaCo and write the smaller model as a folder; its text is not that of the whole model."""
+    from .merge_command import merge as merge_and_save
+
+    merge_and_save(options.model_folder(model), output, method, as_json=json)
+
+
+@app.command()
 def doctor(json: options.Json = False) -> None:
     """Show what Skipjack finds on this machine, which backend it will use, and what is missing."""
     from .doctor import examine, show

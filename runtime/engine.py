@@ -20,6 +20,7 @@ from ..loaders.locate import locate
 from ..loaders.tokenizer import Tokenizer
 from ..loaders.weights import Weights, load_weights
 from .cache import KVCache
+from .calibration import Encode
 from .decode import decode, prefill
 from .errors import CapacityError, RequestError
 from .forced import Forced, Scored
@@ -69,7 +70,6 @@ class Engine:
         `graphs`: whether rounds run on the device alone where their method can, captured as CUDA graphs on a GPU; None
         does so on a GPU.
         """
-        self.config = config
         self.tokenizer = tokenizer
         self.model_path = model_path
         self.dtype = weights.embedding.dtype
@@ -78,6 +78,9 @@ class Engine:
         if cache_tokens is not None and cache_tokens < 1:
             raise RequestError(f"cache_tokens: expected at least 1, got {cache_tokens}")
         self._default = registry.parse(method)
+        own = self._default.build(config)
+        config, weights = own.edit(config, weights, lambda c, w: Model(c, w, table), self._encode)
+        self.config = config
         self._methods: dict[registry.MethodSpec, Method] = {}
         self._turn = threading.Condition(threading.RLock())
         self._model: Model | None = Model(config, weights, table)
@@ -85,7 +88,7 @@ class Engine:
         self._cache: KVCache | None = self._model.new_cache(-(-tokens // table.page_size) + SPARE_PAGES)
         on_device = self._model.device.type == "cuda" if graphs is None else graphs
         self._graphs = Graphs(self._model, self._cache) if on_device else None
-        self._method(self._default)
+        self._enter(self._default, own)
 
     @staticmethod
     def load(
@@ -244,14 +247,27 @@ class Engine:
             raise RequestError("engine: it is closed")
         return self._model, self._cache
 
+    @property
+    def _encode(self) -> Encode | None:
+        return self.tokenizer.encode if self.tokenizer else None
+
     def _method(self, spec: registry.MethodSpec) -> Method:
         with self._turn:
             if spec not in self._methods:
-                method = spec.build(self.config)
-                with torch.inference_mode():
-                    method.prepare(*self._loaded())
-                self._methods[spec] = method
+                if spec.edits or self._default.edits:
+                    raise RequestError(
+                        f"method {spec.name}: expected {self._default.name} as this engine was loaded: "
+                        f"{spec.name if spec.edits else self._default.name} edits the weights when they are loaded"
+                    )
+                self._enter(spec, spec.build(self.config))
             return self._methods[spec]
+
+    def _enter(self, spec: registry.MethodSpec, method: Method) -> None:
+        model, cache = self._loaded()
+        with torch.inference_mode():
+            method.calibrate(model, self._encode)
+            method.prepare(model, cache)
+        self._methods[spec] = method
 
     def _sequence(self, index: int, choice: int, ids: list[int], params: SamplingParams, seed: int) -> Sequence:
         text = TextStream(self.tokenizer, params.stop) if self.tokenizer else None

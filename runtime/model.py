@@ -37,6 +37,32 @@ class Layer(NamedTuple):
     down_bias: Tensor | None
 
 
+class AttentionRouter(NamedTuple):
+    """MindSkip's router of one layer: weight float32 [H]; attention runs at a probability of `threshold` or more."""
+
+    weight: Tensor
+    threshold: float
+
+
+class Fill(NamedTuple):
+    """What keys and values are made of, of every layer: what the fill of skipped attention blocks reads."""
+
+    norm: Norm
+    qkv: Stack
+    qkv_bias: Tensor | None
+    k_norm: Tensor | None
+    rotated: Tensor
+
+    def part(self, first: int, end: int) -> Fill:
+        """The layers from `first` to `end` - 1."""
+
+        def rows(stacked: Tensor | None) -> Tensor | None:
+            return None if stacked is None else stacked[first:end]
+
+        norm = self.norm._replace(weight=self.norm.weight[first:end], bias=rows(self.norm.bias))
+        return Fill(norm, self.qkv.part(first, end), rows(self.qkv_bias), rows(self.k_norm), self.rotated[first:end])
+
+
 Streams = list[Tensor]
 
 
@@ -72,8 +98,12 @@ class Model:
             if weights.embedding_norm is not None
             else None
         )
-        self._qkv = ops.prepare_stack(weights.qkv)
-        self.layers = [_layer(weights, self._qkv, i, config.norm_eps, ops) for i in range(config.num_layers)]
+        qkv = ops.prepare_stack(weights.qkv)
+        self.layers = [_layer(weights, qkv, i, config.norm_eps, ops) for i in range(config.num_layers)]
+        norm = Norm(weights.attention_norm, weights.attention_norm_bias, config.norm_eps)
+        rotated = torch.tensor(config.rope_layers, device=self.device)
+        self._fill = Fill(norm, qkv, weights.qkv_bias, weights.k_norm, rotated)
+        self.attention_routers = _attention_routers(weights, config)
         self._norm = Norm(weights.norm, weights.norm_bias, config.norm_eps)
         self._head = ops.prepare(weights.head)
         self._rotary = RotaryTable(config, self.device) if any(config.rope_layers) else None
@@ -100,18 +130,20 @@ class Model:
         """The residual stream [R, H] of `rows` after the sub-layers of `plan`.
 
         It enters the plan's span as `hidden` [R, H], or as the rows' embeddings without one.
-        Keys and values of every attention block that runs are written to the rows' slots; a row attends to the slots of
-        its own sequence at or before its position, which must have been written in that layer. `streams` receives the
-        residual stream [R, H] before every sub-layer that runs and after the last.
+        Keys and values of every attention block that runs, or that the plan fills, are written to the rows' slots; a
+        row attends to the slots of its own sequence at or before its position, which must have been written in that
+        layer. `streams` receives the residual stream [R, H] before every sub-layer that runs and after the last.
         """
         laid = self.lay(rows, cache)
         x = self.embed(laid) if hidden is None else functional.pad(hidden, (0, 0, 0, len(laid.rows) - len(rows)))
-        for sublayer in plan.sublayers:
+        fills, end = plan.fills, plan.span[1]
+        for sublayer in (*plan.sublayers, end):
+            if sublayer in fills:
+                self.fill(laid, cache, fills[sublayer], x)
             if streams is not None:
                 streams.append(x[: len(rows)].clone())
-            self.step(laid, cache, sublayer, x)
-        if streams is not None:
-            streams.append(x[: len(rows)].clone())
+            if sublayer < end:
+                self.step(laid, cache, sublayer, x)
         return x[: len(rows)]
 
     def run(self, laid: Pass, cache: KVCache, plan: LayerPlan, x: Tensor) -> None:
@@ -140,11 +172,49 @@ class Model:
         else:
             self._mlp(sublayer // 2, x, laid.rows.tile, active)
 
+    def fill(self, laid: Pass, cache: KVCache, layers: range, x: Tensor) -> None:
+        """Keys and values of consecutive layers whose attention is skipped, from the residual stream x [R, H].
+
+        They are those the layers would have written had they run on x.
+        """
+        first, end = layers.start, layers.stop
+        part = self._fill.part(first, end)
+        real = laid.rows.sequence >= 0
+        self.ops.fill_kv(
+            x,
+            self.ops.row_map(real.expand(len(layers), -1)),
+            part.norm,
+            part.qkv,
+            part.qkv_bias,
+            part.k_norm,
+            laid.rope,
+            part.rotated,
+            cache.keys[first:end],
+            cache.values[first:end],
+            laid.slots,
+            heads=self.config.num_heads,
+            tile=laid.rows.tile,
+        )
+
+    def route_attention(self, layer: int, streams: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Whether a layer's attention runs for a sequence (MindSkip): a logit, float32, and a bool, on the device.
+
+        The router sees the mean of the sequence's rows, which `streams` [R, H] hold in parts, after the layer's norm.
+        """
+        norm, router = self.layers[layer].attention_norm, self.attention_routers[layer]
+        total = torch.stack([self.ops.normalise(x, norm).float().sum(dim=0) for x in streams]).sum(dim=0)
+        logit = total / sum(map(len, streams)) @ router.weight
+        return logit, torch.sigmoid(logit) >= router.threshold
+
     def rotations(self, rows: Rows, cache: KVCache) -> Rope | None:
         """The rotation of each row; None for a model without rotary embedding."""
         position = rows.position if rows.angle is None else rows.angle
         longest = rows.longest(cache.page_size)
         return self._rotary.rows(position, longest, rows.prompt) if self._rotary else None
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """The residual stream [R, H] after the final norm."""
+        return self.ops.normalise(x, self._norm)
 
     def logits(self, x: Tensor, vocabulary: int = 0) -> Tensor:
         """Final norm and LM head: [R, H] → [R, V]; outside the first `vocabulary` tokens, 0 being all of them, −∞."""
@@ -236,6 +306,16 @@ def alibi_slopes(heads: int) -> Tensor:
     slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
     extra = [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(heads - power)]
     return torch.tensor(slopes + extra)
+
+
+def _attention_routers(weights: Weights, config: ModelConfig) -> dict[int, AttentionRouter]:
+    routing, stacked = config.attention_routing, weights.attention_router
+    if routing is None or stacked is None:
+        return {}
+    return {
+        layer: AttentionRouter(weight[0].float(), routing.threshold)
+        for layer, weight in zip(routing.layers, stacked, strict=True)
+    }
 
 
 def _layer(weights: Weights, qkv: Stack, i: int, eps: float, ops: Ops) -> Layer:

@@ -14,12 +14,14 @@ class LayerPlan:
     """The sub-layers of one pass through a model of L layers.
 
     Sub-layer 2i is the attention block of layer i, 2i+1 its MLP block. A sub-layer that does not run is the identity:
-    its norm is skipped too, and a skipped attention block writes no keys and values. `span` (a, b), in sub-layers, is
-    the part of the model the pass covers: the residual stream enters before sub-layer a and leaves after b - 1.
+    its norm is skipped too, and a skipped attention block writes no keys and values, unless `fill` lets it write those
+    of the residual stream that passes by. `span` (a, b), in sub-layers, is the part of the model the pass covers: the
+    residual stream enters before sub-layer a and leaves after b - 1.
     """
 
     runs: tuple[bool, ...]
     span: tuple[int, int]
+    fill: bool = False
 
     @staticmethod
     def full(num_layers: int) -> LayerPlan:
@@ -69,6 +71,19 @@ class LayerPlan:
     def sublayers(self) -> tuple[int, ...]:
         """The sub-layers that run, in order."""
         return tuple(i for i in range(*self.span) if self.runs[i])
+
+    @property
+    def fills(self) -> dict[int, range]:
+        """The layers whose keys and values are filled, by the sub-layer before which: one that runs, or the end.
+
+        Between two sub-layers that run the residual stream is the same, so one range is filled at once.
+        """
+        if not self.fill:
+            return {}
+        first, end = self.span
+        gaps = zip((first, *(i + 1 for i in self.sublayers)), (*self.sublayers, end), strict=True)
+        ranges = {after: range((before + 1) // 2, (after + 1) // 2) for before, after in gaps}
+        return {place: layers for place, layers in ranges.items() if layers}
 
     @property
     def skipped(self) -> int:

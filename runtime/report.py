@@ -48,6 +48,7 @@ def report(output: Output) -> dict[str, Any]:
             **({"per_token": list(stats.layers_per_token)} if stats.layers_per_token else {}),
         },
         **({"weights": _weights(stats)} if stats.weight_passes else {}),
+        **({"events": list(stats.events)} if stats.events else {}),
     }
 
 

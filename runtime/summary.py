@@ -45,6 +45,6 @@ def summarise(
         weight_pass_bound=method.bound if isinstance(method, Policy) else None,
         layers_per_token=tuple(first.layers_used),
         phases=tuple(first.phases),
-        events=tuple(events),
+        events=(*method.findings(first), *events),
     )
     return Output(first.prompt, tuple(sequence.result() for sequence in sequences), stats)

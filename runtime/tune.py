@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from time import monotonic
 
 import torch
@@ -17,29 +15,7 @@ from .rows import one_sequence
 from .search import Search, matchness
 from .skip_sets import SkipSet, config_hash
 
-PROMPTS = (
-    "The lighthouse keeper wrote in his diary every evening. On the night of the great storm he noted that",
-    "Question: Why do leaves change their colour in autumn?\nAnswer:",
-    "def moving_average(values, size):\n    ",
-    "Summarise the following paragraph. Bees live in colonies of many thousands; each has its task, and",
-)
 Report = Callable[[int, float], None]
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line: plain text, or a JSON object with `turns`, of which the first counts.
-
-    Raises:
-        RequestError: the file cannot be read or holds no prompt.
-    """
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        prompts = [str(json.loads(line)["turns"][0]) if line.startswith("{") else line for line in lines]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise RequestError(f"--prompts: {path}: expected a prompt a line, or objects with turns: {error}") from error
-    if not prompts:
-        raise RequestError(f"--prompts: {path}: expected at least one prompt, found none")
-    return prompts
 
 
 def tune_swift(

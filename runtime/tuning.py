@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .calibration import PROMPTS, read_texts
 from .engine import Engine
 from .errors import RequestError
 from .prompts import to_ids
 from .report import print_json
 from .terminal import answers, interrupts, progress_bar
-from .tune import PROMPTS, read_prompts, tune_knapspec, tune_swift
+from .tune import tune_knapspec, tune_swift
 
 
 def tune_and_save(
@@ -36,7 +37,7 @@ def tune_and_save(
         raise RequestError(f"--output: no such folder: {output.parent}")
     if engine.tokenizer is None:
         raise RequestError(f"{engine.model_path}: expected tokenizer.json, which tune needs, found none")
-    texts = list(PROMPTS) if prompts is None else read_prompts(prompts)
+    texts = PROMPTS if prompts is None else read_texts(prompts, "--prompts")
     ids = [to_ids(text, engine.tokenizer, engine.config) for text in texts]
     with progress_bar() as progress, interrupts() as stop:
         if method == "swift":

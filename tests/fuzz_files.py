@@ -152,6 +152,11 @@ class Folder:
         }  # fmt: skip
         split = ModelConfig.parse(cycle, "config.json")
         save_checkpoint(self.split, cycle, checkpoint_tensors(synthetic_weights(split, 0, torch.bfloat16), split))
+        self.mindskip = root / "mindskip"
+        own = {"model_type": "llama_mindskip", "architectures": None, "is_mindskip": [False, True], "threshold": 0.5}
+        skipping = ModelConfig.parse(fields | own, "config.json")
+        tensors = checkpoint_tensors(synthetic_weights(skipping, 0, torch.bfloat16), skipping)
+        save_checkpoint(self.mindskip, fields | own, tensors)
         self.text.mkdir()
         (self.text / "tokenizer.json").write_bytes(_tokenizer())
         settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE}
@@ -161,6 +166,7 @@ class Folder:
             "safetensors": (self.single / "model.safetensors", mutated_safetensors, self._load),
             "config": (self.single / "config.json", mutated, lambda: self._configure(self.single)),
             "cycle": (self.split / "config.json", mutated, lambda: self._configure(self.split)),
+            "mindskip": (self.mindskip / "config.json", mutated, lambda: self._configure(self.mindskip)),
             "index": (self.sharded / "model.safetensors.index.json", mutated, self._open_shards),
             "tokenizer": (self.text / "tokenizer.json", mutated, self._tokenize),
             "settings": (self.text / "tokenizer_config.json", mutated, self._tokenize),
@@ -246,7 +252,7 @@ def fuzz(kind: str, examples: int, seed: int = 0) -> Counter[str]:
     return outcomes
 
 
-KINDS = ("safetensors", "config", "cycle", "index", "tokenizer", "settings", "template")
+KINDS = ("safetensors", "config", "cycle", "mindskip", "index", "tokenizer", "settings", "template")
 
 
 @contextlib.contextmanager

@@ -168,9 +168,9 @@ NOTHING = object()
 REFUSED = [
     ("model_type", NOTHING, "model_type: expected a string, found no such field"),
     ("model_type", "mixtral", "model_type: expected a supported architecture .*llama, mistral, .*found 'mixtral'"),
-    ("model_type", "ddllama", "supported architecture .* found 'ddllama'"),
     ("model_type", "mtpqwen3", "num_encoding_layers: expected an integer from 0 to 6, found no such field"),
-    ("model_type", "llama_mindskip", "supported architecture .* found 'llama_mindskip'"),
+    ("model_type", "ddllama", "routing_layers: expected a list of different layers from 0 to 5, at least one, found"),
+    ("model_type", "llama_mindskip", "is_mindskip: expected a list of 6 booleans, at least one of them true, found"),
     ("model_type", 3, "model_type: expected a string, found 3"),
     ("architectures", ["LlamaForSequenceClassification"], "architectures: expected LlamaForCausalLM, found"),
     ("quantization_config", {"bits": 4}, "quantization_config: expected unquantised weights"),

@@ -10,7 +10,7 @@ from skipjack.loaders.synthetic import NAMES, synthetic_config, synthetic_weight
 from skipjack.loaders.weights import load_weights
 
 FAMILIES = [name for name in NAMES if name.startswith("tiny-")]
-PEERS = [name for name in FAMILIES if name != "tiny-dmtd"]
+PEERS = [name for name in FAMILIES if name not in ("tiny-dmtd", "tiny-mindskip")]
 
 
 @pytest.fixture(autouse=True)

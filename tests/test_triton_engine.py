@@ -57,6 +57,19 @@ def test_sampled_speculation_gives_the_ids_of_plain_sampling_and_of_torch() -> N
     assert drafted == ids("tiny-qwen3", "torch", PROMPTS[0], params, SWIFT)
 
 
+def test_sequences_that_skip_different_attention_give_the_ids_of_torch() -> None:
+    routed = synthetic_config("tiny-mindskip") | {"num_hidden_layers": 3, "is_mindskip": [False, True, True]}
+    config = ModelConfig.parse(routed | {"vocab_size": 200}, "tiny-mindskip")
+    weights, outputs = synthetic_weights(config, 1, torch.float32), list[Any]()
+    for backend in ("triton", "torch"):
+        with Engine(config, weights, backend=backend, method="mindskip", cache_tokens=1024) as skipping:
+            outputs.append(skipping.generate(PROMPTS, SamplingParams(max_tokens=2, ignore_eos=True)))
+    decided = [[output.stats.events[0]["skip_attention"] for output in request] for request in outputs]
+    assert decided[0] == decided[1]
+    assert decided[0][0] != decided[0][1], "the rows of the batch must differ for this test to say something"
+    assert [output.token_ids for output in outputs[0]] == [output.token_ids for output in outputs[1]]
+
+
 def test_search_for_a_skip_set_runs_on_the_kernels() -> None:
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     method = "swift:window=4,search_budget=1,max_opt_iter=1,num_draft_tokens=1,threshold=0"

@@ -9,7 +9,7 @@ import torch
 from skipjack import Engine, RequestError, SamplingParams
 from skipjack.runtime import cli
 from skipjack.runtime.skip_sets import SkipSet
-from skipjack.runtime.tune import read_prompts, tune_knapspec, tune_swift
+from skipjack.runtime.tune import tune_knapspec, tune_swift
 
 PROMPTS = [[5, 9, 200, 31], [7] * 3, list(range(20, 90))]
 
@@ -64,16 +64,6 @@ def test_knapspec_leaves_the_set_it_chose_last(synthetic: Callable[..., Engine])
     found = tune_knapspec(engine, PROMPTS, max_tokens=80, stop=lambda: False, report=lambda done, best: None)
     assert found.method == "knapspec"
     assert not {0, 7} & {*found.skip_attention, *found.skip_mlp}
-
-
-def test_prompts_come_one_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "p.txt"
-    path.write_text('a plain line\n{"turns": ["first", "second"]}\n\n')
-    assert read_prompts(path) == ["a plain line", "first"]
-    for content in ("", '{"turns": []}\n', "{broken\n"):
-        path.write_text(content)
-        with pytest.raises(RequestError, match="--prompts"):
-            read_prompts(path)
 
 
 @pytest.mark.parametrize(

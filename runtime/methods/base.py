@@ -8,8 +8,11 @@ from typing import Any, ClassVar
 import torch
 
 from ...loaders.config import ModelConfig
+from ...loaders.weights import Weights
 from ..batch import Batch, Draft, Recipe, Round, Tally
 from ..cache import KVCache
+from ..calibration import Encode
+from ..merging import Build
 from ..model import Model
 from ..plan import LayerPlan
 from ..sequence import Sequence
@@ -28,6 +31,9 @@ class Method:
     checkpoints: ClassVar[tuple[str, ...]] = ()
     # Whether sampled drafts are accepted by rejection sampling instead of by equality under shared noise.
     rejection: bool = False
+
+    # Whether it edits the weights an engine is loaded with, which then serves no other method.
+    edits: ClassVar[bool] = False
 
     def __init__(self, options: Any, num_layers: int) -> None:
         self._full = LayerPlan.full(num_layers)
@@ -66,6 +72,19 @@ class Method:
     def admits(self, running: list[Sequence]) -> bool:
         """Whether a new sequence may join those `running` now; a method may hold it back for a few rounds."""
         return True
+
+    def edit(
+        self, config: ModelConfig, weights: Weights, build: Build, encode: Encode | None
+    ) -> tuple[ModelConfig, Weights]:
+        """Called first of all, where `edits`: the model to be served instead. `build` prepares one to be tried out."""
+        return config, weights
+
+    def calibrate(self, model: Model, encode: Encode | None) -> None:
+        """Called once, before `prepare`, to look at text; `encode` makes token ids of it where there is a tokenizer."""
+
+    def findings(self, sequence: Sequence) -> list[Mapping[str, Any]]:
+        """What was found before the first request, or decided for this sequence; told with its result."""
+        return []
 
     def observe(self, model: Model, cache: KVCache, done: Round) -> float:
         """Learn from a finished round; returns the seconds spent."""

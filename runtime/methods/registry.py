@@ -8,7 +8,22 @@ from typing import Any
 
 from ...loaders.config import ModelConfig
 from ..errors import RequestError
-from . import auto, autoregressive, clasp, dmtd, dynamic_exit, knapspec, layerskip, lookup, swift, unified
+from . import (
+    auto,
+    autoregressive,
+    clasp,
+    dmtd,
+    dynamic_exit,
+    knapspec,
+    laco,
+    layerskip,
+    lookup,
+    mindskip,
+    shortgpt,
+    static,
+    swift,
+    unified,
+)
 from .base import Method
 
 _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
@@ -18,8 +33,12 @@ _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "del": (dynamic_exit.DynamicExit, dynamic_exit.Options),
     "dmtd": (dmtd.DirectMultiToken, dmtd.Options),
     "knapspec": (knapspec.KnapSpec, knapspec.Options),
+    "laco": (laco.LaCo, laco.Options),
     "layerskip": (layerskip.LayerSkip, layerskip.Options),
     "lookup": (lookup.Lookup, lookup.Options),
+    "mindskip": (mindskip.MindSkip, mindskip.Options),
+    "shortgpt": (shortgpt.ShortGPT, shortgpt.Options),
+    "static": (static.Static, static.Options),
     "swift": (swift.Swift, swift.Options),
     "unified": (unified.Unified, unified.Options),
 }
@@ -35,6 +54,11 @@ class MethodSpec:
 
     name: str
     options: Any
+
+    @property
+    def edits(self) -> bool:
+        """Whether an engine must be loaded with it, and serves nothing else then."""
+        return _METHODS[self.name][0].edits
 
     def build(self, config: ModelConfig) -> Method:
         """A fresh instance for a model of this shape.

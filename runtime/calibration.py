@@ -1,0 +1,102 @@
+"""Text to judge layers by: a file's, our own, or drawn token ids where a model has no tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from ..kernels.host import ints
+from ..loaders.config import ModelConfig
+from .errors import RequestError
+
+PROMPTS = (
+    "The lighthouse keeper wrote in his diary every evening. On the night of the great storm he noted that",
+    "Question: Why do leaves change their colour in autumn?\nAnswer:",
+    "def moving_average(values, size):\n    ",
+    "Summarise the following paragraph. Bees live in colonies of many thousands; each has its task, and",
+)
+TEXTS = (
+    "The lighthouse keeper wrote in his diary every evening. On the night of the great storm he noted that the "
+    "lamp had burned without a flicker, although the wind had torn two slates from the roof and the sea had come "
+    "up as far as the garden wall. In the morning he walked along the beach, found a broken oar and a barrel of "
+    "salt, and carried both home before breakfast.",
+    "Question: Why do leaves change their colour in autumn?\nAnswer: In summer the green of chlorophyll hides the "
+    "other pigments of a leaf. When the days become shorter and cooler, a tree stops making chlorophyll and draws "
+    "what is of use back into its branches. The yellow and orange carotenoids that were there all along become "
+    "visible, and some trees make red anthocyanins as well.",
+    "def moving_average(values, size):\n    if size < 1:\n        raise ValueError('size must be at least 1')\n    "
+    "total, means = 0.0, []\n    for i, value in enumerate(values):\n        total += value\n        if i >= "
+    "size:\n            total -= values[i - size]\n        if i >= size - 1:\n            means.append(total / "
+    "size)\n    return means\n",
+    "A train leaves the station at nine o'clock and covers 180 kilometres in two hours. A second train leaves an "
+    "hour later and needs an hour and a half for the same way. The first is at 90 kilometres per hour, the second "
+    "at 120, so the second gains 30 kilometres in every hour. It starts 90 kilometres behind and would catch up "
+    "after three hours.",
+    "Bees live in colonies of many thousands; each has its task, and the task changes with age. Young workers "
+    "clean the cells and feed the larvae, older ones build the comb and guard the entrance, and only the oldest "
+    "fly out to gather nectar, pollen and water. The parliament of the small republic met twice a year to vote on "
+    "taxes, roads and schools.",
+)
+Encode: TypeAlias = Callable[[str], list[int]]
+_DRAWN_TEXTS, _DRAWN_TOKENS = 5, 64
+
+
+def read_texts(path: Path, option: str) -> list[str | list[int]]:
+    """One text a line: plain, a JSON object with `turns`, of which the first counts, or a JSON list of token ids.
+
+    Raises:
+        RequestError: the file cannot be read or holds no text; `option` is named.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        texts = [_text(line) for line in lines]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        expected = "a text a line, objects with turns, or lists of token ids"
+        raise RequestError(f"{option}: {path}: expected {expected}: {error}") from error
+    if not texts:
+        raise RequestError(f"{option}: {path}: expected at least one text, found none")
+    return texts
+
+
+def calibration_ids(config: ModelConfig, encode: Encode | None, file: str, option: str) -> list[list[int]]:
+    """Token ids of every text of `file`, or of our own where that is empty.
+
+    A model without a tokenizer (`encode`) gets ids drawn with seed 0, or those a file lists.
+
+    Raises:
+        RequestError: the file cannot be read, has text and the model no tokenizer, or ids the model does not have.
+    """
+    if not file and encode is None:
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(config.vocab_size, (_DRAWN_TEXTS, _DRAWN_TOKENS), generator=generator)
+        return [ints(text) for text in drawn]
+    found: list[list[int]] = []
+    for text in read_texts(Path(file), option) if file else TEXTS:
+        if isinstance(text, list):
+            found.append(text)
+        elif encode is not None:
+            found.append(encode(text))
+        else:
+            raise RequestError(
+                f"{option}: {file}: expected lists of token ids, as the model has no tokenizer, got text"
+            )
+        wrong = next((token for token in found[-1] if not 0 <= token < config.vocab_size), None)
+        if wrong is not None:
+            raise RequestError(f"{option}: {file}: token {wrong} is outside the vocabulary of {config.vocab_size}")
+    return found
+
+
+def _text(line: str) -> str | list[int]:
+    if line.startswith("{"):
+        return str(json.loads(line)["turns"][0])
+    if not line.startswith("["):
+        return line
+    try:
+        ids: Any = json.loads(line)
+    except ValueError:
+        return line
+    return [int(token) for token in ids]

@@ -1,0 +1,65 @@
+"""ShortGPT (arXiv 2403.03853): the layers that turn the residual stream least are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..calibration import Encode, calibration_ids
+from ..errors import RequestError
+from ..influence import block_influence, removal_order
+from ..model import Model
+from ..sequence import Sequence
+from .static import Pruned, check_pruning
+
+
+@dataclass(frozen=True)
+class Options:
+    """The `n` layers of lowest block influence, left out as `static` leaves its own out (`phase`, `kv`).
+
+    `n` 0 is a quarter of the layers. The influence is measured on the texts of the file `calibration`, or on our own,
+    in windows of `window` tokens; `rule` official is that of the authors' code, which sees the last layer through the
+    final norm.
+    """
+
+    n: int = 0
+    phase: str = "both"
+    kv: str = "hole"
+    calibration: str = ""
+    window: int = 256
+    rule: str = "mean"
+
+    def __post_init__(self) -> None:
+        check_pruning("shortgpt", self.phase, self.kv)
+        if not 1 <= self.window <= 1024:
+            raise RequestError(f"method shortgpt: option window expects 1 to 1024, got {self.window}")
+        if self.rule not in ("mean", "official"):
+            raise RequestError(f"method shortgpt: option rule expects mean or official, got {self.rule!r}")
+
+
+class ShortGPT(Pruned):
+    """Static pruning whose layers a calibration chooses when the engine is loaded."""
+
+    name = "shortgpt"
+
+    def __init__(self, options: Options, num_layers: int) -> None:
+        count = options.n or max(1, num_layers // 4)
+        if not 1 <= count < num_layers:
+            raise RequestError(f"method shortgpt: option n expects 0 to {num_layers - 1}, got {options.n}")
+        super().__init__(options, num_layers)
+        self._options, self._count = options, count
+        self._findings: list[Mapping[str, Any]] = []
+
+    def calibrate(self, model: Model, encode: Encode | None) -> None:
+        options = self._options
+        texts = calibration_ids(model.config, encode, options.calibration, "method shortgpt: option calibration")
+        influence = block_influence(model, texts, options.window, official=options.rule == "official")
+        removed = tuple(sorted(removal_order(influence)[: self._count]))
+        self.remove(removed)
+        tokens = sum(len(text) for text in texts)
+        values = [float(value) for value in influence]
+        self._findings.append({"kind": "influence", "influence": values, "removed": list(removed), "tokens": tokens})
+
+    def findings(self, sequence: Sequence) -> list[Mapping[str, Any]]:
+        return self._findings
