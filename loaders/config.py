@@ -12,6 +12,7 @@ from typing import Literal
 from .errors import ConfigError
 from .fields import Fields
 from .json_files import read_object
+from .routing import Routing
 
 MAX_CONFIG_BYTES = 1_000_000
 
@@ -48,7 +49,8 @@ class ModelConfig:
     """The shape and the switches of a decoder-only model.
 
     `max_context`, `window`: positions. A windowed token sees itself and the `window` - 1 tokens before it.
-    `rope_layers`, `window_layers`: per layer, whether it rotates, whether it uses the window.
+    `rope_layers`, `window_layers`: per layer, whether it rotates, whether it uses the window. `routing`: the layers that
+    decide token by token whether they run; a model without such is dense.
     `eos_token_ids`, `bos_token_id`: ids the model has; ids beyond the vocabulary cannot be produced and are left out.
     `cycle`: of a checkpoint made for Direct Multi-Token Decoding, None for every other.
     """
@@ -78,6 +80,7 @@ class ModelConfig:
     window_layers: tuple[bool, ...] = ()
     tied_head: bool = False
     embedding_norm: bool = False
+    routing: Routing | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"

@@ -10,6 +10,7 @@ from .errors import ConfigError
 from .fields import REQUIRED, Fields
 from .json_files import shown
 from .position_fields import MAX_LAYERS, MAX_POSITIONS, WindowRule, read_rope, read_rope_layers, read_window
+from .routing import read_routing
 
 _MAX_VOCAB = 1 << 24
 _MAX_WIDTH = 1 << 20
@@ -41,11 +42,15 @@ class _Rotary:
     qk_norm: bool = False
     window: WindowRule = "none"
     cycle: bool = False
+    routed: bool = False
 
 
 _QWEN3 = _Rotary("Qwen3", 32768, head_dim=128, attention_bias_field=True, qk_norm=True, window="late layers")
 _ROTARY = {
     "llama": _Rotary("Llama", 2048, kv_heads_default=True, attention_bias_field=True, mlp_bias_field=True),
+    "ddllama": _Rotary(
+        "DDLlama", 2048, kv_heads_default=True, attention_bias_field=True, mlp_bias_field=True, routed=True
+    ),
     "mistral": _Rotary("Mistral", 131072, window="all layers"),
     "qwen2": _Rotary("Qwen2", 32768, always_qkv_bias=True, window="late layers"),
     "qwen3": _QWEN3,
@@ -97,11 +102,12 @@ def _rotary(fields: Fields, model_type: str, family: _Rotary) -> ModelConfig:
     window, window_layers = read_window(fields, family.window, layers, rope_layers)
     theta, scaling = read_rope(fields, family.rope_theta, max_context)
     vocab = fields.integer("vocab_size", 1, _MAX_VOCAB)
+    inner = fields.integer("intermediate_size", 1, _MAX_WIDTH)
     return ModelConfig(
         model_type=model_type,
         vocab_size=vocab,
         hidden_size=hidden,
-        intermediate_size=fields.integer("intermediate_size", 1, _MAX_WIDTH),
+        intermediate_size=inner,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=_kv_heads(fields, heads, family.kv_heads_default),
@@ -119,6 +125,7 @@ def _rotary(fields: Fields, model_type: str, family: _Rotary) -> ModelConfig:
         window=window,
         window_layers=window_layers,
         tied_head=fields.boolean("tie_word_embeddings", family.tied_head),
+        routing=read_routing(fields, layers, hidden, inner) if family.routed else None,
         bos_token_id=_bos(fields, vocab),
         eos_token_ids=_eos(fields, vocab),
         dtype=_dtype(fields),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from .config import ModelConfig
@@ -15,12 +15,13 @@ class Naming:
     """A family's tensor names. Several names for one field lie below each other along its rows.
 
     `prefix` may be missing from a checkpoint's names where `prefix_optional`; `bare` names never carry it.
-    `interleaved_qkv`: the rows of the one q/k/v tensor are [heads, 3, head_dim], not [3, heads, head_dim].
+    `routed` names are those of routed layers alone. `interleaved_qkv`: the rows of the one q/k/v tensor are [heads, 3, head_dim], not [3, heads, head_dim].
     """
 
     prefix: str
     model: Mapping[str, tuple[str, ...]]
     layer: Mapping[str, tuple[str, ...]]
+    routed: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     bare: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"head": ("lm_head.weight",)})
     ignorable: re.Pattern[str] = re.compile(r"$^")
     prefix_optional: bool = False
@@ -45,6 +46,19 @@ _LLAMA: Final = Naming(
         "down_bias": ("layers.{}.mlp.down_proj.bias",),
     },
     ignorable=re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
+)
+
+_DDLLAMA: Final = replace(
+    _LLAMA,
+    routed={
+        "router_encoder": ("layers.{}.router.router_enc.weight",),
+        "router_norm": ("layers.{}.router.router_norm.weight",),
+        "router_decoder": ("layers.{}.router.router_dec.weight",),
+        "router_head": ("layers.{}.router.router_head.weight",),
+        # down_proj is what an MLP calls up_proj, and up_proj what it calls down_proj.
+        "adapter_up": ("layers.{}.router_proj.gate_proj.weight", "layers.{}.router_proj.down_proj.weight"),
+        "adapter_down": ("layers.{}.router_proj.up_proj.weight",),
+    },
 )
 
 _BLOOM: Final = Naming(
@@ -77,7 +91,7 @@ _BLOOM: Final = Naming(
     interleaved_qkv=True,
 )
 
-_NAMING: Final = {"bloom": _BLOOM}
+_NAMING: Final = {"bloom": _BLOOM, "ddllama": _DDLLAMA}
 
 
 def naming(model_type: str) -> Naming:
@@ -87,7 +101,10 @@ def naming(model_type: str) -> Naming:
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the checkpoint: rows `start` and on of a field of Weights, in one layer if `layer` is given."""
+    """One tensor of the checkpoint: rows `start` and on of a field of Weights, at `layer` of a stacked one.
+
+    Fields of routed layers stack those alone.
+    """
 
     name: str
     field: str
@@ -124,7 +141,7 @@ def field_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "norm_bias": (config.layer_norm, (hidden,)),
         "head": (not config.tied_head, (config.vocab_size, hidden)),
     }
-    return {name: shape for name, (here, shape) in present.items() if here}
+    return {name: shape for name, (here, shape) in present.items() if here} | _routed_shapes(config)
 
 
 def pieces(config: ModelConfig, prefix: str | None = None) -> Iterator[Piece]:
@@ -144,6 +161,25 @@ def pieces(config: ModelConfig, prefix: str | None = None) -> Iterator[Piece]:
             if name in shapes:
                 named = tuple(prefix + part.format(layer) for part in parts)
                 yield from _split(config, name, named, layer, shapes[name][1:])
+    for place, layer in enumerate(config.routing.layers if config.routing else ()):
+        for name, parts in table.routed.items():
+            named = tuple(prefix + part.format(layer) for part in parts)
+            yield from _split(config, name, named, place, shapes[name][1:])
+
+
+def _routed_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    if config.routing is None:
+        return {}
+    routed, hidden = len(config.routing.layers), config.hidden_size
+    code, inner = config.routing.router_width, config.routing.adapter_width
+    return {
+        "router_encoder": (routed, code, hidden),
+        "router_norm": (routed, code),
+        "router_decoder": (routed, hidden, code),
+        "router_head": (routed, 1, hidden),
+        "adapter_up": (routed, 2 * inner, hidden),
+        "adapter_down": (routed, hidden, inner),
+    }
 
 
 def _split(

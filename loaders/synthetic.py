@@ -12,6 +12,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .errors import ConfigError
 from .naming import field_shapes
+from .routing import routed_fields
 from .save import save_checkpoint
 from .weights import Weights, checkpoint_tensors
 
@@ -146,20 +147,31 @@ _SHAPES["4b-dmtd"] = {
 }
 _SHAPES["tiny"] = _SHAPES["tiny-llama"]
 NAMES: Final = tuple(sorted(_SHAPES))
+# Before a Llama shape's name: its late half of layers is routed.
+ROUTED: Final = "routed-"
+# The standard deviation of a router's logits, about: half of the tokens skip a layer.
+_ROUTE_SCALE: Final = 2.0
 # The standard deviation of the logits, and of q and k per channel (attention scores deviate by its square).
 _LOGIT_SCALE: Final = 2.0
 _SHARPNESS: Final = 1.5
 
 
 def synthetic_config(name: str) -> dict[str, object]:
-    """The config.json fields of a named shape.
+    """The config.json fields of a named shape; of "routed-NAME" with FlexiDepth's routers in the late half of its layers.
 
     Raises:
         ConfigError: no such shape; the message lists them.
     """
-    if name not in _SHAPES:
+    shape = name.removeprefix(ROUTED)
+    if shape not in _SHAPES:
         raise ConfigError(f"synthetic model: expected one of {', '.join(NAMES)}, found {name!r}")
-    return dict(_SHAPES[name])
+    fields = dict(_SHAPES[shape])
+    if shape == name:
+        return fields
+    if fields["model_type"] != "llama":
+        raise ConfigError(f"synthetic model: expected a Llama shape after {ROUTED}, found {shape!r}")
+    layers = int(str(fields["num_hidden_layers"]))
+    return routed_fields(fields, range(layers // 2, layers), trained=False)
 
 
 def synthetic_weights(
@@ -189,6 +201,8 @@ def synthetic_weights(
     for name in ("output", "output_bias", "down", "down_bias"):
         if name in tensors:
             tensors[name][late:] *= late_scale
+    if config.routing:
+        tensors["adapter_down"][[layer >= late for layer in config.routing.layers]] *= late_scale
     return Weights.of(tensors)
 
 
@@ -222,7 +236,14 @@ def _draw(name: str, block: Tensor, config: ModelConfig, generator: torch.Genera
         return 1 + 0.1 * values
     # Each sub-layer adds 1/sqrt(L), so that half of the layers add up to a residual of about one per channel.
     per_layer = 1 / math.sqrt(config.num_layers)
-    gain = {"embedding": _LOGIT_SCALE, "head": _LOGIT_SCALE, "output": 1.5 * per_layer, "down": 1.7 * per_layer}
+    gain = {
+        "embedding": _LOGIT_SCALE,
+        "head": _LOGIT_SCALE,
+        "output": 1.5 * per_layer,
+        "down": 1.7 * per_layer,
+        "router_head": _ROUTE_SCALE,
+        "adapter_down": 1.7 * per_layer,
+    }
     values *= gain.get(name, 1.0) / math.sqrt(block.shape[-1])
     if name == "qkv" and not config.qk_norm:
         queries_and_keys = (config.num_heads + config.num_kv_heads) * config.head_dim

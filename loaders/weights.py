@@ -21,7 +21,8 @@ class Weights:
     """L layers, H hidden, D head_dim, I intermediate, V vocabulary; the layer is the leading axis of a stacked tensor.
 
     `qkv`: q rows, then k rows, then v rows. `up`: gate rows, then up rows where the MLP is gated.
-    `head` is `embedding` itself where the head is tied. A tensor that the model does not have is None.
+    `head` is `embedding` itself where the head is tied. N routed layers have routers of width r and adapters of width m,
+    gate rows above up rows. A tensor that the model does not have is None.
     """
 
     embedding: Tensor  # [V, H]
@@ -44,6 +45,12 @@ class Weights:
     norm: Tensor  # [H]
     norm_bias: Tensor | None  # [H]
     head: Tensor  # [V, H]
+    router_encoder: Tensor | None = None  # [N, r, H]
+    router_norm: Tensor | None = None  # [N, r]
+    router_decoder: Tensor | None = None  # [N, H, r]
+    router_head: Tensor | None = None  # [N, 1, H]
+    adapter_up: Tensor | None = None  # [N, 2 * m, H]
+    adapter_down: Tensor | None = None  # [N, H, m]
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> Weights:
@@ -71,7 +78,7 @@ def load_weights(
     """
     folder = Path(folder)
     with Checkpoint.open(folder) as checkpoint:
-        plan = _checked_plan(folder, checkpoint, config)
+        plan = checked_plan(folder, checkpoint, config)
         fused = {name: torch.empty(shape, dtype=dtype) for name, shape in field_shapes(config).items()}
         interleaved = naming(config.model_type).interleaved_qkv
         total = sum(checkpoint.size(piece.name) for piece in plan)
@@ -114,8 +121,12 @@ def checkpoint_tensors(weights: Weights, config: ModelConfig) -> dict[str, Tenso
     return tensors
 
 
-def _checked_plan(folder: Path, checkpoint: Checkpoint, config: ModelConfig) -> list[Piece]:
-    """Which tensor goes where. Every shape is compared before memory is taken, and no tensor is left over."""
+def checked_plan(folder: Path, checkpoint: Checkpoint, config: ModelConfig) -> list[Piece]:
+    """Which tensor goes where. Every shape is compared before memory is taken, and no tensor is left over.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or not of the shape config.json implies.
+    """
     table = naming(config.model_type)
     present = checkpoint.names()
     bare = table.prefix_optional and not any(name.startswith(table.prefix) for name in present)
