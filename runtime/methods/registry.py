@@ -8,7 +8,7 @@ from typing import Any
 
 from ...loaders.config import ModelConfig
 from ..errors import RequestError
-from . import auto, autoregressive, clasp, dmtd, dynamic_exit, knapspec, layerskip, lookup, swift
+from . import auto, autoregressive, clasp, dmtd, dynamic_exit, flexidepth, knapspec, layerskip, lookup, swift
 from .base import Method
 
 _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
@@ -17,6 +17,7 @@ _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "clasp": (clasp.Clasp, clasp.Options),
     "del": (dynamic_exit.DynamicExit, dynamic_exit.Options),
     "dmtd": (dmtd.DirectMultiToken, dmtd.Options),
+    "flexidepth": (flexidepth.FlexiDepth, flexidepth.Options),
     "knapspec": (knapspec.KnapSpec, knapspec.Options),
     "layerskip": (layerskip.LayerSkip, layerskip.Options),
     "lookup": (lookup.Lookup, lookup.Options),
