@@ -49,8 +49,8 @@ class ModelConfig:
     """The shape and the switches of a decoder-only model.
 
     `max_context`, `window`: positions. A windowed token sees itself and the `window` - 1 tokens before it.
-    `rope_layers`, `window_layers`: per layer, whether it rotates, whether it uses the window. `routing`: the layers that
-    decide token by token whether they run; a model without such is dense.
+    `rope_layers`, `window_layers`: per layer, whether it rotates, whether it uses the window.
+    `routing`: the layers that decide token by token whether they run; None is a dense model.
     `eos_token_ids`, `bos_token_id`: ids the model has; ids beyond the vocabulary cannot be produced and are left out.
     `cycle`: of a checkpoint made for Direct Multi-Token Decoding, None for every other.
     """

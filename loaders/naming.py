@@ -14,8 +14,9 @@ from .config import ModelConfig
 class Naming:
     """A family's tensor names. Several names for one field lie below each other along its rows.
 
-    `prefix` may be missing from a checkpoint's names where `prefix_optional`; `bare` names never carry it.
-    `routed` names are those of routed layers alone. `interleaved_qkv`: the rows of the one q/k/v tensor are [heads, 3, head_dim], not [3, heads, head_dim].
+    `prefix` may be missing from a checkpoint's names where `prefix_optional`; `bare` names never carry it; `routed`
+    names are those of routed layers alone.
+    `interleaved_qkv`: the rows of the one q/k/v tensor are [heads, 3, head_dim], not [3, heads, head_dim].
     """
 
     prefix: str

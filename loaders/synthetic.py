@@ -157,7 +157,7 @@ _SHARPNESS: Final = 1.5
 
 
 def synthetic_config(name: str) -> dict[str, object]:
-    """The config.json fields of a named shape; of "routed-NAME" with FlexiDepth's routers in the late half of its layers.
+    """The config.json fields of a named shape; "routed-NAME" has FlexiDepth's routers in the late half of its layers.
 
     Raises:
         ConfigError: no such shape; the message lists them.

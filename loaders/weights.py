@@ -21,8 +21,8 @@ class Weights:
     """L layers, H hidden, D head_dim, I intermediate, V vocabulary; the layer is the leading axis of a stacked tensor.
 
     `qkv`: q rows, then k rows, then v rows. `up`: gate rows, then up rows where the MLP is gated.
-    `head` is `embedding` itself where the head is tied. N routed layers have routers of width r and adapters of width m,
-    gate rows above up rows. A tensor that the model does not have is None.
+    `head` is `embedding` itself where the head is tied. N routed layers have routers of width r and adapters of width
+    m, gate rows above up rows. A tensor that the model does not have is None.
     """
 
     embedding: Tensor  # [V, H]

@@ -272,9 +272,7 @@ class Model:
             active, skip = route.run, route.skip
             inner = ops.linear(x, routed.adapter_up, tile=tile, norm=norm, activation=activation, active=skip)
             ops.linear(inner, routed.adapter_down, tile=tile, residual=x, scale=rest, active=skip)
-        inner = ops.linear(
-            x, layer.up, tile=tile, norm=norm, bias=layer.up_bias, activation=activation, active=active
-        )
+        inner = ops.linear(x, layer.up, tile=tile, norm=norm, bias=layer.up_bias, activation=activation, active=active)
         ops.linear(inner, layer.down, tile=tile, bias=layer.down_bias, residual=x, scale=scale, active=active)
 
 

@@ -45,6 +45,14 @@ class FlexiDepth(Policy):
     def __init__(self, options: Options, num_layers: int) -> None:
         super().__init__(options, num_layers)
         self._own = options.kv == "own"
+        self._trained = True
+
+    def prepare(self, model: Model, cache: KVCache) -> None:
+        self._trained = model.config.routing is None or model.config.routing.trained
+
+    def notes(self, executed_skips: int) -> list[str]:
+        untrained = ["the routers are untrained: what they skip, and the text, mean nothing"]
+        return super().notes(executed_skips) + ([] if self._trained else untrained)
 
     def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Step:
         routing = model.config.routing
@@ -57,6 +65,7 @@ class FlexiDepth(Policy):
             used += _floats(layers_used(routes, model.config.num_layers))
         sequence.memory = None if kept is None else kept[:, 0]
         sequence.prompt_layers = used
+        sequence.counters.executed_skips += round(sum(2 * (model.config.num_layers - ran) for ran in used))
         return Step(hidden[-1:], used[-1:])
 
     def step(self, model: Model, cache: KVCache, batch: Batch) -> Step:
