@@ -62,6 +62,8 @@ _DDLLAMA: Final = replace(
     },
 )
 
+ROUTED_FIELDS: Final = frozenset(_DDLLAMA.routed)
+
 _BLOOM: Final = Naming(
     prefix="transformer.",
     model={
