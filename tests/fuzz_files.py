@@ -29,6 +29,7 @@ from skipjack.loaders.checkpoint import Checkpoint
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.errors import SkipjackError
 from skipjack.loaders.naming import field_shapes
+from skipjack.loaders.routing import routed_fields
 from skipjack.loaders.save import save_checkpoint
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.loaders.tokenizer import Tokenizer
@@ -143,15 +144,17 @@ class Folder:
         self.config = ModelConfig.parse(fields, "config.json")
         tensors = checkpoint_tensors(synthetic_weights(self.config, 0, torch.bfloat16), self.config)
         self.single, self.sharded, self.text = root / "single", root / "sharded", root / "text"
-        self.split = root / "split"
+        self.split, self.routed = root / "split", root / "routed"
         save_checkpoint(self.single, fields, tensors)
         save_checkpoint(self.sharded, fields, tensors, max_shard_bytes=8000)
         cycle = synthetic_config("tiny-dmtd") | {
             "num_hidden_layers": 2, "num_thinking_layers": 1, "num_decoding_layers": 1, "hidden_size": 16,
             "head_dim": 4, "intermediate_size": 8, "vocab_size": 400,
         }  # fmt: skip
-        split = ModelConfig.parse(cycle, "config.json")
-        save_checkpoint(self.split, cycle, checkpoint_tensors(synthetic_weights(split, 0, torch.bfloat16), split))
+        routed = routed_fields(fields, [1], router_reduction=4, adapter_reduction=2) | {"architectures": None}
+        for folder, values in ((self.split, cycle), (self.routed, routed)):
+            config = ModelConfig.parse(values, "config.json")
+            save_checkpoint(folder, values, checkpoint_tensors(synthetic_weights(config, 0, torch.bfloat16), config))
         self.text.mkdir()
         (self.text / "tokenizer.json").write_bytes(_tokenizer())
         settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE}
@@ -161,6 +164,7 @@ class Folder:
             "safetensors": (self.single / "model.safetensors", mutated_safetensors, self._load),
             "config": (self.single / "config.json", mutated, lambda: self._configure(self.single)),
             "cycle": (self.split / "config.json", mutated, lambda: self._configure(self.split)),
+            "routed": (self.routed / "config.json", mutated, lambda: self._configure(self.routed)),
             "index": (self.sharded / "model.safetensors.index.json", mutated, self._open_shards),
             "tokenizer": (self.text / "tokenizer.json", mutated, self._tokenize),
             "settings": (self.text / "tokenizer_config.json", mutated, self._tokenize),
@@ -246,7 +250,7 @@ def fuzz(kind: str, examples: int, seed: int = 0) -> Counter[str]:
     return outcomes
 
 
-KINDS = ("safetensors", "config", "cycle", "index", "tokenizer", "settings", "template")
+KINDS = ("safetensors", "config", "cycle", "routed", "index", "tokenizer", "settings", "template")
 
 
 @contextlib.contextmanager

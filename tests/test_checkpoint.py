@@ -255,7 +255,9 @@ def test_saving_keeps_what_is_there(tmp_path):
     assert os.listdir(tmp_path) == ["m"]
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "config", "cycle", "index", "tokenizer", "settings", "template"])
+@pytest.mark.parametrize(
+    "kind", ["safetensors", "config", "cycle", "routed", "index", "tokenizer", "settings", "template"]
+)
 def test_mutated_files_raise_nothing_else(kind):
     examples = int(os.environ.get("SKIPJACK_FUZZ", "150"))
     outcomes = runpy.run_path(str(Path(__file__).with_name("fuzz_files.py")))["fuzz"](kind, examples)
