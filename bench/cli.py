@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..runtime.errors import ConfigError
+from . import routed
 from .commands import accept, figures, peers, project, serve, table
 from .dmtd import dmtd
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from .exact import Line
 
 app = typer.Typer(add_completion=False)
-for command in (peers, accept, serve, project, figures, table, dmtd):
+for command in (peers, accept, serve, project, figures, table, dmtd, routed.layers, routed.forced):
     app.command()(command)
 
 
