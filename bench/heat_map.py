@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 WIDTH = 88
-_LIGHT, _DARK = (247, 251, 255), (8, 48, 107)
+_SHADES = ((247, 251, 255), (107, 174, 214), (8, 48, 107))
 
 
 def shade(layers: float, low: float, high: float) -> tuple[int, int, int]:
     """Red, green and blue, 0 to 255: light where `low` layers were used, dark where `high` were."""
-    depth = min(1.0, max(0.0, (layers - low) / (high - low))) if high > low else 1.0
-    red, green, blue = (round(a + (b - a) * depth) for a, b in zip(_LIGHT, _DARK, strict=True))
+    depth = 2 * min(1.0, max(0.0, (layers - low) / (high - low))) if high > low else 2.0
+    light, dark = _SHADES[:2] if depth < 1 else _SHADES[1:]
+    red, green, blue = (round(a + (b - a) * (depth % 1 if depth < 2 else 1)) for a, b in zip(light, dark, strict=True))
     return red, green, blue
 
 

@@ -49,9 +49,11 @@ _MATHEMATICS = {
 
 @dataclass(frozen=True)
 class Reading:
-    """One answer: its tokens as text, and the layers each of them used."""
+    """One prompt and its answer: their tokens as text, and the layers each of them used."""
 
     task: str
+    prompt_words: tuple[str, ...]
+    prompt_layers: tuple[float, ...]
     words: tuple[str, ...]
     layers: tuple[float, ...]
 
@@ -96,8 +98,11 @@ def read(
     for task in PUBLISHED:
         for number, text in enumerate(prompts(task, per_task)):
             output = engine.generate(_source(engine, text, number), params, method=method)
-            words = tuple(_word(engine, token) for token in output.token_ids)
-            readings.append(Reading(task, words, output.stats.layers_per_token))
+            asked, said = ([_word(engine, token) for token in ids] for ids in (output.prompt_ids, output.token_ids))
+            used = output.stats
+            readings.append(
+                Reading(task, tuple(asked), used.layers_per_prompt_token, tuple(said), used.layers_per_token)
+            )
             progress(readings[-1])
     return readings
 

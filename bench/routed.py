@@ -28,7 +28,7 @@ def layers(
     per_task: Annotated[int, typer.Option(min=1, help="Prompts of each task.")] = 5,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each.")] = 96,
     kv: Annotated[str, typer.Option(help="own or none: what skipped tokens leave in the cache.")] = "own",
-    task: Annotated[str, typer.Option(help="The task whose first answer is drawn.")] = "continue",
+    task: Annotated[str, typer.Option(help="The task whose first prompt and answer are drawn.")] = "continue",
     picture: Annotated[Path | None, typer.Option(help="Draw the answer's heat map here, .svg or .png.")] = None,
     dtype: Dtype = "auto",
     output: Output = None,
@@ -61,8 +61,10 @@ def layers(
             "readings": [asdict(reading) for reading in readings],
         }
     drawn = next(reading for reading in readings if reading.task == task)
+    words = *drawn.prompt_words[:-1], drawn.prompt_words[-1].rstrip("\n") + "\n", *drawn.words
+    used = drawn.prompt_layers + drawn.layers
     if picture:
-        heat_map.picture(drawn.words, drawn.layers, total - routed, total, picture, label)
+        heat_map.picture(words, used, total - routed, total, picture, f"prompt and answer of {label}")
     _write(result, output)
     if as_json:
         typer.echo(json.dumps(result))
@@ -73,7 +75,7 @@ def layers(
         own = f"{line.mean:.1f}", f"{line.variance:.2f}"
         table.add_row(line.task, str(line.prompts), str(line.tokens), *own, *published)
     console = Console(highlight=False)
-    console.print(heat_map.terminal(drawn.words, drawn.layers, total - routed, total))
+    console.print(heat_map.terminal(words, used, total - routed, total))
     console.print(table)
     console.print("published: the authors' trained Llama-3-8B-Instruct, layers 16 to 31 routed")
     if not trained:
