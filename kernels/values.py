@@ -26,6 +26,14 @@ class Split:
     upper: Matrix
     lower: Matrix
 
+    @property
+    def rows(self) -> int:
+        return self.upper.rows + self.lower.rows
+
+    @property
+    def columns(self) -> int:
+        return self.upper.columns
+
 
 @dataclass(frozen=True)
 class Stack:
