@@ -54,14 +54,15 @@ class Vocabulary(NamedTuple):
 class Pass(NamedTuple):
     """Rows filled up to whole tiles, and what every sub-layer of a pass over them shares.
 
-    routes: what routed layers decided so far, padding included. kept int64 [routed layers, S]: the keys each sequence
-    has in each of them where skipped tokens leave none.
+    real bool [R]: the rows that are not padding. routes: what routed layers decided so far, padding included.
+    kept int64 [routed layers, S]: the keys each sequence has in each of them where skipped tokens leave none.
     """
 
     rows: Rows
     slots: Slots
     index: Index  # pyright: ignore[reportIncompatibleMethodOverride]
     rope: Rope | None
+    real: Tensor
     routes: Routes
     kept: Tensor | None
 
@@ -144,7 +145,8 @@ class Model:
         """What every sub-layer of a pass over `rows` shares."""
         rows = rows.padded()
         index = self._index(rows, rows.position, cache)
-        return Pass(rows, Slots(*rows.slots(cache.page_size)), index, self.rotations(rows, cache), {}, kept)
+        slots, real = Slots(*rows.slots(cache.page_size)), rows.sequence >= 0
+        return Pass(rows, slots, index, self.rotations(rows, cache), real, {}, kept)
 
     def embed(self, laid: Pass) -> Tensor:
         """The residual stream [R, H] a pass starts with; R counts padding."""
@@ -213,14 +215,13 @@ class Model:
     def _route(self, number: int, routed: Routed, x: Tensor, laid: Pass, active: Tensor | None) -> Route:
         """What a routed layer decides for rows that are about to enter it."""
         if number not in laid.routes:
-            real = laid.rows.sequence >= 0
             laid.routes[number] = self.ops.route(
                 x,
                 self.layers[number].attention_norm,
                 routed.router,
                 tile=laid.rows.tile,
                 threshold=routed.threshold,
-                active=real if active is None else real & active,
+                active=laid.real if active is None else laid.real & active,
             )
         return laid.routes[number]
 

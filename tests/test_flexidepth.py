@@ -218,6 +218,17 @@ def test_a_prompt_is_routed_as_decoding_routes_it() -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("kv", ["own", "none"])
+def test_a_prompt_read_in_chunks_is_routed_the_same(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, params = [(7 * i) % 500 + 3 for i in range(150)], SamplingParams(max_tokens=4, ignore_eos=True)
+    whole = engine().generate(prompt, params, method=f"flexidepth:kv={kv}")
+    monkeypatch.setattr("skipjack.runtime.prefill.PREFILL_CHUNK", 64)
+    chunks = engine().generate(prompt, params, method=f"flexidepth:kv={kv}")
+    assert chunks.token_ids == whole.token_ids
+    assert chunks.stats.layers_per_prompt_token == whole.stats.layers_per_prompt_token
+    assert len(whole.stats.layers_per_prompt_token) == 150
+
+
 def test_a_run_that_skipped_nothing_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     fields = synthetic_config("routed-tiny") | {"router_threshold": 0.0, "routers_trained": True}
     config = ModelConfig.parse(fields, "routed-tiny")
