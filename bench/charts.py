@@ -91,8 +91,19 @@ def pyplot_svg() -> Any:
 
 
 def save(pyplot: Any, figure: Any, path: Path) -> None:
-    """Write a figure and close it; the same figure gives the same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
+    """Write a figure as SVG or PNG, by the suffix, and close it; the same figure gives the same file.
+
+    Raises:
+        SkipjackError: another suffix, or the disk refuses.
+    """
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in ("svg", "png"):
+        raise SkipjackError(f"{path}: expected a picture's name to end in .svg or .png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.tight_layout()
+        figure.savefig(path, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
+    except OSError as problem:
+        raise SkipjackError(f"{path}: cannot be written: {problem.strerror or problem}") from None
+    finally:
+        pyplot.close(figure)

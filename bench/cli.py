@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..runtime.errors import ConfigError
+from . import routed
 from .baselines_command import baselines
 from .commands import accept, figures, peers, project, serve, table
 from .dmtd import dmtd
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .exact import Line
 
 app = typer.Typer(add_completion=False)
-for command in (baselines, peers, accept, serve, project, figures, table, dmtd, unified):
+for command in (baselines, peers, accept, serve, project, figures, table, dmtd, unified, routed.layers, routed.forced):
     app.command()(command)
 
 

@@ -166,8 +166,8 @@ class Pass:
         narrow = s.hidden // 16
         encoder = self.matrix(narrow, s.hidden)
         router = Router(encoder, self.tensor(narrow), self.tensor(narrow, dtype=torch.float32))
-        active = self.tensor(LAYERS, self.rows, dtype=torch.bool)
-        yield Step("route", "route", size(encoder), lambda: TRITON.route(x, norm, router, tile=tile))
+        active, real = self.tensor(LAYERS, self.rows, dtype=torch.bool), self.tensor(self.rows, dtype=torch.bool)
+        yield Step("route", "route", size(encoder), lambda: TRITON.route(x, norm, router, tile=tile, active=real))
         yield Step("row_map", "row map", 0, lambda: TRITON.row_map(active))
 
         width = s.heads + 2 * s.kv_heads

@@ -191,7 +191,7 @@ def routing(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
         side.put(torch.randn(reduced, generator=torch.Generator().manual_seed(4)) / reduced**0.5),
     )
     routed = side.ops.route(side.randn(rows, hidden, seed=1), side.norm(hidden, 5), router, tile=tile)
-    return {"weight": routed.weight}
+    return {"weight": routed.weight, "rest": routed.rest}
 
 
 def sampling(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..kernels.ops import select
-from ..kernels.values import Matrix, Slots
+from ..kernels.values import Matrix, Slots, Split
 from ..loaders.config import ModelConfig
 from ..loaders.synthetic import synthetic_config, synthetic_weights
 from ..loaders.weights import Weights
@@ -163,7 +163,7 @@ def _launches(model: Model, cache: KVCache, pages: list[int], count: int) -> dic
     def head(_: int) -> None:
         model.predict(x)
 
-    def size(matrix: Matrix) -> int:
+    def size(matrix: Matrix | Split) -> int:
         return matrix.rows * matrix.columns * x.element_size()
 
     number, first = config.num_layers, layers[0]

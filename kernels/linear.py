@@ -9,7 +9,7 @@ from torch.nn import functional
 from . import launch
 from .primitives import gelu_tanh, silu, start_dependents, wait_for_producers
 from .products import halves, row_product, weight_tile
-from .values import Matrix, Norm, Stack
+from .values import Matrix, Norm, Split, Stack
 
 
 def prepare(weight: Tensor) -> Matrix:
@@ -23,6 +23,14 @@ def prepare_stack(weight: Tensor) -> Stack:
     _, rows, columns = weight.shape
     data = _padded(weight)
     return Stack(tuple(Matrix(layer, rows, columns, packed=False) for layer in data), data)
+
+
+def prepare_split(weight: Tensor, rows: int) -> Matrix | Split:
+    """`prepare` for a q/k/v weight [N, K] whose first `rows` rows, the queries, are often not needed.
+
+    Here one matrix serves: programs that compute no row read nothing.
+    """
+    return prepare(weight)
 
 
 def _padded(weight: Tensor) -> Tensor:

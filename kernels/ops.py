@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import packed, reference, reference_routes, reference_verify
 from .attention_index import AttentionIndex, Index
-from .values import Matrix, Prediction, Route, RowMap, Stack, Verdict
+from .values import Matrix, Prediction, Route, RowMap, Split, Stack, Verdict
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Ops:
     prepare: Callable[[Tensor], Matrix]
     prepare_stack: Callable[[Tensor], Stack]
     take_rows: Callable[[Matrix, Tensor], Matrix]
+    prepare_split: Callable[[Tensor, int], Matrix | Split]
     index: Callable[..., Index]
     normalise: Callable[..., Tensor]
     linear: Callable[..., Tensor]
@@ -59,6 +60,7 @@ TORCH = Ops(
     prepare=reference.prepare,
     prepare_stack=reference.prepare_stack,
     take_rows=packed.take_rows,
+    prepare_split=reference.prepare_split,
     index=AttentionIndex,
     normalise=reference.normalise,
     linear=reference.linear,

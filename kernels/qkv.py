@@ -11,7 +11,7 @@ from torch import Tensor
 from . import launch
 from .primitives import ordered_sum, start_dependents, wait_for_producers
 from .products import halves, row_product, weight_tile
-from .values import Matrix, Norm, Rope, Slots
+from .values import Matrix, Norm, Rope, Slots, Split
 
 
 @triton.jit
@@ -206,7 +206,7 @@ def _qkv_rope_append_kernel(
 def qkv_rope_append(
     x: Tensor,
     norm: Norm,
-    weight: Matrix,
+    weight: Matrix | Split,
     bias: Tensor | None,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
@@ -224,8 +224,11 @@ def qkv_rope_append(
 
     x [R, H]; W [(heads + 2·kv_heads)·D, H]; keys, values [pages, kv_heads, P, D], one layer's cache; q_norm, k_norm
     [D]. Returns q [R, heads, D], undefined for rows that are not `active` bool [R]. Rows that are not `write` bool [R]
-    write nothing: FlexiDepth keeps the keys and values of rows it computes no query for.
+    write nothing: FlexiDepth keeps the keys and values of rows it computes no query for. Raises TypeError for a split
+    weight: heads that no row needs are not read anyway.
     """
+    if isinstance(weight, Split):
+        raise TypeError("weight: expected one matrix of this table's prepare_split, got a split one")
     rows, columns = x.shape
     _, kv_heads, _, head_dim = keys.shape
     normed = q_norm is not None and k_norm is not None

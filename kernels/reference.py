@@ -12,7 +12,7 @@ from torch.nn import functional
 from . import packed
 from .attention_index import AttentionIndex, Block, Index
 from .elementwise import steady
-from .values import Matrix, Norm, Prediction, Rope, Slots, Stack
+from .values import Matrix, Norm, Prediction, Rope, Slots, Split, Stack
 
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -25,6 +25,11 @@ def prepare(weight: Tensor) -> Matrix:
 def prepare_stack(weight: Tensor) -> Stack:
     """`prepare` for one weight of every layer, [L, N, K]."""
     return Stack(tuple(prepare(layer) for layer in weight), None)
+
+
+def prepare_split(weight: Tensor, rows: int) -> Matrix | Split:
+    """`prepare` for a q/k/v weight [N, K] whose first `rows` rows, the queries, are often not needed."""
+    return Split(prepare(weight[:rows]), prepare(weight[rows:]))
 
 
 def normalise(x: Tensor, norm: Norm) -> Tensor:
@@ -84,7 +89,7 @@ def linear(
 def qkv_rope_append(
     x: Tensor,
     norm: Norm,
-    weight: Matrix,
+    weight: Matrix | Split,
     bias: Tensor | None,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
@@ -103,11 +108,16 @@ def qkv_rope_append(
     x [R, H]; W [(heads + 2·kv_heads)·D, H]; keys, values [pages, kv_heads, P, D], one layer's cache; q_norm, k_norm
     [D]. Returns q [R, heads, D], undefined for rows that are not `active` bool [R]. Rows that are not `write` bool [R]
     write nothing: FlexiDepth keeps the keys and values of rows it computes no query for. Rows that are neither are not
-    computed.
+    computed, and of a split weight only the part that a row needs is.
     """
     _, kv_heads, _, head_dim = keys.shape
-    needed = None if active is None or write is None else active | write
-    qkv = linear(x, weight, tile=tile, norm=norm, bias=bias, active=needed)
+    if isinstance(weight, Split):
+        above, below = (None, None) if bias is None else (bias[: weight.upper.rows], bias[weight.upper.rows :])
+        q = linear(x, weight.upper, tile=tile, norm=norm, bias=above, active=active)
+        qkv = torch.cat([q, linear(x, weight.lower, tile=tile, norm=norm, bias=below, active=write)], dim=1)
+    else:
+        needed = None if active is None or write is None else active | write
+        qkv = linear(x, weight, tile=tile, norm=norm, bias=bias, active=needed)
     qkv = qkv.view(x.shape[0], heads + 2 * kv_heads, head_dim)
     qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
     if q_norm is not None and k_norm is not None:

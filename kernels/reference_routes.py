@@ -18,10 +18,12 @@ def row_map(active: Tensor) -> RowMap:
     return RowMap(torch.where(mapped, order, -1).to(torch.int32), count.to(torch.int32))
 
 
-def route(x: Tensor, norm: Norm, router: Router, *, tile: int, threshold: float = 0.5) -> Route:
+def route(
+    x: Tensor, norm: Norm, router: Router, *, tile: int, threshold: float = 0.5, active: Tensor | None = None
+) -> Route:
     """weight = sigmoid(readout · tanh(RMSNorm_r(encoder · norm(x)))), run = weight > threshold (FlexiDepth).
 
-    x [R, H]; RMSNorm_r takes its eps from `norm`.
+    x [R, H]; RMSNorm_r takes its eps from `norm`. Rows that are not `active` bool [R] neither run nor are skipped.
     """
     code = reference.linear(x, router.encoder, tile=tile, norm=norm)
     code = code.to(torch.promote_types(code.dtype, torch.float32))
@@ -32,7 +34,8 @@ def route(x: Tensor, norm: Norm, router: Router, *, tile: int, threshold: float 
         for part in torch.split(functional.pad(code, (0, 0, 0, -code.shape[0] % tile)), tile)
     ]
     weight = steady(torch.sigmoid, torch.cat(score)[: x.shape[0]])
-    return Route(weight, weight > threshold)
+    run = weight > threshold
+    return Route(weight, 1 - weight, run if active is None else run & active, ~run if active is None else ~run & active)
 
 
 def fill_kv(

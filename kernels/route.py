@@ -74,8 +74,11 @@ def _route_kernel(
     readout_ptr,
     code_ptr,
     arrived_ptr,
+    active_ptr,
     weight_ptr,
+    rest_ptr,
     run_ptr,
+    skip_ptr,
     stride_x,
     rows,
     eps,
@@ -90,7 +93,7 @@ def _route_kernel(
     BLOCK_CODE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """weight [rows] = sigmoid(readout · tanh(RMSNorm(W·norm(x)))), run = weight > threshold.
+    """weight [rows] = sigmoid(readout · tanh(RMSNorm(W·norm(x)))); rest = 1 − weight; run, skip of active rows.
 
     x [rows, K]; W [N, K_PADDED]; code float32 [tiles, ROWS, N] and arrived [tiles], zero, are scratch: the last program
     of a tile of rows finds the whole code there.
@@ -136,13 +139,21 @@ def _route_kernel(
         inner = tanh(whole * scale[:, None] * inner_norm[None, :])
         weight = sigmoid(tl.sum(inner * readout[None, :], axis=1))
         tl.store(weight_ptr + offs, weight, mask=offs < rows)
-        tl.store(run_ptr + offs, weight > threshold, mask=offs < rows)
+        active = offs < rows
+        if active_ptr is not None:
+            active = active & (tl.load(active_ptr + offs, mask=offs < rows, other=0) != 0)
+        tl.store(rest_ptr + offs, 1.0 - weight, mask=offs < rows)
+        run = weight > threshold
+        tl.store(run_ptr + offs, active & run, mask=offs < rows)
+        tl.store(skip_ptr + offs, active & (run == 0), mask=offs < rows)
 
 
-def route(x: Tensor, norm: Norm, router: Router, *, tile: int, threshold: float = 0.5) -> Route:
+def route(
+    x: Tensor, norm: Norm, router: Router, *, tile: int, threshold: float = 0.5, active: Tensor | None = None
+) -> Route:
     """weight = sigmoid(readout · tanh(RMSNorm_r(encoder · norm(x)))), run = weight > threshold (FlexiDepth).
 
-    x [R, H]; RMSNorm_r takes its eps from `norm`.
+    x [R, H]; RMSNorm_r takes its eps from `norm`. Rows that are not `active` bool [R] neither run nor are skipped.
     """
     rows, columns = x.shape
     width = router.encoder.rows
@@ -151,8 +162,8 @@ def route(x: Tensor, norm: Norm, router: Router, *, tile: int, threshold: float 
     tiles = triton.cdiv(rows, rule.rows)
     code = torch.empty((tiles, rule.rows, width), dtype=torch.float32, device=x.device)
     arrived = torch.zeros(tiles, dtype=torch.int32, device=x.device)
-    weight = torch.empty((rows,), dtype=torch.float32, device=x.device)
-    run = torch.empty((rows,), dtype=torch.bool, device=x.device)
+    weight, rest = (torch.empty((rows,), dtype=torch.float32, device=x.device) for _ in range(2))
+    run, skip = (torch.empty((rows,), dtype=torch.bool, device=x.device) for _ in range(2))
     _route_kernel[(tiles, triton.cdiv(width, rule.block_n))](
         x,
         norm.weight,
@@ -162,8 +173,11 @@ def route(x: Tensor, norm: Norm, router: Router, *, tile: int, threshold: float 
         router.readout,
         code,
         arrived,
+        None if active is None else active.contiguous(),
         weight,
+        rest,
         run,
+        skip,
         x.stride(0),
         rows,
         norm.eps,
@@ -179,4 +193,4 @@ def route(x: Tensor, norm: Norm, router: Router, *, tile: int, threshold: float 
         PDL=launch.dependent(arch),
         **launch.options(rule.warps, rule.stages),
     )
-    return Route(weight, run)
+    return Route(weight, rest, run, skip)

@@ -9,7 +9,7 @@ from .attention_index import TritonIndex
 from .compact import compact
 from .fill import fill_kv
 from .head import head
-from .linear import linear, logits, prepare, prepare_stack
+from .linear import linear, logits, prepare, prepare_split, prepare_stack
 from .norm import normalise
 from .ops import Ops
 from .packed import take_rows
@@ -35,6 +35,7 @@ TRITON = Ops(
     prepare=prepare,
     prepare_stack=prepare_stack,
     take_rows=take_rows,
+    prepare_split=prepare_split,
     index=TritonIndex,
     normalise=normalise,
     linear=linear,

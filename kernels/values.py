@@ -22,6 +22,22 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Split:
+    """A weight in two by its rows, so that a product with one part costs nothing of the other."""
+
+    upper: Matrix
+    lower: Matrix
+
+    @property
+    def rows(self) -> int:
+        return self.upper.rows + self.lower.rows
+
+    @property
+    def columns(self) -> int:
+        return self.upper.columns
+
+
+@dataclass(frozen=True)
 class Stack:
     """One weight of every layer; `data` [L, rows, columns] where a backend needs the layers to lie in one tensor."""
 
@@ -115,7 +131,12 @@ class Router(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A router's decision for each row: weight float32 [R] in (0, 1), run bool [R]."""
+    """A router's decision for each row: it runs or is skipped, or neither where it is not active; bool [R].
+
+    weight float32 [R] in (0, 1) and rest = 1 − weight: what scales the MLP of one and the adapter of the other.
+    """
 
     weight: Tensor
+    rest: Tensor
     run: Tensor
+    skip: Tensor

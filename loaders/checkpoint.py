@@ -51,6 +51,11 @@ class Checkpoint:
             )
         raise CheckpointError(f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither")
 
+    @staticmethod
+    def of_file(path: Path) -> Checkpoint:
+        """Open one safetensors file. Raises CheckpointError where it is missing or malformed."""
+        return Checkpoint(read_header(path))
+
     def names(self) -> set[str]:
         return set(self._entries)
 

@@ -63,6 +63,7 @@ _DDLLAMA: Final = replace(
 )
 
 _MINDSKIP: Final = replace(_LLAMA, routed={"attention_router": ("layers.{}.router.weight",)})
+ROUTED_FIELDS: Final = frozenset(_DDLLAMA.routed)
 
 _BLOOM: Final = Naming(
     prefix="transformer.",

@@ -205,7 +205,7 @@ def synthetic_weights(
     for name, tensor in tensors.items():
         stacked = len(shapes[name]) == (2 if _is_vector(name) else 3)
         for block in tensor if stacked else (tensor,):
-            block.copy_(_draw(name, block, config, generator))
+            block.copy_(draw(name, tuple(block.shape), config, generator))
     late = config.num_layers // 2
     for name in ("output", "output_bias", "down", "down_bias"):
         if name in tensors:
@@ -232,8 +232,9 @@ def _is_vector(name: str) -> bool:
     return name.endswith(("norm", "bias"))
 
 
-def _draw(name: str, block: Tensor, config: ModelConfig, generator: torch.Generator) -> Tensor:
-    values = torch.randn(block.shape, generator=generator, device=block.device)
+def draw(name: str, shape: tuple[int, ...], config: ModelConfig, generator: torch.Generator) -> Tensor:
+    """Random float32 values for one tensor of a field of Weights, of one layer where it is stacked."""
+    values = torch.randn(shape, generator=generator, device=generator.device)
     if name.endswith("bias"):
         return values * 0.02
     if name in ("q_norm", "k_norm"):
@@ -254,7 +255,7 @@ def _draw(name: str, block: Tensor, config: ModelConfig, generator: torch.Genera
         "attention_router": _MEAN_ROUTE_SCALE,
         "adapter_down": 1.7 * per_layer,
     }
-    values *= gain.get(name, 1.0) / math.sqrt(block.shape[-1])
+    values *= gain.get(name, 1.0) / math.sqrt(shape[-1])
     if name == "qkv" and not config.qk_norm:
         queries_and_keys = (config.num_heads + config.num_kv_heads) * config.head_dim
         values[:queries_and_keys] *= _SHARPNESS

@@ -12,9 +12,11 @@ from typing import Any
 from ..loaders.chat_template import ChatTemplate
 from ..loaders.checkpoint import Checkpoint
 from ..loaders.config import ModelConfig
+from ..loaders.routing import Routing
 
-PARTS = ("embedding", "attention", "mlp", "norms", "head", "other")
+PARTS = ("embedding", "attention", "mlp", "norms", "head", "routers", "other")
 _MATCHES = (
+    ("routers", re.compile(r"\brouter(_proj)?\.")),
     ("norms", re.compile(r"norm|\bln_")),
     ("head", re.compile(r"^lm_head\.")),
     ("embedding", re.compile(r"embed_tokens|word_embeddings")),
@@ -61,6 +63,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "position": _position(config),
         "cycle": None if config.cycle is None else asdict(config.cycle),
         "window": None if config.window is None else {"size": config.window, "layers": sum(config.window_layers)},
+        **({"routing": _routing(config.routing)} if config.routing else {}),
         "parts": parts,
         "parameters": sum(count for _, count, _ in tensors),
         "bytes": sum(count * _BYTES.get(dtype, 0) for _, count, dtype in tensors),
@@ -92,6 +95,7 @@ def show(anatomy: dict[str, Any]) -> None:
         ("position", ", ".join(f"{key} {value}" for key, value in position.items()).removeprefix("kind ")),
         ("window", "none" if window is None else f"{window['size']} in {window['layers']} layers"),
         *([("cycle", ", ".join(f"{part} {value}" for part, value in cycle.items()))] if cycle else []),
+        *([("routed layers", _routed(anatomy["routing"]))] if "routing" in anatomy else []),
         ("tokenizer", "present" if anatomy["tokenizer"] else "absent: use --prompt-ids"),
         ("chat template", "present" if anatomy["chat_template"] else "absent"),
         ("read per token", f"{_readable(read['weight_bytes'])} of weights"),
@@ -111,6 +115,11 @@ def show(anatomy: dict[str, Any]) -> None:
     console = answers()
     console.print(facts, markup=False)
     console.print(sizes, markup=False)
+
+
+def _routed(routing: dict[str, Any]) -> str:
+    layers = ", ".join(map(str, routing["layers"]))
+    return f"{layers} by token, gate {routing['gate']}{'' if routing['trained'] else ', routers untrained'}"
 
 
 def _part(name: str) -> str:
@@ -137,6 +146,16 @@ def _position(config: ModelConfig) -> dict[str, Any]:
 def _text_files(folder: Path) -> dict[str, bool]:
     template = ChatTemplate.load(folder)
     return {"tokenizer": (folder / "tokenizer.json").is_file(), "chat_template": template is not None}
+
+
+def _routing(routing: Routing) -> dict[str, Any]:
+    return {
+        "layers": list(routing.layers),
+        "router_width": routing.router_width,
+        "adapter_width": routing.adapter_width,
+        "gate": routing.gate,
+        "trained": routing.trained,
+    }
 
 
 def _methods(config: ModelConfig) -> list[str]:

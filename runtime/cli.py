@@ -215,6 +215,39 @@ def merge(
 
 
 @app.command()
+def route(
+    model: options.Model,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to write.", show_default=False)],
+    layers: Annotated[
+        str | None, typer.Option(metavar="16-31|4+6", help="Layers that get routers; default: the late half.")
+    ] = None,
+    routers: Annotated[
+        Path | None, typer.Option(help="Trained routers, a safetensors file; without it they are drawn at random.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of routers drawn at random.")] = 0,
+    gate: Annotated[str, typer.Option(help="released (MLP scaled by the router) or ste_hard.")] = "released",
+    router_reduction: Annotated[int, typer.Option(min=1, help="Hidden size over the router's width.")] = 16,
+    adapter_reduction: Annotated[int, typer.Option(min=1, help="Intermediate size over the adapter's.")] = 16,
+) -> None:
+    """Give a Llama model FlexiDepth's routers: a new folder whose layers decide by token whether they run."""
+    from ..loaders.attach import attach_routers
+    from .terminal import notes
+
+    routing = attach_routers(
+        options.model_folder(model),
+        output,
+        None if layers is None else options.parse_layers(layers),
+        routers=routers,
+        seed=seed,
+        gate=gate,
+        router_reduction=router_reduction,
+        adapter_reduction=adapter_reduction,
+    ).routing
+    if routing is not None and not routing.trained:
+        notes().print("the routers are untrained: train them, or expect no sense", markup=False)
+
+
+@app.command()
 def doctor(json: options.Json = False) -> None:
     """Show what Skipjack finds on this machine, which backend it will use, and what is missing."""
     from .doctor import examine, show

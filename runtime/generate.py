@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .report import print_json, report, report_chunk
-from .terminal import write
+from .terminal import notes, write
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -24,6 +24,8 @@ def answer(engine: Engine, prompt: str | list[int], params: SamplingParams, *, a
         print_json(report(output))
     else:
         write("\n")
+        for note in output.stats.notes:
+            notes().print(f"{output.stats.method}: {note}", markup=False)
 
 
 def _stream(engine: Engine, prompt: str | list[int], params: SamplingParams, *, as_json: bool) -> Output:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,58 +11,16 @@ from torch.nn import functional
 
 from ..kernels.attention_index import Index
 from ..kernels.ops import Ops
-from ..kernels.values import Matrix, Norm, Prediction, Rope, Slots, Stack
+from ..kernels.values import Matrix, Norm, Prediction, Rope, Route, Slots, Stack
 from ..loaders.config import ModelConfig
 from ..loaders.weights import Weights
 from .cache import KVCache
+from .layers import prepare_attention_routers, prepare_fill, prepare_layer, prepare_projections
 from .plan import LayerPlan
 from .rope import RotaryTable
+from .routes import Routed, Routes, compacted, routed_layers
 from .rows import Rows
 from .skip_sets import fingerprint
-
-
-class Layer(NamedTuple):
-    """One layer's parameters in the layout of its op table; what the architecture lacks is None."""
-
-    attention_norm: Norm
-    qkv: Matrix
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    output: Matrix
-    output_bias: Tensor | None
-    mlp_norm: Norm
-    up: Matrix
-    up_bias: Tensor | None
-    down: Matrix
-    down_bias: Tensor | None
-
-
-class AttentionRouter(NamedTuple):
-    """MindSkip's router of one layer: weight float32 [H]; attention runs at a probability of `threshold` or more."""
-
-    weight: Tensor
-    threshold: float
-
-
-class Fill(NamedTuple):
-    """What keys and values are made of, of every layer: what the fill of skipped attention blocks reads."""
-
-    norm: Norm
-    qkv: Stack
-    qkv_bias: Tensor | None
-    k_norm: Tensor | None
-    rotated: Tensor
-
-    def part(self, first: int, end: int) -> Fill:
-        """The layers from `first` to `end` - 1."""
-
-        def rows(stacked: Tensor | None) -> Tensor | None:
-            return None if stacked is None else stacked[first:end]
-
-        norm = self.norm._replace(weight=self.norm.weight[first:end], bias=rows(self.norm.bias))
-        return Fill(norm, self.qkv.part(first, end), rows(self.qkv_bias), rows(self.k_norm), self.rotated[first:end])
-
 
 Streams = list[Tensor]
 
@@ -74,12 +33,19 @@ class Vocabulary(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """Rows filled up to whole tiles, and what every sub-layer of a pass over them shares."""
+    """Rows filled up to whole tiles, and what every sub-layer of a pass over them shares.
+
+    real bool [R]: the rows that are not padding. routes: what routed layers decided so far, padding included.
+    kept int64 [routed layers, S]: the keys each sequence has in each of them where skipped tokens leave none.
+    """
 
     rows: Rows
     slots: Slots
     index: Index  # pyright: ignore[reportIncompatibleMethodOverride]
     rope: Rope | None
+    real: Tensor
+    routes: Routes
+    kept: Tensor | None
 
 
 class Model:
@@ -98,12 +64,10 @@ class Model:
             if weights.embedding_norm is not None
             else None
         )
-        qkv = ops.prepare_stack(weights.qkv)
-        self.layers = [_layer(weights, qkv, i, config.norm_eps, ops) for i in range(config.num_layers)]
-        norm = Norm(weights.attention_norm, weights.attention_norm_bias, config.norm_eps)
-        rotated = torch.tensor(config.rope_layers, device=self.device)
-        self._fill = Fill(norm, qkv, weights.qkv_bias, weights.k_norm, rotated)
-        self.attention_routers = _attention_routers(weights, config)
+        qkv, routed = prepare_projections(weights, config, ops), routed_layers(weights, config, ops)
+        self.layers = [prepare_layer(weights, qkv[i], routed.get(i), i, config, ops) for i in range(config.num_layers)]
+        self._fill = prepare_fill(weights, config, qkv) if isinstance(qkv, Stack) else None
+        self.attention_routers = prepare_attention_routers(weights, config)
         self._norm = Norm(weights.norm, weights.norm_bias, config.norm_eps)
         self._head = ops.prepare(weights.head)
         self._rotary = RotaryTable(config, self.device) if any(config.rope_layers) else None
@@ -125,16 +89,26 @@ class Model:
         )
 
     def forward(
-        self, rows: Rows, cache: KVCache, plan: LayerPlan, hidden: Tensor | None = None, streams: Streams | None = None
+        self,
+        rows: Rows,
+        cache: KVCache,
+        plan: LayerPlan,
+        hidden: Tensor | None = None,
+        streams: Streams | None = None,
+        routes: Routes | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """The residual stream [R, H] of `rows` after the sub-layers of `plan`.
 
         It enters the plan's span as `hidden` [R, H], or as the rows' embeddings without one.
         Keys and values of every attention block that runs, or that the plan fills, are written to the rows' slots; a
         row attends to the slots of its own sequence at or before its position, which must have been written in that
-        layer. `streams` receives the residual stream [R, H] before every sub-layer that runs and after the last.
+        layer. `streams` receives the residual stream [R, H] before every sub-layer that runs and after the last,
+        `routes` what every routed layer decided for each row. With `kept` int64 [routed layers, S], the keys each
+        sequence has in each routed layer so far, tokens that skip a layer leave none there; it is advanced by those
+        that run.
         """
-        laid = self.lay(rows, cache)
+        laid = self.lay(rows, cache, kept)
         x = self.embed(laid) if hidden is None else functional.pad(hidden, (0, 0, 0, len(laid.rows) - len(rows)))
         fills, end = plan.fills, plan.span[1]
         for sublayer in (*plan.sublayers, end):
@@ -144,6 +118,8 @@ class Model:
                 streams.append(x[: len(rows)].clone())
             if sublayer < end:
                 self.step(laid, cache, sublayer, x)
+        if routes is not None:
+            routes |= {layer: Route(*(part[: len(rows)] for part in route)) for layer, route in laid.routes.items()}
         return x[: len(rows)]
 
     def run(self, laid: Pass, cache: KVCache, plan: LayerPlan, x: Tensor) -> None:
@@ -151,13 +127,12 @@ class Model:
         for sublayer in plan.sublayers:
             self.step(laid, cache, sublayer, x)
 
-    def lay(self, rows: Rows, cache: KVCache) -> Pass:
+    def lay(self, rows: Rows, cache: KVCache, kept: Tensor | None = None) -> Pass:
         """What every sub-layer of a pass over `rows` shares."""
         rows = rows.padded()
-        index = self.ops.index(
-            rows.sequence, rows.position, rows.block_table, page_size=cache.page_size, tile=rows.tile, tree=rows.tree
-        )
-        return Pass(rows, Slots(*rows.slots(cache.page_size)), index, self.rotations(rows, cache))
+        index = self._index(rows, rows.position, cache)
+        slots, real = Slots(*rows.slots(cache.page_size)), rows.sequence >= 0
+        return Pass(rows, slots, index, self.rotations(rows, cache), real, {}, kept)
 
     def embed(self, laid: Pass) -> Tensor:
         """The residual stream [R, H] a pass starts with; R counts padding."""
@@ -170,19 +145,19 @@ class Model:
         if sublayer % 2 == 0:
             self._attention(sublayer // 2, x, cache, laid, active)
         else:
-            self._mlp(sublayer // 2, x, laid.rows.tile, active)
+            self._mlp(sublayer // 2, x, laid, active)
 
     def fill(self, laid: Pass, cache: KVCache, layers: range, x: Tensor) -> None:
         """Keys and values of consecutive layers whose attention is skipped, from the residual stream x [R, H].
 
         They are those the layers would have written had they run on x.
         """
+        assert self._fill is not None, "routed layers fill their own keys and values"
         first, end = layers.start, layers.stop
         part = self._fill.part(first, end)
-        real = laid.rows.sequence >= 0
         self.ops.fill_kv(
             x,
-            self.ops.row_map(real.expand(len(layers), -1)),
+            self.ops.row_map(laid.real.expand(len(layers), -1)),
             part.norm,
             part.qkv,
             part.qkv_bias,
@@ -257,9 +232,34 @@ class Model:
         tile = tile or self.ops.decode_tile
         return self.ops.head(x, self._norm, head, tile=tile, top_k=top_k, ids=ids, active=active)
 
+    def _index(self, rows: Rows, position: Tensor, cache: KVCache) -> Index:
+        return self.ops.index(
+            rows.sequence, position, rows.block_table, page_size=cache.page_size, tile=rows.tile, tree=rows.tree
+        )
+
+    def _route(self, number: int, routed: Routed, x: Tensor, laid: Pass, active: Tensor | None) -> Route:
+        """What a routed layer decides for rows that are about to enter it."""
+        if number not in laid.routes:
+            laid.routes[number] = self.ops.route(
+                x,
+                self.layers[number].attention_norm,
+                routed.router,
+                tile=laid.rows.tile,
+                threshold=routed.threshold,
+                active=laid.real if active is None else laid.real & active,
+            )
+        return laid.routes[number]
+
     def _attention(self, number: int, x: Tensor, cache: KVCache, laid: Pass, active: Tensor | None) -> None:
         layer, config, tile = self.layers[number], self.config, laid.rows.tile
         keys, values = cache.keys[number], cache.values[number]
+        slots, index, write = laid.slots, laid.index, active
+        if layer.routed is not None:
+            active = self._route(number, layer.routed, x, laid, active).run
+            if laid.kept is not None:
+                write, position = active, compacted(laid.rows, active, laid.kept[layer.routed.place])
+                slots = Slots(*replace(laid.rows, slot=position).slots(cache.page_size))
+                index = self._index(laid.rows, position, cache)
         q = self.ops.qkv_rope_append(
             x,
             layer.attention_norm,
@@ -270,18 +270,18 @@ class Model:
             laid.rope if config.rope_layers[number] else None,
             keys,
             values,
-            laid.slots,
+            slots,
             heads=config.num_heads,
             tile=tile,
             active=active,
-            write=active,
+            write=write,
         )
         window = config.window if config.window is not None and config.window_layers[number] else None
         mixed = self.ops.attend(
             q,
             keys,
             values,
-            laid.index,
+            index,
             scale=config.head_dim**-0.5,
             window=window,
             slopes=self._slopes,
@@ -289,12 +289,17 @@ class Model:
         )
         self.ops.linear(mixed, layer.output, tile=tile, bias=layer.output_bias, residual=x, active=active)
 
-    def _mlp(self, number: int, x: Tensor, tile: int, active: Tensor | None) -> None:
-        layer = self.layers[number]
-        inner = self.ops.linear(
-            x, layer.up, tile=tile, norm=layer.mlp_norm, bias=layer.up_bias, activation=self._activation, active=active
-        )
-        self.ops.linear(inner, layer.down, tile=tile, bias=layer.down_bias, residual=x, active=active)
+    def _mlp(self, number: int, x: Tensor, laid: Pass, active: Tensor | None) -> None:
+        layer, routed, scale = self.layers[number], self.layers[number].routed, None
+        ops, tile, norm, activation = self.ops, laid.rows.tile, self.layers[number].mlp_norm, self._activation
+        if routed is not None:
+            route = self._route(number, routed, x, laid, active)
+            scale, rest = (route.weight, route.rest) if routed.weighted else (None, None)
+            active, skip = route.run, route.skip
+            inner = ops.linear(x, routed.adapter_up, tile=tile, norm=norm, activation=activation, active=skip)
+            ops.linear(inner, routed.adapter_down, tile=tile, residual=x, scale=rest, active=skip)
+        inner = ops.linear(x, layer.up, tile=tile, norm=norm, bias=layer.up_bias, activation=activation, active=active)
+        ops.linear(inner, layer.down, tile=tile, bias=layer.down_bias, residual=x, scale=scale, active=active)
 
 
 def alibi_slopes(heads: int) -> Tensor:
@@ -306,33 +311,3 @@ def alibi_slopes(heads: int) -> Tensor:
     slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
     extra = [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(heads - power)]
     return torch.tensor(slopes + extra)
-
-
-def _attention_routers(weights: Weights, config: ModelConfig) -> dict[int, AttentionRouter]:
-    routing, stacked = config.attention_routing, weights.attention_router
-    if routing is None or stacked is None:
-        return {}
-    return {
-        layer: AttentionRouter(weight[0].float(), routing.threshold)
-        for layer, weight in zip(routing.layers, stacked, strict=True)
-    }
-
-
-def _layer(weights: Weights, qkv: Stack, i: int, eps: float, ops: Ops) -> Layer:
-    def row(stacked: Tensor | None) -> Tensor | None:
-        return None if stacked is None else stacked[i]
-
-    return Layer(
-        Norm(weights.attention_norm[i], row(weights.attention_norm_bias), eps),
-        qkv[i],
-        row(weights.qkv_bias),
-        row(weights.q_norm),
-        row(weights.k_norm),
-        ops.prepare(weights.output[i]),
-        row(weights.output_bias),
-        Norm(weights.mlp_norm[i], row(weights.mlp_norm_bias), eps),
-        ops.prepare(weights.up[i]),
-        row(weights.up_bias),
-        ops.prepare(weights.down[i]),
-        row(weights.down_bias),
-    )

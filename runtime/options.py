@@ -17,6 +17,9 @@ from .errors import RequestError
 if TYPE_CHECKING:
     from .engine import Engine
 
+DEMO = "demo"
+MAX_LAYERS = 512
+
 
 class Device(str, Enum):
     """Where to run."""
@@ -87,6 +90,19 @@ def parse_ids(text: str) -> list[int]:
     if wrong is not None:
         raise RequestError(f"--prompt-ids: expected token ids separated by commas, got {wrong!r}")
     return [int(field) for field in fields]
+
+
+def parse_layers(text: str) -> list[int]:
+    """Layer numbers from "16-31" or "4+6+8", in any mixture."""
+    layers: list[int] = []
+    for part in text.split("+"):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 8:
+            raise RequestError(f"--layers: expected layers such as 16-31 or 4+6+8, got {text!r}")
+        layers += range(int(first), int(last or first) + 1)
+        if len(layers) > MAX_LAYERS:
+            raise RequestError(f"--layers: expected at most {MAX_LAYERS} layers, got {text!r}")
+    return layers
 
 
 def _text(data: bytes, source: str) -> str:

@@ -46,9 +46,11 @@ def report(output: Output) -> dict[str, Any]:
             "of": stats.layers,
             "executed_skips": stats.executed_skips,
             **({"per_token": list(stats.layers_per_token)} if stats.layers_per_token else {}),
+            **({"per_prompt_token": list(stats.layers_per_prompt_token)} if stats.layers_per_prompt_token else {}),
         },
         **({"weights": _weights(stats)} if stats.weight_passes else {}),
         **({"events": list(stats.events)} if stats.events else {}),
+        **({"notes": list(stats.notes)} if stats.notes else {}),
     }
 
 

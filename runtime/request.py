@@ -138,13 +138,14 @@ class Stats:
     `completion_tokens`.
     `graph_rounds` of the rounds ran on the device alone, their draft and verification not timed apart.
     `drafted_per_position[i]` counts rounds whose draft reached depth i + 1, `accepted_per_position[i]` those in which a
-    draft token of that depth was accepted. `layers_kept` is what a draft step runs of `layers`, or a lossy method for a
-    token; `layers_per_token` are the layers behind each token of the first choice, where a method decides token by
-    token. `executed_skips` counts sub-layers not run, once per row and pass. `weight_passes`: how often decoding read
-    the model's weights, the LM head's included, partial readings as their share; those a batch shares count fully for
-    each member; 0 where the method does not say. `weight_pass_bound`: the most tokens such a pass can give by the
-    method and the model's shape. `phases` are (name, first
-    generated token); `events` are the method's own records (for SWIFT one per optimisation step).
+    draft token of that depth was accepted. `layers_kept` is what a draft step runs, of `layers`, or what a decode step
+    of a lossy method ran on average; `layers_per_token` are the layers behind each token of the first choice, where a
+    method decides token by token, `layers_per_prompt_token` those each prompt token ran. `executed_skips` counts
+    sub-layers not run, once per row and pass. `weight_passes`: how often decoding read the model's weights, the LM
+    head's included, partial readings as their share; those a batch shares count fully for each member; 0 where the
+    method does not say. `weight_pass_bound`: the most tokens such a pass can give by the method and the model's shape.
+    `phases` are (name, first generated token); `events` are the method's own records (for SWIFT one per optimisation
+    step); `notes` say in words what a reader of the figures must know.
     """
 
     method: str
@@ -171,6 +172,8 @@ class Stats:
     weight_passes: float = 0.0
     weight_pass_bound: float | None = None
     layers_per_token: tuple[float, ...] = ()
+    layers_per_prompt_token: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
     phases: tuple[tuple[str, int], ...] = ()
     events: tuple[Mapping[str, Any], ...] = ()
 

@@ -49,8 +49,10 @@ class Sequence:
     logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
     counters: Counters = field(default_factory=Counters)
     phases: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
-    # Layers' worth of sub-layers behind each generated token, and what a policy has to remember.
+    # Layers' worth of sub-layers behind each generated token, those each prompt token ran where a policy decides token
+    # by token, and what a policy has to remember.
     layers_used: list[float] = field(default_factory=list[float])
+    prompt_layers: list[float] = field(default_factory=list[float])
     memory: Any = None
     finish_reason: str | None = None
 

@@ -19,6 +19,8 @@ def summarise(
     counters = [sequence.counters for sequence in sequences]
     accepted, drafted = ([getattr(c, f"{name}_per_position") for c in counters] for name in ("accepted", "drafted"))
     first = sequences[0]
+    decoded = first.layers_used[1:]
+    skips = sum(c.executed_skips for c in counters)
     stats = Stats(
         method=method.name,
         lossless=method.lossless,
@@ -39,11 +41,13 @@ def summarise(
         drafted_per_position=tuple(sum(counts) for counts in zip_longest(*drafted, fillvalue=0)),
         accepted_per_position=tuple(sum(counts) for counts in zip_longest(*accepted, fillvalue=0)),
         layers=method.plan.num_layers,
-        layers_kept=method.plan.layers_kept,
-        executed_skips=sum(c.executed_skips for c in counters),
+        layers_kept=sum(decoded) / len(decoded) if decoded else method.plan.layers_kept,
+        executed_skips=skips,
         weight_passes=sum(c.weight_passes for c in counters),
         weight_pass_bound=method.bound if isinstance(method, Policy) else None,
         layers_per_token=tuple(first.layers_used),
+        layers_per_prompt_token=tuple(first.prompt_layers),
+        notes=tuple(method.notes(skips)),
         phases=tuple(first.phases),
         events=(*method.findings(first), *events),
     )

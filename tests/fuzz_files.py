@@ -29,6 +29,7 @@ from skipjack.loaders.checkpoint import Checkpoint
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.errors import SkipjackError
 from skipjack.loaders.naming import field_shapes
+from skipjack.loaders.routing import routed_fields
 from skipjack.loaders.save import save_checkpoint
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.loaders.tokenizer import Tokenizer
@@ -143,20 +144,18 @@ class Folder:
         self.config = ModelConfig.parse(fields, "config.json")
         tensors = checkpoint_tensors(synthetic_weights(self.config, 0, torch.bfloat16), self.config)
         self.single, self.sharded, self.text = root / "single", root / "sharded", root / "text"
-        self.split = root / "split"
+        self.split, self.routed = root / "split", root / "routed"
         save_checkpoint(self.single, fields, tensors)
         save_checkpoint(self.sharded, fields, tensors, max_shard_bytes=8000)
         cycle = synthetic_config("tiny-dmtd") | {
             "num_hidden_layers": 2, "num_thinking_layers": 1, "num_decoding_layers": 1, "hidden_size": 16,
             "head_dim": 4, "intermediate_size": 8, "vocab_size": 400,
         }  # fmt: skip
-        split = ModelConfig.parse(cycle, "config.json")
-        save_checkpoint(self.split, cycle, checkpoint_tensors(synthetic_weights(split, 0, torch.bfloat16), split))
-        self.mindskip = root / "mindskip"
+        routed = routed_fields(fields, [1], router_reduction=4, adapter_reduction=2) | {"architectures": None}
         own = {"model_type": "llama_mindskip", "architectures": None, "is_mindskip": [False, True], "threshold": 0.5}
-        skipping = ModelConfig.parse(fields | own, "config.json")
-        tensors = checkpoint_tensors(synthetic_weights(skipping, 0, torch.bfloat16), skipping)
-        save_checkpoint(self.mindskip, fields | own, tensors)
+        for folder, values in ((self.split, cycle), (self.routed, routed), (self.mindskip, fields | own)):
+            config = ModelConfig.parse(values, "config.json")
+            save_checkpoint(folder, values, checkpoint_tensors(synthetic_weights(config, 0, torch.bfloat16), config))
         self.text.mkdir()
         (self.text / "tokenizer.json").write_bytes(_tokenizer())
         settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE}
@@ -167,6 +166,7 @@ class Folder:
             "config": (self.single / "config.json", mutated, lambda: self._configure(self.single)),
             "cycle": (self.split / "config.json", mutated, lambda: self._configure(self.split)),
             "mindskip": (self.mindskip / "config.json", mutated, lambda: self._configure(self.mindskip)),
+            "routed": (self.routed / "config.json", mutated, lambda: self._configure(self.routed)),
             "index": (self.sharded / "model.safetensors.index.json", mutated, self._open_shards),
             "tokenizer": (self.text / "tokenizer.json", mutated, self._tokenize),
             "settings": (self.text / "tokenizer_config.json", mutated, self._tokenize),
@@ -252,7 +252,7 @@ def fuzz(kind: str, examples: int, seed: int = 0) -> Counter[str]:
     return outcomes
 
 
-KINDS = ("safetensors", "config", "cycle", "mindskip", "index", "tokenizer", "settings", "template")
+KINDS = ("safetensors", "config", "cycle", "mindskip", "routed", "index", "tokenizer", "settings", "template")
 
 
 @contextlib.contextmanager

@@ -256,7 +256,7 @@ def test_saving_keeps_what_is_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["safetensors", "config", "cycle", "mindskip", "index", "tokenizer", "settings", "template"]
+    "kind", ["safetensors", "config", "cycle", "mindskip", "routed", "index", "tokenizer", "settings", "template"]
 )
 def test_mutated_files_raise_nothing_else(kind):
     examples = int(os.environ.get("SKIPJACK_FUZZ", "150"))

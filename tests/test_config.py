@@ -238,6 +238,16 @@ def test_refused_by_field(tmp_path, name, value, message):
 @pytest.mark.parametrize(
     ("model_type", "fields", "message"),
     [
+        ("ddllama", {"routing_layers": []}, "routing_layers: expected a list of different layers from 0 to 5"),
+        ("ddllama", {"routing_layers": [1, 6]}, r"routing_layers: expected .* found \[1, 6\]"),
+        ("ddllama", {"routing_layers": [1, True]}, r"routing_layers: expected .* found \[1, True\]"),
+        ("ddllama", {"routing_layers": [3, 2, 3]}, r"routing_layers: expected .* found \[3, 2, 3\]"),
+        ("ddllama", {"routing_layers": 3}, "routing_layers: expected a list of at most 6 entries, found 3"),
+        ("ddllama", {"routing_layers": [2], "router_reduction_factor": 65}, "router_reduction_factor: expected an int"),
+        ("ddllama", {"routing_layers": [2], "proj_reduction_factor": 0}, "proj_reduction_factor: expected an integer"),
+        ("ddllama", {"routing_layers": [2], "router_gate": "soft"}, "router_gate: expected one of released, ste_hard"),
+        ("ddllama", {"routing_layers": [2], "router_threshold": 2}, "router_threshold: expected a number from 0 to 1"),
+        ("ddllama", {"routing_layers": [2], "architectures": ["LlamaForCausalLM"]}, "expected DDLlamaForCausalLM"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers: expected at least 6 entries"),
         ("smollm3", {"no_rope_layers": [2] * 6}, "no_rope_layers: expected at least 6 entries of 0 or 1"),
         ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval: expected an integer from 1"),

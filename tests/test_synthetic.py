@@ -1,5 +1,7 @@
 """Synthetic models: the shapes are the real ones, the text wanders, and late_scale does what it says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -11,6 +13,7 @@ from skipjack.loaders.weights import load_weights
 
 FAMILIES = [name for name in NAMES if name.startswith("tiny-")]
 PEERS = [name for name in FAMILIES if name not in ("tiny-dmtd", "tiny-mindskip")]
+ROUTED = "routed-tiny"
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +47,22 @@ def test_sizes_are_those_of_the_models_they_stand_for(name, millions):
 def test_unknown_names_are_refused():
     with pytest.raises(ConfigError, match=r"expected one of 135m, 1b, .* found 'huge'"):
         synthetic_config("huge")
+    with pytest.raises(ConfigError, match="expected a Llama shape after routed-, found '4b'"):
+        synthetic_config("routed-4b")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def test_routers_go_into_the_late_half_and_change_nothing_else():
+    plain, routed = config_of("8b"), config_of("routed-8b")
+    assert routed.routing.layers == tuple(range(16, 32))
+    assert (routed.routing.router_width, routed.routing.adapter_width) == (4096 // 16, 14336 // 16)
+    assert not routed.routing.trained
+    assert replace(routed, model_type="llama", routing=None) == plain
+    ours, theirs = (synthetic_weights(config_of(name), 0, torch.float32, 0.3) for name in (ROUTED, "tiny"))
+    assert torch.equal(ours.qkv, theirs.qkv)
+    assert torch.equal(ours.head, theirs.head)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, ROUTED])
 def test_on_disk_and_in_memory_are_the_same(tmp_path, name):
     write_synthetic(tmp_path / "m", name, seed=3, late_scale=0.5)
     config = ModelConfig.load(tmp_path / "m")

@@ -71,6 +71,8 @@ def assert_routes(got: Route, expected: Tensor, dtype: torch.dtype, threshold: f
     assert got.weight.shape == got.run.shape == expected.shape
     assert (got.weight.double() - expected).abs().max() < ATOL[dtype]
     assert torch.equal(got.run, got.weight > threshold)
+    assert torch.equal(got.skip, ~got.run)
+    assert torch.equal(got.rest, 1 - got.weight)
 
 
 @pytest.mark.parametrize("launcher", [route.route, route.row_map, fill.fill_kv, qkv.qkv_rope_append])
@@ -138,6 +140,20 @@ def test_route_of_a_row_does_not_depend_on_its_number_or_place(op: object, dtype
     weight = op(case.x, case.norm, router, tile=TILE).weight
     for rows in (torch.tensor([9]), torch.tensor([31, 0, 5]), torch.randperm(32)[:16], torch.arange(32).flip(0)):
         assert torch.equal(op(case.x[rows], case.norm, router, tile=TILE).weight, weight[rows])
+
+
+@pytest.mark.parametrize("op", [route.route, reference_routes.route])
+def test_an_inactive_row_neither_runs_nor_is_skipped(op: object) -> None:
+    case = Case(48, 16, 11, torch.float32)
+    router = case.router(prepared=op is route.route)
+    free = op(case.x, case.norm, router, tile=TILE)
+    assert free.run.any()
+    assert free.skip.any()
+    active = torch.arange(11) % 3 > 0
+    got = op(case.x, case.norm, router, tile=TILE, active=active)
+    assert torch.equal(got.weight, free.weight)
+    assert torch.equal(got.run, free.run & active)
+    assert torch.equal(got.skip, free.skip & active)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 16, 144, 2500])

@@ -111,6 +111,10 @@ class Method:
         """Everything worth telling about what was learnt so far, oldest first."""
         return []
 
+    def notes(self, executed_skips: int) -> list[str]:
+        """What a reader of a request's figures must know; it did not run `executed_skips` sub-layers."""
+        return []
+
 
 def no_draft(batch: Batch) -> Draft:
     """A round without a draft is plain decoding."""

@@ -44,3 +44,6 @@ class Policy(Method):
         """The pass over each sequence's newest token, which writes what later passes will read of it."""
         hidden = model.forward(batch.newest(), cache, self.target)
         return Step(hidden, [self.target.layers_kept] * len(batch), self.target.layers_kept)
+
+    def notes(self, executed_skips: int) -> list[str]:
+        return [] if executed_skips else ["nothing was skipped: every layer ran for every token"]

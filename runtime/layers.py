@@ -1,0 +1,110 @@
+"""A layer's parameters in the layout of the op table that reads them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.ops import Ops
+from ..kernels.values import Matrix, Norm, Split, Stack
+from ..loaders.config import ModelConfig
+from ..loaders.weights import Weights
+from .routes import Routed
+
+
+class Layer(NamedTuple):
+    """One layer's parameters in the layout of its op table; what the architecture lacks is None."""
+
+    attention_norm: Norm
+    qkv: Matrix | Split
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    output: Matrix
+    output_bias: Tensor | None
+    mlp_norm: Norm
+    up: Matrix
+    up_bias: Tensor | None
+    down: Matrix
+    down_bias: Tensor | None
+    routed: Routed | None
+
+
+class AttentionRouter(NamedTuple):
+    """MindSkip's router of one layer: weight float32 [H]; attention runs at a probability of `threshold` or more."""
+
+    weight: Tensor
+    threshold: float
+
+
+class Fill(NamedTuple):
+    """What keys and values are made of, of every layer: what the fill of skipped attention blocks reads."""
+
+    norm: Norm
+    qkv: Stack
+    qkv_bias: Tensor | None
+    k_norm: Tensor | None
+    rotated: Tensor
+
+    def part(self, first: int, end: int) -> Fill:
+        """The layers from `first` to `end` - 1."""
+
+        def rows(stacked: Tensor | None) -> Tensor | None:
+            return None if stacked is None else stacked[first:end]
+
+        norm = self.norm._replace(weight=self.norm.weight[first:end], bias=rows(self.norm.bias))
+        return Fill(norm, self.qkv.part(first, end), rows(self.qkv_bias), rows(self.k_norm), self.rotated[first:end])
+
+
+def prepare_attention_routers(weights: Weights, config: ModelConfig) -> dict[int, AttentionRouter]:
+    routing, stacked = config.attention_routing, weights.attention_router
+    if routing is None or stacked is None:
+        return {}
+    return {
+        number: AttentionRouter(weight[0].float(), routing.threshold)
+        for number, weight in zip(routing.layers, stacked, strict=True)
+    }
+
+
+def prepare_fill(weights: Weights, config: ModelConfig, qkv: Stack) -> Fill:
+    norm = Norm(weights.attention_norm, weights.attention_norm_bias, config.norm_eps)
+    rotated = torch.tensor(config.rope_layers, device=weights.qkv.device)
+    return Fill(norm, qkv, weights.qkv_bias, weights.k_norm, rotated)
+
+
+def prepare_projections(weights: Weights, config: ModelConfig, ops: Ops) -> Stack | list[Matrix | Split]:
+    """The q/k/v weight of every layer; of routed ones the queries apart, which skipped tokens have none of."""
+    if config.routing is None:
+        return ops.prepare_stack(weights.qkv)
+    queries, routed = config.num_heads * config.head_dim, config.routing.layers
+    return [
+        ops.prepare_split(weight, queries) if number in routed else ops.prepare(weight)
+        for number, weight in enumerate(weights.qkv)
+    ]
+
+
+def prepare_layer(
+    weights: Weights, qkv: Matrix | Split, routed: Routed | None, i: int, config: ModelConfig, ops: Ops
+) -> Layer:
+    eps = config.norm_eps
+
+    def row(stacked: Tensor | None) -> Tensor | None:
+        return None if stacked is None else stacked[i]
+
+    return Layer(
+        Norm(weights.attention_norm[i], row(weights.attention_norm_bias), eps),
+        qkv,
+        row(weights.qkv_bias),
+        row(weights.q_norm),
+        row(weights.k_norm),
+        ops.prepare(weights.output[i]),
+        row(weights.output_bias),
+        Norm(weights.mlp_norm[i], row(weights.mlp_norm_bias), eps),
+        ops.prepare(weights.up[i]),
+        row(weights.up_bias),
+        ops.prepare(weights.down[i]),
+        row(weights.down_bias),
+        routed,
+    )

@@ -1,0 +1,82 @@
+"""FlexiDepth: every token decides, layer by layer, whether it runs (arXiv 2503.23798). Lossy; its own checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ...loaders.routing import MODEL_TYPE
+from ..batch import Batch
+from ..cache import KVCache
+from ..errors import RequestError
+from ..model import Model
+from ..prefill import prompt_rows
+from ..routes import Routes, layers_used
+from ..sequence import Sequence
+from .policy import Policy, Step
+
+KV = ("own", "none")
+
+
+@dataclass(frozen=True)
+class Options:
+    """kv: what a token that skips a layer leaves there, its own keys and values (as trained) or none."""
+
+    kv: str = "own"
+
+    def __post_init__(self) -> None:
+        if self.kv not in KV:
+            raise RequestError(f"kv: expected one of {', '.join(KV)}, got {self.kv!r}")
+
+
+class FlexiDepth(Policy):
+    """Every routed layer runs for the tokens its router chooses, in prompts as in decoding.
+
+    A skipped token runs an adapter instead of the MLP and no attention. With kv=none the sequence remembers how many
+    keys it has in each routed layer, int64 [routed layers].
+    """
+
+    name = "flexidepth"
+    checkpoints = (MODEL_TYPE,)
+
+    def __init__(self, options: Options, num_layers: int) -> None:
+        super().__init__(options, num_layers)
+        self._own = options.kv == "own"
+        self._trained = True
+
+    def prepare(self, model: Model, cache: KVCache) -> None:
+        self._trained = model.config.routing is None or model.config.routing.trained
+
+    def notes(self, executed_skips: int) -> list[str]:
+        untrained = ["the routers are untrained: what they skip, and the text, mean nothing"]
+        return super().notes(executed_skips) + ([] if self._trained else untrained)
+
+    def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Step:
+        routing = model.config.routing
+        count = 0 if routing is None else len(routing.layers)
+        kept = None if self._own else torch.zeros(count, 1, dtype=torch.int64, device=model.device)
+        hidden, used = torch.empty(0, device=model.device), list[float]()
+        for rows in prompt_rows(model, sequence):
+            routes: Routes = {}
+            hidden = model.forward(rows, cache, self.prompt, routes=routes, kept=kept)
+            used += _floats(layers_used(routes, model.config.num_layers))
+        sequence.memory = None if kept is None else kept[:, 0]
+        sequence.prompt_layers = used
+        sequence.counters.executed_skips += round(sum(2 * (model.config.num_layers - ran) for ran in used))
+        return Step(hidden[-1:], used[-1:])
+
+    def step(self, model: Model, cache: KVCache, batch: Batch) -> Step:
+        routes: Routes = {}
+        kept = None if self._own else torch.stack([sequence.memory for sequence in batch.sequences], dim=1)
+        hidden = model.forward(batch.newest(), cache, self.target, routes=routes, kept=kept)
+        if kept is not None:
+            for row, sequence in enumerate(batch.sequences):
+                sequence.memory = kept[:, row]
+        return Step(hidden, _floats(layers_used(routes, model.config.num_layers)))
+
+
+def _floats(tensor: Tensor) -> list[float]:
+    return cast("list[float]", tensor.double().tolist())
