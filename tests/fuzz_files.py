@@ -144,7 +144,7 @@ class Folder:
         self.config = ModelConfig.parse(fields, "config.json")
         tensors = checkpoint_tensors(synthetic_weights(self.config, 0, torch.bfloat16), self.config)
         self.single, self.sharded, self.text = root / "single", root / "sharded", root / "text"
-        self.split, self.routed = root / "split", root / "routed"
+        self.split, self.routed, self.mindskip = (root / name for name in ("split", "routed", "mindskip"))
         save_checkpoint(self.single, fields, tensors)
         save_checkpoint(self.sharded, fields, tensors, max_shard_bytes=8000)
         cycle = synthetic_config("tiny-dmtd") | {

@@ -285,7 +285,7 @@ def test_tokens_per_weight_pass() -> None:
     assert apart[0].stats.tokens_per_weight_pass == pytest.approx(1)
     together = report(engine().generate(PROMPTS, params)[3])
     assert together["weights"]["tokens_per_pass"] == pytest.approx(together["weights"]["tokens_per_pass_bound"])
-    assert together["layers"]["kept"] == 2
+    assert together["layers"]["kept"] == (8 + 3 * 2) / 4, "of the tokens of a cycle, on average"
 
 
 @pytest.mark.parametrize("model_type", ["mtpqwen3", "dmtdqwen3"])
