@@ -15,7 +15,7 @@ from skipjack.loaders.synthetic import synthetic_config, synthetic_weights, writ
 from skipjack.loaders.weights import checkpoint_tensors
 from skipjack.runtime import cli
 
-PROMPTS = [Prompt("a", ""), Prompt("b", "")]
+PROMPTS = [Prompt("a", "some words"), Prompt("b", "some words")]
 
 
 def test_rows_are_those_of_scoring_by_hand(tmp_path: Path) -> None:

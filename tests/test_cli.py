@@ -22,7 +22,8 @@ NESTED_FIELDS = {
     "usage": {"prompt_tokens", "completion_tokens"},
     "timing": {"prefill_s", "decode_s", "tokens_per_s", "draft_s", "verify_s", "search_s", "other_s"},
     "speculative": {
-        "rounds", "drafted", "accepted", "acceptance_rate", "mean_acceptance_length", "bonus",
+        "rounds",
+        "graph_rounds", "drafted", "accepted", "acceptance_rate", "mean_acceptance_length", "bonus",
         "drafted_per_position", "accepted_per_position",
     },
     "layers": {"kept", "of", "executed_skips"},
