@@ -15,6 +15,7 @@ from ..loaders.config import ModelConfig
 from ..loaders.weights import Weights
 from .cache import KVCache
 from .plan import LayerPlan
+from .ranges import Mark, unmarked
 from .rope import RotaryTable
 from .rows import Rows
 from .skip_sets import fingerprint
@@ -85,9 +86,10 @@ class Pass(NamedTuple):
 class Model:
     """A decoder-only transformer: weights prepared for one op table, and the pass over them."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, mark: Mark = unmarked) -> None:
         self.config = config
         self.ops = ops
+        self.mark = mark
         self.full = LayerPlan.full(config.num_layers)
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
