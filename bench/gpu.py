@@ -46,12 +46,31 @@ def check(setting: Setting) -> Found:
             yield Measurement("T18", "engine", finding.count, finding.detail)
 
 
+def _each(*runs: Callable[[Setting], Found]) -> Callable[[Setting], Found]:
+    """One after the other; one that breaks off does not keep the next from running."""
+
+    def together(setting: Setting) -> Found:
+        broken: Exception | None = None
+        for each in runs:
+            try:
+                yield from each(setting)
+            except Exception as error:
+                broken = error
+        if broken is not None:
+            raise broken
+
+    return together
+
+
 PARTS: dict[str, Part] = {
     "check": Part("correctness", ("T18",), check, checked=False),
     "steps": Part("steps and kernels", ("T1", "T2", "T3", "T4", "T5", "T6", "T7"), gpu_speed.steps),
-    "drafts": Part("drafts and rounds", ("T8", "T9", "T10", "T11"), gpu_speed.drafts_and_rounds),
+    "drafts": Part("drafts and rounds", ("T8", "T9", "T10", "T11"), _each(gpu_methods.drafts, gpu_speed.syncs)),
     "peers": Part("other libraries", ("T12", "T13"), gpu_methods.peers, checked=False),
     "exact": Part("losslessness", ("T14",), gpu_speed.exact, checked=False),
+    "lossy": Part(
+        "lossy methods", ("T15", "T16", "T17"), _each(gpu_speed.unified, gpu_methods.routed, gpu_methods.cycles)
+    ),
     "large-peers": Part("other libraries, 8b", ("T12", "T13"), gpu_methods.large_peers, checked=False),
 }
 

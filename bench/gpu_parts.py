@@ -59,7 +59,9 @@ class Setting:
 
     def config(self, shape: str) -> ModelConfig:
         """The configuration of a named shape, of which a dry run has only a few layers."""
-        return ModelConfig.parse(synthetic_config(shape) | (DRY_FIELDS if self.dry else {}), shape)
+        return ModelConfig.parse(
+            synthetic_config(shape) | (DRY_FIELDS if self.dry and shape in self.shapes else {}), shape
+        )
 
     def named(self, shapes: Sequence[str]) -> dict[str, str]:
         """The shape to run for each of these; a dry run has a tiny one for the first of them."""

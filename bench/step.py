@@ -87,11 +87,6 @@ class Bed(NamedTuple):
         """What a full step cannot avoid reading."""
         return weight_bytes(self.weights) + kv_bytes(self.model, self.context)
 
-    @property
-    def head_bytes(self) -> int:
-        """The LM head's part of it."""
-        return self.weights.head.numel() * self.weights.head.element_size()
-
 
 def figures(device: torch.device, shapes: Iterable[str], dry: bool) -> Iterator[Figure]:
     """Bandwidth, then kernels and steps of every shape."""
