@@ -63,6 +63,9 @@ def command(
     batch: Annotated[int, typer.Option(min=1, max=16, help="Sequences that share the rounds.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     profiler: Annotated[Profiler, typer.Option(help="nsight only marks the region, for nsys or ncu.")] = Profiler.TORCH,
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="Rounds on the device, captured on a GPU: a range a round, none inside.")
+    ] = False,
     trace: Annotated[Path | None, typer.Option(help="Write the timeline here: .json or .json.gz.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -73,7 +76,7 @@ def command(
     nsight = profiler is Profiler.NSIGHT
     if nsight and trace:
         raise RequestError("--trace: expected no file with --profiler nsight, whose tools write their own")
-    with load(model, dtype, "nvtx" if nsight else "torch") as engine:
+    with load(model, dtype, ranges="nvtx" if nsight else "torch", graphs=graphs) as engine:
         where = {"model": model, "method": method, "backend": engine.backend, "rounds": rounds, "sequences": batch}
         prompts = sources(engine, batch)
         if nsight:

@@ -103,6 +103,7 @@ class Engine:
         backend: str = "auto",
         numerics: str = "exact",
         cache_tokens: int | None = None,
+        graphs: bool | None = None,
         ranges: str | None = None,
         progress: Progress | None = None,
     ) -> Engine:
@@ -140,6 +141,7 @@ class Engine:
             method=method,
             backend=backend,
             cache_tokens=cache_tokens,
+            graphs=graphs,
             ranges=ranges,
         )
 
@@ -299,12 +301,13 @@ class Engine:
                             chunks.append(_chunk(running[-1], prefill(model, cache, running[-1], method)))
                     running = self._without_finished(cache, running)
                     if running:
-                        with model.mark("round", len(running), len(running)):
-                            pieces = rounds.advance(running) if rounds else None
-                            if pieces is None and isinstance(method, Policy):
-                                pieces = decode(model, cache, running, method)
-                            elif pieces is None:
-                                pieces = speculate(model, cache, running, method)
+                        pieces = rounds.advance(running) if rounds else None
+                        if pieces is None:
+                            with model.mark("round", len(running), len(running)):
+                                if isinstance(method, Policy):
+                                    pieces = decode(model, cache, running, method)
+                                else:
+                                    pieces = speculate(model, cache, running, method)
                         chunks += [_chunk(sequence, new) for sequence, new in zip(running, pieces, strict=True)]
                         running = self._without_finished(cache, running)
                 yield from chunks

@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from skipjack import Engine, RequestError, SamplingParams
+from skipjack.runtime.graphs import Graphs
 from skipjack.runtime.methods import registry
 from skipjack.runtime.methods.policy import Policy
 from skipjack.runtime.ranges import VARIABLE, marks, unmarked
@@ -122,3 +123,12 @@ def test_ranges_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
     if torch.version.cuda is None:
         with pytest.raises(RequestError, match="no NVTX"):
             marks("nvtx")
+
+
+def test_a_round_on_the_device_has_the_same_parts(marked: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(marked, "_graphs", Graphs(*marked._loaded()))
+    output, ranges = seen(marked, "swift:skip_attention=2+3,num_draft_tokens=2,threshold=0", prompts=PROMPTS[:1])
+    rounds = inside(ranges, "")["round"]
+    assert rounds >= output.stats.rounds == output.stats.graph_rounds
+    assert inside(ranges, "round") == dict.fromkeys(("draft[0]", "draft[1]", "verify", "commit"), rounds)
+    assert {r[1:3] for r in ranges if r[0] == "verify"} == {(1, 3)}
