@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from . import gpu_methods, gpu_parts, gpu_speed, step
-from .gpu_check import facts, run, setting_of, write
+from .gpu_check import facts, run, setting_of
 from .gpu_check import show as show_findings
 from .gpu_parts import Finding, Setting
+from .record import write
 from .targets import GPU, Measurement, Row, Target, as_json, best, judge, of
 
 app = typer.Typer(add_completion=False)

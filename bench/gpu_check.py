@@ -22,6 +22,7 @@ from rich.table import Table
 from ..kernels.ops import obstacle
 from . import machine
 from .gpu_parts import DRY, GPU, PARTS, Finding, Setting, long_run
+from .record import write
 
 app = typer.Typer(add_completion=False)
 
@@ -100,12 +101,6 @@ def facts(setting: Setting) -> dict[str, Any]:
         return found | {"note": "dry run in Triton's interpreter: no figure here was measured on a GPU"}
     card = cast("Any", torch.cuda).get_device_properties(0)
     return found | {"gpu": card.name, "cuda": torch.version.cuda, "memory_gib": round(card.total_memory / 2**30, 1)}
-
-
-def write(result: dict[str, Any], output: Path) -> None:
-    """Write a result file, with the folders above it."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def show(findings: Iterable[Finding]) -> None:

@@ -70,15 +70,17 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Profile warm rounds; ranges are prefill, round, draft[i], verify, commit and search."""
-    from .machine import describe
     from .methods import load
+    from .prompts import load as load_prompts
+    from .prompts import source
+    from .record import header
 
     nsight = profiler is Profiler.NSIGHT
     if nsight and trace:
         raise RequestError("--trace: expected no file with --profiler nsight, whose tools write their own")
     with load(model, dtype, ranges="nvtx" if nsight else "torch", graphs=graphs) as engine:
-        where = {"model": model, "method": method, "backend": engine.backend, "rounds": rounds, "sequences": batch}
-        prompts = sources(engine, batch)
+        texts = load_prompts(None, 2)
+        prompts = [source(texts[i % len(texts)], engine) for i in range(batch)]
         if nsight:
             run(engine, prompts, method, warm_up, rounds, cuda_region())
             Console(stderr=True, highlight=False).print(
@@ -87,8 +89,9 @@ def command(
             return
         shares, ops = profiled(engine, prompts, method, warm_up, rounds, trace)
         if as_json:
+            setting = {"method": method, "rounds": rounds, "sequences": batch, "graphs": graphs}
             parts = {"parts": [asdict(share) for share in shares], "ops": [asdict(op) for op in ops]}
-            typer.echo(json.dumps({"bench": "profile", "machine": describe(), **where, **parts}))
+            typer.echo(json.dumps({**header("profile", engine, model), **setting, **parts}))
         else:
             _show(shares, ops)
 
@@ -175,20 +178,6 @@ def cuda_region() -> Generator[None, None, None]:
     finally:
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
-
-
-def sources(engine: Engine, count: int) -> list[Prompt]:
-    """Prompts of different categories, or random token ids for a model without a tokenizer."""
-    from .prompts import load
-
-    if engine.tokenizer is not None:
-        texts = [prompt.text for prompt in load(None, 2)]
-        return [texts[i % len(texts)] for i in range(count)]
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, engine.config.vocab_size, (count, 32), generator=generator)
-    return [[int(token) for token in row] for row in ids]
 
 
 def _advance(stream: Iterator[Chunk], rounds: int) -> None:
