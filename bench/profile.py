@@ -78,7 +78,7 @@ def command(
     nsight = profiler is Profiler.NSIGHT
     if nsight and trace:
         raise RequestError("--trace: expected no file with --profiler nsight, whose tools write their own")
-    with load(model, dtype, ranges="nvtx" if nsight else "torch", graphs=graphs) as engine:
+    with load(model, dtype, method, ranges="nvtx" if nsight else "torch", graphs=graphs) as engine:
         texts = load_prompts(None, 2)
         prompts = [source(texts[i % len(texts)], engine) for i in range(batch)]
         if nsight:
