@@ -26,8 +26,7 @@ gate: $(VENV)/.gate
 # On a machine whose Python has PyTorch for its GPU already: make gpu-check GPU_PYTHON=python3
 GPU_PYTHON ?=
 gpu-check: $(if $(GPU_PYTHON),,$(VENV)/.demo)
-	$(if $(GPU_PYTHON),$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .)
-	$(or $(GPU_PYTHON),$(BIN)/python) -m skipjack.bench.gpu_check check --output bench/results/gpu-check.json
+	PYTHON=$(or $(GPU_PYTHON),$(BIN)/python) bench/gpu.sh check
 
 # Every picture of the documents that has a result file in bench/results.
 figures: $(VENV)/.test

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..runtime.errors import ConfigError
-from . import routed
+from . import profile, routed
 from .baselines_command import baselines
 from .commands import accept, figures, peers, project, serve, table
 from .dmtd import dmtd
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 for command in (baselines, peers, accept, serve, project, figures, table, dmtd, unified, routed.layers, routed.forced):
     app.command()(command)
+app.command("profile")(profile.command)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,15 +1,14 @@
-"""`make gpu-check`: what only a GPU can prove, in one command of a few minutes.
+"""What only a GPU can prove about the kernels' results, in a few minutes.
 
 Every op in half precision against float64; rows whose bits do not depend on their number; tokens of speculative
-decoding equal to those of plain decoding; a long run with and without dependent launch; no compilation after warm-up;
-then the first figures. `--dry-run` walks the same code at tiny shapes in Triton's interpreter, where no time means
-anything and none is written.
+decoding equal to those of plain decoding; a long run with and without dependent launch; no compilation after warm-up.
+`--dry-run` walks the same code at tiny shapes in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -23,58 +22,57 @@ from rich.table import Table
 from ..kernels.ops import obstacle
 from . import machine
 from .gpu_parts import DRY, GPU, PARTS, Finding, Setting, long_run
-from .step import figures, show
+from .record import write
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def check(
-    part: Annotated[list[str] | None, typer.Option(help=f"Only these: {', '.join([*PARTS, 'time'])}.")] = None,
+    part: Annotated[list[str] | None, typer.Option(help=f"Only these: {', '.join(PARTS)}.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Tiny shapes in Triton's interpreter; no figures.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Tiny shapes in Triton's interpreter.")] = False,
 ) -> None:
-    """Check the kernels on this GPU and measure them; exit 1 if anything failed."""
-    unknown = sorted(set(part or ()) - {*PARTS, "time"})
+    """Check the kernels on this GPU; exit 1 if anything failed."""
+    unknown = sorted(set(part or ()) - set(PARTS))
     if unknown:
-        raise typer.BadParameter(
-            f"expected {', '.join([*PARTS, 'time'])}, got {', '.join(unknown)}", param_hint="--part"
-        )
-    setting, notes = _setting(dry_run), Console(stderr=True, highlight=False)
-    result: dict[str, Any] = {"bench": "gpu-check", "machine": _machine(setting), "findings": [], "figures": []}
-    for name, run in PARTS.items():
-        if part and name not in part:
-            continue
+        raise typer.BadParameter(f"expected {', '.join(PARTS)}, got {', '.join(unknown)}", param_hint="--part")
+    setting = setting_of(dry_run)
+    findings: list[Finding] = []
+    for finding in run(setting, part or PARTS):
+        findings.append(finding)
+        if output:
+            result = {"bench": "gpu-check", "machine": facts(setting), "findings": [asdict(f) for f in findings]}
+            write(result, output)
+    show(findings)
+    if any(finding.passed is False for finding in findings):
+        raise typer.Exit(1)
+
+
+def run(setting: Setting, names: Iterable[str]) -> Iterator[Finding]:
+    """The findings of these parts; a part that breaks is a failed check, and the others still run."""
+    notes = Console(stderr=True, highlight=False)
+    for name in names:
         start = perf_counter()
-        for finding in _guarded(name, run, setting):
-            result["findings"].append(asdict(finding))
+        for finding in _guarded(name, PARTS[name], setting):
             if finding.passed is False:
                 notes.print(f"FAILED {finding.part} {finding.name}: {finding.detail}", style="bold red", markup=False)
-            _write(output, result)
+            yield finding
         notes.print(f"{name}: {perf_counter() - start:.0f} s")
-    failed = [finding for finding in result["findings"] if finding["passed"] is False]
-    if not part or "time" in part:
-        # A speed beside a wrong result means nothing.
-        if failed:
-            notes.print("no figures: a check failed", style="bold red")
-        else:
-            for figure in figures(setting.device, setting.timed, setting.dry):
-                result["figures"].append(asdict(figure))
-                _write(output, result)
-    _write(output, result)
-    _table(result["findings"])
-    show(result["figures"])
-    if failed:
-        raise typer.Exit(1)
 
 
 @app.command(hidden=True)
 def tokens(shape: str, count: int, dry_run: Annotated[bool, typer.Option()] = False) -> None:
     """The tokens of one greedy run by layer skipping, as JSON."""
-    typer.echo(json.dumps(long_run(shape, count, _setting(dry_run))))
+    typer.echo(json.dumps(long_run(shape, count, setting_of(dry_run))))
 
 
-def _setting(dry: bool) -> Setting:
+def setting_of(dry: bool) -> Setting:
+    """The GPU, or the interpreter for a dry run.
+
+    Raises:
+        BadParameter: what it needs is not there.
+    """
     if dry:
         problem = obstacle("triton", DRY.device)
         if problem:
@@ -94,7 +92,8 @@ def _guarded(name: str, run: Callable[[Setting], Iterator[Finding]], setting: Se
         yield Finding(name, "broke off", False, f"{type(error).__name__}: {str(error)[:300]}")
 
 
-def _machine(setting: Setting) -> dict[str, Any]:
+def facts(setting: Setting) -> dict[str, Any]:
+    """The machine, with its GPU's name and versions."""
     import triton
 
     found = machine.describe() | {"triton": triton.__version__}
@@ -104,17 +103,12 @@ def _machine(setting: Setting) -> dict[str, Any]:
     return found | {"gpu": card.name, "cuda": torch.version.cuda, "memory_gib": round(card.total_memory / 2**30, 1)}
 
 
-def _write(output: Path | None, result: dict[str, Any]) -> None:
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def _table(findings: list[dict[str, Any]]) -> None:
+def show(findings: Iterable[Finding]) -> None:
+    """Findings as a table on standard output."""
     table = Table("part", "check", "result", "detail")
     for finding in findings:
-        result = {True: "passed", False: "FAILED", None: "not run"}[finding["passed"]]
-        table.add_row(finding["part"], finding["name"], result, finding["detail"])
+        result = {True: "passed", False: "FAILED", None: "not run"}[finding.passed]
+        table.add_row(finding.part, finding.name, result, finding.detail)
     Console(highlight=False).print(table)
 
 

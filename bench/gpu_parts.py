@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ SEVERAL_ROWS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 32, 64, 144)
 # Of a norm-wise relative error: a few roundings of the dtype, the smallest of which is 2**-9 in bfloat16.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 DECODE_ONLY = ("head", "sample, verify")
+DRY_FIELDS = {"num_hidden_layers": 5}
 LONG_RUN_METHOD = "swift:skip_attention=2+3,num_draft_tokens=5,threshold=0"
 
 
@@ -38,6 +39,7 @@ class Finding:
     name: str
     passed: bool | None
     detail: str
+    count: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,6 @@ class Setting:
 
     device: torch.device
     shapes: tuple[str, ...]
-    timed: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     rows: tuple[int, ...]
     long_run: int
@@ -56,24 +57,33 @@ class Setting:
         """The models whole passes are made with: the smallest shape in every dtype, the others in the first."""
         return [(self.shapes[0], dtype) for dtype in self.dtypes] + [(s, self.dtypes[0]) for s in self.shapes[1:]]
 
+    def config(self, shape: str) -> ModelConfig:
+        """The configuration of a named shape, of which a dry run has only a few layers."""
+        return ModelConfig.parse(
+            synthetic_config(shape) | (DRY_FIELDS if self.dry and shape in self.shapes else {}), shape
+        )
+
+    def named(self, shapes: Sequence[str]) -> dict[str, str]:
+        """The shape to run for each of these; a dry run has a tiny one for the first of them."""
+        return {shapes[0]: self.shapes[0]} if self.dry else {shape: shape for shape in shapes}
+
 
 GPU = Setting(
     torch.device("cuda"),
     ("135m", "1b"),
-    ("135m", "1b", "8b"),
     (torch.bfloat16, torch.float16),
     SEVERAL_ROWS,
     1200,
     dry=False,
 )
-DRY = Setting(torch.device("cpu"), ("tiny-llama",), ("tiny-llama",), (torch.float32,), (1, 2, 9), 12, dry=True)
+DRY = Setting(torch.device("cpu"), ("tiny-llama",), (torch.float32,), (1, 2, 9), 12, dry=True)
 
 
 def ops(setting: Setting) -> Iterator[Finding]:
     """Every op against the torch table in float64."""
     triton = select("triton")
     for shape in setting.shapes:
-        config = config_of(shape)
+        config = setting.config(shape)
         for dtype in setting.dtypes:
             mine = Side(triton, setting.device, dtype, dtype)
             oracle = Side(TORCH, torch.device("cpu"), dtype, torch.float64)
@@ -161,7 +171,8 @@ def compilations(setting: Setting) -> Iterator[Finding]:
         _workload(engine, (1, 17, 64, 90, 333, 1000), batches=(1, 2, 4, 16))
     finally:
         knobs.runtime.jit_post_compile_hook = None
-    yield Finding("compile", "after warm-up", not compiled, f"{len(compiled)} compiled: {sorted(set(compiled))[:5]}")
+    detail = f"{len(compiled)} compiled: {sorted(set(compiled))[:5]}"
+    yield Finding("compile", "after warm-up", not compiled, detail, len(compiled))
 
 
 PARTS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
@@ -183,14 +194,9 @@ def long_run(shape: str, count: int, setting: Setting) -> list[int]:
 
 def engine_of(shape: str, dtype: torch.dtype, setting: Setting) -> Engine:
     """An engine on the Triton table over random weights of a named shape."""
-    config = config_of(shape)
+    config = setting.config(shape)
     weights = synthetic_weights(config, 0, dtype, device=setting.device)
     return Engine(config, weights, backend="triton", cache_tokens=min(config.max_context, 40000))
-
-
-def config_of(shape: str) -> ModelConfig:
-    """The configuration of a named synthetic shape."""
-    return ModelConfig.parse(synthetic_config(shape), shape)
 
 
 def _exact(engine: Engine, name: str, setting: Setting) -> Finding:

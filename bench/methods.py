@@ -61,7 +61,9 @@ class Line:
     mean_acceptance_length: float
 
 
-def load(model: str, dtype: str, method: str = PLAIN) -> Engine:
+def load(
+    model: str, dtype: str, method: str = PLAIN, *, ranges: str | None = None, graphs: bool | None = None
+) -> Engine:
     """The engine of a model folder, "demo", or "synthetic:SHAPE:LATE_SCALE", whose late layers matter that much.
 
     `method` is the engine's own: a checkpoint made for one runs by no other.
@@ -70,7 +72,7 @@ def load(model: str, dtype: str, method: str = PLAIN) -> Engine:
         RequestError: a synthetic model is not spelled so.
     """
     if not model.startswith(SYNTHETIC):
-        return Engine.load(model, dtype=dtype, method=method)
+        return Engine.load(model, dtype=dtype, method=method, ranges=ranges, graphs=graphs)
     try:
         shape, scale = model.removeprefix(SYNTHETIC).split(":")
         late_scale = float(scale)
@@ -78,7 +80,7 @@ def load(model: str, dtype: str, method: str = PLAIN) -> Engine:
         raise RequestError(f"MODEL: expected synthetic:SHAPE:LATE_SCALE, got {model!r}") from None
     config = ModelConfig.parse(synthetic_config(shape), model)
     weights = synthetic_weights(config, 0, DTYPES[config.dtype if dtype == "auto" else dtype], late_scale)
-    return Engine(config, weights, method=method)
+    return Engine(config, weights, method=method, ranges=ranges, graphs=graphs)
 
 
 def compare(

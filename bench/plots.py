@@ -146,7 +146,7 @@ def roofline(result: dict[str, Any], path: Path) -> None:
 
 
 def _kernels(result: dict[str, Any]) -> tuple[dict[str, float], list[tuple[str, str, float, float]]]:
-    """Bandwidths by name, and (shape, label, bytes, seconds) of every kernel of a microbenchmark or of gpu-check."""
+    """Bandwidths by name, and (shape, label, bytes, seconds) of every kernel of a microbenchmark or of gpu.sh."""
     figures: list[dict[str, Any]] = result["figures"]
     if result["bench"] == "micro":
         points = [(f["shape"], f"{f['op']} ×{f['rows']}", f["bytes"], f["seconds"]["median"]) for f in figures]

@@ -7,7 +7,7 @@ for every layer in turn, so that its weights come from memory as far as all laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,9 +24,11 @@ from ..loaders.synthetic import synthetic_config, synthetic_weights
 from ..loaders.weights import Weights
 from ..runtime.cache import KVCache
 from ..runtime.model import Model
+from ..runtime.plan import LayerPlan
 from ..runtime.rows import Rows, one_sequence
 
-CONTEXT = 512
+CONTEXT, DRY_CONTEXT = 512, 16
+DRY_FIELDS = {"num_hidden_layers": 5, "vocab_size": 256}
 SAMPLES = 20
 ROWS = (1, 8, 16)
 
@@ -47,24 +49,56 @@ class Figure:
     note: str = ""
 
 
-def figures(device: torch.device, shapes: tuple[str, ...], dry: bool) -> Iterator[Figure]:
+class Bed(NamedTuple):
+    """A model of a named shape on the Triton table, and a cache whose first `context` positions hold random values."""
+
+    shape: str
+    model: Model
+    weights: Weights
+    cache: KVCache
+    pages: list[int]
+    context: int
+
+    @staticmethod
+    def of(shape: str, device: torch.device, dry: bool) -> Bed:
+        """Random weights: bfloat16, float32 in a dry run."""
+        context = DRY_CONTEXT if dry else CONTEXT
+        config = ModelConfig.parse(synthetic_config(shape) | (DRY_FIELDS if dry else {}), shape)
+        weights = synthetic_weights(config, 0, torch.float32 if dry else torch.bfloat16, device=device)
+        model = Model(config, weights, select("triton"))
+        cache = model.new_cache(-(-(context + max(ROWS)) // model.ops.page_size) + 1)
+        pages = cache.reserve(context + max(ROWS))
+        for tensor in (cache.keys, cache.values):
+            tensor[:, pages] = torch.randn_like(tensor[:, pages])
+        return Bed(shape, model, weights, cache, pages, context)
+
+    def rows(self, count: int) -> Rows:
+        """`count` new rows of the one sequence, after its context."""
+        first, tile = self.context, self.model.ops.decode_tile
+        return one_sequence(list(range(3, 3 + count)), first, self.pages, tile, self.model.device)
+
+    def step(self, count: int, plan: LayerPlan | None = None) -> Callable[[], object]:
+        """A pass of `count` rows with its head."""
+        rows, plan = self.rows(count), plan or self.model.full
+        return lambda: self.model.predict(self.model.forward(rows, self.cache, plan))
+
+    @property
+    def step_bytes(self) -> int:
+        """What a full step cannot avoid reading."""
+        return weight_bytes(self.weights) + kv_bytes(self.model, self.context)
+
+
+def figures(device: torch.device, shapes: Iterable[str], dry: bool) -> Iterator[Figure]:
     """Bandwidth, then kernels and steps of every shape."""
-    clock = _Clock(dry)
+    clock = Clock(dry)
     copied = clock.copy_bandwidth(device)
     for name, rate in copied.items():
         yield Figure(f"{name} bandwidth", "", 0, rate, None, None, 0, 0, None, "bytes per second")
     copy = copied.get("copy")
-    dtype = torch.float32 if dry else torch.bfloat16
     for shape in shapes:
-        config = ModelConfig.parse(synthetic_config(shape), shape)
-        weights = synthetic_weights(config, 0, dtype, device=device)
-        model = Model(config, weights, select("triton"))
-        cache = model.new_cache(-(-(CONTEXT + max(ROWS)) // model.ops.page_size) + 1)
-        pages = cache.reserve(CONTEXT + max(ROWS))
-        for tensor in (cache.keys, cache.values):
-            tensor[:, pages] = torch.randn_like(tensor[:, pages])
-        yield from _kernels(clock, model, cache, pages, shape, copy)
-        yield from _steps(clock, model, weights, cache, pages, shape, copy)
+        bed = Bed.of(shape, device, dry)
+        yield from _kernels(clock, bed, copy)
+        yield from _steps(clock, bed, copy)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -83,25 +117,22 @@ def show(rows: list[dict[str, Any]]) -> None:
     Console(highlight=False).print(table)
 
 
-def _steps(
-    clock: _Clock, model: Model, weights: Weights, cache: KVCache, pages: list[int], shape: str, copy: float | None
-) -> Iterator[Figure]:
-    config = model.config
+def _steps(clock: Clock, bed: Bed, copy: float | None) -> Iterator[Figure]:
     first: float | None = None
     for count in ROWS:
-        rows = _rows(model, pages, count)
-
-        def step(rows: Rows = rows) -> None:
-            model.predict(model.forward(rows, cache, model.full))
-
-        total = _weight_bytes(weights) + _kv_bytes(model, CONTEXT)
-        times = clock.times(step)
+        total = bed.step_bytes
+        times = clock.times(bed.step(count))
         first = times[0] if count == 1 else first
         note = "" if first is None or times[0] is None else f"÷ decode(1) {times[0] / first:.3f}"
         if count == 1 and times[0] is not None and copy:
-            bubble = (times[0] - total / copy) / config.num_layers
+            bubble = bubble_per_layer(times[0], total, copy, bed.model.config.num_layers)
             note = f"{1 / times[0]:.0f} tokens/s, bubble {bubble * 1e6:.1f} µs per layer"
-        yield Figure("step", shape, count, *times, total, total, _share(total, times[0], copy), note)
+        yield Figure("step", bed.shape, count, *times, total, total, _share(total, times[0], copy), note)
+
+
+def bubble_per_layer(seconds: float, read: int, bandwidth: float, layers: int) -> float:
+    """What a token's time exceeds that of reading its bytes by, seconds for each layer."""
+    return (seconds - read / bandwidth) / layers
 
 
 class _Launch(NamedTuple):
@@ -112,11 +143,9 @@ class _Launch(NamedTuple):
     layers: int
 
 
-def _kernels(
-    clock: _Clock, model: Model, cache: KVCache, pages: list[int], shape: str, copy: float | None
-) -> Iterator[Figure]:
+def _kernels(clock: Clock, bed: Bed, copy: float | None) -> Iterator[Figure]:
     for count in ROWS[:2]:
-        for name, launch in _launches(model, cache, pages, count).items():
+        for name, launch in _launches(bed, count).items():
 
             def loop(launch: _Launch = launch) -> None:
                 for i in range(launch.layers):
@@ -124,13 +153,14 @@ def _kernels(
 
             times = clock.times(loop, launch.layers)
             share = _share(launch.bytes, times[0], copy)
-            yield Figure(name, shape, count, *times, launch.bytes, launch.bytes * launch.layers, share)
+            yield Figure(name, bed.shape, count, *times, launch.bytes, launch.bytes * launch.layers, share)
 
 
-def _launches(model: Model, cache: KVCache, pages: list[int], count: int) -> dict[str, _Launch]:
+def _launches(bed: Bed, count: int) -> dict[str, _Launch]:
     """The kernels of a layer, and the head, for `count` rows after a context."""
+    model, cache = bed.model, bed.cache
     config, ops, tile, layers = model.config, model.ops, model.ops.decode_tile, model.layers
-    rows = _rows(model, pages, count).padded()
+    rows = bed.rows(count).padded()
     slots = Slots(*rows.slots(cache.page_size))
     index = ops.index(rows.sequence, rows.position, rows.block_table, page_size=cache.page_size, tile=tile)
     rope = model.rotations(rows, cache)
@@ -169,7 +199,7 @@ def _launches(model: Model, cache: KVCache, pages: list[int], count: int) -> dic
     number, first = config.num_layers, layers[0]
     return {
         "qkv": _Launch(qkv, size(first.qkv), number),
-        "attend": _Launch(attend, _kv_bytes(model, CONTEXT) // number, number),
+        "attend": _Launch(attend, kv_bytes(model, bed.context) // number, number),
         "output": _Launch(output, size(first.output), number),
         "up": _Launch(up, size(first.up), number),
         "down": _Launch(down, size(first.down), number),
@@ -177,7 +207,7 @@ def _launches(model: Model, cache: KVCache, pages: list[int], count: int) -> dic
     }
 
 
-class _Clock:
+class Clock:
     """Times a function as a captured graph with device events; in a dry run it only calls it."""
 
     def __init__(self, dry: bool) -> None:
@@ -223,17 +253,14 @@ class _Clock:
         return middle, low, high
 
 
-def _rows(model: Model, pages: list[int], count: int) -> Rows:
-    return one_sequence(list(range(3, 3 + count)), CONTEXT, pages, model.ops.decode_tile, model.device)
-
-
-def _weight_bytes(weights: Weights) -> int:
+def weight_bytes(weights: Weights) -> int:
     """What a pass reads: every layer and the head; of an embedding that is not the head, a row at most."""
     parts = (weights.qkv, weights.output, weights.up, weights.down, weights.head)
     return sum(part.numel() * part.element_size() for part in parts)
 
 
-def _kv_bytes(model: Model, context: int) -> int:
+def kv_bytes(model: Model, context: int) -> int:
+    """Keys and values of `context` positions in every layer."""
     config, size = model.config, model.dtype.itemsize
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * context * size
 

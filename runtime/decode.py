@@ -39,19 +39,22 @@ def decode(model: Model, cache: KVCache, sequences: list[Sequence], policy: Poli
     for sequence in sequences:
         sequence.enter(policy.phase())
     batch = Batch.of(sequences, model.ops.decode_tile, model.device)
-    step = policy.step(model, cache, batch)
-    chosen = choose(model, step.hidden, batch, batch.last[:, None])
+    with model.mark("verify", len(batch), len(batch)):
+        step = policy.step(model, cache, batch)
+        chosen = choose(model, step.hidden, batch, batch.last[:, None])
+        tokens = ints(chosen.tokens[:, 0])
     pieces: list[list[Piece]] = []
-    for row, (sequence, ran) in enumerate(zip(sequences, step.used, strict=True)):
-        logits = None if chosen.logits is None else chosen.logits[row]
-        pieces.append(append(sequence, ints(chosen.tokens[row]), logits))
-        sequence.layers_used.append(ran)
-        counters = sequence.counters
-        counters.rounds += 1
-        counters.bonus += 1
-        counters.executed_skips += round(2 * (layers - ran))
-        if step.layers_read is not None:
-            counters.weight_passes += weight_pass(model.config, step.layers_read)
+    with model.mark("commit", len(batch), len(batch)):
+        for row, (sequence, ran) in enumerate(zip(sequences, step.used, strict=True)):
+            logits = None if chosen.logits is None else chosen.logits[row]
+            pieces.append(append(sequence, [tokens[row]], logits))
+            sequence.layers_used.append(ran)
+            counters = sequence.counters
+            counters.rounds += 1
+            counters.bonus += 1
+            counters.executed_skips += round(2 * (layers - ran))
+            if step.layers_read is not None:
+                counters.weight_passes += weight_pass(model.config, step.layers_read)
     spent = perf_counter() - start
     for sequence in sequences:
         sequence.counters.verify_s += spent

@@ -31,6 +31,7 @@ from .methods.base import Method
 from .methods.policy import Policy
 from .model import Model
 from .prompts import Prompt, Prompts, check_params, is_many, to_ids
+from .ranges import marks
 from .request import Chunk, Output, Piece, SamplingParams
 from .sequence import Sequence
 from .speculate import speculate
@@ -64,11 +65,13 @@ class Engine:
         backend: str = "auto",
         cache_tokens: int | None = None,
         graphs: bool | None = None,
+        ranges: str | None = None,
     ) -> None:
         """An engine over weights that are already in memory, on their device; `load` reads them from a folder.
 
         `graphs`: whether rounds run on the device alone where their method can, captured as CUDA graphs on a GPU; None
-        does so on a GPU.
+        does so on a GPU. `ranges` "nvtx" or "torch" shows a profiler the parts of every round; None asks the variable
+        SKIPJACK_RANGES.
         """
         self.tokenizer = tokenizer
         self.model_path = model_path
@@ -83,7 +86,7 @@ class Engine:
         self.config = config
         self._methods: dict[registry.MethodSpec, Method] = {}
         self._turn = threading.Condition(threading.RLock())
-        self._model: Model | None = Model(config, weights, table)
+        self._model: Model | None = Model(config, weights, table, marks(ranges))
         tokens = cache_tokens or max(config.max_context, MAX_BATCH * min(config.max_context, BATCH_CONTEXT))
         self._cache: KVCache | None = self._model.new_cache(-(-tokens // table.page_size) + SPARE_PAGES)
         on_device = self._model.device.type == "cuda" if graphs is None else graphs
@@ -100,6 +103,8 @@ class Engine:
         backend: str = "auto",
         numerics: str = "exact",
         cache_tokens: int | None = None,
+        graphs: bool | None = None,
+        ranges: str | None = None,
         progress: Progress | None = None,
     ) -> Engine:
         """Load a model folder, "demo" for the packaged one, or `org/name` (`org/name@revision`) from the hub.
@@ -136,6 +141,8 @@ class Engine:
             method=method,
             backend=backend,
             cache_tokens=cache_tokens,
+            graphs=graphs,
+            ranges=ranges,
         )
 
     @overload  # Only an empty sequence is both; it is refused.
@@ -290,14 +297,17 @@ class Engine:
                         and self._admit(cache, waiting[0], bool(running))
                     ):
                         running.append(waiting.popleft())
-                        chunks.append(_chunk(running[-1], prefill(model, cache, running[-1], method)))
+                        with model.mark("prefill", 1, len(running[-1].prompt)):
+                            chunks.append(_chunk(running[-1], prefill(model, cache, running[-1], method)))
                     running = self._without_finished(cache, running)
                     if running:
                         pieces = rounds.advance(running) if rounds else None
-                        if pieces is None and isinstance(method, Policy):
-                            pieces = decode(model, cache, running, method)
-                        elif pieces is None:
-                            pieces = speculate(model, cache, running, method)
+                        if pieces is None:
+                            with model.mark("round", len(running), len(running)):
+                                if isinstance(method, Policy):
+                                    pieces = decode(model, cache, running, method)
+                                else:
+                                    pieces = speculate(model, cache, running, method)
                         chunks += [_chunk(sequence, new) for sequence, new in zip(running, pieces, strict=True)]
                         running = self._without_finished(cache, running)
                 yield from chunks

@@ -60,10 +60,11 @@ class RoundGraph:
 
     def enqueue(self) -> None:
         """One round more; its report goes to the host as soon as it is there."""
-        if self._graph is None:
-            device_round(self._model, self._cache, self.state, self.recipe)
-        else:
-            self._graph.replay()
+        with self._model.mark("round", self.sequences, self.sequences):
+            if self._graph is None:
+                device_round(self._model, self._cache, self.state, self.recipe)
+            else:
+                self._graph.replay()
         place = self._written % len(self._ring)
         self._ring[place].copy_(self.state.report, non_blocking=True)
         if self._events is not None:

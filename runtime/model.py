@@ -17,6 +17,7 @@ from ..loaders.weights import Weights
 from .cache import KVCache
 from .layers import prepare_attention_routers, prepare_fill, prepare_layer, prepare_projections
 from .plan import LayerPlan
+from .ranges import Mark, unmarked
 from .rope import RotaryTable
 from .routes import Routed, Routes, compacted, routed_layers
 from .rows import Rows
@@ -51,9 +52,10 @@ class Pass(NamedTuple):
 class Model:
     """A decoder-only transformer: weights prepared for one op table, and the pass over them."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, mark: Mark = unmarked) -> None:
         self.config = config
         self.ops = ops
+        self.mark = mark
         self.full = LayerPlan.full(config.num_layers)
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device

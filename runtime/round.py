@@ -63,17 +63,21 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
     batch = Batch([], state.last, state.length, room, state.block_table, model.ops.decode_tile, alive)
     draft = _draft(model, cache, batch, state, recipe)
     path = torch.cat([batch.last[:, None], draft.tokens], dim=1)
-    hidden = verify_pass(model, cache, batch, path, draft, None, recipe.target, None)
-    width = path.shape[1]
-    depth = torch.arange(1, width + 1, device=batch.device)
-    rule = Sampling(*(field.repeat_interleave(width) for field in state.sampling)) if recipe.sampled else None
-    chosen, _ = draw(model, hidden, rule, (batch.length[:, None] + depth).flatten())
-    verdict = model.ops.verify(chosen.view(path.shape), draft.tokens, draft.length, batch.length)
-    accepted = torch.where(alive, verdict.accepted, -1)
-    state.report.copy_(torch.cat([torch.stack([accepted, draft.length, verdict.token], dim=1), draft.tokens], dim=1))
-    state.last.copy_(torch.where(alive, verdict.token, state.last))
-    state.length.add_(accepted + 1)
-    state.left.sub_(accepted + 1)
+    with model.mark("verify", len(batch), path.numel()):
+        hidden = verify_pass(model, cache, batch, path, draft, None, recipe.target, None)
+        width = path.shape[1]
+        depth = torch.arange(1, width + 1, device=batch.device)
+        rule = Sampling(*(field.repeat_interleave(width) for field in state.sampling)) if recipe.sampled else None
+        chosen, _ = draw(model, hidden, rule, (batch.length[:, None] + depth).flatten())
+        verdict = model.ops.verify(chosen.view(path.shape), draft.tokens, draft.length, batch.length)
+    with model.mark("commit", len(batch), path.numel()):
+        accepted = torch.where(alive, verdict.accepted, -1)
+        state.report.copy_(
+            torch.cat([torch.stack([accepted, draft.length, verdict.token], dim=1), draft.tokens], dim=1)
+        )
+        state.last.copy_(torch.where(alive, verdict.token, state.last))
+        state.length.add_(accepted + 1)
+        state.left.sub_(accepted + 1)
 
 
 def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Recipe) -> Draft:
@@ -82,18 +86,19 @@ def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Rec
     count, streams, tokens = torch.zeros_like(batch.length), list[Tensor](), [batch.last]
     drafting = batch.room > 0
     for step in range(steps):
-        rows = batch.rows(tokens[-1][:, None], batch.length + step, drafting.long())
-        if recipe.masked or recipe.confident:
-            runs = state.mask if recipe.masked else torch.ones_like(state.mask)
-            rows = replace(rows, active=runs[:, None] & drafting)
-        streams.append(model.forward(rows, cache, recipe.plan))
-        rule = state.sampling if recipe.sampled else None
-        token, sure = draw(model, streams[-1], rule, batch.length + step + 1, drafting, recipe.vocabulary)
-        tokens.append(token)
-        count = count + drafting
-        drafting = drafting & (count < batch.room)
-        if recipe.confident:
-            drafting = drafting & (sure >= state.threshold)
+        with model.mark("draft", len(batch), len(batch), step):
+            rows = batch.rows(tokens[-1][:, None], batch.length + step, drafting.long())
+            if recipe.masked or recipe.confident:
+                runs = state.mask if recipe.masked else torch.ones_like(state.mask)
+                rows = replace(rows, active=runs[:, None] & drafting)
+            streams.append(model.forward(rows, cache, recipe.plan))
+            rule = state.sampling if recipe.sampled else None
+            token, sure = draw(model, streams[-1], rule, batch.length + step + 1, drafting, recipe.vocabulary)
+            tokens.append(token)
+            count = count + drafting
+            drafting = drafting & (count < batch.room)
+            if recipe.confident:
+                drafting = drafting & (sure >= state.threshold)
     none = torch.empty(len(batch), 0, dtype=torch.int64, device=batch.device)
     draft = Draft(torch.stack(tokens[1:], dim=1) if steps else none, count)
     if not recipe.reuse or not steps:

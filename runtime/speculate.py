@@ -37,24 +37,26 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
     path = torch.cat([batch.last[:, None], draft.tokens], dim=1)
     lineage = None if draft.parent is None else Lineage.of(draft.parent)
     streams: Streams | None = [] if draft.record else None
-    hidden = verify_pass(model, cache, batch, path, draft, lineage, method.target, streams)
-    target = choose(model, hidden, batch, path, lineage)
-    verdict = _decide(model, batch, draft, target, method.rejection)
-    if draft.parent is not None:
-        model.ops.compact(cache.keys, cache.values, batch.block_table, verdict.path, verdict.accepted, batch.length)
-    accepted = ints(verdict.accepted)
+    with model.mark("verify", len(batch), path.numel()):
+        hidden = verify_pass(model, cache, batch, path, draft, lineage, method.target, streams)
+        target = choose(model, hidden, batch, path, lineage)
+        verdict = _decide(model, batch, draft, target, method.rejection)
+        if draft.parent is not None:
+            model.ops.compact(cache.keys, cache.values, batch.block_table, verdict.path, verdict.accepted, batch.length)
+        accepted = ints(verdict.accepted)
     verified = perf_counter()
 
     for sequence in sequences:
         sequence.enter(phase)
-    counts = ints(draft.length)
-    tried = counts if lineage is None else ints(_deepest(lineage, draft.length))
-    pieces: list[list[Piece]] = []
-    for row, sequence in enumerate(sequences):
-        rows = verdict.path[row, : accepted[row] + 1]
-        tokens = [*ints(path[row, rows[1:]]), int(verdict.token[row])]
-        logits = None if target.logits is None else target.logits[row, rows]
-        pieces.append(commit(sequence, tokens, logits, counts[row], tried[row]))
+    with model.mark("commit", len(batch), path.numel()):
+        counts = ints(draft.length)
+        tried = counts if lineage is None else ints(_deepest(lineage, draft.length))
+        pieces: list[list[Piece]] = []
+        for row, sequence in enumerate(sequences):
+            rows = verdict.path[row, : accepted[row] + 1]
+            tokens = [*ints(path[row, rows[1:]]), int(verdict.token[row])]
+            logits = None if target.logits is None else target.logits[row, rows]
+            pieces.append(commit(sequence, tokens, logits, counts[row], tried[row]))
     emitted = [len(new) for new in pieces]
     done = Round(batch, draft, path, target.tokens, verdict, emitted, drafted - start, verified - drafted, streams)
     searched = method.observe(model, cache, done)

@@ -23,7 +23,8 @@ NESTED_FIELDS = {
     "timing": {"prefill_s", "decode_s", "tokens_per_s", "draft_s", "verify_s", "search_s", "other_s"},
     "speculative": {
         "rounds",
-        "graph_rounds", "drafted", "accepted", "acceptance_rate", "mean_acceptance_length", "bonus",
+        "graph_rounds",
+        "drafted", "accepted", "acceptance_rate", "mean_acceptance_length", "bonus",
         "drafted_per_position", "accepted_per_position",
     },
     "layers": {"kept", "of", "executed_skips"},

@@ -216,7 +216,7 @@ def test_every_picture_is_drawn_or_its_absence_told(tmp_path: Path) -> None:
         "micro": {"bench": "micro", **PLACE, "bandwidth": {"copy": 4e10}, "figures": [op]},
         "methods-x": {"bench": "methods", **PLACE, **lines},
         "profile": {"bench": "profile", **PLACE, "method": "swift", "rounds": 5, "parts": spans},
-        "gpu-check": {"bench": "gpu-check", "machine": GPU, "figures": [bandwidth, figure]},
+        "gpu-steps": {"bench": "gpu-steps", "machine": GPU, "figures": [bandwidth, figure]},
     }  # fmt: skip
     for name, result in files.items():
         (results / f"{name}.json").write_text(json.dumps(result))
@@ -224,7 +224,7 @@ def test_every_picture_is_drawn_or_its_absence_told(tmp_path: Path) -> None:
     drawn = figures.draw(results, tmp_path / "figures", notices.append)
     names = {path.stem for path in drawn}
     assert names == {
-        *("roofline-gpu-check", "roofline-micro", "draft-cost-decode-x", "draft-cost-decode-y"),
+        *("roofline-gpu-steps", "roofline-micro", "draft-cost-decode-x", "draft-cost-decode-y"),
         *("acceptance-decode-x", "methods-methods-x", "round-methods-x", "timeline-profile"),
     }
     first = {path: path.read_bytes() for path in drawn}

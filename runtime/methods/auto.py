@@ -146,7 +146,8 @@ class Auto(Method):
         if self._costs is None:
             self._costs = calibrate(model, cache, self._clock)
         k, ngram = self._options.num_draft_tokens, self._options.max_ngram
-        self._matches = [match(s.tokens, ngram, max(0, min(k, s.room))) for s in batch.sequences]
+        with model.mark("draft", len(batch), 0, 0):
+            self._matches = [match(s.tokens, ngram, max(0, min(k, s.room))) for s in batch.sequences]
         room = int(batch.room.max())
         choices = self.choices(self._costs, len(batch), room)
         self._choose(choices)

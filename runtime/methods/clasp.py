@@ -100,8 +100,9 @@ class Clasp(Method):
             [tokens[-1] for tokens in accepted_tokens(done)],
         )
         try:
-            while not programme.finished:
-                programme.advance(model, cache)
+            with model.mark("search", len(done.batch), len(done.batch)):
+                while not programme.finished:
+                    programme.advance(model, cache)
         except CapacityError:
             programme = None
         seconds = self._clock() - start

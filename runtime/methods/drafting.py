@@ -55,37 +55,42 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
     expanded = batch.last[:, None]
     drafting = limit > 0
     for step in range(min(how.num_draft_tokens, nodes)):
-        if not bool(drafting.any()):
-            break
-        rows = batch.rows(expanded[:, -1:], batch.length + step, drafting.long())
-        states.append(model.forward(rows, cache, plan))
-        stream = FIRST_DRAFT_STREAM + step if rejection else 0
-        chosen = choose(
-            model,
-            states[-1],
-            batch,
-            expanded,
-            count=widest if how.tree else None,
-            stream=stream,
-            vocabulary=how.vocabulary,
-        )
-        siblings, sure = chosen.tokens.view(sequences, widest), chosen.probability
-        if rejection and chosen.scores is not None:
-            scores = chosen.scores.new_zeros(sequences, nodes, chosen.scores.shape[-1]) if scores is None else scores
-            at = torch.nonzero(drafting).flatten()
-            scores[at, spine[at]] = chosen.scores[at, 0]
-        place = torch.arange(widest, device=device)
-        new = (
-            drafting[:, None] & (place < (_width(sure) if how.tree else 1)) & (count[:, None] + place < limit[:, None])
-        )
-        new &= (place == 0) | (siblings != siblings[:, :1])
-        s, i = torch.nonzero(new, as_tuple=True)
-        row = count[s] + i
-        path[s, row + 1], parent[s, row], confidence[s, row] = siblings[s, i], spine[s], sure[s, 0]
-        spine = torch.where(drafting, count + 1, spine)
-        count = count + new.sum(dim=1)
-        expanded = torch.cat([expanded, siblings[:, :1]], dim=1)
-        drafting = drafting & (sure[:, 0] >= how.threshold) & (count < limit)
+        with model.mark("draft", sequences, sequences, step):
+            rows = batch.rows(expanded[:, -1:], batch.length + step, drafting.long())
+            states.append(model.forward(rows, cache, plan))
+            stream = FIRST_DRAFT_STREAM + step if rejection else 0
+            chosen = choose(
+                model,
+                states[-1],
+                batch,
+                expanded,
+                count=widest if how.tree else None,
+                stream=stream,
+                vocabulary=how.vocabulary,
+            )
+            siblings, sure = chosen.tokens.view(sequences, widest), chosen.probability
+            if rejection and chosen.scores is not None:
+                scores = (
+                    chosen.scores.new_zeros(sequences, nodes, chosen.scores.shape[-1]) if scores is None else scores
+                )
+                at = torch.nonzero(drafting).flatten()
+                scores[at, spine[at]] = chosen.scores[at, 0]
+            place = torch.arange(widest, device=device)
+            new = (
+                drafting[:, None]
+                & (place < (_width(sure) if how.tree else 1))
+                & (count[:, None] + place < limit[:, None])
+            )
+            new &= (place == 0) | (siblings != siblings[:, :1])
+            s, i = torch.nonzero(new, as_tuple=True)
+            row = count[s] + i
+            path[s, row + 1], parent[s, row], confidence[s, row] = siblings[s, i], spine[s], sure[s, 0]
+            spine = torch.where(drafting, count + 1, spine)
+            count = count + new.sum(dim=1)
+            expanded = torch.cat([expanded, siblings[:, :1]], dim=1)
+            drafting = drafting & (sure[:, 0] >= how.threshold) & (count < limit)
+            if not bool(drafting.any()):
+                break
     if not states:
         return no_draft(batch), torch.empty(sequences, 0, model.config.hidden_size, dtype=model.dtype, device=device)
     used = int(count.max())

@@ -89,7 +89,8 @@ class DynamicExit(Method):
         if done.streams is None:
             return 0.0
         start = perf_counter()
-        self._measure(model, done)
+        with model.mark("search", len(done.batch), done.path.numel()):
+            self._measure(model, done)
         before = (self._exit, self._length)
         self._exit, self._length = best(self.rates, self._full.num_layers, self._options.num_draft_tokens)
         if (self._exit, self._length) != before:

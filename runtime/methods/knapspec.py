@@ -143,7 +143,8 @@ class KnapSpec(Method):
         spent = 0.0
         while self._work and spent < seconds and self._budget.seconds > 0 and self._budget.seconds >= self._step_s:
             start = self._clock()
-            choice = self._step(self._work)
+            with model.mark("search", len(done.batch), len(self._tokens)):
+                choice = self._step(self._work)
             self._step_s = self._clock() - start
             self._budget.spend(self._step_s)
             self._spent += self._step_s

@@ -44,7 +44,8 @@ class Lookup(Method):
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         k, ngram = self._options.num_draft_tokens, self._options.max_ngram
-        drafts = [continuation(s.tokens, ngram, max(0, min(k, s.room))) for s in batch.sequences]
+        with model.mark("draft", len(batch), 0, 0):
+            drafts = [continuation(s.tokens, ngram, max(0, min(k, s.room))) for s in batch.sequences]
         width = max(map(len, drafts))
         tokens = torch.tensor([draft + [0] * (width - len(draft)) for draft in drafts], device=batch.device)
         return Draft(tokens.long(), torch.tensor([len(draft) for draft in drafts], device=batch.device))

@@ -180,9 +180,10 @@ class Swift(Method):
         if not self._due() or longest.generated <= self._options.window:
             return 0.0
         start = perf_counter()
-        if self._optimise(model, cache, longest):
-            self._accumulated = 0
-            self._drift.reset()
+        with model.mark("search", 1, self._options.window):
+            if self._optimise(model, cache, longest):
+                self._accumulated = 0
+                self._drift.reset()
         spent = perf_counter() - start
         self._budget.spend(spent)
         return spent

@@ -1,0 +1,109 @@
+"""Targets that other commands of `skipjack bench` measure, each run in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from .gpu_parts import Setting
+from .gpu_speed import Found
+from .targets import DRAFTS, FRACTIONS, Measurement
+
+SKIPJACK = "from skipjack.runtime.cli import main; main()"
+# The lines of `bench peers` that have targets, by how the peer's name begins.
+PEERS = {"T12": "transformers static cache", "T13": "torch.compile loop"}
+# What reading weights alone would allow DMTD with cycles of four tokens on the shape of Qwen3-4B.
+DMTD_BOUND = 2.11
+Result = Mapping[str, Any]
+
+
+def drafts(setting: Setting) -> Found:
+    """T8 to T11, by `bench decode` with forced acceptance."""
+    for label, shape in setting.named(DRAFTS).items():
+        tiny = ["--context", "16", "--rows", "2", "--rate", "0.5", "--draft", "2", "--pairs", "1", "--repeats", "1"]
+        full = ["--rows", "8", "--rate", "0.5", "--rate", "0.8", "--rate", "0.9", "--draft", "4"]
+        arguments = ["decode", f"synthetic:{shape}:0.3", *([*tiny, "--tokens", "4"] if setting.dry else full)]
+        yield from of_decode(label, *_bench(arguments, 240))
+
+
+def of_decode(label: str, result: Result, problem: str) -> Iterator[Measurement]:
+    """Draft passes against their ideal and their line; glue and distance to the ideal of the worst rounds."""
+    passes = [one for one in result.get("passes", ()) if one["kind"] == "draft"]
+    layers = max((one["layers"] for one in passes), default=0)
+    for fraction in FRACTIONS:
+        found = next((one["ideal"] for one in passes if one["layers"] == round(fraction * layers)), None)
+        yield Measurement("T8", f"{label} f={fraction}", found, problem)
+    yield Measurement("T9", label, result["line"]["r2"] if result else None, problem)
+    if label == "1b":
+        rounds = result.get("rounds", ())
+        yield Measurement("T10", "glue", max((one["glue"] for one in rounds), default=None), problem)
+        yield Measurement("T11", label, min((one["of_possible"] for one in rounds), default=None), problem)
+
+
+def peers(setting: Setting) -> Found:
+    """T12 and T13 at the small shapes."""
+    yield from _peers(setting, {"135m": 150, "1b": 240})
+
+
+def large_peers(setting: Setting) -> Found:
+    """T12 and T13 at the shape of Llama-3.1-8B, which alone fills a part's time."""
+    yield from _peers(setting, {"8b": 400})
+
+
+def _peers(setting: Setting, seconds: Mapping[str, int]) -> Found:
+    for label, shape in setting.named(tuple(seconds)).items():
+        tiny = ["--dtype", "float32", "--max-tokens", "4", "--compile-mode", "eager", "--device", "cpu"]
+        full = ["--dtype", "bfloat16", "--max-tokens", "128"]
+        model = ["peers", f"synthetic:{shape}:0.3", "--per-category", "1", "--category", "writing"]
+        yield from of_peers(label, *_bench([*model, *(tiny if setting.dry else full)], seconds[label]))
+
+
+def of_peers(label: str, result: Result, problem: str) -> Iterator[Measurement]:
+    """The ratios of the two peers that have targets."""
+    for target, start in PEERS.items():
+        line = next((line for line in result.get("summary", ()) if line["peer"].startswith(start)), None)
+        if line is None:
+            yield Measurement(target, label, None, problem or f"no peer {start}")
+        elif line["unavailable"]:
+            yield Measurement(target, label, None, line["unavailable"])
+        else:
+            yield Measurement(target, label, line["ratio"], line["peer"])
+
+
+def routed(setting: Setting) -> Found:
+    """T15: `bench forced` with half of the routed layers skipped."""
+    shape, skipped, tokens = ("tiny-llama", 2, 3) if setting.dry else ("8b", 8, 64)
+    arguments = ["forced", f"synthetic:routed-{shape}:0.3", "--skipped", str(skipped), "--tokens", str(tokens)]
+    result, problem = _bench([*arguments, "--pairs", "1" if setting.dry else "5"], 200)
+    rows = [row for row in result.get("rows", ()) if row["bytes_saved"]]
+    value = median(row["time_saved"] / row["bytes_saved"] for row in rows) if rows else None
+    yield Measurement("T15", "8b batch 1", value, problem)
+
+
+def cycles(setting: Setting) -> Found:
+    """T16: `bench dmtd` with cycles of four tokens."""
+    shape, tokens, pairs = ("tiny-dmtd", "5", "1") if setting.dry else ("4b-dmtd", "97", "5")
+    arguments = ["dmtd", f"synthetic:{shape}:1", "--horizon", "4", "--max-tokens", tokens, "--pairs", pairs]
+    result, problem = _bench(arguments, 150)
+    lines = result.get("lines", ())
+    yield Measurement("T16", "4b", lines[0]["speed"] / DMTD_BOUND if lines else None, problem)
+
+
+def _bench(arguments: list[str], seconds: int) -> tuple[Result, str]:
+    """The result file of a `skipjack bench` command, {} without one, and why there is none."""
+    with TemporaryDirectory(prefix="skipjack-") as folder:
+        output = Path(folder) / "result.json"
+        command = [sys.executable, "-c", SKIPJACK, "bench", *arguments, "--output", str(output)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return {}, f"bench {arguments[0]}: no answer in {seconds} s"
+        if done.returncode or not output.is_file():
+            return {}, f"bench {arguments[0]}: {' '.join(done.stderr.split())[-300:] or 'no result'}"
+        return json.loads(output.read_text(encoding="utf-8")), ""

@@ -1,0 +1,159 @@
+"""Targets, what a measurement decides, and the parts of bench/gpu.sh as far as no GPU is needed."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from typer.testing import CliRunner
+
+from skipjack.bench import gpu, gpu_parts, targets
+from skipjack.bench.gpu_methods import of_decode, of_peers
+from skipjack.bench.gpu_parts import DRY, Finding, Setting
+from skipjack.bench.gpu_speed import of_steps
+from skipjack.bench.step import Figure
+from skipjack.bench.targets import Measurement, best, judge, of
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_table_is_whole_and_its_levels_rise() -> None:
+    assert list(dict.fromkeys(t.id for t in targets.TARGETS)) == [f"T{i}" for i in range(1, 19)]
+    assert len({t.key for t in targets.TARGETS}) == len(targets.TARGETS)
+    for target in targets.TARGETS:
+        levels = [target.must, target.target, target.moonshot]
+        assert levels == sorted(levels, reverse=not target.higher), target.key
+    decided = {id for part in gpu.PARTS.values() for id in part.ids}
+    assert decided == {t.id for t in targets.TARGETS}
+
+
+@pytest.mark.parametrize(
+    ("id", "case", "value", "passed", "result"),
+    [
+        ("T2", "8b", 0.92, [True, True, False], "target"),
+        ("T2", "8b", 0.86, [False, False, False], "falls short"),
+        ("T1", "1b", 6e-6, [True, True, True], "moonshot"),
+        ("T1", "1b", 12e-6, [True, False, False], "must"),
+        ("T18", "engine", 0, [True, True, True], "moonshot"),
+        ("T18", "engine", 1, [False, False, False], "falls short"),
+        ("T14", "exact", 0.9999, [False, False, False], "falls short"),
+        ("T10", "glue", None, [None, None, None], "not measured"),
+    ],
+)
+def test_a_measurement_decides_three_levels(
+    id: str, case: str, value: float | None, passed: list[bool | None], result: str
+) -> None:
+    chosen = [target for target in of([id]) if target.case == case]
+    rows = judge(chosen, [Measurement(id, case, value)])
+    assert [row.level for row in rows] == ["must", "target", "moonshot"]
+    assert [row.passed for row in rows] == passed
+    assert {row.measured for row in rows} == {value}
+    assert best(rows) == result
+
+
+def test_what_was_not_measured_is_not_passed_and_what_has_no_target_is_an_error() -> None:
+    assert {row.passed for row in judge(of(["T1", "T14"]), [])} == {None}
+    with pytest.raises(KeyError):
+        judge(of(["T1"]), [Measurement("T2", "8b", 1.0)])
+
+
+def test_steps_give_bubble_shares_and_ratios() -> None:
+    def figure(name: str, rows: int, median: float, share: float | None = None) -> Figure:
+        return Figure(name, "" if "band" in name else "1b", rows, median, None, None, 4_000_000_000, 0, share)
+
+    found = [figure("copy bandwidth", 0, 4e12), figure("step", 1, 1.16e-3, 0.86)]
+    found += [figure("step", 8, 1.276e-3), figure("step", 16, 1.45e-3)]
+    found += [figure(name, 1, 1e-5, share) for name, share in (("up", 0.9), ("down", 0.8), ("head", 0.7))]
+    values = {(m.id, m.case): m.value for m in of_steps("1b", 16, found)}
+    assert values == pytest.approx(
+        {
+            ("T1", "1b"): 1e-5,
+            ("T3", "1b"): 0.86,
+            ("T5", "1b up"): 0.9,
+            ("T5", "1b down"): 0.8,
+            ("T5", "1b head"): 0.7,
+            ("T6", "1b"): 1.1,
+            ("T7", "1b"): 1.25,
+        }
+    )
+
+
+def test_result_files_of_other_benches_are_read() -> None:
+    draft = [{"kind": "draft", "layers": n, "ideal": 1 + n / 100} for n in (0, 4, 8, 12, 16)]
+    rounds = [{"glue": 0.03, "of_possible": 0.9}, {"glue": 0.01, "of_possible": 0.95}]
+    passes = [{"kind": "verify", "layers": 16, "ideal": None}, *draft]
+    result = {"passes": passes, "line": {"r2": 0.9985}, "rounds": rounds}
+    values = {(m.id, m.case): m.value for m in of_decode("1b", result, "")}
+    assert values == {
+        ("T8", "1b f=0.25"): 1.04,
+        ("T8", "1b f=0.5"): 1.08,
+        ("T8", "1b f=0.75"): 1.12,
+        ("T9", "1b"): 0.9985,
+        ("T10", "glue"): 0.03,
+        ("T11", "1b"): 0.9,
+    }
+    missing = list(of_decode("1b", {}, "no such command"))
+    assert {(m.value, m.note) for m in missing} == {(None, "no such command")}
+    line = {"peer": "transformers static cache + compile", "unavailable": None, "ratio": 1.7}
+    loop = {"peer": "torch.compile loop (max-autotune)", "unavailable": "out of memory", "ratio": 0.0}
+    static, compiled = of_peers("1b", {"summary": [line, loop]}, "")
+    assert (static.value, compiled.value, compiled.note) == (1.7, None, "out of memory")
+
+
+def _part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: object, *, checked: bool = False) -> tuple[int, dict]:
+    monkeypatch.setitem(gpu.PARTS, "steps", replace(gpu.PARTS["steps"], run=run, checked=checked))
+    done = CliRunner().invoke(gpu.app, ["2", "--dry-run", "--output", str(tmp_path)])
+    return done.exit_code, json.loads((tmp_path / "gpu-steps-dry-run.json").read_text())
+
+
+def test_a_part_that_breaks_keeps_what_it_had_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def breaks(setting: Setting) -> Iterator[Figure | Measurement]:
+        yield Figure("step", "1b", 1, None, None, None, 0, 0, None)
+        yield Measurement("T3", "1b", 0.99)
+        raise RuntimeError("the device is gone")
+
+    code, result = _part(monkeypatch, tmp_path, breaks)
+    assert code == 1
+    assert result["broken"] == "RuntimeError: the device is gone"
+    assert len(result["figures"]) == 1
+    assert {(row["measured"], row["passed"]) for row in result["rows"]} == {(None, None)}, "a dry run passes nothing"
+    assert {"python", "torch", "triton", "commit"} <= set(result["machine"])
+
+
+def test_no_speed_beside_a_wrong_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def wrong(setting: Setting) -> Iterator[Finding]:
+        yield Finding("ops", "linear", False, "relative error 1")
+
+    def speed(setting: Setting) -> Iterator[Measurement]:
+        raise AssertionError("a speed was measured")
+        yield
+
+    monkeypatch.setitem(gpu_parts.PARTS, "ops", wrong)
+    code, result = _part(monkeypatch, tmp_path, speed, checked=True)
+    assert (code, result["broken"]) == (1, "no figures: a check failed")
+
+
+def test_steps_run_dry_through_the_interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("skipjack.bench.step.ROWS", (1, 8, 16))
+    monkeypatch.setattr("skipjack.bench.step.DRY_FIELDS", {"num_hidden_layers": 1, "vocab_size": 64})
+    code, result = _part(monkeypatch, tmp_path, gpu.PARTS["steps"].run)
+    assert (code, result["broken"]) == (0, None)
+    assert {figure["name"] for figure in result["figures"]} == {
+        *("qkv", "attend", "output", "up", "down", "head", "step")
+    }
+    assert {row["note"] for row in result["rows"] if row["id"] == "T6" and row["case"] == "8b"} == {
+        "dry run: not measured"
+    }
+
+
+def test_parts_have_numbers_names_and_a_script() -> None:
+    script = (ROOT / "bench" / "gpu.sh").read_text(encoding="utf-8")
+    assert f"parts='{' '.join(gpu.PARTS)}'" in script
+    assert f"(1 to {len(gpu.PARTS)}, or its name" in script
+    unknown = CliRunner().invoke(gpu.app, ["nonsense", "--dry-run"])
+    assert unknown.exit_code == 2
+    assert DRY.named(("8b", "1b")) == {"8b": "tiny-llama"}
