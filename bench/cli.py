@@ -14,13 +14,14 @@ from rich.table import Table
 
 from ..runtime.errors import ConfigError
 from .commands import accept, figures, peers, project, serve, table
+from .decode_cli import decode
 from .dmtd import dmtd
 
 if TYPE_CHECKING:
     from .exact import Line
 
 app = typer.Typer(add_completion=False)
-for command in (peers, accept, serve, project, figures, table, dmtd):
+for command in (decode, peers, accept, serve, project, figures, table, dmtd):
     app.command()(command)
 
 

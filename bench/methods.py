@@ -63,7 +63,7 @@ class Line:
     mean_acceptance_length: float
 
 
-def load(model: str, dtype: str, method: str = PLAIN) -> Engine:
+def load(model: str, dtype: str, method: str = PLAIN, *, device: str = "auto", backend: str = "auto") -> Engine:
     """The engine of a model folder, "demo", or "synthetic:SHAPE:LATE_SCALE", whose late layers matter that much.
 
     `method` is the engine's own: a checkpoint made for one runs by no other.
@@ -72,15 +72,16 @@ def load(model: str, dtype: str, method: str = PLAIN) -> Engine:
         RequestError: a synthetic model is not spelled so.
     """
     if not model.startswith(SYNTHETIC):
-        return Engine.load(model, dtype=dtype, method=method)
+        return Engine.load(model, dtype=dtype, method=method, device=device, backend=backend)
     try:
         shape, scale = model.removeprefix(SYNTHETIC).split(":")
         late_scale = float(scale)
     except ValueError:
         raise RequestError(f"MODEL: expected synthetic:SHAPE:LATE_SCALE, got {model!r}") from None
     config = ModelConfig.parse(synthetic_config(shape), model)
-    weights = synthetic_weights(config, 0, DTYPES[config.dtype if dtype == "auto" else dtype], late_scale)
-    return Engine(config, weights, method=method)
+    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    weights = synthetic_weights(config, 0, DTYPES[config.dtype if dtype == "auto" else dtype], late_scale, place)
+    return Engine(config, weights, method=method, backend=backend)
 
 
 def compare(
