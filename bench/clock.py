@@ -1,7 +1,7 @@
 """How every benchmark takes time: samples of a function on the host, or of its captured graph on a GPU.
 
-Samples of functions that are compared come in pairs: all of them in order, then all of them backwards, so that a machine
-that slows down during the run slows each of them alike.
+Samples of functions that are compared come in pairs: all of them in order, then all of them backwards, so that a
+machine that slows down during the run slows each of them alike.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def bandwidth(device: torch.device, size: int | None = None) -> dict[str, float]
 
 
 def denominator(device: torch.device) -> str:
-    """The bandwidth that shares are of: "copy" on a GPU; "read" on a CPU, where a copy also reads what it overwrites."""
+    """The bandwidth that shares are of: "copy" on a GPU; "read" on a CPU, where copies read what they overwrite."""
     return "copy" if device.type == "cuda" else "read"
 
 

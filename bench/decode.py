@@ -99,14 +99,16 @@ class Result:
 def measure(
     engine: Engine, methods: Sequence[str], setting: Setting, bandwidth: dict[str, float], note: Note
 ) -> Result:
-    """Passes alone, then rounds of every method at every rate."""
+    """Passes alone, then rounds of every method at every rate.
+
+    Raises:
+        RequestError: a method does not draft with some of the layers.
+    """
+    for method in methods:
+        drafting(engine, method)
     passes = measure_passes(engine, setting, bandwidth, note)
     drafts = [one for one in passes if one.kind == "draft"]
-    rounds = [
-        measure_rounds(engine, method, rate, setting, note)
-        for method in methods
-        for rate in setting.rates
-    ]
+    rounds = [measure_rounds(engine, method, rate, setting, note) for method in methods for rate in setting.rates]
     return Result(bandwidth, passes, fit([(one.layers, one.seconds.median) for one in drafts]), rounds)
 
 
@@ -123,6 +125,19 @@ def head_share(engine: Engine) -> float:
     config = engine.config
     head = head_bytes(config, 1)
     return head / (head + config.num_layers * layer_bytes(config, 1))
+
+
+def drafting(engine: Engine, name: str) -> tuple[LayerPlan, int]:
+    """What a draft step of a method runs, and the draft tokens of a round.
+
+    Raises:
+        RequestError: it does not draft with some of the layers.
+    """
+    spec = registry.parse(name)
+    plan, k = spec.build(engine.config).plan, int(getattr(spec.options, "num_draft_tokens", 0))
+    if not plan.skipped or not k:
+        raise RequestError(f"--method: expected one that drafts with some of the layers, got {name}")
+    return plan, k
 
 
 def measure_passes(engine: Engine, setting: Setting, bandwidth: dict[str, float], note: Note) -> list[Pass]:
@@ -174,10 +189,7 @@ def measure_rounds(engine: Engine, name: str, rate: float, setting: Setting, not
     """One method at one rate. A draft step is timed as the pass of the method's plan, at the same context."""
     note(f"{name}, acceptance {rate}")
     model, _ = engine._loaded()  # pyright: ignore[reportPrivateUsage]
-    spec = registry.parse(name)
-    plan, k = spec.build(engine.config).plan, getattr(spec.options, "num_draft_tokens", 0)
-    if not plan.skipped or not k:
-        raise RequestError(f"--method: expected one that drafts with some of the layers, got {name}")
+    plan, k = drafting(engine, name)
     prompt = [3 + (7 * i) % (model.config.vocab_size - 3) for i in range(setting.context)]
     params = SamplingParams(max_tokens=setting.tokens, ignore_eos=True)
     last: dict[str, Stats] = {}

@@ -37,9 +37,7 @@ def decode(
     backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
     output: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option(help="Walk the code with a tiny model and few samples; no figures.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option(help="Walk the code with a tiny model and few samples; no figures.")] = False,
 ) -> None:
     """Measure passes and rounds against their bytes: verify(K), draft steps, glue, forced acceptance."""
     from .clock import bandwidth, denominator

@@ -1,10 +1,8 @@
-"""Passes to be timed: rows after a context of random keys and values, and the bytes such a pass cannot avoid reading."""
+"""Passes to be timed: rows after a context of random keys and values, and the bytes a pass cannot avoid reading."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import torch
 
 from ..loaders.config import ModelConfig
 from ..runtime.cache import KVCache

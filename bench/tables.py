@@ -79,9 +79,10 @@ def _decode(result: Result) -> list[Grid]:
         for one in passes
         if one["kind"] == "draft"
     ]
+    methods = list(dict.fromkeys(one["method"] for one in result["rounds"]))
     rounds = [
         (
-            one["method"],
+            chr(ord("A") + methods.index(one["method"])),
             f"{one['rate']:.2f}",
             f"{one['mean_length']:.2f}",
             _spread(one["seconds"], 1e3),
@@ -109,9 +110,8 @@ def _decode(result: Result) -> list[Grid]:
             draft,
         ),
         Grid(
-            "rounds with forced acceptance",
-            ("method", "α", "length", "round, ms", "draft step, ms", "verify, ms", "glue, %", "plain, ms a token",
-             "speed ÷ plain", "possible", "of it"),  # fmt: skip
+            "rounds with forced acceptance: " + "; ".join(f"{chr(ord('A') + i)} {m}" for i, m in enumerate(methods)),
+            _ROUND,
             rounds,
         ),
     ]
@@ -136,6 +136,19 @@ def _micro(result: Result) -> list[Grid]:
     return [Grid(f"Ops alone, {result['dtype']}, {result['backend']}; {rates}", columns, lines)]
 
 
+_ROUND = (
+    "method",
+    "α",
+    "length",
+    "round, ms",
+    "draft step, ms",
+    "verify, ms",
+    "glue, %",
+    "plain, ms a token",
+    "speed ÷ plain",
+    "possible",
+    "of it",
+)
 _GRIDS: dict[str, Callable[[Result], list[Grid]]] = {"decode": _decode, "micro": _micro}
 
 
