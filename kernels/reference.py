@@ -108,13 +108,14 @@ def qkv_rope_append(
     _, kv_heads, _, head_dim = keys.shape
     needed = None if active is None or write is None else active | write
     qkv = linear(x, weight, tile=tile, norm=norm, bias=bias, active=needed)
-    qk, v = qkv.view(x.shape[0], -1, head_dim).split((heads + kv_heads, kv_heads), dim=1)
+    qkv = qkv.view(x.shape[0], -1, head_dim)
+    qk, v = qkv.narrow(1, 0, heads + kv_heads), qkv.narrow(1, heads + kv_heads, kv_heads)
     if q_norm is not None and k_norm is not None:
         q = _head_norm(qk[:, :heads], q_norm, norm.eps, tile)
         qk = torch.cat([q, _head_norm(qk[:, heads:], k_norm, norm.eps, tile)], dim=1)
     if rope is not None:
         qk = (qk * rope.cos + torch.roll(qk, head_dim // 2, -1) * rope.sin).to(x.dtype)
-    q, k = qk.split((heads, kv_heads), dim=1)
+    q, k = qk.narrow(1, 0, heads), qk.narrow(1, heads, kv_heads)
     page, offset = slots
     if write is not None:
         page, offset, k, v = page[write], offset[write], k[write], v[write]
