@@ -17,6 +17,7 @@ from ..runtime.request import SamplingParams, Stats
 from .clock import Sampler, Spread, denominator, paired, sampler
 from .forced import forced_acceptance
 from .passes import fill, first_layers, head_bytes, layer_bytes, pass_bytes, rows_after, step
+from .shares import Share, shares
 
 PLAIN = "autoregressive"
 Note = Callable[[str], None]
@@ -94,6 +95,7 @@ class Result:
     passes: list[Pass]
     line: Line
     rounds: list[Round]
+    operators: list[Share]
 
 
 def measure(
@@ -109,7 +111,8 @@ def measure(
     passes = measure_passes(engine, setting, bandwidth, note)
     drafts = [one for one in passes if one.kind == "draft"]
     rounds = [measure_rounds(engine, method, rate, setting, note) for method in methods for rate in setting.rates]
-    return Result(bandwidth, passes, fit([(one.layers, one.seconds.median) for one in drafts]), rounds)
+    line = fit([(one.layers, one.seconds.median) for one in drafts])
+    return Result(bandwidth, passes, line, rounds, measure_operators(engine, setting))
 
 
 def fit(points: Sequence[tuple[float, float]]) -> Line:
@@ -225,6 +228,17 @@ def measure_rounds(engine: Engine, name: str, rate: float, setting: Setting, not
         possible,
         speed.median / possible,
     )
+
+
+def measure_operators(engine: Engine, setting: Setting) -> list[Share]:
+    """What the host does in decode(1)."""
+    model, cache = engine._loaded()  # pyright: ignore[reportPrivateUsage]
+    with torch.inference_mode():
+        pages = fill(cache, setting.context + 1)
+        try:
+            return shares(step(model, cache, rows_after(model, pages, setting.context, 1), model.full))
+        finally:
+            cache.release(pages)
 
 
 def _passes_of_a_round(engine: Engine, plan: LayerPlan, k: int, setting: Setting) -> tuple[float, float]:

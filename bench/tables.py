@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 Result = dict[str, Any]
+OPERATORS = 16
 
 
 class Grid(NamedTuple):
@@ -113,6 +114,14 @@ def _decode(result: Result) -> list[Grid]:
             "rounds with forced acceptance: " + "; ".join(f"{chr(ord('A') + i)} {m}" for i, m in enumerate(methods)),
             _ROUND,
             rounds,
+        ),
+        Grid(
+            f"operators of decode(1): {sum(one['calls'] for one in result['operators']):.0f} calls",
+            ("operator", "calls", "% of their time"),
+            [
+                (one["name"], f"{one['calls']:.0f}", f"{100 * one['share']:.1f}")
+                for one in result["operators"][:OPERATORS]
+            ],
         ),
     ]
 

@@ -12,6 +12,7 @@ from skipjack.bench import decode, passes, tables
 from skipjack.bench.clock import Spread, paired
 from skipjack.bench.forced import accepted_counts, forced_acceptance, forced_ops
 from skipjack.bench.micro import OPS, Point, difference
+from skipjack.kernels import packed
 from skipjack.kernels.ops import TORCH
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.naming import field_shapes
@@ -130,12 +131,14 @@ def test_decode_is_measured_written_and_printed(tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert "| K | ms | MB |" in printed
     assert "Measured on" in printed
-    assert len(tables.grids(result)) == 3
+    product = "mkldnn::_linear_pointwise" if packed.available(torch.float32) else "aten::linear"
+    assert f"| {product} | 33 |" in printed, "four products a layer, and the head"
+    assert sum(one["share"] for one in result["operators"]) == pytest.approx(1)
+    assert len(tables.grids(result)) == 4
 
 
 def test_decode_refuses_a_method_that_drafts_with_no_layers(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--context", "8", "--rows", "1", "--pairs", "1", "--method", "lookup"]
-    assert cli.run(["bench", "decode", "synthetic:tiny", *sizes]) == 2
+    assert cli.run(["bench", "decode", "synthetic:tiny", "--method", "lookup"]) == 2
     assert "drafts with some of the layers" in capsys.readouterr().err
 
 
