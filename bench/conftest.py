@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from skipjack.bench.clock import bandwidth, denominator
 from skipjack.bench.machine import describe
 from skipjack.bench.micro import OF_CONTEXT, OPS, TOLERANCE
 from skipjack.bench.op_cases import CASES, Side
+from skipjack.bench.record import markdown, write
 from skipjack.kernels.ops import TORCH, Ops, select
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config
@@ -86,7 +86,8 @@ def measured(request: pytest.FixtureRequest, table: Ops, device: torch.device, d
     """The result being made: bandwidths of this process first, then a figure for every case."""
     result = {
         "bench": "micro",
-        "machine": describe() | ({"gpu": torch.cuda.get_device_name()} if ON_GPU else {}),
+        "machine": describe(device),
+        "model": "shapes of models",
         "backend": table.description(dtype),
         "dtype": str(dtype).removeprefix("torch."),
         "of": denominator(device),
@@ -103,10 +104,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     path = config.getoption("--figures")
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write(result, path)
     terminalreporter.write_line("")
-    terminalreporter.write_line(tables.markdown([result]))
+    terminalreporter.write_line(markdown([tables.micro(result)]))
 
 
 _RESULT = pytest.StashKey[dict[str, Any]]()

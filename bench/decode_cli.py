@@ -42,9 +42,9 @@ def decode(
     """Measure passes and rounds against their bytes: verify(K), draft steps, glue, forced acceptance."""
     from .clock import bandwidth, denominator
     from .decode import Setting, measure
-    from .machine import describe
     from .methods import load
-    from .tables import show
+    from .record import header, show, write
+    from .tables import decode as sheets
 
     setting = Setting(
         context,
@@ -64,15 +64,10 @@ def decode(
             raise RequestError("MODEL: expected two layers or more to draft with half of them")
         methods = method or _half(layers, draft)
         place = engine._loaded()[0].device  # pyright: ignore[reportPrivateUsage]
-        machine = describe()
+        result = header("decode", engine, model)
         notes.print(f"{model}, {engine.dtype}, {engine.backend}")
         measured = bandwidth(place, 1 << 20 if dry_run else None)
-        result = {
-            "bench": "decode",
-            "machine": machine,
-            "model": model,
-            "backend": engine.backend,
-            "dtype": str(engine.dtype).removeprefix("torch."),
+        result |= {
             "of": denominator(place),
             "setting": asdict(setting),
             **asdict(measure(engine, methods, setting, measured, lambda text: notes.print(text, markup=False))),
@@ -81,12 +76,12 @@ def decode(
         notes.print(f"dry run: {len(result['passes'])} passes, {len(result['rounds'])} rounds, nothing measured")
         return
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write(result, output)
     if as_json:
         typer.echo(json.dumps(result))
-    else:
-        show(result)
+        return
+    for sheet in sheets(result):
+        show(sheet)
 
 
 def _half(layers: int, draft: int) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from ..loaders.config import ModelConfig
 from ..loaders.synthetic import synthetic_config, synthetic_weights
 from ..runtime.costs import head_layers
-from ..runtime.engine import DTYPES, Engine
+from ..runtime.engine import DTYPES, Engine, place_of
 from ..runtime.errors import RequestError
 from ..runtime.prompts import Prompt as Source
 from ..runtime.request import Output, SamplingParams
@@ -69,7 +69,7 @@ def load(model: str, dtype: str, method: str = PLAIN, *, device: str = "auto", b
     `method` is the engine's own: a checkpoint made for one runs by no other.
 
     Raises:
-        RequestError: a synthetic model is not spelled so.
+        RequestError: a synthetic model is not spelled so, or there is no such device.
     """
     if not model.startswith(SYNTHETIC):
         return Engine.load(model, dtype=dtype, method=method, device=device, backend=backend)
@@ -79,7 +79,7 @@ def load(model: str, dtype: str, method: str = PLAIN, *, device: str = "auto", b
     except ValueError:
         raise RequestError(f"MODEL: expected synthetic:SHAPE:LATE_SCALE, got {model!r}") from None
     config = ModelConfig.parse(synthetic_config(shape), model)
-    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    place = place_of(device)
     weights = synthetic_weights(config, 0, DTYPES[config.dtype if dtype == "auto" else dtype], late_scale, place)
     return Engine(config, weights, method=method, backend=backend)
 

@@ -12,6 +12,7 @@ from skipjack.bench import decode, passes, tables
 from skipjack.bench.clock import Spread, paired
 from skipjack.bench.forced import accepted_counts, forced_acceptance, forced_ops
 from skipjack.bench.micro import OPS, Point, difference
+from skipjack.bench.project import costs_of
 from skipjack.kernels import packed
 from skipjack.kernels.ops import TORCH
 from skipjack.loaders.config import ModelConfig
@@ -131,10 +132,13 @@ def test_decode_is_measured_written_and_printed(tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert "| K | ms | MB |" in printed
     assert "Measured on" in printed
+    costs = costs_of(result)
+    assert dict(costs.verify_by_rows)[1] == one["seconds"]["median"]
+    assert [layers for layers, _ in costs.draft_by_layers] == [0, 2, 4, 6, 8]
     product = "mkldnn::_linear_pointwise" if packed.available(torch.float32) else "aten::linear"
     assert f"| {product} | 33 |" in printed, "four products a layer, and the head"
     assert sum(one["share"] for one in result["operators"]) == pytest.approx(1)
-    assert len(tables.grids(result)) == 4
+    assert len(tables.decode(result)) == 4
 
 
 def test_decode_refuses_a_method_that_drafts_with_no_layers(capsys: pytest.CaptureFixture[str]) -> None:
