@@ -11,7 +11,7 @@ import torch
 from skipjack.bench import tables
 from skipjack.bench.clock import bandwidth, denominator
 from skipjack.bench.machine import describe
-from skipjack.bench.micro import OF_CONTEXT, OPS, TOLERANCE
+from skipjack.bench.micro import OF_CONTEXT, OPS, TOLERANCE, difference
 from skipjack.bench.op_cases import CASES, Side
 from skipjack.bench.record import markdown, write
 from skipjack.kernels.ops import TORCH, Ops, select
@@ -57,7 +57,7 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return getattr(torch, request.config.getoption("--dtype"))
+    return getattr(torch, str(request.config.getoption("--dtype")))
 
 
 @pytest.fixture(scope="session")
@@ -74,17 +74,15 @@ def gate(table: Ops, device: torch.device, dtype: torch.dtype) -> None:
         with torch.inference_mode():
             got, expected = (case(side, config, 9, table.decode_tile) for side in (mine, oracle))
         for key, value in expected.items():
-            a, b = got[key].detach().cpu(), value.detach()
-            wrong = not torch.equal(a.long(), b.long()) if not b.is_floating_point() else None
-            error = 0.0 if wrong is not None else float((a.double() - b).norm() / b.norm())
-            if wrong or not error < TOLERANCE[dtype]:
+            error = difference((got[key].cpu(),), (value,))
+            if not error < TOLERANCE[dtype]:
                 pytest.exit(f"correctness gate: {name}, {key}: relative error {error:.1e}; no speeds", returncode=1)
 
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest, table: Ops, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """The result being made: bandwidths of this process first, then a figure for every case."""
-    result = {
+    result: dict[str, Any] = {
         "bench": "micro",
         "machine": describe(device),
         "model": "shapes of models",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -27,7 +28,7 @@ def shares(function: Callable[[], object], passes: int = PASSES) -> list[Share]:
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
             for _ in range(passes):
                 function()
-    found = recorded.key_averages()
+    found = cast("list[Any]", recorded.key_averages())
     total = sum(event.self_cpu_time_total for event in found)
     listed = [Share(event.key, event.count / passes, event.self_cpu_time_total / total) for event in found]
     return sorted(listed, key=lambda one: -one.share)
