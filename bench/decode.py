@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from ..runtime.costs import weight_pass
 from ..runtime.engine import Engine
 from ..runtime.errors import RequestError
 from ..runtime.methods import registry
@@ -16,7 +17,7 @@ from ..runtime.plan import LayerPlan
 from ..runtime.request import SamplingParams, Stats
 from .clock import Sampler, Spread, denominator, paired, sampler
 from .forced import forced_acceptance
-from .passes import fill, first_layers, head_bytes, layer_bytes, pass_bytes, rows_after, step
+from .passes import fill, first_layers, pass_bytes, rows_after, step
 from .shares import Share, shares
 
 PLAIN = "autoregressive"
@@ -123,13 +124,6 @@ def fit(points: Sequence[tuple[float, float]]) -> Line:
     return Line(float(fixed), float(slope), 1 - residual / total if total else 1.0)
 
 
-def head_share(engine: Engine) -> float:
-    """h: the bytes of the LM head ÷ those of all weights a pass reads."""
-    config = engine.config
-    head = head_bytes(config, 1)
-    return head / (head + config.num_layers * layer_bytes(config, 1))
-
-
 def drafting(engine: Engine, name: str) -> tuple[LayerPlan, int]:
     """What a draft step of a method runs, and the draft tokens of a round.
 
@@ -166,7 +160,7 @@ def measure_passes(engine: Engine, setting: Setting, bandwidth: dict[str, float]
         finally:
             cache.release(pages)
     single = taken[repr(("verify", 1, layers))]
-    t, h = Spread.of(single).median, head_share(engine)
+    t = Spread.of(single).median
     found: list[Pass] = []
     for kind, rows, count in functions:
         samples = taken[repr((kind, rows, count))]
@@ -182,7 +176,7 @@ def measure_passes(engine: Engine, setting: Setting, bandwidth: dict[str, float]
                 total / seconds.median / rate,
                 (seconds.median - total / rate) / count if count else None,
                 Spread.of(a / b for a, b in zip(samples, single, strict=True)),
-                seconds.median / (t * (h + count / layers * (1 - h))) if kind == "draft" else None,
+                seconds.median / (t * weight_pass(engine.config, count)) if kind == "draft" else None,
             )
         )
     return found
@@ -191,27 +185,26 @@ def measure_passes(engine: Engine, setting: Setting, bandwidth: dict[str, float]
 def measure_rounds(engine: Engine, name: str, rate: float, setting: Setting, note: Note) -> Round:
     """One method at one rate. A draft step is timed as the pass of the method's plan, at the same context."""
     note(f"{name}, acceptance {rate}")
-    model, _ = engine._loaded()  # pyright: ignore[reportPrivateUsage]
     plan, k = drafting(engine, name)
-    prompt = [3 + (7 * i) % (model.config.vocab_size - 3) for i in range(setting.context)]
+    prompt = [3 + (7 * i) % (engine.config.vocab_size - 3) for i in range(setting.context)]
     params = SamplingParams(max_tokens=setting.tokens, ignore_eos=True)
     last: dict[str, Stats] = {}
+    with forced_acceptance(engine, rate) as verify:
 
-    def run(method: str) -> float:
-        with forced_acceptance(model, rate):
+        def run(method: str) -> float:
+            verify.restart()
             last[method] = engine.generate(prompt, params, method=method).stats
-        return 1 / last[method].tokens_per_s
+            return 1 / last[method].tokens_per_s
 
-    for method in (PLAIN, name):
-        run(method)
-    taken = paired({method: partial(run, method) for method in (PLAIN, name)}, setting.repeats)
+        for method in (PLAIN, name):
+            run(method)
+        taken = paired({method: partial(run, method) for method in (PLAIN, name)}, setting.repeats)
     # Every run has the same rounds, the table being the same.
     stats = last[name]
     seconds = Spread.of(sample * (stats.completion_tokens - 1) / stats.rounds for sample in taken[name])
     draft, verify = _passes_of_a_round(engine, plan, k, setting)
-    f, h = plan.layers_kept / plan.num_layers, head_share(engine)
     speed = Spread.of(a / b for a, b in zip(taken[PLAIN], taken[name], strict=True))
-    possible = stats.mean_acceptance_length / (k * (h + f * (1 - h)) + 1)
+    possible = stats.mean_acceptance_length / (k * weight_pass(engine.config, plan.layers_kept) + 1)
     glue = 1 - (k * draft + verify) / seconds.median
     return Round(
         name,

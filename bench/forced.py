@@ -14,9 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..kernels.ops import Ops
 from ..kernels.values import Verdict
-from ..runtime.model import Model
+from ..runtime.engine import Engine
+from ..runtime.graphs import Graphs
 
 ENTRIES = 1024
 
@@ -38,6 +38,10 @@ class ForcedVerify:
         self._table = table
         self._next = torch.zeros(1, dtype=torch.int64, device=table.device)
 
+    def restart(self) -> None:
+        """Take the table from its beginning again."""
+        self._next.zero_()
+
     def __call__(
         self, target: Tensor, draft: Tensor, count: Tensor, length: Tensor, parent: Tensor | None = None
     ) -> Verdict:
@@ -55,17 +59,15 @@ class ForcedVerify:
         return Verdict(accepted, target.gather(1, accepted[:, None])[:, 0], length + accepted + 1, path)
 
 
-def forced_ops(ops: Ops, rate: float, device: torch.device) -> Ops:
-    """The same table with `verify` forced to acceptance rate `rate`."""
-    return replace(ops, verify=ForcedVerify(accepted_counts(rate).to(device)))
-
-
 @contextmanager
-def forced_acceptance(model: Model, rate: float) -> Generator[None, None, None]:
-    """Greedy rounds of `model` accept at `rate`, each block starting the table anew."""
-    honest = model.ops
-    model.ops = forced_ops(honest, rate, model.device)
+def forced_acceptance(engine: Engine, rate: float) -> Generator[ForcedVerify, None, None]:
+    """Greedy rounds of `engine` accept at `rate`; round graphs captured meanwhile are its own, and go with it."""
+    model, cache = engine._loaded()  # pyright: ignore[reportPrivateUsage]
+    honest, graphs = model.ops, engine._graphs  # pyright: ignore[reportPrivateUsage]
+    verify = ForcedVerify(accepted_counts(rate).to(model.device))
+    model.ops = replace(honest, verify=verify)
+    engine._graphs = Graphs(model, cache) if graphs else None  # pyright: ignore[reportPrivateUsage]
     try:
-        yield
+        yield verify
     finally:
-        model.ops = honest
+        model.ops, engine._graphs = honest, graphs  # pyright: ignore[reportPrivateUsage]

@@ -10,14 +10,14 @@ import torch
 from skipjack import Engine, SamplingParams
 from skipjack.bench import decode, passes, tables
 from skipjack.bench.clock import Spread, paired
-from skipjack.bench.forced import accepted_counts, forced_acceptance, forced_ops
+from skipjack.bench.forced import ForcedVerify, accepted_counts, forced_acceptance
 from skipjack.bench.micro import OPS, Point, difference
 from skipjack.bench.project import costs_of
 from skipjack.kernels import packed
 from skipjack.kernels.ops import TORCH
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.naming import field_shapes
-from skipjack.loaders.synthetic import synthetic_config
+from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import cli
 
 SWIFT = "swift:skip_attention=1+3,skip_mlp=1+3,num_draft_tokens=4,threshold=0,search_budget=0"
@@ -34,32 +34,49 @@ def test_forced_counts_follow_the_geometric_law(rate: float) -> None:
 
 
 def test_a_forced_verdict_takes_the_table_and_no_more_than_was_drafted() -> None:
-    ops = forced_ops(TORCH, 0.8, CPU)
     table = accepted_counts(0.8)
+    verify = ForcedVerify(table)
     target, draft = torch.arange(20).view(2, 10) % 7, torch.full((2, 9), -1)
     count, length = torch.tensor([9, 3]), torch.tensor([5, 70])
     for call in range(3):
-        accepted, token, after, path = ops.verify(target, draft, count, length)
+        accepted, token, after, path = verify(target, draft, count, length)
         expected = torch.minimum(table[2 * call : 2 * call + 2], count)
         assert accepted.tolist() == expected.tolist()
         assert token.tolist() == [int(target[s, n]) for s, n in enumerate(expected)]
         assert after.tolist() == (length + expected + 1).tolist()
         assert path.tolist() == [[min(j, int(n)) for j in range(10)] for n in expected]
     with pytest.raises(ValueError, match="chain"):
-        ops.verify(target, draft, count, length, torch.zeros_like(draft))
+        verify(target, draft, count, length, torch.zeros_like(draft))
 
 
 def test_forced_rounds_reach_the_rate_and_leave_the_engine_honest(synthetic: Callable[..., Engine]) -> None:
     engine = synthetic("tiny", late_scale=0.3)
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     plain = engine.generate([5, 6, 7], params)
-    model, _ = engine._loaded()
-    with forced_acceptance(model, 0.9):
+    with forced_acceptance(engine, 0.9):
         forced = engine.generate([5, 6, 7], params, method=SWIFT)
     expected = accepted_counts(0.9)[: forced.stats.rounds - 1].clamp(max=4).tolist()
     assert sum(expected) <= forced.stats.accepted <= sum(expected) + 4
     assert forced.token_ids != plain.token_ids
     assert engine.generate([5, 6, 7], params, method=SWIFT).token_ids == plain.token_ids
+
+
+def test_rounds_on_the_device_are_forced_alike_and_no_graph_of_them_is_left() -> None:
+    config = ModelConfig.parse(synthetic_config("tiny") | {"num_hidden_layers": 4}, "tiny")
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    weights = synthetic_weights(config, 0, torch.float32, 0.3)
+    host, device = (Engine(config, weights, cache_tokens=512, graphs=graphs) for graphs in (False, True))
+    expected = device.generate([5, 6, 7], params, method=SWIFT).token_ids
+    forced: list[list[int]] = []
+    for engine in (host, device):
+        with forced_acceptance(engine, 0.7) as verify:
+            for _ in range(2):
+                verify.restart()
+                output = engine.generate([5, 6, 7], params, method=SWIFT)
+                forced.append([output.stats.rounds, output.stats.accepted, *output.token_ids])
+    assert output.stats.graph_rounds == output.stats.rounds
+    assert forced[0] == forced[1] == forced[2] == forced[3]
+    assert device.generate([5, 6, 7], params, method=SWIFT).token_ids == expected != output.token_ids
 
 
 def test_bytes_of_a_pass_are_those_of_the_weights() -> None:
