@@ -12,7 +12,7 @@ TRITON        := 3.9.0
 have = $(BIN)/python -c 'import importlib.metadata as m, sys; sys.exit(sys.argv[2:] not in ([], [m.version(sys.argv[1])]))' \
   $(1) $(2) 2>/dev/null
 
-.PHONY: demo test gate gpu-check figures lint types clean
+.PHONY: demo test bench gate gpu-check figures lint types clean
 
 demo: $(VENV)/.demo
 	$(BIN)/skipjack demo
@@ -27,6 +27,11 @@ gate: $(VENV)/.gate
 GPU_PYTHON ?=
 gpu-check: $(if $(GPU_PYTHON),,$(VENV)/.demo)
 	PYTHON=$(or $(GPU_PYTHON),$(BIN)/python) bench/gpu.sh check
+
+# Every op alone; more shapes with BENCH='--shape 1b --rows 16'.
+BENCH ?=
+bench: $(VENV)/.test
+	$(BIN)/pytest bench --benchmark-only --benchmark-quiet --figures bench/results/micro.json $(BENCH)
 
 # Every picture of the documents that has a result file in bench/results.
 figures: $(VENV)/.test

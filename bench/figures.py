@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import ConfigError
-from . import accept, latency, plots, project, sheets, unified_picture
+from . import accept, latency, plots, project, sheets, tables, unified_picture
 from .record import Sheet, markdown, read
 
 
@@ -34,7 +34,7 @@ PICTURES = (
     Picture("unified", "unified", "skipjack bench unified MODEL --output FILE", unified_picture.draw),
     Picture("projection", "project", "skipjack bench project --costs FILE --output FILE", plots.projection),
 )
-SHEETS: dict[str, Callable[[dict[str, Any]], Sheet]] = {
+SHEETS: dict[str, Callable[[dict[str, Any]], Sheet | tuple[Sheet, ...]]] = {
     "exact": sheets.exact,
     "methods": sheets.methods,
     "peers": sheets.peers,
@@ -42,6 +42,8 @@ SHEETS: dict[str, Callable[[dict[str, Any]], Sheet]] = {
     "serve": latency.sheet,
     "project": project.sheet,
     "unified": unified_picture.sheet,
+    "decode": tables.decode,
+    "micro": tables.micro,
 }
 
 
@@ -88,7 +90,8 @@ def table(paths: Sequence[Path]) -> str:
                 f"{path}: no table for results of {result['bench']!r}; there is one for {', '.join(SHEETS)}"
             )
         try:
-            made.append(SHEETS[result["bench"]](result))
+            sheets_of = SHEETS[result["bench"]](result)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ConfigError(f"{path}: expected a result of `skipjack bench {result['bench']}`: {error!r}") from error
+        made += [sheets_of] if isinstance(sheets_of, Sheet) else sheets_of
     return markdown(made)

@@ -10,7 +10,7 @@ import numpy as np
 from ..loaders.config import ModelConfig
 from ..loaders.synthetic import synthetic_config, synthetic_weights
 from ..runtime.costs import head_layers
-from ..runtime.engine import DTYPES, Engine
+from ..runtime.engine import DTYPES, Engine, place_of
 from ..runtime.errors import RequestError
 from ..runtime.request import Output, SamplingParams
 from .prompts import Prompt, source
@@ -62,25 +62,35 @@ class Line:
 
 
 def load(
-    model: str, dtype: str, method: str = PLAIN, *, ranges: str | None = None, graphs: bool | None = None
+    model: str,
+    dtype: str,
+    method: str = PLAIN,
+    *,
+    device: str = "auto",
+    backend: str = "auto",
+    ranges: str | None = None,
+    graphs: bool | None = None,
 ) -> Engine:
     """The engine of a model folder, "demo", or "synthetic:SHAPE:LATE_SCALE", whose late layers matter that much.
 
     `method` is the engine's own: a checkpoint made for one runs by no other.
 
     Raises:
-        RequestError: a synthetic model is not spelled so.
+        RequestError: a synthetic model is not spelled so, or there is no such device.
     """
     if not model.startswith(SYNTHETIC):
-        return Engine.load(model, dtype=dtype, method=method, ranges=ranges, graphs=graphs)
+        return Engine.load(
+            model, dtype=dtype, method=method, device=device, backend=backend, ranges=ranges, graphs=graphs
+        )
     try:
         shape, scale = model.removeprefix(SYNTHETIC).split(":")
         late_scale = float(scale)
     except ValueError:
         raise RequestError(f"MODEL: expected synthetic:SHAPE:LATE_SCALE, got {model!r}") from None
     config = ModelConfig.parse(synthetic_config(shape), model)
-    weights = synthetic_weights(config, 0, DTYPES[config.dtype if dtype == "auto" else dtype], late_scale)
-    return Engine(config, weights, method=method, ranges=ranges, graphs=graphs)
+    place = place_of(device)
+    weights = synthetic_weights(config, 0, DTYPES[config.dtype if dtype == "auto" else dtype], late_scale, place)
+    return Engine(config, weights, method=method, backend=backend, ranges=ranges, graphs=graphs)
 
 
 def compare(

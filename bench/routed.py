@@ -94,7 +94,7 @@ def forced(
     as_json: Json = False,
 ) -> None:
     """Skip routed layers by command, whatever the routers say: the time it saves beside the bytes it saves."""
-    from .forced import measure
+    from .forced_routes import measure
     from .layers import load_routed
     from .machine import describe
 

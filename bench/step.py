@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +25,7 @@ from ..runtime.cache import KVCache
 from ..runtime.model import Model
 from ..runtime.plan import LayerPlan
 from ..runtime.rows import Rows, one_sequence
+from .clock import Spread, bandwidth, sampler
 
 CONTEXT, DRY_CONTEXT = 512, 16
 DRY_FIELDS = {"num_hidden_layers": 5, "vocab_size": 256}
@@ -90,8 +90,8 @@ class Bed(NamedTuple):
 
 def figures(device: torch.device, shapes: Iterable[str], dry: bool) -> Iterator[Figure]:
     """Bandwidth, then kernels and steps of every shape."""
-    clock = Clock(dry)
-    copied = clock.copy_bandwidth(device)
+    clock = Clock(device, dry)
+    copied = clock.bandwidth()
     for name, rate in copied.items():
         yield Figure(f"{name} bandwidth", "", 0, rate, None, None, 0, 0, None, "bytes per second")
     copy = copied.get("copy")
@@ -207,50 +207,28 @@ def _launches(bed: Bed, count: int) -> dict[str, _Launch]:
     }
 
 
+Times = tuple[float, float, float] | tuple[None, None, None]
+
+
+@dataclass(frozen=True)
 class Clock:
-    """Times a function as a captured graph with device events; in a dry run it only calls it."""
+    """Median, 10th and 90th percentile of a captured graph; in a dry run functions are only called."""
 
-    def __init__(self, dry: bool) -> None:
-        self._dry = dry
+    device: torch.device
+    dry: bool
 
-    def copy_bandwidth(self, device: torch.device) -> dict[str, float]:
-        """Bytes per second of a large copy (read and written) and of a large reduction (read)."""
-        if self._dry:
-            return {}
-        source = torch.randn(2**29, device=device)
-        target = torch.empty_like(source)
-        copy, read = self.times(lambda: target.copy_(source))[0], self.times(lambda: torch.amax(source))[0]
-        size = source.numel() * source.element_size()
-        return {"copy": 2 * size / (copy or 1), "read": size / (read or 1)}
+    def bandwidth(self) -> dict[str, float]:
+        return {} if self.dry else bandwidth(self.device)
 
-    def times(self, function: Callable[[], Any], calls: int = 1) -> tuple[float | None, float | None, float | None]:
-        """Median, 10th and 90th percentile of the seconds one of `calls` takes."""
-        with torch.inference_mode():
-            if self._dry:
+    def times(self, function: Callable[[], Any], calls: int = 1) -> Times:
+        """Seconds of one of the `calls` that `function` makes."""
+        if self.dry:
+            with torch.inference_mode():
                 function()
-                return None, None, None
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                function()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                function()
-            for _ in range(3):
-                graph.replay()
-            torch.cuda.synchronize()
-            samples: list[float] = []
-            for _ in range(SAMPLES):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                for _ in range(4):
-                    graph.replay()
-                end.record()
-                end.synchronize()
-                samples.append(begin.elapsed_time(end) / 1e3 / 4 / calls)
-        low, middle, high = (float(value) for value in np.percentile(samples, (10, 50, 90)))
-        return middle, low, high
+            return None, None, None
+        sample = sampler(function, self.device, calls=calls)
+        spread = Spread.of(sample() for _ in range(SAMPLES))
+        return spread.median, spread.p10, spread.p90
 
 
 def weight_bytes(weights: Weights) -> int:

@@ -23,4 +23,4 @@ def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         result = function(flat)
     else:
         result = torch.cat([function(flat[i : i + ONE_THREAD]) for i in range(0, flat.numel(), ONE_THREAD)])
-    return result[: x.numel()].view(x.shape)
+    return (result[: x.numel()] if padding else result).view(x.shape)

@@ -75,11 +75,11 @@ def linear(
         return whole.index_copy_(0, row, part)
     added = residual if scale is None else None
     parts = [
-        _linear_tile(part, weight, norm, bias, activation, None if added is None else added[start : start + tile])
+        _linear_tile(part, weight, norm, bias, activation, None if added is None else _tile_of(added, start, tile))
         for start, part in _tiles(x, tile)
     ]
     y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    y = y[: x.shape[0]]
+    y = y if len(y) == len(x) else y[: len(x)]
     if scale is not None:
         scaled = y * scale[:, None]
         y = (scaled if residual is None else scaled + residual).to(x.dtype)
@@ -118,20 +118,20 @@ def qkv_rope_append(
     else:
         needed = None if active is None or write is None else active | write
         qkv = linear(x, weight, tile=tile, norm=norm, bias=bias, active=needed)
-    qkv = qkv.view(x.shape[0], heads + 2 * kv_heads, head_dim)
-    qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+    qkv = qkv.view(x.shape[0], -1, head_dim)
+    qk, v = qkv.narrow(1, 0, heads + kv_heads), qkv.narrow(1, heads + kv_heads, kv_heads)
     if q_norm is not None and k_norm is not None:
         q = _head_norm(qk[:, :heads], q_norm, norm.eps, tile)
         qk = torch.cat([q, _head_norm(qk[:, heads:], k_norm, norm.eps, tile)], dim=1)
     if rope is not None:
         qk = (qk * rope.cos + torch.roll(qk, head_dim // 2, -1) * rope.sin).to(x.dtype)
+    q, k = qk.narrow(1, 0, heads), qk.narrow(1, heads, kv_heads)
     page, offset = slots
-    k = qk[:, heads:]
     if write is not None:
         page, offset, k, v = page[write], offset[write], k[write], v[write]
-    keys[page, :, offset] = k
-    values[page, :, offset] = v
-    return qk[:, :heads]
+    keys.transpose(1, 2).index_put_((page, offset), k)
+    values.transpose(1, 2).index_put_((page, offset), v)
+    return q
 
 
 def attend(
@@ -157,39 +157,26 @@ def attend(
     if not isinstance(index, AttentionIndex):
         raise TypeError(f"index: expected AttentionIndex, got {type(index).__name__}")
     rows, heads, head_dim = q.shape
-    kv_heads = keys.shape[1]
-    group = heads // kv_heads
-    tile = index.tile
+    kv_heads, tile = keys.shape[1], index.tile
+    groups = index.groups(window, slopes, kv_heads, heads // kv_heads)
+
+    def over(blocks: list[Block], packed_q: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [_over(block, packed_q, keys, values, scale) for block in blocks]
+
+    if rows == tile and active is None and len(groups) == 1 and len(groups[0].branches) == 1:
+        blocks = groups[0].blocks + groups[0].branches[0].blocks
+        return _by_row(over(blocks, _packed(q, kv_heads)), tile)
     out = q.new_zeros(rows, heads * head_dim)
-    for start, count, blocks, branches in index.groups(window, slopes, kv_heads, group):
+    for start, count, blocks, branches in groups:
         if active is not None and not bool(active[start : start + count].any()):
             continue
         rows_q = q[start : start + tile]
         if rows_q.shape[0] < tile:
             rows_q = functional.pad(rows_q, (0, 0, 0, 0, 0, tile - rows_q.shape[0]))
-        packed_q = rows_q.view(tile, kv_heads, group, head_dim).transpose(0, 1).reshape(1, kv_heads, -1, head_dim)
-
-        def over(blocks: list[Block], packed_q: Tensor = packed_q) -> list[tuple[Tensor, Tensor]]:
-            # The call takes a float32 mask for every dtype but float64, whose masks it would misread.
-            wide = packed_q.dtype == torch.float64
-            return [
-                _attention(
-                    packed_q,
-                    block.read(keys),
-                    block.read(values),
-                    0.0,
-                    False,
-                    attn_mask=block.mask.double() if wide else block.mask,
-                    scale=scale,
-                )
-                for block in blocks
-            ]
-
-        shared = over(blocks)
+        packed_q = _packed(rows_q, kv_heads)
+        shared = over(blocks, packed_q)
         for first, length, own in branches:
-            partial = shared + over(own)
-            merged = partial[0][0] if len(partial) == 1 else _merge(partial)
-            by_row = merged.view(kv_heads, tile, group * head_dim).transpose(0, 1).reshape(tile, -1)
+            by_row = _by_row(shared + over(own, packed_q), tile)
             out[start + first : start + first + length] = by_row[first : first + length]
     return out if active is None else out.masked_fill_(~active[:, None], 0)
 
@@ -232,7 +219,11 @@ def _tiles(x: Tensor, tile: int) -> list[tuple[int, Tensor]]:
     rows = x.shape[0]
     if rows % tile:
         x = functional.pad(x, (0, 0, 0, -rows % tile))
-    return [(start, x[start : start + tile]) for start in range(0, x.shape[0], tile)]
+    return [(start, _tile_of(x, start, tile)) for start in range(0, x.shape[0], tile)]
+
+
+def _tile_of(x: Tensor, start: int, tile: int) -> Tensor:
+    return x if x.shape[0] <= tile else x[start : start + tile]
 
 
 def _linear_tile(
@@ -261,6 +252,26 @@ def _head_norm(x: Tensor, weight: Tensor, eps: float, tile: int) -> Tensor:
     shape = (tile, x.shape[1], x.shape[2])
     parts = [normalise(part.view(shape), Norm(weight, None, eps)) for _, part in _tiles(flat, tile)]
     return torch.cat(parts)[: x.shape[0]]
+
+
+def _packed(q: Tensor, kv_heads: int) -> Tensor:
+    """Queries [M, heads, D] by the key head they read: [1, kv_heads, M·group, D]."""
+    rows, heads, head_dim = q.shape
+    return q.view(rows, kv_heads, heads // kv_heads, head_dim).transpose(0, 1).reshape(1, kv_heads, -1, head_dim)
+
+
+def _by_row(partial: list[tuple[Tensor, Tensor]], rows: int) -> Tensor:
+    """The merged attention over blocks, back from packed queries to rows: [rows, heads·D]."""
+    merged = partial[0][0] if len(partial) == 1 else _merge(partial)
+    kv_heads = merged.shape[1]
+    return merged.view(kv_heads, rows, -1).transpose(0, 1).reshape(rows, -1)
+
+
+def _over(block: Block, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of packed queries [1, G, M, D] over one block: output and log-sum-exp [1, G, M]."""
+    # The call takes a float32 mask for every dtype but float64, whose masks it would misread.
+    mask = block.mask.double() if q.dtype == torch.float64 else block.mask
+    return _attention(q, block.read(keys), block.read(values), 0.0, False, attn_mask=mask, scale=scale)
 
 
 def _merge(partial: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -121,7 +121,7 @@ class Engine:
         _one_of("device", device, ("auto", "cpu", "cuda"))
         _one_of("dtype", dtype, ("auto", *DTYPES))
         _one_of("numerics", numerics, ("exact",))
-        place = _place(device)
+        place = place_of(device)
         _table(backend, place)
         folder = locate(model, progress)
         config = ModelConfig.load(folder)
@@ -379,7 +379,12 @@ def _chunk(sequence: Sequence, pieces: list[Piece]) -> Chunk:
     return Chunk(sequence.index, sequence.choice, tuple(pieces), sequence.finish_reason)
 
 
-def _place(device: str) -> torch.device:
+def place_of(device: str) -> torch.device:
+    """The device of that name; auto is the GPU where there is one.
+
+    Raises:
+        RequestError: there is no GPU that torch can use.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise RequestError(f"device: expected a GPU that torch {torch.__version__} can use for cuda, found none")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from skipjack import Engine, RequestError, SkipjackError
-from skipjack.bench import forced, heat_map, layers
+from skipjack.bench import forced_routes as forced
+from skipjack.bench import heat_map, layers
 from skipjack.runtime import cli
 
 MODEL = "synthetic:routed-tiny:0.3"

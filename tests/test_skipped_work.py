@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipjack import Engine, SamplingParams
-from skipjack.bench.forced import forced, layer_bytes
+from skipjack.bench.forced_routes import forced, layer_bytes
 from skipjack.kernels import packed, reference
 from skipjack.kernels.ops import TORCH
 from skipjack.kernels.values import Matrix, Split

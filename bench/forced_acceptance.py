@@ -1,0 +1,73 @@
+"""Forced acceptance: rounds of any acceptance rate on random weights, for benchmarks of the round itself.
+
+A table on the device decides how many draft tokens a round accepts, so everything but that decision runs as it would:
+the tokens generated are those of the draft, and mean nothing. Nothing outside bench/ can turn it on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..kernels.values import Verdict
+from ..runtime.engine import Engine
+from ..runtime.graphs import Graphs
+
+ENTRIES = 1024
+
+
+def accepted_counts(rate: float, entries: int = ENTRIES, seed: int = 0) -> Tensor:
+    """Draft tokens accepted by rounds of unbounded length at rate α: P(n) = α^n·(1 − α), int64 [entries].
+
+    The quantiles of the law at (i + ½)/entries in random order: their mean is that of the law, not of a small sample.
+    """
+    order = torch.randperm(entries, generator=torch.Generator().manual_seed(seed))
+    quantile = (order.double() + 0.5) / entries
+    return (quantile.log() / math.log(rate)).floor().long()
+
+
+class ForcedVerify:
+    """`verify` whose accepted counts come from `table` int64 [N], one entry a sequence and call, in turn."""
+
+    def __init__(self, table: Tensor) -> None:
+        self._table = table
+        self._next = torch.zeros(1, dtype=torch.int64, device=table.device)
+
+    def restart(self) -> None:
+        """Take the table from its beginning again."""
+        self._next.zero_()
+
+    def __call__(
+        self, target: Tensor, draft: Tensor, count: Tensor, length: Tensor, parent: Tensor | None = None
+    ) -> Verdict:
+        """As `kernels.reference_verify.verify`, of chains; a count is capped at what was drafted.
+
+        Raises:
+            ValueError: the draft is a tree.
+        """
+        if parent is not None:
+            raise ValueError("forced acceptance: expected a chain, got a tree")
+        each = torch.arange(len(count), device=count.device)
+        accepted = torch.minimum(self._table[(self._next + each) % len(self._table)], count)
+        self._next += len(count)
+        path = torch.minimum(torch.arange(target.shape[1], device=count.device), accepted[:, None])
+        return Verdict(accepted, target.gather(1, accepted[:, None])[:, 0], length + accepted + 1, path)
+
+
+@contextmanager
+def forced_acceptance(engine: Engine, rate: float) -> Generator[ForcedVerify, None, None]:
+    """Greedy rounds of `engine` accept at `rate`; round graphs captured meanwhile are its own, and go with it."""
+    model, cache = engine._loaded()  # pyright: ignore[reportPrivateUsage]
+    honest, graphs = model.ops, engine._graphs  # pyright: ignore[reportPrivateUsage]
+    verify = ForcedVerify(accepted_counts(rate).to(model.device))
+    model.ops = replace(honest, verify=verify)
+    engine._graphs = Graphs(model, cache) if graphs else None  # pyright: ignore[reportPrivateUsage]
+    try:
+        yield verify
+    finally:
+        model.ops, engine._graphs = honest, graphs  # pyright: ignore[reportPrivateUsage]
