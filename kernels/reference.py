@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import packed
-from .attention_index import AttentionIndex, Block, Index
+from .attention_index import AttentionIndex, Index
 from .elementwise import steady
 from .values import Matrix, Norm, Prediction, Rope, Slots, Stack
 
@@ -141,7 +141,7 @@ def attend(
     and the window − 1 positions before it. Returns [R, heads·D], undefined for rows of no sequence and rows that are
     not `active` bool [R]. One page is one block of the reduction: blocks are merged in order from position 0 by their
     log-sum-exp, and a block no key of which is seen adds exactly nothing. A tree's rows take the pages before the tree
-    together and those it lies in one row at a time, gathered along the row's path. Raises TypeError for an index of
+    together and those it lies in once for every leaf, gathered along its path. Raises TypeError for an index of
     another backend.
     """
     if not isinstance(index, AttentionIndex):
@@ -151,36 +151,24 @@ def attend(
     group = heads // kv_heads
     tile = index.tile
     out = q.new_zeros(rows, heads * head_dim)
-    for start, count, blocks, branches in index.groups(window, slopes, kv_heads, group):
+    for start, count, blocks, branch in index.groups(window, slopes, kv_heads, group):
         if active is not None and not bool(active[start : start + count].any()):
             continue
         rows_q = q[start : start + tile]
         if rows_q.shape[0] < tile:
             rows_q = functional.pad(rows_q, (0, 0, 0, 0, 0, tile - rows_q.shape[0]))
         packed_q = rows_q.view(tile, kv_heads, group, head_dim).transpose(0, 1).reshape(1, kv_heads, -1, head_dim)
-
-        def over(blocks: list[Block], packed_q: Tensor = packed_q) -> list[tuple[Tensor, Tensor]]:
-            # The call takes a float32 mask for every dtype but float64, whose masks it would misread.
-            wide = packed_q.dtype == torch.float64
-            return [
-                _attention(
-                    packed_q,
-                    block.read(keys),
-                    block.read(values),
-                    0.0,
-                    False,
-                    attn_mask=block.mask.double() if wide else block.mask,
-                    scale=scale,
-                )
-                for block in blocks
-            ]
-
-        shared = over(blocks)
-        for first, length, own in branches:
-            partial = shared + over(own)
-            merged = partial[0][0] if len(partial) == 1 else _merge(partial)
-            by_row = merged.view(kv_heads, tile, group * head_dim).transpose(0, 1).reshape(tile, -1)
-            out[start + first : start + first + length] = by_row[first : first + length]
+        # The call takes a float32 mask for every dtype but float64, whose masks it would misread.
+        wide = packed_q.dtype == torch.float64
+        partial: list[tuple[Tensor, Tensor]] = []
+        for block in blocks:
+            k, v = block.read(keys), block.read(values)
+            mask = block.mask.double() if wide else block.mask
+            each = packed_q.expand(len(k), -1, -1, -1)
+            partial.append(_attention(each, k, v, 0.0, False, attn_mask=mask, scale=scale))
+        merged = partial[0][0] if len(partial) == 1 else _merge(partial)
+        by_row = merged.view(-1, kv_heads, tile, group * head_dim).transpose(1, 2).reshape(-1, tile, heads * head_dim)
+        out[start : start + count] = by_row[0, :count] if len(by_row) == 1 else by_row[branch, range(count)]
     return out if active is None else out.masked_fill_(~active[:, None], 0)
 
 
@@ -254,8 +242,10 @@ def _head_norm(x: Tensor, weight: Tensor, eps: float, tile: int) -> Tensor:
 
 
 def _merge(partial: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Combine attention over blocks, (output [1, G, M, D], log-sum-exp [1, G, M]) each, in the order given."""
-    peak = torch.stack([lse for _, lse in partial]).amax(dim=0)
+    """Combine attention over blocks, (output [1 or B, G, M, D], log-sum-exp [1 or B, G, M]) each, in order."""
+    peak = partial[0][1]
+    for _, lse in partial[1:]:
+        peak = torch.maximum(peak, lse)
     weights = [steady(torch.exp, lse - peak)[..., None] for _, lse in partial]
     total, output = weights[0], partial[0][0] * weights[0]
     for weight, (block, _) in zip(weights[1:], partial[1:], strict=True):
