@@ -9,10 +9,12 @@ import torch
 from skipjack import Engine, SamplingParams
 from skipjack.runtime.costs import Costs, Ledger, calibrate, expected_tokens
 from skipjack.runtime.methods import auto
+from skipjack.runtime.ngrams import Guess
 from skipjack.runtime.plan import LayerPlan
 
 PROMPTS = [[5, 9, 200, 31], [7] * 3, list(range(20, 90))]
 COSTS = Costs(sublayers=16, tile=8, full=1.0, per_tile=0.8, fixed=0.2)
+NOTHING = Guess(0, [], [])
 
 
 @pytest.mark.parametrize("method", ["auto", "auto:max_loss=1.0,search_budget=0.2,skip_ratio=0.3"])
@@ -33,17 +35,17 @@ def test_expected_tokens_is_the_sum_of_the_chances_to_get_so_far() -> None:
 
 
 def test_costs_of_a_pass_are_read_off_a_clock_of_known_speed(synthetic: Callable[..., Engine]) -> None:
-    """A clock that advances by 2 s a tile and 1 s a layer: what `calibrate` must find again."""
+    """A clock that advances by 1 s a layer and tile, 0.1 s a row and 2 s for the head: `calibrate` must find them."""
     engine = synthetic("tiny")
     model, cache = engine._loaded()
     now, forward, predict = [0.0], model.forward, model.predict
 
     def timed(rows: object, kv: object, plan: LayerPlan) -> object:
-        now[0] += plan.layers_kept * -(-len(rows) // model.ops.decode_tile)
+        now[0] += plan.layers_kept * -(-len(rows) // model.ops.decode_tile) + 0.1 * len(rows)
         return forward(rows, kv, plan)
 
     def head(x: object) -> object:
-        now[0] += 2.0
+        now[0] += 1.9
         return predict(x)
 
     model.forward, model.predict = timed, head
@@ -52,7 +54,8 @@ def test_costs_of_a_pass_are_read_off_a_clock_of_known_speed(synthetic: Callable
             costs = calibrate(model, cache, lambda: now[0])
     finally:
         del model.forward, model.predict
-    assert (costs.full, costs.per_tile, costs.fixed) == pytest.approx((10.0, 8.0, 2.0))
+    assert (costs.full, costs.per_tile, costs.fixed, costs.per_row) == pytest.approx((10.0, 8.1, 2.0, 0.1))
+    assert [costs.verify(rows) for rows in (1, 8, 9, 16)] == pytest.approx([10.0, 10.7, 18.8, 19.5])
     assert costs.draft(model.full.early_exit(2), 1) == pytest.approx(4.0)
     assert cache.free_pages == cache.total_pages
 
@@ -81,7 +84,7 @@ def test_the_ledger_holds_on_a_virtual_clock(seed: int, trap: float) -> None:
 
 def method(**options: float) -> auto.Auto:
     made = auto.Auto(auto.Options(**options), 8)
-    made._matches = [(3, [4, 5, 6, 7])]
+    made._guesses = [Guess(3, [4, 5, 6, 7], [0, 1, 2, 3])]
     return made
 
 
@@ -91,10 +94,10 @@ def test_the_fastest_covered_choice_is_taken() -> None:
     choices = made.choices(COSTS, 1, 7)
     assert [choice.name for choice in choices] == ["plain", "lookup", "skip set"]
     assert choices[1].seconds == COSTS.verify(5) == 1.0
-    assert choices[1].tokens == pytest.approx(expected_tokens(0.8, 4))
+    assert choices[1].tokens == pytest.approx(expected_tokens(0.2 + 0.6 * 3 / 4, 4))
     made._choose(choices)
     assert made._choice.name == "lookup", "its pass costs no more than plain decoding, and more is expected of it"
-    made._matches = [(0, [])]
+    made._guesses = [NOTHING]
     made._choose(made.choices(COSTS, 1, 7))
     assert made._choice.name == "plain", "nothing has been won yet that a skip set could lose"
     made._ledger.book(1.0, 20.0)
@@ -109,7 +112,7 @@ def test_no_room_is_plain_decoding() -> None:
 def test_a_longer_pass_is_charged_to_a_batch() -> None:
     """Four sequences of seven drafts are 32 rows, four tiles; one sequence's fit a tile."""
     made = method()
-    made._matches = [(3, [4] * 7)] * 4
+    made._guesses = [Guess(3, [4] * 7, list(range(7)))] * 4
     lookup = made.choices(COSTS, 4, 7)[1]
     assert lookup.seconds == COSTS.verify(4 + 4 * lookup.drafted)
 
