@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from skipjack import Engine, SamplingParams
+from skipjack.kernels.values import Verdict
+from skipjack.runtime.batch import Batch, Draft, Round
 from skipjack.runtime.costs import Costs, Ledger, calibrate, expected_tokens
 from skipjack.runtime.methods import auto
 from skipjack.runtime.ngrams import Guess
 from skipjack.runtime.plan import LayerPlan
+from skipjack.runtime.sequence import Sequence
 
 PROMPTS = [[5, 9, 200, 31], [7] * 3, list(range(20, 90))]
 COSTS = Costs(sublayers=16, tile=8, full=1.0, per_tile=0.8, fixed=0.2)
@@ -103,6 +106,83 @@ def test_the_fastest_covered_choice_is_taken() -> None:
     made._ledger.book(1.0, 20.0)
     made._choose(made.choices(COSTS, 1, 7))
     assert made._choice.name == "skip set"
+
+
+class Run:
+    """Rounds of one sequence with a method that was told `COSTS`, on a virtual clock that they advance."""
+
+    def __init__(self, made: auto.Auto) -> None:
+        self.made, self.decoding, self.lost = made, 0.0, 0.0
+        made._costs = Costs(**vars(COSTS))
+        made._clock = lambda: 0.0
+        self.sequence = Sequence(0, 0, [5], SamplingParams(max_tokens=10**6), 0, frozenset(), 10**7, None)
+        self.sequence.pages = [1]
+        self.batch = Batch.of([self.sequence], 8, torch.device("cpu"))
+
+    def round(self, guess: Guess, accepts: bool) -> str:
+        made = self.made
+        made._guesses = [guess]
+        made._choose(made.choices(made._costs, 1, 7))
+        k = made._choice.drafted
+        taken = k if accepts else 0
+        one, tokens = torch.tensor([taken]), torch.zeros(1, k, dtype=torch.int64)
+        verify_s = COSTS.verify(k + 1)
+        draft_s = made._choice.seconds - verify_s
+        verdict = Verdict(one, one, one, torch.zeros(1, k + 1, dtype=torch.int64))
+        draft = Draft(tokens, torch.tensor([k]))
+        made.observe(
+            None, None, Round(self.batch, draft, tokens, tokens, verdict, [taken + 1], draft_s, verify_s, None)
+        )
+        self.decoding += made._choice.seconds
+        self.lost += made._choice.seconds - (taken + 1)
+        return made._choice.name
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("switch", [17, 400])
+def test_the_promise_holds_where_drafts_turn_bad(monkeypatch: pytest.MonkeyPatch, seed: int, switch: int) -> None:
+    """Drafts are accepted whole for `switch` rounds and then never for as many; a verified row costs 2 % of a token."""
+    monkeypatch.setattr(COSTS, "per_row", 0.02)
+    random = np.random.default_rng(seed)
+    run = Run(method(search_budget=0.0))
+    for step in range(1500):
+        n = int(random.integers(0, 4))
+        guess = Guess(n, [4] * 7, list(range(7))) if n else NOTHING
+        run.round(guess, accepts=step // switch % 2 == 1)
+        assert run.lost <= 0.015 * run.decoding + 1e-9
+    assert run.lost < -0.2 * run.decoding, "and more is won than lost"
+
+
+def test_a_losing_lookup_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(COSTS, "per_row", 0.02)
+    run, guess = Run(method(search_budget=0.0)), Guess(1, [4] * 7, list(range(7)))
+    run.made._skips.wait = 10**9
+    names = [run.round(guess, accepts=False) for _ in range(600)]
+    assert names[0] == "plain", "nothing covers its loss yet"
+    tried = [i for i, name in enumerate(names) if name == "lookup"]
+    assert 0 < len(tried) < 40
+    assert tried[-1] > 200
+    names = [run.round(guess, accepts=True) for _ in range(1500)]
+    assert names[-1] == "lookup"
+
+
+def test_what_choosing_costs_is_booked(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(method(search_budget=0.0))
+    made, done = (
+        run.made,
+        Round(
+            run.batch,
+            Draft(torch.zeros(1, 0).long(), torch.tensor([0])),
+            *[torch.zeros(1, 1).long()] * 2,
+            Verdict(*[torch.tensor([0])] * 3, torch.zeros(1, 1).long()),
+            [1],
+            0.1,
+            1.0,
+            None,
+        ),
+    )
+    made.observe(None, None, done)
+    assert (made._ledger.decoding, made._ledger.balance) == pytest.approx((1.1, -0.1))
 
 
 def test_no_room_is_plain_decoding() -> None:
