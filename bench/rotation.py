@@ -79,7 +79,9 @@ def cells(name: str) -> tuple[Cell, ...]:
     et al., The AETG System, IEEE TSE 1997).
     """
     own, random = factors(name), np.random.default_rng(0)
-    missing = [((a, x), (b, y)) for a, b in combinations(own, 2) for x, y in product(own[a], own[b])]
+    missing: list[Pair] = []
+    for a, b in combinations(own, 2):
+        missing += [((a, x), (b, y)) for x, y in product(own[a], own[b])]
     chosen: list[Cell] = []
     while missing:
         drawn: list[Cell] = []
@@ -106,7 +108,7 @@ def _share(level: str) -> float:
 def _skip_set(layers: int, share: float, seed: int) -> str:
     """So many of the sub-layers of layers 1 to L - 2, drawn."""
     inner = 2 * (layers - 2)
-    chosen = np.random.default_rng(seed).choice(inner, max(1, int(inner / 2 * share)), replace=False)
+    chosen = np.random.default_rng(seed).choice(inner, max(1, int(inner * share)), replace=False)
     attention = "+".join(str(i // 2 + 1) for i in sorted(chosen.tolist()) if i % 2 == 0)
     mlp = "+".join(str(i // 2 + 1) for i in sorted(chosen.tolist()) if i % 2)
     return f"skip_attention={attention},skip_mlp={mlp}"

@@ -102,7 +102,7 @@ class AttentionIndex:
         first = 0 if window is None else max(0, min(positions) - window + 1) // self._page_size
         if self._tree is None:
             return Group(start, count, [Block(pages[b], mask(b, positions)) for b in range(first, end)], [0] * count)
-        leaves, branch = _branches(ints(self._tree.slot[start : start + count]), ints(self._depth(start, positions)))
+        leaves, branch = _branches(self._paths(start, positions))
         common = max(first, int(self._tree.length[start : start + count].min()) // self._page_size)
         blocks = [Block(pages[b], mask(b, positions)) for b in range(first, min(common, end))]
         blocks += [
@@ -110,9 +110,11 @@ class AttentionIndex:
         ]
         return Group(start, count, blocks, branch)
 
-    def _depth(self, start: int, positions: list[int]) -> Tensor:
-        assert self._tree is not None
-        return torch.tensor(positions) - self._tree.length[start : start + len(positions)]
+    def _paths(self, start: int, positions: list[int]) -> list[list[int]]:
+        """The slots of each row's path through the tree, its own last."""
+        tree = self._tree
+        assert tree is not None
+        return [ints(tree.slot[row, : at - int(tree.length[row]) + 1]) for row, at in enumerate(positions, start)]
 
     def _path(self, block: int, start: int, leaves: list[int], positions: list[int], pages: list[int]) -> Slots:
         """Where the keys of a block lie on the path of each leaf; positions after its own repeat that."""
@@ -204,16 +206,15 @@ class TritonIndex:
         return self._scratch[key]
 
 
-def _branches(slots: list[list[int]], depths: list[int]) -> tuple[list[int], list[int]]:
-    """The fewest rows whose paths hold every row's, and which of them holds each row's; `slots` are the rows' paths."""
-    leaves, branch = list[int](), [-1] * len(depths)
-    for leaf in sorted(range(len(depths)), key=lambda row: -depths[row]):
-        if branch[leaf] >= 0:
-            continue
-        for row, depth in enumerate(depths):
-            if branch[row] < 0 and slots[row][: depth + 1] == slots[leaf][: depth + 1] and depth <= depths[leaf]:
-                branch[row] = len(leaves)
-        leaves.append(leaf)
+def _branches(paths: list[list[int]]) -> tuple[list[int], list[int]]:
+    """The fewest rows whose paths hold those of all rows, and which of them holds each row's."""
+    leaves, branch = list[int](), [-1] * len(paths)
+    for leaf in sorted(range(len(paths)), key=lambda row: -len(paths[row])):
+        if branch[leaf] < 0:
+            for row, path in enumerate(paths):
+                if branch[row] < 0 and path == paths[leaf][: len(path)]:
+                    branch[row] = len(leaves)
+            leaves.append(leaf)
     return leaves, branch
 
 

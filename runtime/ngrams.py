@@ -74,7 +74,7 @@ def likeliest(text: Tokens, max_ngram: int, count: int, memory: Tokens | None = 
     for back in range(1, min(max_ngram, len(text))):
         same &= (at >= back) & (whole[at - back] == whole[-1 - back])
         length += same
-    weight = LONGER ** (length - 1.0) * np.where(at >= known, OWN, 1.0)
+    weight = np.asarray(LONGER ** (length - 1.0) * np.where(at >= known, OWN, 1.0), dtype=np.float64)
     tokens, parent = list[int](), list[int]()
     open_nodes: list[tuple[float, int, int, int, Tokens, NDArray[np.float64]]] = []
 

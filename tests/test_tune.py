@@ -81,6 +81,7 @@ def test_prompts_come_one_a_line(tmp_path: Path) -> None:
     [
         (["--method", "magic", "-o", "x.json"], "--method: expected swift or knapspec"),
         (["-o", "/nowhere/x.json"], "--output: no such folder"),
+        (["-o", "/"], "--output: expected a file that can be written"),
     ],
 )
 def test_wrong_arguments_are_one_line(
