@@ -13,7 +13,7 @@ from .plan import LayerPlan
 from .rows import one_sequence
 
 Clock = Callable[[], float]
-REPEATS = 3
+REPEATS = 5
 
 
 @dataclass
@@ -63,21 +63,20 @@ def calibrate(model: Model, cache: KVCache, clock: Clock = perf_counter) -> Cost
     tile, layers = model.ops.decode_tile, model.config.num_layers
     pages = cache.reserve(4 * tile)
 
-    def seconds(rows: int, plan: LayerPlan) -> float:
-        def once() -> float:
-            start = clock()
-            laid = one_sequence([0] * rows, 0, pages, tile, model.device)
-            int(model.predict(model.forward(laid, cache, plan)[-1:]).token[0])
-            return clock() - start
+    def once(rows: int, plan: LayerPlan) -> float:
+        start = clock()
+        laid = one_sequence([0] * rows, 0, pages, tile, model.device)
+        int(model.predict(model.forward(laid, cache, plan)[-1:]).token[0])
+        return clock() - start
 
-        once()
-        return min(once() for _ in range(REPEATS))
-
+    half = model.full.early_exit(max(1, layers // 2))
+    passes = ((1, model.full), (tile, model.full), (2 * tile, model.full), (1, half))
     try:
-        full, one, two = (seconds(rows, model.full) for rows in (1, tile, 2 * tile))
-        some = seconds(1, model.full.early_exit(max(1, layers // 2)))
+        # In turns, so that a machine that is busy for a while slows all of them.
+        turns = [[once(rows, plan) for rows, plan in passes] for _ in range(REPEATS + 1)][1:]
     finally:
         cache.release(pages)
+    full, one, two, some = (min(times) for times in zip(*turns, strict=True))
     share = max(1, layers // 2) / layers
     fixed = full if share == 1 else (some - share * full) / (1 - share)
     per_row = max(0.0, one - full) / max(1, tile - 1)

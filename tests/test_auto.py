@@ -127,7 +127,7 @@ class Run:
         taken = k if accepts else 0
         one, tokens = torch.tensor([taken]), torch.zeros(1, k, dtype=torch.int64)
         verify_s = COSTS.verify(k + 1)
-        draft_s = made._choice.seconds - verify_s
+        draft_s = made._choice.seconds - verify_s if made._choice.name == "skip set" else 0.0
         verdict = Verdict(one, one, one, torch.zeros(1, k + 1, dtype=torch.int64))
         draft = Draft(tokens, torch.tensor([k]))
         made.observe(

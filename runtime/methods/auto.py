@@ -215,8 +215,10 @@ class Auto(Method):
                 self._skips.observe(tried, taken)
         for rate in self._passed_over:
             rate.idle += 1
-        # What choosing costs is lost where plain decoding is chosen.
-        self._ledger.book(seconds, done.verify_s if choice.name == PLAIN else plain * sum(done.emitted) / sequences)
+        # Predicted costs: what a busy machine does to single rounds is no loss of theirs. Choosing costs what it took.
+        chosen = plain if choice.name == PLAIN else choice.seconds
+        overhead = 0.0 if choice.name == SKIP else done.draft_s
+        self._ledger.book(chosen + overhead, plain * sum(done.emitted) / sequences)
         self._tell(seconds, plain, done)
         remember(self._memory, done)
         before = self._swift.plan
