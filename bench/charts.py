@@ -52,6 +52,8 @@ def timeline(stats: Stats, window: int, path: Path, title: str) -> None:
     ends = [first for _, first in stats.phases[1:]] + [stats.completion_tokens]
     for (name, first), end in zip(stats.phases, ends, strict=True):
         band.axvspan(first, end, color=colours.get(name, RESTING), lw=0)
+        if name == "acceleration" and first > window:
+            band.text(first, 1.02, "mN", transform=band.get_xaxis_transform(), fontsize=7, ha="center")
     steps = [event for event in stats.events if "score" in event]
     for token in sorted({int(event["tokens"]) for event in steps}):
         band.axvline(token, color=OPTIMISATION, lw=2)

@@ -46,32 +46,34 @@ def exact(
         typer.Option(envvar="SKIPJACK_PROMPTS", help="JSON lines with category and turns; default: our own."),
     ] = None,
     per_category: Annotated[int, typer.Option(min=1, help="Prompts taken of each category.")] = 5,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each.")] = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     temperature: Annotated[float, typer.Option(help="0 is greedy; above, tokens are drawn with seed 0.")] = 0.0,
-    batch: Annotated[int, typer.Option(min=0, max=16, help="Prompts drafted together; 0 rotates 1, 4, 16.")] = 1,
+    batch: Annotated[int, typer.Option(min=0, max=16, help="Prompts drafted together; 0 rotates 1, 4, 16.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Write every row as JSON here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compare every lossless method with plain decoding token by token; exit 1 if any token differs."""
     from ..runtime.engine import Engine
     from ..runtime.request import SamplingParams
-    from .exact import compare, summary
+    from .exact import compare, coverage, summary
     from .machine import describe
     from .prompts import load
+    from .rotation import NAMES
 
     chosen, machine = load(prompts, per_category), describe()
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
     notes = Console(stderr=True, highlight=False)
     with Engine.load(model, dtype=dtype) as engine:
-        notes.print(f"{len(chosen)} prompts, {max_tokens} tokens each, {engine.dtype}, {engine.backend}")
+        total = len(chosen) * len(NAMES)
+        notes.print(f"{len(chosen)} prompts x {len(NAMES)} methods, {engine.dtype}, {engine.backend}")
         done = 0
 
         def progress(row: object) -> None:
             nonlocal done
             done += 1
             if sys.stderr.isatty() or done % 10 == 0:
-                notes.print(f"{done} of {len(chosen)}", end="\r" if sys.stderr.isatty() else "\n")
+                notes.print(f"{done} of {total}", end="\r" if sys.stderr.isatty() else "\n")
 
         rows = compare(engine, chosen, params, batch=batch, progress=progress)
         result = {
@@ -82,6 +84,7 @@ def exact(
             "temperature": temperature,
             "batch": batch,
             "max_tokens": max_tokens,
+            "pairs": coverage(rows),
             "summary": [asdict(line) for line in summary(rows)],
             "rows": [asdict(row) for row in rows],
         }

@@ -10,18 +10,22 @@ import numpy as np
 
 from ..runtime.engine import Engine
 from ..runtime.request import Output, SamplingParams
+from . import rotation
 from .prompts import Prompt
-
-METHODS = ("swift", "swift tree", "lookup", "layerskip", "clasp", "auto", "swift search", "knapspec")
-BATCHES = (1, 4, 16)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt: what was run and how it compared. `speed` is tokens/s ÷ those of plain decoding."""
+    """One prompt with one method: what was run and how it compared. `speed` is tokens/s ÷ those of plain decoding.
+
+    `cell` is the number of the method's cell in `rotation`, which another batch size than `batch` may belong to.
+    """
 
     category: str
+    name: str
+    cell: int
     method: str
+    batch: int
     prompt_tokens: int
     tokens: int
     identical: bool
@@ -50,52 +54,51 @@ def compare(
     prompts: Sequence[Prompt],
     params: SamplingParams,
     *,
-    batch: int = 1,
+    batch: int = 0,
     progress: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """Every prompt by plain decoding alone, and by a lossless method in batches of `batch` (0: of 1, 4 and 16 in turn).
+    """Every prompt by plain decoding alone, and by every lossless method in a batch of others.
 
-    The method, its draft length 1 to 8, its skip set, threshold, tree and exit layer rotate from batch to batch.
+    A method goes through the prompts with one cell of `rotation` after another, which says the size of the batch too;
+    `batch` other than 0 is that size instead.
     """
     rows: list[Row] = []
-    start = number = 0
-    while start < len(prompts):
-        group = prompts[start : start + (batch or BATCHES[number % len(BATCHES)])]
-        chats = [[{"role": "user", "content": prompt.text}] for prompt in group]
-        method = cell(number, engine.config.num_layers)
-        start, number = start + len(group), number + 1
-        drafted = engine.generate(chats, params, method=method)
-        for prompt, chat, output in zip(group, chats, drafted, strict=True):
-            rows.append(_row(prompt.category, method, output, engine.generate(chat, params)))
-            if progress:
-                progress(rows[-1])
+    plain: dict[int, Output] = {}
+    for name in rotation.NAMES:
+        cells = rotation.cells(name)
+        start = number = 0
+        while start < len(prompts):
+            cell = cells[number % len(cells)]
+            group = range(start, min(len(prompts), start + (batch or cell.batch)))
+            chats = [[{"role": "user", "content": prompts[i].text}] for i in group]
+            method = cell.method(engine.config.num_layers, number)
+            drafted = engine.generate(chats, params, method=method)
+            for i, chat, output in zip(group, chats, drafted, strict=True):
+                if i not in plain:
+                    plain[i] = engine.generate(chat, params)
+                rows.append(
+                    _row(prompts[i].category, (name, number % len(cells), method, len(group)), output, plain[i])
+                )
+                if progress:
+                    progress(rows[-1])
+            start, number = group.stop, number + 1
     return rows
 
 
-def cell(number: int, layers: int) -> str:
-    """The method and options of one batch; any two of its factors meet in every combination as numbers go on."""
-    name = METHODS[number % len(METHODS)]
-    turn = number // len(METHODS)
-    k = 1 + (turn + number % len(METHODS)) % 8
-    if name == "lookup":
-        return f"lookup:num_draft_tokens={k},max_ngram={1 + turn % 4}"
-    if name == "auto":
-        return f"auto:num_draft_tokens={k},max_loss=0.5,search_budget=0.05,skip_ratio=0.15"
-    threshold = (0.0, 0.5, 0.8)[turn // 8 % 3]
-    if name == "layerskip":
-        layer = max(1, layers - 1 - turn % (layers - 1))
-        return f"layerskip:num_draft_tokens={k},threshold={threshold},exit_layer={layer},reuse={turn % 2 == 0}"
-    if name in ("clasp", "knapspec"):
-        return f"{name}:num_draft_tokens={k},threshold={threshold},interval=8,search_budget=1.0"
-    tree = ",tree=true" if name == "swift tree" else ""
-    drafting = f"num_draft_tokens={k},threshold={threshold}{tree}"
-    if name == "swift search":
-        return f"swift:{drafting},search_budget=0.2,skip_ratio=0.15,bayes_interval=3,seed={number}"
-    size = max(1, (layers - 2) // (4, 6, 10)[turn % 3])
-    chosen = np.random.default_rng(number).choice(2 * (layers - 2), size, replace=False)
-    attention = "+".join(str(i // 2 + 1) for i in sorted(chosen.tolist()) if i % 2 == 0)
-    mlp = "+".join(str(i // 2 + 1) for i in sorted(chosen.tolist()) if i % 2)
-    return f"swift:{drafting},skip_attention={attention},skip_mlp={mlp}"
+def coverage(rows: Sequence[Row]) -> dict[str, str]:
+    """For every method, how many of the pairs of its factors' levels the rows have run."""
+    found: dict[str, str] = {}
+    for name in rotation.NAMES:
+        every, ran = set[rotation.Pair](), set[rotation.Pair]()
+        for number, cell in enumerate(rotation.cells(name)):
+            pairs = rotation.pairs(cell)
+            every |= pairs
+            for row in rows:
+                if (row.name, row.cell) == (name, number):
+                    own = row.batch == cell.batch
+                    ran |= {pair for pair in pairs if own or "batch" not in dict(pair)}
+        found[name] = f"{len(ran)} of {len(every)}"
+    return found
 
 
 def summary(rows: Sequence[Row]) -> list[Line]:
@@ -119,7 +122,7 @@ def _line(name: str, rows: Sequence[Row]) -> Line:
     )
 
 
-def _row(category: str, method: str, output: Output, plain: Output) -> Row:
+def _row(category: str, run: tuple[str, int, str, int], output: Output, plain: Output) -> Row:
     pairs = zip(output.token_ids, plain.token_ids, strict=False)
     shorter = min(len(output.token_ids), len(plain.token_ids))
     identical = output.token_ids == plain.token_ids and output.text == plain.text
@@ -128,7 +131,7 @@ def _row(category: str, method: str, output: Output, plain: Output) -> Row:
     speed = stats.tokens_per_s / plain.stats.tokens_per_s if plain.stats.tokens_per_s else 0.0
     return Row(
         category,
-        method,
+        *run,
         stats.prompt_tokens,
         stats.completion_tokens,
         identical,

@@ -21,8 +21,9 @@ SYNTHETIC = "synthetic:"
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt with one method, run plain, method, method, plain: `speed` is the time of plain decoding ÷ its own.
+    """One prompt with one method, run plain, method, plain: `speed` is the mean time of plain decoding ÷ its own.
 
+    The method sees a prompt once: what it may remember of an answer must not draft it.
     The parts of a round are in units of a plainly decoded token: draft, verify, search and what is left.
     `depth` is the mean draft depth of a round.
     """
@@ -130,10 +131,10 @@ def _row(engine: Engine, method: str, prompt: Prompt, number: int, params: Sampl
     def run(name: str) -> Output:
         return engine.generate(given, params, method=name)
 
-    first, one, two, last = run(PLAIN), run(method), run(method), run(PLAIN)
+    first, own, last = run(PLAIN), run(method), run(PLAIN)
     count = max(1, len(first.token_ids) - 1)
     plain = (first.stats.decode_s + last.stats.decode_s) / 2
-    stats = two.stats
+    stats = own.stats
     per_token, rounds = plain / count, max(1, stats.rounds)
 
     def part(seconds: float) -> float:
@@ -146,8 +147,8 @@ def _row(engine: Engine, method: str, prompt: Prompt, number: int, params: Sampl
         method,
         prompt.category,
         stats.completion_tokens,
-        first.token_ids == one.token_ids == two.token_ids,
-        2 * plain / (one.stats.decode_s + two.stats.decode_s) if stats.decode_s else 1.0,
+        first.token_ids == own.token_ids == last.token_ids,
+        plain / stats.decode_s if stats.decode_s else 1.0,
         stats.rounds,
         stats.drafted,
         stats.accepted,

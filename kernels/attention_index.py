@@ -19,7 +19,7 @@ class Index(Protocol):
 
 
 class Block(NamedTuple):
-    """Keys of one block of positions: a page of the cache, or slots gathered for one row of a tree.
+    """Keys of one block of positions: a page of the cache, or slots int64 [B, P] gathered for B branches of a tree.
 
     mask: float32 [1, kv_heads or 1, tile·group, page_size], added to the scores.
     """
@@ -28,27 +28,23 @@ class Block(NamedTuple):
     mask: Tensor
 
     def read(self, cache: Tensor) -> Tensor:
-        """The block's part of a cache [pages, kv_heads, P, D]: [1, kv_heads, P, D]."""
+        """The block's part of a cache [pages, kv_heads, P, D]: [1 or B, kv_heads, P, D]."""
         if isinstance(self.page, int):
             return cache[self.page][None]
-        return cache[self.page.page, :, self.page.offset].transpose(0, 1).contiguous()[None]
-
-
-class Branch(NamedTuple):
-    """Rows first to first + count of a group, and the blocks that only they see, after those of the whole group."""
-
-    first: int
-    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
-    blocks: list[Block]
+        return cache[self.page.page, :, self.page.offset].transpose(1, 2).contiguous()
 
 
 class Group(NamedTuple):
-    """Consecutive rows of one sequence, at most a tile: the first of them, their number, and what they see."""
+    """Consecutive rows of one sequence, at most a tile: the first of them, their number, and what they see.
+
+    In a tree the blocks after the first `shared` ones differ by branch, and row r of the group is read from branch
+    `branch[r]`; rows of one path from the root lie in one branch.
+    """
 
     start: int
     count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     blocks: list[Block]
-    branches: list[Branch]
+    branch: list[int]
 
 
 class AttentionIndex:
@@ -105,30 +101,29 @@ class AttentionIndex:
         count, end = len(positions), max(positions) // self._page_size + 1
         first = 0 if window is None else max(0, min(positions) - window + 1) // self._page_size
         if self._tree is None:
-            blocks = [Block(pages[block], mask(block, positions)) for block in range(first, end)]
-            return Group(start, count, blocks, [Branch(0, count, [])])
-        common = min(int(self._tree.length[start : start + count].min()) // self._page_size, end)
-        blocks = [Block(pages[block], mask(block, positions)) for block in range(first, common)]
-        branches = [
-            Branch(
-                row,
-                1,
-                [
-                    Block(self._path(block, start + row, at, pages), mask(block, [at]))
-                    for block in range(max(first, common), at // self._page_size + 1)
-                ],
-            )
-            for row, at in enumerate(positions)
+            return Group(start, count, [Block(pages[b], mask(b, positions)) for b in range(first, end)], [0] * count)
+        leaves, branch = _branches(self._paths(start, positions))
+        common = max(first, int(self._tree.length[start : start + count].min()) // self._page_size)
+        blocks = [Block(pages[b], mask(b, positions)) for b in range(first, min(common, end))]
+        blocks += [
+            Block(self._path(b, start, leaves, positions, pages), mask(b, positions)) for b in range(common, end)
         ]
-        return Group(start, count, blocks, branches)
+        return Group(start, count, blocks, branch)
 
-    def _path(self, block: int, row: int, at: int, pages: list[int]) -> Slots:
-        """Where the keys of a block lie on the path of a tree's row; positions after its own repeat that."""
-        tree, size = self._tree, self._page_size
+    def _paths(self, start: int, positions: list[int]) -> list[list[int]]:
+        """The slots of each row's path through the tree, its own last."""
+        tree = self._tree
         assert tree is not None
-        position = torch.arange(block * size, (block + 1) * size).clamp(max=at)
-        depth = position - tree.length[row]
-        slot = torch.where(depth < 0, position, tree.slot[row, depth.clamp(min=0)])
+        return [ints(tree.slot[row, : at - int(tree.length[row]) + 1]) for row, at in enumerate(positions, start)]
+
+    def _path(self, block: int, start: int, leaves: list[int], positions: list[int], pages: list[int]) -> Slots:
+        """Where the keys of a block lie on the path of each leaf; positions after its own repeat that."""
+        tree, size, rows = self._tree, self._page_size, torch.tensor(leaves)
+        assert tree is not None
+        own = torch.tensor(positions)[rows, None]
+        position = torch.minimum(torch.arange(block * size, (block + 1) * size)[None], own)
+        depth = position - tree.length[start + rows, None]
+        slot = torch.where(depth < 0, position, tree.slot[start + rows].gather(1, depth.clamp(min=0)))
         return Slots(torch.tensor(pages)[slot // size], slot % size)
 
     def _mask(
@@ -209,6 +204,18 @@ class TritonIndex:
             state = torch.empty(splits, rows, heads, 2, dtype=torch.float32, device=device)
             self._scratch[key] = partial, state, torch.zeros(tiles, dtype=torch.int32, device=device)
         return self._scratch[key]
+
+
+def _branches(paths: list[list[int]]) -> tuple[list[int], list[int]]:
+    """The fewest rows whose paths hold those of all rows, and which of them holds each row's."""
+    leaves, branch = list[int](), [-1] * len(paths)
+    for leaf in sorted(range(len(paths)), key=lambda row: -len(paths[row])):
+        if branch[leaf] < 0:
+            for row, path in enumerate(paths):
+                if branch[row] < 0 and path == paths[leaf][: len(path)]:
+                    branch[row] = len(leaves)
+            leaves.append(leaf)
+    return leaves, branch
 
 
 def _groups(sequence: list[int], position: list[int], tile: int) -> Iterator[tuple[int, int, list[int]]]:

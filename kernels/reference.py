@@ -151,7 +151,7 @@ def attend(
     and the window − 1 positions before it. Returns [R, heads·D], undefined for rows of no sequence and rows that are
     not `active` bool [R]. One page is one block of the reduction: blocks are merged in order from position 0 by their
     log-sum-exp, and a block no key of which is seen adds exactly nothing. A tree's rows take the pages before the tree
-    together and those it lies in one row at a time, gathered along the row's path. Raises TypeError for an index of
+    together and those it lies in once for every leaf, gathered along its path. Raises TypeError for an index of
     another backend.
     """
     if not isinstance(index, AttentionIndex):
@@ -159,25 +159,19 @@ def attend(
     rows, heads, head_dim = q.shape
     kv_heads, tile = keys.shape[1], index.tile
     groups = index.groups(window, slopes, kv_heads, heads // kv_heads)
-
-    def over(blocks: list[Block], packed_q: Tensor) -> list[tuple[Tensor, Tensor]]:
-        return [_over(block, packed_q, keys, values, scale) for block in blocks]
-
-    if rows == tile and active is None and len(groups) == 1 and len(groups[0].branches) == 1:
-        blocks = groups[0].blocks + groups[0].branches[0].blocks
-        return _by_row(over(blocks, _packed(q, kv_heads)), tile)
+    if rows == tile and active is None and len(groups) == 1:
+        by_row = _by_row(_over(groups[0].blocks, q, keys, values, scale), tile)
+        if len(by_row) == 1:
+            return by_row[0]
     out = q.new_zeros(rows, heads * head_dim)
-    for start, count, blocks, branches in groups:
+    for start, count, blocks, branch in groups:
         if active is not None and not bool(active[start : start + count].any()):
             continue
         rows_q = q[start : start + tile]
         if rows_q.shape[0] < tile:
             rows_q = functional.pad(rows_q, (0, 0, 0, 0, 0, tile - rows_q.shape[0]))
-        packed_q = _packed(rows_q, kv_heads)
-        shared = over(blocks, packed_q)
-        for first, length, own in branches:
-            by_row = _by_row(shared + over(own, packed_q), tile)
-            out[start + first : start + first + length] = by_row[first : first + length]
+        by_row = _by_row(_over(blocks, rows_q, keys, values, scale), tile)
+        out[start : start + count] = by_row[0, :count] if len(by_row) == 1 else by_row[branch, range(count)]
     return out if active is None else out.masked_fill_(~active[:, None], 0)
 
 
@@ -254,29 +248,35 @@ def _head_norm(x: Tensor, weight: Tensor, eps: float, tile: int) -> Tensor:
     return torch.cat(parts)[: x.shape[0]]
 
 
-def _packed(q: Tensor, kv_heads: int) -> Tensor:
-    """Queries [M, heads, D] by the key head they read: [1, kv_heads, M·group, D]."""
-    rows, heads, head_dim = q.shape
-    return q.view(rows, kv_heads, heads // kv_heads, head_dim).transpose(0, 1).reshape(1, kv_heads, -1, head_dim)
+def _over(blocks: list[Block], q: Tensor, keys: Tensor, values: Tensor, scale: float) -> list[tuple[Tensor, Tensor]]:
+    """Attention of q [M, heads, D] over each block, once for every branch it has: output and log-sum-exp.
+
+    Queries are packed by the key head they read: [1 or B, kv_heads, M·group, D] and [1 or B, kv_heads, M·group].
+    """
+    (rows, heads, head_dim), kv_heads = q.shape, keys.shape[1]
+    q = q.view(rows, kv_heads, heads // kv_heads, head_dim).transpose(0, 1).reshape(1, kv_heads, -1, head_dim)
+    partial: list[tuple[Tensor, Tensor]] = []
+    for block in blocks:
+        k, v = block.read(keys), block.read(values)
+        # The call takes a float32 mask for every dtype but float64, whose masks it would misread.
+        mask = block.mask.double() if q.dtype == torch.float64 else block.mask
+        each = q.expand(len(k), -1, -1, -1)
+        partial.append(_attention(each, k, v, 0.0, False, attn_mask=mask, scale=scale))
+    return partial
 
 
 def _by_row(partial: list[tuple[Tensor, Tensor]], rows: int) -> Tensor:
-    """The merged attention over blocks, back from packed queries to rows: [rows, heads·D]."""
+    """The merged attention over blocks, back from packed queries to rows: [1 or B, rows, heads·D]."""
     merged = partial[0][0] if len(partial) == 1 else _merge(partial)
-    kv_heads = merged.shape[1]
-    return merged.view(kv_heads, rows, -1).transpose(0, 1).reshape(rows, -1)
-
-
-def _over(block: Block, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of packed queries [1, G, M, D] over one block: output and log-sum-exp [1, G, M]."""
-    # The call takes a float32 mask for every dtype but float64, whose masks it would misread.
-    mask = block.mask.double() if q.dtype == torch.float64 else block.mask
-    return _attention(q, block.read(keys), block.read(values), 0.0, False, attn_mask=mask, scale=scale)
+    branches, kv_heads = merged.shape[:2]
+    return merged.view(branches, kv_heads, rows, -1).transpose(1, 2).reshape(branches, rows, -1)
 
 
 def _merge(partial: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Combine attention over blocks, (output [1, G, M, D], log-sum-exp [1, G, M]) each, in the order given."""
-    peak = torch.stack([lse for _, lse in partial]).amax(dim=0)
+    """Combine attention over blocks, (output [1 or B, G, M, D], log-sum-exp [1 or B, G, M]) each, in order."""
+    peak = partial[0][1]
+    for _, lse in partial[1:]:
+        peak = torch.maximum(peak, lse)
     weights = [steady(torch.exp, lse - peak)[..., None] for _, lse in partial]
     total, output = weights[0], partial[0][0] * weights[0]
     for weight, (block, _) in zip(weights[1:], partial[1:], strict=True):

@@ -13,16 +13,16 @@ from .plan import LayerPlan
 from .rows import one_sequence
 
 Clock = Callable[[], float]
-REPEATS = 3
+REPEATS = 5
 
 
 @dataclass
 class Costs:
     """Seconds of a pass as a function of its rows and sub-layers, for one machine.
 
-    A pass reads its weights once for every tile of `tile` rows: `full` is the whole model for one tile, head included,
-    `per_tile` what each further tile adds, `fixed` the part that no skipped sub-layer saves. `pace` is how much slower
-    than calibrated passes have been lately.
+    A pass reads its weights once for every tile of `tile` rows: `full` is the whole model for one row, head included,
+    `per_row` what each further row of a tile adds, `per_tile` what each further tile adds, `fixed` the part that no
+    skipped sub-layer saves. `pace` is how much slower than calibrated passes have been lately.
     """
 
     sublayers: int
@@ -30,11 +30,13 @@ class Costs:
     full: float
     per_tile: float
     fixed: float
+    per_row: float = 0.0
     pace: float = 1.0
 
     def verify(self, rows: int) -> float:
         """A full pass over `rows` rows; plain decoding is one over a row a sequence."""
-        return self.pace * (self.full + self.per_tile * (-(-rows // self.tile) - 1))
+        tiles = -(-rows // self.tile)
+        return self.pace * (self.full + self.per_tile * (tiles - 1) + self.per_row * (rows - tiles))
 
     def draft(self, plan: LayerPlan, rows: int) -> float:
         """A draft pass of `plan` over `rows` rows."""
@@ -61,24 +63,25 @@ def calibrate(model: Model, cache: KVCache, clock: Clock = perf_counter) -> Cost
     tile, layers = model.ops.decode_tile, model.config.num_layers
     pages = cache.reserve(4 * tile)
 
-    def seconds(rows: int, plan: LayerPlan) -> float:
-        def once() -> float:
-            start = clock()
-            laid = one_sequence([0] * rows, 0, pages, tile, model.device)
-            int(model.predict(model.forward(laid, cache, plan)[-1:]).token[0])
-            return clock() - start
+    def once(rows: int, plan: LayerPlan) -> float:
+        start = clock()
+        laid = one_sequence([0] * rows, 0, pages, tile, model.device)
+        int(model.predict(model.forward(laid, cache, plan)[-1:]).token[0])
+        return clock() - start
 
-        once()
-        return min(once() for _ in range(REPEATS))
-
+    half = model.full.early_exit(max(1, layers // 2))
+    passes = ((1, model.full), (tile, model.full), (2 * tile, model.full), (1, half))
     try:
-        full, two = seconds(1, model.full), seconds(2 * tile, model.full)
-        some = seconds(1, model.full.early_exit(max(1, layers // 2)))
+        # In turns, so that a machine that is busy for a while slows all of them.
+        turns = [[once(rows, plan) for rows, plan in passes] for _ in range(REPEATS + 1)][1:]
     finally:
         cache.release(pages)
+    full, one, two, some = (min(times) for times in zip(*turns, strict=True))
     share = max(1, layers // 2) / layers
     fixed = full if share == 1 else (some - share * full) / (1 - share)
-    return Costs(2 * layers, tile, full, max(0.0, two - full), min(max(fixed, 0.0), full))
+    per_row = max(0.0, one - full) / max(1, tile - 1)
+    per_tile = max(0.0, two - full - per_row * (2 * tile - 2))
+    return Costs(2 * layers, tile, full, per_tile, min(max(fixed, 0.0), full), per_row)
 
 
 def head_layers(config: ModelConfig) -> float:

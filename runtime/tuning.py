@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from .calibration import PROMPTS, read_texts
@@ -35,6 +36,8 @@ def tune_and_save(
         raise RequestError(f"--method: expected swift or knapspec, got {method!r}")
     if not output.parent.is_dir():
         raise RequestError(f"--output: no such folder: {output.parent}")
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise RequestError(f"--output: expected a file that can be written, got {output}")
     if engine.tokenizer is None:
         raise RequestError(f"{engine.model_path}: expected tokenizer.json, which tune needs, found none")
     texts = PROMPTS if prompts is None else read_texts(prompts, "--prompts")

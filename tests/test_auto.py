@@ -7,12 +7,17 @@ import pytest
 import torch
 
 from skipjack import Engine, SamplingParams
+from skipjack.kernels.values import Verdict
+from skipjack.runtime.batch import Batch, Draft, Round
 from skipjack.runtime.costs import Costs, Ledger, calibrate, expected_tokens
 from skipjack.runtime.methods import auto
+from skipjack.runtime.ngrams import Guess
 from skipjack.runtime.plan import LayerPlan
+from skipjack.runtime.sequence import Sequence
 
 PROMPTS = [[5, 9, 200, 31], [7] * 3, list(range(20, 90))]
 COSTS = Costs(sublayers=16, tile=8, full=1.0, per_tile=0.8, fixed=0.2)
+NOTHING = Guess(0, [], [])
 
 
 @pytest.mark.parametrize("method", ["auto", "auto:max_loss=1.0,search_budget=0.2,skip_ratio=0.3"])
@@ -33,17 +38,17 @@ def test_expected_tokens_is_the_sum_of_the_chances_to_get_so_far() -> None:
 
 
 def test_costs_of_a_pass_are_read_off_a_clock_of_known_speed(synthetic: Callable[..., Engine]) -> None:
-    """A clock that advances by 2 s a tile and 1 s a layer: what `calibrate` must find again."""
+    """A clock that advances by 1 s a layer and tile, 0.1 s a row and 2 s for the head: `calibrate` must find them."""
     engine = synthetic("tiny")
     model, cache = engine._loaded()
     now, forward, predict = [0.0], model.forward, model.predict
 
     def timed(rows: object, kv: object, plan: LayerPlan) -> object:
-        now[0] += plan.layers_kept * -(-len(rows) // model.ops.decode_tile)
+        now[0] += plan.layers_kept * -(-len(rows) // model.ops.decode_tile) + 0.1 * len(rows)
         return forward(rows, kv, plan)
 
     def head(x: object) -> object:
-        now[0] += 2.0
+        now[0] += 1.9
         return predict(x)
 
     model.forward, model.predict = timed, head
@@ -52,7 +57,8 @@ def test_costs_of_a_pass_are_read_off_a_clock_of_known_speed(synthetic: Callable
             costs = calibrate(model, cache, lambda: now[0])
     finally:
         del model.forward, model.predict
-    assert (costs.full, costs.per_tile, costs.fixed) == pytest.approx((10.0, 8.0, 2.0))
+    assert (costs.full, costs.per_tile, costs.fixed, costs.per_row) == pytest.approx((10.0, 8.1, 2.0, 0.1))
+    assert [costs.verify(rows) for rows in (1, 8, 9, 16)] == pytest.approx([10.0, 10.7, 18.8, 19.5])
     assert costs.draft(model.full.early_exit(2), 1) == pytest.approx(4.0)
     assert cache.free_pages == cache.total_pages
 
@@ -81,7 +87,7 @@ def test_the_ledger_holds_on_a_virtual_clock(seed: int, trap: float) -> None:
 
 def method(**options: float) -> auto.Auto:
     made = auto.Auto(auto.Options(**options), 8)
-    made._matches = [(3, [4, 5, 6, 7])]
+    made._guesses = [Guess(3, [4, 5, 6, 7], [0, 1, 2, 3])]
     return made
 
 
@@ -91,15 +97,92 @@ def test_the_fastest_covered_choice_is_taken() -> None:
     choices = made.choices(COSTS, 1, 7)
     assert [choice.name for choice in choices] == ["plain", "lookup", "skip set"]
     assert choices[1].seconds == COSTS.verify(5) == 1.0
-    assert choices[1].tokens == pytest.approx(expected_tokens(0.8, 4))
+    assert choices[1].tokens == pytest.approx(expected_tokens(0.2 + 0.6 * 3 / 4, 4))
     made._choose(choices)
     assert made._choice.name == "lookup", "its pass costs no more than plain decoding, and more is expected of it"
-    made._matches = [(0, [])]
+    made._guesses = [NOTHING]
     made._choose(made.choices(COSTS, 1, 7))
     assert made._choice.name == "plain", "nothing has been won yet that a skip set could lose"
     made._ledger.book(1.0, 20.0)
     made._choose(made.choices(COSTS, 1, 7))
     assert made._choice.name == "skip set"
+
+
+class Run:
+    """Rounds of one sequence with a method that was told `COSTS`, on a virtual clock that they advance."""
+
+    def __init__(self, made: auto.Auto) -> None:
+        self.made, self.decoding, self.lost = made, 0.0, 0.0
+        made._costs = Costs(**vars(COSTS))
+        made._clock = lambda: 0.0
+        self.sequence = Sequence(0, 0, [5], SamplingParams(max_tokens=10**6), 0, frozenset(), 10**7, None)
+        self.sequence.pages = [1]
+        self.batch = Batch.of([self.sequence], 8, torch.device("cpu"))
+
+    def round(self, guess: Guess, accepts: bool) -> str:
+        made = self.made
+        made._guesses = [guess]
+        made._choose(made.choices(made._costs, 1, 7))
+        k = made._choice.drafted
+        taken = k if accepts else 0
+        one, tokens = torch.tensor([taken]), torch.zeros(1, k, dtype=torch.int64)
+        verify_s = COSTS.verify(k + 1)
+        draft_s = made._choice.seconds - verify_s if made._choice.name == "skip set" else 0.0
+        verdict = Verdict(one, one, one, torch.zeros(1, k + 1, dtype=torch.int64))
+        draft = Draft(tokens, torch.tensor([k]))
+        made.observe(
+            None, None, Round(self.batch, draft, tokens, tokens, verdict, [taken + 1], draft_s, verify_s, None)
+        )
+        self.decoding += made._choice.seconds
+        self.lost += made._choice.seconds - (taken + 1)
+        return made._choice.name
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("switch", [17, 400])
+def test_the_promise_holds_where_drafts_turn_bad(monkeypatch: pytest.MonkeyPatch, seed: int, switch: int) -> None:
+    """Drafts are accepted whole for `switch` rounds and then never for as many; a verified row costs 2 % of a token."""
+    monkeypatch.setattr(COSTS, "per_row", 0.02)
+    random = np.random.default_rng(seed)
+    run = Run(method(search_budget=0.0))
+    for step in range(1500):
+        n = int(random.integers(0, 4))
+        guess = Guess(n, [4] * 7, list(range(7))) if n else NOTHING
+        run.round(guess, accepts=step // switch % 2 == 1)
+        assert run.lost <= 0.015 * run.decoding + 1e-9
+    assert run.lost < -0.2 * run.decoding, "and more is won than lost"
+
+
+def test_a_losing_lookup_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(COSTS, "per_row", 0.02)
+    run, guess = Run(method(search_budget=0.0)), Guess(1, [4] * 7, list(range(7)))
+    run.made._skips.wait = 10**9
+    names = [run.round(guess, accepts=False) for _ in range(600)]
+    assert names[0] == "plain", "nothing covers its loss yet"
+    tried = [i for i, name in enumerate(names) if name == "lookup"]
+    assert 0 < len(tried) < 40
+    assert tried[-1] > 200
+    names = [run.round(guess, accepts=True) for _ in range(1500)]
+    assert names[-1] == "lookup"
+
+
+def test_what_choosing_costs_is_booked(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(method(search_budget=0.0))
+    made, done = (
+        run.made,
+        Round(
+            run.batch,
+            Draft(torch.zeros(1, 0).long(), torch.tensor([0])),
+            *[torch.zeros(1, 1).long()] * 2,
+            Verdict(*[torch.tensor([0])] * 3, torch.zeros(1, 1).long()),
+            [1],
+            0.1,
+            1.0,
+            None,
+        ),
+    )
+    made.observe(None, None, done)
+    assert (made._ledger.decoding, made._ledger.balance) == pytest.approx((1.1, -0.1))
 
 
 def test_no_room_is_plain_decoding() -> None:
@@ -109,7 +192,7 @@ def test_no_room_is_plain_decoding() -> None:
 def test_a_longer_pass_is_charged_to_a_batch() -> None:
     """Four sequences of seven drafts are 32 rows, four tiles; one sequence's fit a tile."""
     made = method()
-    made._matches = [(3, [4] * 7)] * 4
+    made._guesses = [Guess(3, [4] * 7, list(range(7)))] * 4
     lookup = made.choices(COSTS, 4, 7)[1]
     assert lookup.seconds == COSTS.verify(4 + 4 * lookup.drafted)
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from skipjack import Engine, RequestError, SamplingParams
-from skipjack.bench import exact
+from skipjack.bench import exact, rotation
 from skipjack.bench.prompts import load
 from skipjack.runtime import cli
-from skipjack.runtime.methods import registry
+
+RUN = ("swift", 0, "swift", 1)
 
 
 def test_bare_bench_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,29 +49,19 @@ def test_a_line_separator_inside_a_prompt_ends_no_line(tmp_path: Path) -> None:
     assert load(path, 5)[0].text == "a\u2028b"
 
 
-def test_cells_cover_every_method_with_every_draft_length() -> None:
-    cells = [(exact.METHODS[i % len(exact.METHODS)], registry.parse(exact.cell(i, 30)).options) for i in range(192)]
-    for name in exact.METHODS:
-        own = [options for method, options in cells if method == name]
-        assert {options.num_draft_tokens for options in own} == set(range(1, 9))
-        if name not in ("lookup", "auto"):
-            assert {options.threshold for options in own} == {0.0, 0.5, 0.8}
-    assert sum(getattr(options, "tree", False) for _, options in cells) == 24
-
-
 def test_identical_means_identical(demo: Engine) -> None:
-    prompts = load(None, 1)[:3]
-    rows = exact.compare(demo, prompts, SamplingParams(max_tokens=6), batch=2)
+    rows = exact.compare(demo, load(None, 1)[:2], SamplingParams(max_tokens=3), batch=2)
+    assert [row.name for row in rows] == [name for name in rotation.NAMES for _ in range(2)]
     assert all(row.identical for row in rows)
     output = demo.generate("The sea", SamplingParams(max_tokens=4, ignore_eos=True))
     choice = output.choices[0]
     changed = replace(choice, token_ids=[*choice.token_ids[:2], 7, choice.token_ids[3]])
     shorter = replace(choice, token_ids=choice.token_ids[:3])
-    assert exact._row("qa", "swift", replace(output, choices=(changed,)), output).first_difference == 2
-    row = exact._row("qa", "swift", replace(output, choices=(shorter,)), output)
+    assert exact._row("qa", RUN, replace(output, choices=(changed,)), output).first_difference == 2
+    row = exact._row("qa", RUN, replace(output, choices=(shorter,)), output)
     assert (row.identical, row.first_difference) == (False, 3)
     line = exact.summary([*rows, row])[-1]
-    assert (line.prompts, line.identical) == (4, 3)
+    assert (line.prompts, line.identical) == (len(rows) + 1, len(rows))
 
 
 def test_methods_are_compared_and_drawn(

@@ -3,10 +3,12 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipjack import CapacityError, Engine, RequestError, SamplingParams
 from skipjack.loaders.config import ModelConfig
@@ -117,6 +119,29 @@ def test_a_batch_gives_what_each_prompt_gives_alone(
         together = engine.generate(prompts, params, method=method)
         assert [o.token_ids for o in together] == [engine.generate(p, params, method=method).token_ids for p in prompts]
     assert all(counts_add_up(o) for o in together)
+
+
+@pytest.mark.parametrize(
+    "method", ["swift:search_budget=0.5,window=8", "swift:tree=true", "lookup", "layerskip", "clasp"]
+)
+def test_no_round_copies_the_cache(method: str) -> None:
+    """Nothing a round computes is as large as a tenth of the keys: SWIFT's released code clones all of them."""
+    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
+    engine = Engine(config, synthetic_weights(config, 0, torch.float32, 0.2), cache_tokens=60_000)
+    cache, largest = engine._loaded()[1], 0
+    own = {cache.keys.untyped_storage().data_ptr(), cache.values.untyped_storage().data_ptr()}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in own:
+                largest = max(largest, result.numel())
+            return result
+
+    with Watch():
+        engine.generate([5, 6, 7], SamplingParams(max_tokens=20, ignore_eos=True), method=method)
+    assert 0 < largest < cache.keys.numel() / 10
 
 
 def test_ends_exactly_at_stop_tokens_and_max_tokens(synthetic: Callable[..., Engine]) -> None:

@@ -139,6 +139,26 @@ def test_phases_and_events_of_a_run(synthetic: Callable[..., Engine]) -> None:
     assert stats.layers_kept == 8 - int(12 * 0.3) / 2
 
 
+@pytest.mark.parametrize("score_on", ["last", "first"])
+def test_candidates_are_scored_on_the_window_asked_for(
+    synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, score_on: str
+) -> None:
+    seen: list[list[int]] = []
+
+    def spy(model: object, cache: object, pages: object, tokens: list[int], window: int, plan: object) -> float:
+        seen.append(tokens[-window - 1 :])
+        return 0.5
+
+    monkeypatch.setattr("skipjack.runtime.methods.swift.matchness", spy)
+    method = f"swift:search_budget=0.9,window=8,score_on={score_on},max_opt_iter=30,seed=4"
+    output = synthetic("tiny").generate([5, 6, 7], SamplingParams(max_tokens=60, ignore_eos=True), method=method)
+    answer = output.token_ids
+    windows = {tuple(answer[i : i + 9]) for i in range(len(answer) - 8)} if score_on == "last" else {tuple(answer[:9])}
+    assert {tuple(window) for window in seen} <= windows
+    assert len({tuple(window) for window in seen}) > 1 or score_on == "first"
+    assert seen
+
+
 class Clock:
     """A virtual clock that each look advances by `step` seconds."""
 

@@ -71,6 +71,7 @@ def test_knapspec_leaves_the_set_it_chose_last(synthetic: Callable[..., Engine])
     [
         (["--method", "magic", "-o", "x.json"], "--method: expected swift or knapspec"),
         (["-o", "/nowhere/x.json"], "--output: no such folder"),
+        (["-o", "/"], "--output: expected a file that can be written"),
     ],
 )
 def test_wrong_arguments_are_one_line(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-import torch
+import numpy as np
 
 from ...kernels.host import ints
 from ..batch import Batch, Draft, Round
@@ -16,15 +16,16 @@ from ..cache import KVCache
 from ..costs import Clock, Costs, Ledger, calibrate, expected_tokens
 from ..errors import RequestError
 from ..model import Model
+from ..ngrams import Guess, Memory, likeliest
 from ..plan import LayerPlan
 from . import swift
 from .base import Method, no_draft
 from .drafting import Drafting, acceptance, grow
-from .lookup import match
+from .lookup import lay_out, remember
 
 PLAIN, LOOKUP, SKIP = "plain", "lookup", "skip set"
-# Rounds between two reports of what was decided.
-REPORT = 32
+# Rounds between two reports of what was decided, and those a losing kind of draft waits, at first and at most.
+REPORT, WAIT, LONGEST_WAIT = 32, 32, 1024
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,14 @@ class Options:
     """Drafts of at most `num_draft_tokens`, by lookup or by the best skip set known: that of the file `set`, or one
     searched for within `search_budget` of the decoding time.
 
-    `max_loss` is the share of the decoding time that may be lost against plain decoding beyond what was won.
+    Lookup drafts what followed most matches of up to `max_ngram` tokens, also in the newest `remember` tokens of
+    earlier answers of this engine. `max_loss` is the share of the decoding time that may be lost against plain decoding
+    beyond what was won.
     """
 
     num_draft_tokens: int = 7
-    max_ngram: int = 3
+    max_ngram: int = 4
+    remember: int = 16384
     set: str = ""
     threshold: float = 0.6
     skip_ratio: float = 0.45
@@ -48,6 +52,7 @@ class Options:
         for option, low, high in (
             ("num_draft_tokens", 1, 64),
             ("max_ngram", 1, 16),
+            ("remember", 0, 10**6),
             ("threshold", 0, 1),
             ("skip_ratio", 0, 1),
             ("search_budget", 0, 1),
@@ -59,13 +64,21 @@ class Options:
         acceptance("auto", self.acceptance)
 
 
-@dataclass
+@dataclass(eq=False)
 class Rate:
-    """How often a kind of draft token is accepted, as a moving average, and when to try a losing kind again."""
+    """How often a kind of draft token is accepted, as a moving average, and when to try a losing kind again.
+
+    A kind that was passed over in `wait` rounds is tried: the text may have changed. A try that changes nothing is
+    waited for twice as long.
+    """
 
     value: float
-    wait: int = 32
+    wait: int = WAIT
     idle: int = 0
+
+    @property
+    def due(self) -> bool:
+        return self.idle >= self.wait
 
     def observe(self, drafted: int, accepted: int) -> None:
         """Take in a round; tokens after the first rejected one say nothing."""
@@ -77,13 +90,17 @@ class Rate:
 
 @dataclass(frozen=True)
 class Choice:
-    """A way to decode the next round, and what the cost model says of it: seconds, tokens, and what is at risk."""
+    """A way to decode the next round, and what the cost model says of it: seconds, tokens, and what is at risk.
+
+    `rates` are those the tokens were predicted by.
+    """
 
     name: str
     drafted: int
     seconds: float
     tokens: float
     loss: float
+    rates: tuple[Rate, ...] = ()
 
     @property
     def tokens_per_s(self) -> float:
@@ -120,9 +137,11 @@ class Auto(Method):
         self._lookups = {n: Rate(0.2 + 0.6 * n / options.max_ngram) for n in range(1, options.max_ngram + 1)}
         self._skips = Rate(0.8)
         self._costs: Costs | None = None
-        self._matches: list[tuple[int, list[int]]] = []
+        self._guesses: list[Guess] = []
+        self._memory = Memory(options.remember)
         self._choice = Choice(PLAIN, 0, 1.0, 1.0, 0.0)
         self._why = ""
+        self._passed_over = set[Rate]()
         self._account = Account()
         self._decisions: list[Mapping[str, Any]] = []
 
@@ -147,15 +166,13 @@ class Auto(Method):
             self._costs = calibrate(model, cache, self._clock)
         k, ngram = self._options.num_draft_tokens, self._options.max_ngram
         with model.mark("draft", len(batch), 0, 0):
-            self._matches = [match(s.tokens, ngram, max(0, min(k, s.room))) for s in batch.sequences]
-        room = int(batch.room.max())
-        choices = self.choices(self._costs, len(batch), room)
-        self._choose(choices)
+            self._guesses = [
+                likeliest(np.asarray(s.tokens), ngram, max(0, min(k, s.room)), self._memory.tokens)
+                for s in batch.sequences
+            ]
+        self._choose(self.choices(self._costs, len(batch), int(batch.room.max())))
         if self._choice.name == LOOKUP:
-            drafts = [tokens[: self._choice.drafted] for _, tokens in self._matches]
-            width = max(map(len, drafts))
-            tokens = torch.tensor([draft + [0] * (width - len(draft)) for draft in drafts], device=batch.device)
-            return Draft(tokens.long(), torch.tensor([len(draft) for draft in drafts], device=batch.device))
+            return lay_out(batch, [guess.first(self._choice.drafted) for guess in self._guesses])
         if self._choice.name == SKIP:
             how = Drafting(self._choice.drafted, self._options.threshold, self.rejection)
             return grow(model, cache, batch, self._swift.plan, how)[0]
@@ -167,15 +184,18 @@ class Auto(Method):
         found = [Choice(PLAIN, 0, plain, sequences, 0.0)]
         ways: list[list[Choice]] = [[], []]
         for k in range(1, min(self._options.num_draft_tokens, room) + 1):
-            lengths = [(n, min(k, len(tokens))) for n, tokens in self._matches]
-            rows = sequences + sum(length for _, length in lengths)
-            if rows > sequences:
-                tokens = sum(expected_tokens(self._lookups[n].value, length) if n else 1.0 for n, length in lengths)
-                seconds = costs.verify(rows)
-                ways[0].append(Choice(LOOKUP, k, seconds, tokens, seconds - plain))
+            lengths = [min(k, len(guess.tokens)) for guess in self._guesses]
+            rates = tuple(self._lookups[guess.match] for guess in self._guesses if guess.tokens)
+            if rates:
+                expected = [
+                    expected_tokens(rate.value, n) for rate, n in zip(rates, filter(None, lengths), strict=True)
+                ]
+                seconds = costs.verify(sequences + sum(lengths))
+                tokens = sum(expected) + sequences - len(rates)
+                ways[0].append(Choice(LOOKUP, k, seconds, tokens, seconds - plain, rates))
             seconds = k * costs.draft(self._swift.plan, sequences) + costs.verify(sequences * (k + 1))
             tokens = sequences * expected_tokens(self._skips.value, k)
-            ways[1].append(Choice(SKIP, k, seconds, tokens, seconds - plain))
+            ways[1].append(Choice(SKIP, k, seconds, tokens, seconds - plain, (self._skips,)))
         return found + [max(way, key=lambda choice: choice.tokens_per_s) for way in ways if way]
 
     def observe(self, model: Model, cache: KVCache, done: Round) -> float:
@@ -189,15 +209,20 @@ class Auto(Method):
         if choice.name == PLAIN:
             costs.observe(sequences, done.verify_s)
         elif choice.name == LOOKUP:
-            for (n, _), tried, taken in zip(self._matches, drafted, accepted, strict=True):
-                if n and tried:
-                    self._lookups[n].observe(tried, taken)
+            for guess, tried, taken in zip(self._guesses, drafted, accepted, strict=True):
+                if tried:
+                    self._lookups[guess.match].observe(tried, taken)
         else:
             for tried, taken in zip(drafted, accepted, strict=True):
                 self._skips.observe(tried, taken)
-        self._skips.idle += choice.name != SKIP
-        self._ledger.book(seconds, seconds if choice.name == PLAIN else plain * sum(done.emitted) / sequences)
+        for rate in self._passed_over:
+            rate.idle += 1
+        # Predicted costs: what a busy machine does to single rounds is no loss of theirs. Choosing costs what it took.
+        chosen = plain if choice.name == PLAIN else choice.seconds
+        overhead = 0.0 if choice.name == SKIP else done.draft_s
+        self._ledger.book(chosen + overhead, plain * sum(done.emitted) / sequences)
         self._tell(seconds, plain, done)
+        remember(self._memory, done)
         before = self._swift.plan
         own = done if choice.name == SKIP else done._replace(draft=no_draft(done.batch))
         searched = self._swift.observe(model, cache, own)
@@ -212,15 +237,18 @@ class Auto(Method):
         covered = [choice for choice in choices if self._ledger.affords(choice.loss)]
         best = max(covered, key=lambda choice: choice.tokens_per_s)
         why = "predicted fastest"
-        skip = next((choice for choice in covered if choice.name == SKIP), None)
-        if best is not skip and skip is not None and self._skips.idle >= self._skips.wait:
-            # What has lost before may win on another text; every try that changes nothing is waited for twice as long.
-            best, why = skip, "tried again"
-            self._skips.wait = min(2 * self._skips.wait, 1024)
+        for rate in best.rates:
+            rate.wait = WAIT
+        again = next((choice for choice in covered if choice is not best and any(r.due for r in choice.rates)), None)
+        if again is not None:
+            best, why = again, "tried again"
+            for rate in set(again.rates):
+                rate.wait = min(2 * rate.wait, LONGEST_WAIT)
         fastest = max(choices, key=lambda choice: choice.tokens_per_s)
         if best is plain and fastest is not plain:
             why = f"{fastest.name} is predicted faster and its loss is not covered"
         self._choice, self._why = best, why
+        self._passed_over = {rate for choice in choices for rate in choice.rates} - set(best.rates)
 
     def _tell(self, seconds: float, plain: float, done: Round) -> None:
         """Add the round to the account; close it after `REPORT` rounds or with the request."""

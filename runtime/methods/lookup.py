@@ -1,34 +1,48 @@
-"""Prompt lookup decoding: the draft is what followed the last few tokens when they were seen before."""
+"""Prompt lookup decoding: the draft is what followed the last few tokens where they were seen before."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 
-from ..batch import Batch, Draft
+from ..batch import Batch, Draft, Round
 from ..cache import KVCache
 from ..errors import RequestError
 from ..model import Model
+from ..ngrams import Guess, Memory, likeliest, newest
+from ..sequence import Sequence as Continuation
 from .base import Method
 from .drafting import acceptance
 
 
 @dataclass(frozen=True)
 class Options:
-    """Drafts of `num_draft_tokens` after a match of the last `max_ngram` tokens or fewer, down to one."""
+    """Drafts of `num_draft_tokens` after a match of the last `max_ngram` tokens or fewer, down to one.
+
+    `choose` newest drafts what followed the most recent of the longest matches, likeliest what followed most of the
+    matches by their length, as a `tree` of that many nodes if asked for, and looks also in the newest `remember` tokens
+    of earlier answers of this engine.
+    """
 
     num_draft_tokens: int = 7
     max_ngram: int = 3
+    choose: str = "newest"
+    tree: bool = False
+    remember: int = 0
     acceptance: str = "coupled"
 
     def __post_init__(self) -> None:
-        for option, high in (("num_draft_tokens", 64), ("max_ngram", 16)):
+        for option, low, high in (("num_draft_tokens", 1, 64), ("max_ngram", 1, 16), ("remember", 0, 10**6)):
             value = getattr(self, option)
-            if not 1 <= value <= high:
-                raise RequestError(f"method lookup: option {option} expects 1 to {high}, got {value}")
+            if not low <= value <= high:
+                raise RequestError(f"method lookup: option {option} expects {low} to {high}, got {value}")
+        if self.choose not in ("newest", "likeliest"):
+            raise RequestError(f"method lookup: option choose expects newest or likeliest, got {self.choose!r}")
+        if self.choose == "newest" and (self.tree or self.remember):
+            raise RequestError("method lookup: options tree and remember expect choose=likeliest, got newest")
         acceptance("lookup", self.acceptance)
 
 
@@ -41,31 +55,41 @@ class Lookup(Method):
         super().__init__(options, num_layers)
         self._options = options
         self.rejection = options.acceptance == "rejection"
+        self._memory = Memory(options.remember)
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
-        k, ngram = self._options.num_draft_tokens, self._options.max_ngram
         with model.mark("draft", len(batch), 0, 0):
-            drafts = [continuation(s.tokens, ngram, max(0, min(k, s.room))) for s in batch.sequences]
-        width = max(map(len, drafts))
-        tokens = torch.tensor([draft + [0] * (width - len(draft)) for draft in drafts], device=batch.device)
-        return Draft(tokens.long(), torch.tensor([len(draft) for draft in drafts], device=batch.device))
+            guesses = [self._guess(sequence) for sequence in batch.sequences]
+        return lay_out(batch, guesses, tree=self._options.tree)
+
+    def _guess(self, sequence: Continuation) -> Guess:
+        options = self._options
+        text, count = np.asarray(sequence.tokens), max(0, min(options.num_draft_tokens, sequence.room))
+        if options.choose == "newest":
+            return newest(text, options.max_ngram, count)
+        return likeliest(text, options.max_ngram, count, self._memory.tokens, tree=options.tree)
+
+    def observe(self, model: Model, cache: KVCache, done: Round) -> float:
+        remember(self._memory, done)
+        return 0.0
 
 
-def continuation(tokens: list[int], max_ngram: int, count: int) -> list[int]:
-    """What followed the most recent earlier occurrence of the longest n-gram that ends `tokens`; [] without one."""
-    return match(tokens, max_ngram, count)[1]
+def remember(memory: Memory, done: Round) -> None:
+    """Keep the answers that ended with this round."""
+    for sequence in done.batch.sequences:
+        if sequence.finish_reason:
+            memory.add(sequence.tokens[len(sequence.prompt) :])
 
 
-def match(tokens: list[int], max_ngram: int, count: int) -> tuple[int, list[int]]:
-    """The length of the longest n-gram that ends `tokens` and was there before, and what followed it: `count` tokens.
+def lay_out(batch: Batch, guesses: Sequence[Guess], *, tree: bool = False) -> Draft:
+    """The draft of one guess a sequence."""
+    width = max(len(guess.tokens) for guess in guesses)
 
-    The most recent occurrence counts; 0 and [] without one. Where the text runs out before `count` tokens, it is taken
-    to repeat from the match on.
-    """
-    text = np.asarray(tokens)
-    for n in range(min(max_ngram, len(tokens) - 1), 0, -1):
-        ends = np.flatnonzero((sliding_window_view(text[:-1], n) == text[-n:]).all(axis=1)) + n
-        if len(ends):
-            start = int(ends[-1])
-            return n, [tokens[start + i % (len(tokens) - start)] for i in range(count)]
-    return 0, []
+    def padded(lists: list[list[int]]) -> torch.Tensor:
+        return torch.tensor([values + [0] * (width - len(values)) for values in lists], device=batch.device).long()
+
+    return Draft(
+        padded([guess.tokens for guess in guesses]),
+        torch.tensor([len(guess.tokens) for guess in guesses], device=batch.device),
+        parent=padded([guess.parent for guess in guesses]) if tree and width else None,
+    )

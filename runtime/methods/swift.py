@@ -32,9 +32,9 @@ class Options:
     A draft ends after `num_draft_tokens` or with the first token whose probability is below `threshold`, which
     `adaptive` moves to keep nine of ten drafts accepted (Draft & Verify, arXiv 2309.08168). `tree` adds siblings, up to
     `max_nodes` nodes. Drafts are made of the `draft_vocab` tokens of the lowest ids, 0 being the vocabulary. Every
-    `window` generated tokens, candidates are scored on the last `window` tokens, for at most `search_budget` of the
-    decoding time; every `bayes_interval`-th is Bayesian. A finished search resumes when the acceptance rate falls by
-    the share `restart_drop`; 0 never does.
+    `window` generated tokens, candidates are scored on the last `window` tokens, or with `score_on` first on the first
+    ones of the answer, for at most `search_budget` of the decoding time; every `bayes_interval`-th is Bayesian. A
+    finished search resumes when the acceptance rate falls by the share `restart_drop`; 0 never does.
     """
 
     skip_attention: tuple[int, ...] = ()
@@ -49,6 +49,7 @@ class Options:
     acceptance: str = "coupled"
     skip_ratio: float = 0.45
     window: int = 32
+    score_on: str = "last"
     max_score: float = 0.95
     max_tolerance_iter: int = 300
     max_opt_iter: int = 1000
@@ -77,6 +78,8 @@ class Options:
             if not low <= value <= high:
                 raise RequestError(f"method swift: option {option} expects {low} to {high}, got {value}")
         acceptance("swift", self.acceptance)
+        if self.score_on not in ("last", "first"):
+            raise RequestError(f"method swift: option score_on expects last or first, got {self.score_on!r}")
         if self.set and (self.skip_attention or self.skip_mlp):
             raise RequestError("method swift: expected either set or skip_attention and skip_mlp, got both")
 
@@ -218,4 +221,7 @@ class Swift(Method):
         return True
 
     def _score(self, model: Model, cache: KVCache, sequence: Sequence, plan: LayerPlan) -> float:
-        return matchness(model, cache, sequence.pages, sequence.tokens, self._options.window, plan)
+        tokens, window = sequence.tokens, self._options.window
+        if self._options.score_on == "first":
+            tokens = tokens[: len(sequence.prompt) + window + 1]
+        return matchness(model, cache, sequence.pages, tokens, window, plan)
