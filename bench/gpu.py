@@ -25,6 +25,9 @@ from .gpu_parts import Finding, Setting
 from .record import write
 from .targets import GPU, Measurement, Row, Target, as_json, best, judge, of
 
+# Of the table of targets, also where standard output is no terminal.
+WIDTH = 150
+
 app = typer.Typer(add_completion=False)
 Found = Iterator[step.Figure | Measurement | Finding]
 
@@ -146,7 +149,7 @@ class Record:
         elif isinstance(found, step.Figure):
             self._figures.append(found)
         else:
-            note = "dry run: not measured"
+            note = f"dry run, not measured; {found.note}".removesuffix("; ")
             self._measurements.append(replace(found, value=None, note=note) if self._setting.dry else found)
         self.write()
 
@@ -165,7 +168,7 @@ class Record:
 
     def show(self) -> None:
         """Checks, figures, and last the targets."""
-        console = Console(highlight=False, markup=False)
+        console = Console(highlight=False, markup=False, width=WIDTH)
         if self._findings:
             show_findings(self._findings)
         if self._figures:

@@ -146,7 +146,7 @@ def test_steps_run_dry_through_the_interpreter(monkeypatch: pytest.MonkeyPatch, 
         *("qkv", "attend", "output", "up", "down", "head", "step")
     }
     assert {row["note"] for row in result["rows"] if row["id"] == "T6" and row["case"] == "8b"} == {
-        "dry run: not measured"
+        "dry run, not measured"
     }
 
 
