@@ -189,10 +189,10 @@ def measure_rounds(engine: Engine, name: str, rate: float, setting: Setting, not
     prompt = [3 + (7 * i) % (engine.config.vocab_size - 3) for i in range(setting.context)]
     params = SamplingParams(max_tokens=setting.tokens, ignore_eos=True)
     last: dict[str, Stats] = {}
-    with forced_acceptance(engine, rate) as verify:
+    with forced_acceptance(engine, rate) as table:
 
         def run(method: str) -> float:
-            verify.restart()
+            table.restart()
             last[method] = engine.generate(prompt, params, method=method).stats
             return 1 / last[method].tokens_per_s
 
