@@ -380,11 +380,7 @@ def _chunk(sequence: Sequence, pieces: list[Piece]) -> Chunk:
 
 
 def place_of(device: str) -> torch.device:
-    """The device of that name; auto is the GPU where there is one.
-
-    Raises:
-        RequestError: there is no GPU that torch can use.
-    """
+    """The device of that name, auto being the GPU where there is one; RequestError where torch can use no GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise RequestError(f"device: expected a GPU that torch {torch.__version__} can use for cuda, found none")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
