@@ -14,9 +14,9 @@ import torch
 from ..runtime.engine import Engine
 from ..runtime.plan import LayerPlan
 from ..runtime.request import Output, SamplingParams
-from . import exact as exactness
 from .gpu_parts import Setting, engine_of
 from .methods import PLAIN, head_layers
+from .rotation import NAMES, cells
 from .step import Figure, bubble_per_layer, figures
 from .targets import SHAPES, Measurement
 
@@ -93,7 +93,9 @@ def exact(setting: Setting) -> Found:
         while seen < wanted / 2:
             prompts = [[3 + (7 * i + 11 * j + 13 * number) % 400 for j in range(4 + 5 * i)] for i in range(batch)]
             plain = [engine.generate(prompt, params).token_ids for prompt in prompts]
-            method = exactness.cell(number, engine.config.num_layers)
+            turn, place = divmod(number, len(NAMES))
+            own = cells(NAMES[place])
+            method = own[turn % len(own)].method(engine.config.num_layers, number)
             for output, alone in zip(engine.generate(prompts, params, method=method), plain, strict=True):
                 same += sum(a == b for a, b in zip(output.token_ids, alone, strict=True))
                 seen += len(alone)
