@@ -3,18 +3,60 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from typing import NamedTuple
-
-import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
-from numpy.typing import NDArray
-
-Tokens = NDArray[np.int64]
 
 # Between texts that do not follow each other: no token.
 GAP = -1
 # How much more an occurrence counts for every further token that matches, and for belonging to the text itself.
 LONGER, OWN = 4.0, 10.0
+# Occurrences of the last token that are looked at, the newest ones: some tokens stand everywhere.
+MOST = 128
+
+
+class Text:
+    """Tokens, and the places where each of them stands, in order."""
+
+    def __init__(self, tokens: Iterable[int] = ()) -> None:
+        self.tokens: list[int] = []
+        self._places: dict[int, list[int]] = {}
+        self.extend(tokens)
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            self._places.setdefault(token, []).append(len(self.tokens))
+            self.tokens.append(token)
+
+    def ends(self, text: Text, max_ngram: int) -> list[tuple[int, int]]:
+        """Where the last token of `text` stands before the end of this text, or anywhere in another one.
+
+        Each place with the number of tokens up to it that match, at most `max_ngram`.
+        """
+        places = self._places.get(text.tokens[-1], [])[-MOST - 1 :]
+        if self is text:
+            places = places[:-1]
+        return [(place, self._match(place, text.tokens, max_ngram)) for place in places[-MOST:]]
+
+    def _match(self, place: int, tokens: list[int], most: int) -> int:
+        length, most = 1, min(most, len(tokens), place + 1)
+        while length < most and self.tokens[place - length] == tokens[-1 - length]:
+            length += 1
+        return length
+
+
+class Memory:
+    """The newest `size` tokens of finished texts, with a `GAP` before each text."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self.text = Text()
+
+    def add(self, text: list[int]) -> None:
+        """Remember a text; the oldest tokens are forgotten for it."""
+        if len(self.text.tokens) + 1 + len(text) <= self._size:
+            self.text.extend([GAP, *text])
+        elif self._size:
+            self.text = Text([*self.text.tokens, GAP, *text][-self._size :])
 
 
 class Guess(NamedTuple):
@@ -32,34 +74,24 @@ class Guess(NamedTuple):
         return Guess(self.match, self.tokens[:count], self.parent[:count])
 
 
-class Memory:
-    """The newest `size` tokens of finished texts, with a `GAP` before each text."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self.tokens: Tokens = np.empty(0, dtype=np.int64)
-
-    def add(self, text: list[int]) -> None:
-        """Remember a text; the oldest tokens are forgotten for it."""
-        if self._size:
-            self.tokens = np.concatenate([self.tokens, [GAP], np.asarray(text, dtype=np.int64)])[-self._size :]
-
-
-def newest(text: Tokens, max_ngram: int, count: int) -> Guess:
+def newest(text: Text, max_ngram: int, count: int) -> Guess:
     """What followed the most recent earlier occurrence of the longest n-gram that ends the text: `count` tokens.
 
     Where the text runs out before, it is taken to repeat from the match on. The n-gram has at most `max_ngram` tokens.
     """
-    for n in range(min(max_ngram, len(text) - 1), 0, -1):
-        ends = np.flatnonzero((sliding_window_view(text[:-1], n) == text[-n:]).all(axis=1)) + n
-        if len(ends):
-            start = int(ends[-1])
-            tokens = [int(text[start + i % (len(text) - start)]) for i in range(count)]
-            return Guess(n, tokens, list(range(count)))
-    return Guess(0, [], [])
+    found = text.ends(text, max_ngram)
+    if not found:
+        return Guess(0, [], [])
+    place, length = max(found, key=lambda end: (end[1], end[0]))
+    follows = text.tokens[place + 1 :]
+    return Guess(length, [follows[i % len(follows)] for i in range(count)], list(range(count)))
 
 
-def likeliest(text: Tokens, max_ngram: int, count: int, memory: Tokens | None = None, *, tree: bool = False) -> Guess:
+# Occurrences that a draft has followed so far: the text, the place of the last token, and the weight.
+_Votes = list[tuple[Text, int, float]]
+
+
+def likeliest(text: Text, max_ngram: int, count: int, memory: Text | None = None, *, tree: bool = False) -> Guess:
     """What followed all earlier occurrences of the last n-gram and of its endings, as a vote: at most `count` nodes.
 
     An occurrence has a weight of `LONGER` to the number of tokens that match, at most `max_ngram`, and in the text
@@ -67,33 +99,32 @@ def likeliest(text: Tokens, max_ngram: int, count: int, memory: Tokens | None = 
     parent's times its share of the weight, of which `OWN` is set aside for what was never seen. A chain goes on with
     the heaviest child; a tree takes the node of the highest chance that is left, wherever it is.
     """
-    known = 0 if memory is None else len(memory) + 1
-    whole = text if memory is None else np.concatenate([memory, [GAP], text])
-    at = np.flatnonzero(whole[:-1] == whole[-1])
-    length, same = np.ones(len(at), dtype=np.int64), np.ones(len(at), dtype=bool)
-    for back in range(1, min(max_ngram, len(text))):
-        same &= (at >= back) & (whole[at - back] == whole[-1 - back])
-        length += same
-    weight = np.asarray(LONGER ** (length - 1.0) * np.where(at >= known, OWN, 1.0), dtype=np.float64)
+    longest, votes = 0, _Votes()
+    for source, worth in ((memory, 1.0), (text, OWN)):
+        for place, length in source.ends(text, max_ngram) if source is not None else ():
+            longest = max(longest, length)
+            votes.append((source or text, place, worth * LONGER ** (length - 1)))
     tokens, parent = list[int](), list[int]()
-    open_nodes: list[tuple[float, int, int, int, Tokens, NDArray[np.float64]]] = []
+    open_nodes: list[tuple[float, int, int, int, _Votes]] = []
 
-    def expand(row: int, chance: float, at: Tokens, weight: NDArray[np.float64]) -> None:
-        inside = at + 1 < len(whole)
-        at, weight = at[inside] + 1, weight[inside]
-        total = weight.sum() + OWN
-        next_tokens, which = np.unique(whole[at], return_inverse=True)
-        sums = np.bincount(which, weight, len(next_tokens))
-        for child in np.argsort(-sums, kind="stable")[: count if tree else 1]:
-            token, own = int(next_tokens[child]), which == child
+    def expand(row: int, chance: float, votes: _Votes) -> None:
+        sums, below = dict[int, float](), dict[int, _Votes]()
+        for source, place, weight in votes:
+            inside = place + 1 < len(source.tokens)
+            if inside or source is not text:
+                token = source.tokens[place + 1] if inside else GAP
+                sums[token] = sums.get(token, 0.0) + weight
+                below.setdefault(token, []).append((source, place + 1, weight))
+        total = sum(sums.values()) + OWN
+        for token in sorted(sums, key=lambda token: (-sums[token], token))[: count if tree else 1]:
             if token != GAP:
-                share = chance * float(sums[child] / total)
-                heapq.heappush(open_nodes, (-share, len(tokens), token, row, at[own], weight[own]))
+                share = chance * (sums[token] / total)
+                heapq.heappush(open_nodes, (-share, len(tokens), token, row, below[token]))
 
-    expand(0, 1.0, at, weight)
+    expand(0, 1.0, votes)
     while open_nodes and len(tokens) < count:
-        chance, _, token, row, at, weight = heapq.heappop(open_nodes)
+        chance, _, token, row, votes = heapq.heappop(open_nodes)
         tokens.append(token)
         parent.append(row)
-        expand(len(tokens), -chance, at, weight)
-    return Guess(int(length.max()) if len(length) else 0, tokens, parent)
+        expand(len(tokens), -chance, votes)
+    return Guess(longest, tokens, parent)

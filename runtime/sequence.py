@@ -50,7 +50,7 @@ class Sequence:
     counters: Counters = field(default_factory=Counters)
     phases: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
     # Layers' worth of sub-layers behind each generated token, those each prompt token ran where a policy decides token
-    # by token, and what a policy has to remember.
+    # by token, and what a method has to remember of it.
     layers_used: list[float] = field(default_factory=list[float])
     prompt_layers: list[float] = field(default_factory=list[float])
     memory: Any = None

@@ -119,14 +119,15 @@ class Run:
         self.sequence.pages = [1]
         self.batch = Batch.of([self.sequence], 8, torch.device("cpu"))
 
-    def round(self, guess: Guess, accepts: bool) -> str:
+    def round(self, guess: Guess, accepts: bool, at_most: int = 7, slower: float = 1.0) -> str:
+        """One round; `slower` than calibrated are the passes that verify a draft."""
         made = self.made
         made._guesses = [guess]
         made._choose(made.choices(made._costs, 1, 7))
         k = made._choice.drafted
-        taken = k if accepts else 0
+        taken = min(k, at_most) if accepts else 0
         one, tokens = torch.tensor([taken]), torch.zeros(1, k, dtype=torch.int64)
-        verify_s = COSTS.verify(k + 1)
+        verify_s = COSTS.verify(k + 1) * (slower if k else 1.0)
         draft_s = made._choice.seconds - verify_s if made._choice.name == "skip set" else 0.0
         verdict = Verdict(one, one, one, torch.zeros(1, k + 1, dtype=torch.int64))
         draft = Draft(tokens, torch.tensor([k]))
@@ -164,6 +165,18 @@ def test_a_losing_lookup_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None
     assert tried[-1] > 200
     names = [run.round(guess, accepts=True) for _ in range(1500)]
     assert names[-1] == "lookup"
+
+
+def test_a_cost_that_calibration_missed_is_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of a lookup take 1.6 of what was calibrated, one draft token of them is accepted every other round."""
+    run, guess = Run(method(search_budget=0.0)), Guess(3, [4] * 7, list(range(7)))
+    run.made._skips.wait = 10**9
+    names: list[str] = []
+    for step in range(600):
+        names.append(run.round(guess, accepts=step % 2 == 0, at_most=1, slower=1.6))
+    assert names[:3] == ["lookup"] * 3
+    assert names[-400:].count("lookup") < 40
+    assert run.made._slowness["lookup"] > 1.4
 
 
 def test_what_choosing_costs_is_booked(monkeypatch: pytest.MonkeyPatch) -> None:

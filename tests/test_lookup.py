@@ -3,17 +3,16 @@
 import random
 from fractions import Fraction
 
-import numpy as np
 import pytest
 
 from skipjack import SamplingParams
 from skipjack.runtime.errors import RequestError
 from skipjack.runtime.methods import registry
-from skipjack.runtime.ngrams import GAP, Memory, likeliest, newest
+from skipjack.runtime.ngrams import GAP, MOST, Memory, Text, likeliest, newest
 
 
 def continuation(tokens: list[int], ngram: int, count: int) -> list[int]:
-    return newest(np.array(tokens), ngram, count).tokens
+    return newest(Text(tokens), ngram, count).tokens
 
 
 @pytest.mark.parametrize(
@@ -93,12 +92,12 @@ def test_the_likeliest_continuation_is_the_definition(tree: bool) -> None:
         memory = [draw.choice([GAP, 0, 1, 2]) for _ in range(draw.randrange(0, 15))]
         text = [draw.randrange(3) for _ in range(draw.randrange(1, 20))]
         ngram, count = draw.randrange(1, 5), draw.randrange(0, 8)
-        guess = likeliest(np.array(text), ngram, count, np.array(memory, dtype=np.int64), tree=tree)
+        guess = likeliest(Text(text), ngram, count, Text(memory), tree=tree)
         assert list(zip(guess.tokens, guess.parent, strict=True)) == plainly_likeliest(memory, text, ngram, count, tree)
 
 
 def test_what_followed_most_often_is_likelier_than_what_followed_last() -> None:
-    text = np.array([1, 2, 5, 1, 2, 5, 1, 2, 6, 1, 2])
+    text = Text([1, 2, 5, 1, 2, 5, 1, 2, 6, 1, 2])
     assert newest(text, 3, 1).tokens == [6]
     assert likeliest(text, 3, 1).tokens == [5]
     assert likeliest(text, 3, 4, tree=True) == (2, [5, 1, 2, 6], [0, 1, 2, 0])
@@ -108,13 +107,22 @@ def test_memory_keeps_the_newest_tokens_and_where_texts_end() -> None:
     memory = Memory(6)
     memory.add([1, 2, 3])
     memory.add([4, 5])
-    assert memory.tokens.tolist() == [1, 2, 3, GAP, 4, 5]
+    assert memory.text.tokens == [1, 2, 3, GAP, 4, 5]
     memory.add([7])
-    assert memory.tokens.tolist() == [3, GAP, 4, 5, GAP, 7]
-    assert likeliest(np.array([9, 3]), 3, 2, memory.tokens).tokens == [], "no draft goes on into another text"
+    assert memory.text.tokens == [3, GAP, 4, 5, GAP, 7]
+    assert likeliest(Text([9, 3]), 3, 2, memory.text).tokens == [], "no draft goes on into another text"
     empty = Memory(0)
     empty.add([1])
-    assert empty.tokens.tolist() == []
+    assert empty.text.tokens == []
+
+
+def test_a_text_that_grows_is_known_as_one_that_was_there_at_once() -> None:
+    draw = random.Random(5)
+    tokens, text = [draw.randrange(3) for _ in range(2 * MOST)], Text()
+    for at, token in enumerate(tokens):
+        text.extend([token])
+        assert likeliest(text, 4, 7) == likeliest(Text(tokens[: at + 1]), 4, 7)
+    assert len(text.ends(text, 4)) <= MOST
 
 
 LIKELIEST = "lookup:choose=likeliest,max_ngram=4"

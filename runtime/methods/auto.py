@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
 from ...kernels.host import ints
 from ..batch import Batch, Draft, Round
 from ..cache import KVCache
@@ -21,7 +19,7 @@ from ..plan import LayerPlan
 from . import swift
 from .base import Method, no_draft
 from .drafting import Drafting, acceptance, grow
-from .lookup import lay_out, remember
+from .lookup import lay_out, remember, text_of
 
 PLAIN, LOOKUP, SKIP = "plain", "lookup", "skip set"
 # Rounds between two reports of what was decided, and those a losing kind of draft waits, at first and at most.
@@ -136,6 +134,8 @@ class Auto(Method):
         self._ledger = Ledger(options.max_loss)
         self._lookups = {n: Rate(0.2 + 0.6 * n / options.max_ngram) for n in range(1, options.max_ngram + 1)}
         self._skips = Rate(0.8)
+        # How much longer than calibrated the passes of each way take, besides what slows plain decoding too.
+        self._slowness = {LOOKUP: 1.0, SKIP: 1.0}
         self._costs: Costs | None = None
         self._guesses: list[Guess] = []
         self._memory = Memory(options.remember)
@@ -167,8 +167,7 @@ class Auto(Method):
         k, ngram = self._options.num_draft_tokens, self._options.max_ngram
         with model.mark("draft", len(batch), 0, 0):
             self._guesses = [
-                likeliest(np.asarray(s.tokens), ngram, max(0, min(k, s.room)), self._memory.tokens)
-                for s in batch.sequences
+                likeliest(text_of(s), ngram, max(0, min(k, s.room)), self._memory.text) for s in batch.sequences
             ]
         self._choose(self.choices(self._costs, len(batch), int(batch.room.max())))
         if self._choice.name == LOOKUP:
@@ -190,10 +189,11 @@ class Auto(Method):
                 expected = [
                     expected_tokens(rate.value, n) for rate, n in zip(rates, filter(None, lengths), strict=True)
                 ]
-                seconds = costs.verify(sequences + sum(lengths))
+                seconds = self._slowness[LOOKUP] * costs.verify(sequences + sum(lengths))
                 tokens = sum(expected) + sequences - len(rates)
                 ways[0].append(Choice(LOOKUP, k, seconds, tokens, seconds - plain, rates))
-            seconds = k * costs.draft(self._swift.plan, sequences) + costs.verify(sequences * (k + 1))
+            passes = k * costs.draft(self._swift.plan, sequences) + costs.verify(sequences * (k + 1))
+            seconds = self._slowness[SKIP] * passes
             tokens = sequences * expected_tokens(self._skips.value, k)
             ways[1].append(Choice(SKIP, k, seconds, tokens, seconds - plain, (self._skips,)))
         return found + [max(way, key=lambda choice: choice.tokens_per_s) for way in ways if way]
@@ -217,9 +217,7 @@ class Auto(Method):
                 self._skips.observe(tried, taken)
         for rate in self._passed_over:
             rate.idle += 1
-        # Predicted costs: what a busy machine does to single rounds is no loss of theirs. Choosing costs what it took.
-        chosen = plain if choice.name == PLAIN else choice.seconds
-        overhead = 0.0 if choice.name == SKIP else done.draft_s
+        chosen, overhead = self._cost(costs, done, drafted)
         self._ledger.book(chosen + overhead, plain * sum(done.emitted) / sequences)
         self._tell(seconds, plain, done)
         remember(self._memory, done)
@@ -231,6 +229,23 @@ class Auto(Method):
         if self._swift.plan != before:
             self._skips = Rate(0.8)
         return self._clock() - start
+
+    def _cost(self, costs: Costs, done: Round, drafted: list[int]) -> tuple[float, float]:
+        """What a round cost by the model, which learns from it, and what choosing cost by the clock.
+
+        A busy machine slows single rounds and that is no loss of theirs; what slows all rounds of a way is.
+        """
+        name, sequences = self._choice.name, len(done.batch)
+        calibrated = costs.verify(sequences + sum(drafted))
+        if name == PLAIN:
+            return calibrated, done.draft_s
+        if name == SKIP:
+            calibrated += max(drafted) * costs.draft(self._swift.plan, sequences)
+        overhead = done.draft_s if name == LOOKUP else 0.0
+        slowness = self._slowness[name]
+        now = (done.draft_s + done.verify_s - overhead) / calibrated
+        self._slowness[name] += 0.1 * (min(max(now, 0.5 * slowness), 2 * slowness) - slowness)
+        return self._slowness[name] * calibrated, overhead
 
     def _choose(self, choices: list[Choice]) -> None:
         plain = choices[0]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ..batch import Batch, Draft, Round
 from ..cache import KVCache
 from ..errors import RequestError
 from ..model import Model
-from ..ngrams import Guess, Memory, likeliest, newest
+from ..ngrams import Guess, Memory, Text, likeliest, newest
 from ..sequence import Sequence as Continuation
 from .base import Method
 from .drafting import acceptance
@@ -64,14 +63,23 @@ class Lookup(Method):
 
     def _guess(self, sequence: Continuation) -> Guess:
         options = self._options
-        text, count = np.asarray(sequence.tokens), max(0, min(options.num_draft_tokens, sequence.room))
+        text, count = text_of(sequence), max(0, min(options.num_draft_tokens, sequence.room))
         if options.choose == "newest":
             return newest(text, options.max_ngram, count)
-        return likeliest(text, options.max_ngram, count, self._memory.tokens, tree=options.tree)
+        return likeliest(text, options.max_ngram, count, self._memory.text, tree=options.tree)
 
     def observe(self, model: Model, cache: KVCache, done: Round) -> float:
         remember(self._memory, done)
         return 0.0
+
+
+def text_of(sequence: Continuation) -> Text:
+    """The tokens of a sequence so far, as `ngrams` knows them; kept with it, since it only grows."""
+    if sequence.memory is None:
+        sequence.memory = Text()
+    text: Text = sequence.memory
+    text.extend(sequence.tokens[len(text.tokens) :])
+    return text
 
 
 def remember(memory: Memory, done: Round) -> None:
