@@ -11,7 +11,9 @@ from torch import Tensor
 from ..kernels.host import ints
 from .batch import Batch, Recipe, Tally
 from .cache import KVCache
+from .costs import weight_pass
 from .methods.base import Method
+from .methods.policy import Policy
 from .model import Model
 from .plan import LayerPlan
 from .request import Piece
@@ -191,10 +193,11 @@ class Rounds:
         report, plan = graph.report(), self._plans.popleft()
         now = perf_counter()
         seconds, self._since = now - self._since, now
+        layers = self._model.config.num_layers
         pieces: dict[int, list[Piece]] = {}
         told: list[tuple[Sequence, int, int, int]] = []
         for row, sequence in enumerate(self._members):
-            accepted, drafted, token, *draft = ints(report[row])
+            accepted, drafted, token, ran, *draft = ints(report[row])
             if sequence.finish_reason is not None or accepted < 0:
                 pieces[id(sequence)] = []
                 continue
@@ -204,7 +207,11 @@ class Rounds:
             counters = sequence.counters
             counters.rounds += 1
             counters.graph_rounds += 1
-            counters.executed_skips += plan.skipped * drafted + graph.recipe.target.skipped
+            counters.executed_skips += plan.skipped * drafted + 2 * layers - ran
+            if isinstance(self._method, Policy):
+                sequence.layers_used.append(ran / 2)
+                if self._model.config.routing is None:
+                    counters.weight_passes += weight_pass(self._model.config, ran / 2)
         if told:
             members, drafts, accepts, emits = (list(column) for column in zip(*told, strict=True))
             tally = Tally(members, drafts, accepts, emits, 0.0, seconds)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .batch import Batch, Draft, Exit, Recipe, Sampling
 from .cache import KVCache
 from .model import Model
+from .routes import Routes, layers_used
 from .sampling import draw
 from .speculate import verify_pass
 
@@ -19,8 +20,9 @@ class State(NamedTuple):
     """What a round reads and what it leaves for the next one; S sequences, of which those with tokens left run.
 
     last, length int64 [S] as in Batch; left int64 [S] tokens that may still be appended; block_table int64 [S, W]; mask
-    bool [2L], the sub-layers that draft; threshold float32 []; sampling, [S] each; report int64 [S, k + 3]: accepted
-    (-1: the sequence did not run), drafted, the token after the accepted ones, and the k draft tokens.
+    bool [2L], the sub-layers that draft; threshold float32 []; sampling, [S] each; report int64 [S, k + 4]: accepted
+    (-1: the sequence did not run), drafted, the token after the accepted ones, the sub-layers that ran for its newest
+    token in the pass that has the last word, and the k draft tokens.
     """
 
     last: Tensor
@@ -48,7 +50,7 @@ class State(NamedTuple):
             zeros(sublayers, dtype=torch.bool),
             zeros(dtype=torch.float32),
             Sampling(temperature, top_p, min_p, zeros(sequences), zeros(sequences)),
-            zeros(sequences, num_draft_tokens + 3),
+            zeros(sequences, num_draft_tokens + 4),
         )
 
 
@@ -64,17 +66,20 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
     draft = _draft(model, cache, batch, state, recipe)
     path = torch.cat([batch.last[:, None], draft.tokens], dim=1)
     with model.mark("verify", len(batch), path.numel()):
-        hidden = verify_pass(model, cache, batch, path, draft, None, recipe.target, None)
+        routes: Routes | None = None if model.config.routing is None else {}
+        hidden = verify_pass(model, cache, batch, path, draft, None, recipe.target, routes=routes)
         width = path.shape[1]
         depth = torch.arange(1, width + 1, device=batch.device)
         rule = Sampling(*(field.repeat_interleave(width) for field in state.sampling)) if recipe.sampled else None
         chosen, _ = draw(model, hidden, rule, (batch.length[:, None] + depth).flatten())
         verdict = model.ops.verify(chosen.view(path.shape), draft.tokens, draft.length, batch.length)
+        ran = torch.full_like(batch.length, len(recipe.target.sublayers))
+        if routes:
+            ran = 2 * layers_used(routes, model.config.num_layers).view(path.shape)[:, 0]
     with model.mark("commit", len(batch), path.numel()):
         accepted = torch.where(alive, verdict.accepted, -1)
-        state.report.copy_(
-            torch.cat([torch.stack([accepted, draft.length, verdict.token], dim=1), draft.tokens], dim=1)
-        )
+        told = torch.stack([accepted, draft.length, verdict.token, ran], dim=1)
+        state.report.copy_(torch.cat([told, draft.tokens], dim=1))
         state.last.copy_(torch.where(alive, verdict.token, state.last))
         state.length.add_(accepted + 1)
         state.left.sub_(accepted + 1)

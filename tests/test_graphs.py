@@ -32,6 +32,8 @@ METHODS = [
     "layerskip:exit_layer=5,threshold=0.05",
     "layerskip:exit_layer=5,reuse=false",
     "layerskip:exit_layer=3,verify=false",
+    "unified:speedup=2",
+    "static:skip=2+5,kv=fill",
 ]
 
 
@@ -54,6 +56,8 @@ def told(output: Output) -> tuple[object, ...]:
         stats.drafted_per_position,
         stats.accepted_per_position,
         stats.executed_skips,
+        stats.layers_per_token,
+        stats.weight_passes,
     )
 
 
@@ -70,6 +74,19 @@ def test_rounds_of_the_device_are_those_of_the_host(
     alone = not (temperature and "rejection" in method)
     assert [output.stats.graph_rounds for output in outputs] == [alone * output.stats.rounds for output in outputs]
     assert not any(output.stats.graph_rounds for output in expected)
+
+
+def test_layers_that_decide_for_themselves_decide_on_the_device() -> None:
+    config = ModelConfig.parse(synthetic_config("routed-tiny"), "routed-tiny")
+    weights = synthetic_weights(config, 0, torch.float32, 0.3)
+    host, alone = (Engine(config, weights, method="flexidepth", graphs=graphs) for graphs in (False, True))
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    expected, outputs = host.generate(PROMPTS, params), alone.generate(PROMPTS, params)
+    assert [told(output) for output in outputs] == [told(output) for output in expected]
+    assert len(set(outputs[0].stats.layers_per_token)) > 1
+    assert all(output.stats.graph_rounds == output.stats.rounds for output in outputs)
+    kept = alone.generate(PROMPTS, params, method="flexidepth:kv=none")
+    assert not any(output.stats.graph_rounds for output in kept)
 
 
 def test_sequences_that_end_at_different_times_take_nothing_from_each_other(device: Engine) -> None:

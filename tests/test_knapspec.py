@@ -10,6 +10,7 @@ from skipjack import Engine, SamplingParams
 from skipjack.kernels.ops import TORCH
 from skipjack.runtime import speculate as rounds
 from skipjack.runtime.cache import KVCache
+from skipjack.runtime.decode import prefill
 from skipjack.runtime.errors import RequestError
 from skipjack.runtime.methods import registry
 from skipjack.runtime.methods.knapspec import Choice, Costs, KnapSpec, Options, best_length, choose_set, sublayers
@@ -147,7 +148,7 @@ def decode(engine: Engine, method: KnapSpec, max_tokens: int) -> Sequence:
     sequence = Sequence(0, 0, [5, 6, 7], params, 0, frozenset(), model.config.max_context, None)
     with torch.inference_mode():
         sequence.pages = cache.reserve(sequence.max_length)
-        rounds.prefill(model, cache, sequence, method)
+        prefill(model, cache, sequence, method)
         while sequence.finish_reason is None:
             before = sequence.counters.search_s
             rounds.speculate(model, cache, [sequence], method)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...loaders.routing import MODEL_TYPE
-from ..batch import Batch
+from ..batch import Batch, Recipe
 from ..cache import KVCache
 from ..errors import RequestError
 from ..model import Model
@@ -53,6 +53,10 @@ class FlexiDepth(Policy):
     def notes(self, executed_skips: int) -> list[str]:
         untrained = ["the routers are untrained: what they skip, and the text, mean nothing"]
         return super().notes(executed_skips) + ([] if self._trained else untrained)
+
+    def recipe(self, sequences: list[Sequence]) -> Recipe | None:
+        sampled = any(not sequence.params.greedy for sequence in sequences)
+        return Recipe(self._full, self._full, sampled=sampled) if self._own else None
 
     def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Step:
         routing = model.config.routing

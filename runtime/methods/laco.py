@@ -13,7 +13,7 @@ from ..errors import RequestError
 from ..merging import RULES, Build, Merged, Scan, Similarity, remove_layers, search
 from ..plan import LayerPlan
 from ..sequence import Sequence
-from .policy import Policy
+from .policy import Planned
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Options:
                 raise RequestError(f"method laco: option {option} expects {low} to {high}, got {value}")
 
 
-class LaCo(Policy):
+class LaCo(Planned):
     """Plain decoding of a model whose layers were merged when it was loaded."""
 
     name = "laco"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..batch import Batch
+from ..batch import Batch, Recipe
 from ..cache import KVCache
 from ..model import Model
 from ..prefill import read
@@ -38,12 +38,25 @@ class Policy(Method):
 
     def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Step:
         """Cache the prompt of one sequence, whatever else runs; S = 1."""
-        return Step(read(model, cache, sequence, self.prompt), [self.prompt.layers_kept])
+        raise NotImplementedError
 
     def step(self, model: Model, cache: KVCache, batch: Batch) -> Step:
         """The pass over each sequence's newest token, which writes what later passes will read of it."""
-        hidden = model.forward(batch.newest(), cache, self.target)
-        return Step(hidden, [self.target.layers_kept] * len(batch), self.target.layers_kept)
+        raise NotImplementedError
 
     def notes(self, executed_skips: int) -> list[str]:
         return [] if executed_skips else ["nothing was skipped: every layer ran for every token"]
+
+
+class Planned(Policy):
+    """A policy that has decided beforehand: the plan `prompt` reads every prompt and `target` every token after it."""
+
+    def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Step:
+        return Step(read(model, cache, sequence, self.prompt), [self.prompt.layers_kept])
+
+    def step(self, model: Model, cache: KVCache, batch: Batch) -> Step:
+        hidden = model.forward(batch.newest(), cache, self.target)
+        return Step(hidden, [self.target.layers_kept] * len(batch), self.target.layers_kept)
+
+    def recipe(self, sequences: list[Sequence]) -> Recipe | None:
+        return Recipe(self.target, self.target, sampled=any(not sequence.params.greedy for sequence in sequences))

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..plan import LayerPlan
-from .policy import Policy
+from .policy import Planned
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Options:
             raise RequestError("method static: option skip expects layers joined with +, got none")
 
 
-class Pruned(Policy):
+class Pruned(Planned):
     """Whole layers left out, in both phases or in prompts alone; options `phase` and `kv`."""
 
     def __init__(self, options: Any, num_layers: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..keep_sets import keep_set
 from ..plan import LayerPlan
-from .policy import Policy
+from .policy import Planned
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Options:
     seed: int = 0
 
 
-class Unified(Policy):
+class Unified(Planned):
     """The prompt at full depth, every generated token by the keep-set.
 
     A skipped layer is the identity and leaves no keys and values for generated tokens; it runs for none of them, so
