@@ -10,7 +10,7 @@ import numpy as np
 from ..loaders.config import ModelConfig
 from ..loaders.synthetic import synthetic_config, synthetic_weights
 from ..runtime.costs import head_layers
-from ..runtime.engine import DTYPES, Engine, place_of
+from ..runtime.engine import Engine, dtype_of, place_of
 from ..runtime.errors import RequestError
 from ..runtime.request import Output, SamplingParams
 from .prompts import Prompt, source
@@ -90,7 +90,7 @@ def load(
         raise RequestError(f"MODEL: expected synthetic:SHAPE:LATE_SCALE, got {model!r}") from None
     config = ModelConfig.parse(synthetic_config(shape), model)
     place = place_of(device)
-    weights = synthetic_weights(config, 0, DTYPES[config.dtype if dtype == "auto" else dtype], late_scale, place)
+    weights = synthetic_weights(config, 0, dtype_of(dtype, config), late_scale, place)
     return Engine(config, weights, method=method, backend=backend, ranges=ranges, graphs=graphs)
 
 

@@ -6,8 +6,7 @@ import asyncio
 import secrets
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from itertools import groupby
+from collections.abc import AsyncIterator, Callable, Generator
 from pathlib import Path
 from types import TracebackType
 from typing import cast, overload
@@ -35,7 +34,7 @@ from .ranges import marks
 from .request import Chunk, Output, Piece, SamplingParams
 from .sequence import Sequence
 from .speculate import speculate
-from .summary import summarise
+from .stream import Stream
 from .text import TextStream
 
 MAX_BATCH = 16
@@ -130,7 +129,7 @@ class Engine:
         weights = load_weights(
             folder,
             config,
-            DTYPES[config.dtype if dtype == "auto" else dtype],
+            dtype_of(dtype, config),
             (lambda done, total: progress("loading weights", done, total)) if progress else None,
         ).to(place)
         return Engine(
@@ -336,36 +335,6 @@ class Engine:
         self._turn.notify_all()
 
 
-class Stream(Iterator[Chunk]):
-    """The chunks of a request as they come. Closing it early, or dropping it, frees what the request holds."""
-
-    def __init__(
-        self,
-        chunks: Generator[Chunk, None, None],
-        sequences: list[Sequence],
-        method: Method,
-        backend: str,
-        seed: int,
-    ) -> None:
-        self._chunks, self._sequences, self._method = chunks, sequences, method
-        self._backend, self._seed = backend, seed
-        self._known_events = len(method.events())
-
-    def __next__(self) -> Chunk:
-        return next(self._chunks)
-
-    def close(self) -> None:
-        """End the request now; its pages are free when this returns."""
-        self._chunks.close()
-
-    @property
-    def outputs(self) -> list[Output]:
-        """One result per prompt, of what has been generated so far."""
-        events = self._method.events()[self._known_events :]
-        prompts = groupby(self._sequences, key=lambda sequence: sequence.index)
-        return [summarise(list(own), self._method, self._backend, self._seed, events) for _, own in prompts]
-
-
 def _check_room(cache: KVCache, sequences: list[Sequence]) -> None:
     for sequence in sequences:
         if cache.pages_for(sequence.max_length) > cache.total_pages:
@@ -377,6 +346,18 @@ def _check_room(cache: KVCache, sequences: list[Sequence]) -> None:
 
 def _chunk(sequence: Sequence, pieces: list[Piece]) -> Chunk:
     return Chunk(sequence.index, sequence.choice, tuple(pieces), sequence.finish_reason)
+
+
+def dtype_of(dtype: str, config: ModelConfig) -> torch.dtype:
+    """The type to compute in: the named one, or for auto the checkpoint's own.
+
+    Raises:
+        RequestError: the checkpoint's own is none of those there are.
+    """
+    name = config.dtype if dtype == "auto" else dtype
+    if name not in DTYPES:
+        raise RequestError(f"dtype: expected one of {', '.join(DTYPES)}, got auto for a checkpoint in {name}")
+    return DTYPES[name]
 
 
 def place_of(device: str) -> torch.device:

@@ -12,7 +12,7 @@ from ..loaders.json_files import read_object
 from ..loaders.save import save_checkpoint
 from ..loaders.tokenizer import Tokenizer
 from ..loaders.weights import checkpoint_tensors, load_weights
-from .engine import DTYPES
+from .engine import dtype_of
 from .errors import ConfigError, RequestError
 from .methods import registry
 from .methods.laco import LaCo
@@ -36,7 +36,7 @@ def merge(folder: Path, output: Path, method: str, *, as_json: bool) -> None:
     if not isinstance(laco, LaCo):
         raise RequestError(f"--method: expected laco, which edits weights, got {laco.name}")
     tokenizer = Tokenizer.load(folder, config)
-    weights = load_weights(folder, config, DTYPES[config.dtype])
+    weights = load_weights(folder, config, dtype_of("auto", config))
     merged = laco.merged(config, weights, lambda c, w: Model(c, w, ops.TORCH), tokenizer.encode if tokenizer else None)
     fields = _fields(folder / "config.json", config, merged.config)
     files = [folder / name for name in _TEXT_FILES if (folder / name).is_file()]

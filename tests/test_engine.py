@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipjack import CapacityError, Engine, RequestError, SamplingParams
 from skipjack.loaders.config import ModelConfig
+from skipjack.loaders.save import save_checkpoint
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
+from skipjack.loaders.weights import checkpoint_tensors
 from skipjack.runtime.request import Output
 
 PROMPTS = [[5, 9, 200, 31], [7] * 3, list(range(20, 90)), [400, 3, 3, 17, 250, 8]]
@@ -394,3 +397,16 @@ def test_a_vanishing_temperature_is_greedy(synthetic: Callable[..., Engine], tem
     greedy = engine.generate(PROMPTS[0], SamplingParams(max_tokens=10, ignore_eos=True)).token_ids
     params = SamplingParams(max_tokens=10, temperature=temperature, seed=1, ignore_eos=True)
     assert engine.generate(PROMPTS[0], params).token_ids == greedy
+
+
+def test_a_checkpoint_in_float64_must_be_given_a_type(tmp_path: Path) -> None:
+    fields = synthetic_config("tiny") | {"torch_dtype": "float64"}
+    config = ModelConfig.parse(fields, "tiny")
+    weights = synthetic_weights(config, 0, torch.float64)
+    save_checkpoint(tmp_path / "m", fields, checkpoint_tensors(weights, config))
+    with pytest.raises(
+        RequestError, match=r"dtype: expected one of float32, bfloat16, float16, got auto .* in float64"
+    ):
+        Engine.load(tmp_path / "m")
+    with Engine.load(tmp_path / "m", dtype="float32") as engine:
+        assert engine.dtype == torch.float32
