@@ -119,6 +119,6 @@ class Ledger:
         self.balance += plain - seconds
 
 
-def expected_tokens(rate: float, drafted: int) -> float:
+def expected_tokens(rate: float, drafted: float) -> float:
     """E = (1 − α^{k+1})/(1 − α): tokens of a round that drafts k tokens accepted at rate α (Leviathan et al.)."""
     return drafted + 1.0 if rate >= 1 else (1 - rate ** (drafted + 1)) / (1 - rate)

@@ -10,7 +10,10 @@ from skipjack import Engine, SamplingParams
 from skipjack.kernels.values import Verdict
 from skipjack.runtime.batch import Batch, Draft, Round
 from skipjack.runtime.costs import Costs, Ledger, calibrate, expected_tokens
+from skipjack.runtime.decode import prefill
 from skipjack.runtime.methods import auto
+from skipjack.runtime.methods.autoregressive import Autoregressive
+from skipjack.runtime.methods.drafting import sift
 from skipjack.runtime.ngrams import Guess
 from skipjack.runtime.plan import LayerPlan
 from skipjack.runtime.sequence import Sequence
@@ -95,7 +98,7 @@ def test_the_fastest_covered_choice_is_taken() -> None:
     made = method()
     made._skips.value = 0.95
     choices = made.choices(COSTS, 1, 7)
-    assert [choice.name for choice in choices] == ["plain", "lookup", "skip set"]
+    assert [choice.name for choice in choices] == ["plain", "lookup", "skip set", "cascade"]
     assert choices[1].seconds == COSTS.verify(5) == 1.0
     assert choices[1].tokens == pytest.approx(expected_tokens(0.2 + 0.6 * 3 / 4, 4))
     made._choose(choices)
@@ -128,7 +131,8 @@ class Run:
         taken = min(k, at_most) if accepts else 0
         one, tokens = torch.tensor([taken]), torch.zeros(1, k, dtype=torch.int64)
         verify_s = COSTS.verify(k + 1) * (slower if k else 1.0)
-        draft_s = made._choice.seconds - verify_s if made._choice.name == "skip set" else 0.0
+        drafting = {"skip set": made._choice.seconds - verify_s, "cascade": COSTS.draft(made._swift.plan, k + 1)}
+        draft_s = drafting.get(made._choice.name, 0.0)
         verdict = Verdict(one, one, one, torch.zeros(1, k + 1, dtype=torch.int64))
         draft = Draft(tokens, torch.tensor([k]))
         made.observe(
@@ -177,6 +181,46 @@ def test_a_cost_that_calibration_missed_is_learnt(monkeypatch: pytest.MonkeyPatc
     assert names[:3] == ["lookup"] * 3
     assert names[-400:].count("lookup") < 40
     assert run.made._slowness["lookup"] > 1.4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_cascade_changes_no_token(
+    synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    engine = synthetic("tiny", torch.float32, 0.1, vocab=24)
+    prompts = [[3, 4, 5, 6] * 5, [7], [*range(3, 20), 3, 4]]
+    params = SamplingParams(max_tokens=24, temperature=temperature, seed=4, ignore_eos=True)
+    plain = [engine.generate(prompt, params).token_ids for prompt in prompts]
+    choose = auto.Auto._choose
+
+    def cascade(made: auto.Auto, choices: list[auto.Choice]) -> None:
+        choose(made, choices)
+        made._choice = next((choice for choice in choices if choice.name == "cascade"), made._choice)
+
+    monkeypatch.setattr(auto.Auto, "_choose", cascade)
+    outputs = engine.generate(prompts, params, method="auto:search_budget=0.0,skip_ratio=0.2,max_loss=0.5")
+    assert [output.token_ids for output in outputs] == plain
+    rounds = [event["rounds"].get("cascade", 0) for event in outputs[0].stats.events if event["kind"] == "decision"]
+    assert sum(rounds) > 5
+    assert all(output.stats.accepted > 0 for output in outputs)
+
+
+@torch.inference_mode()
+def test_a_guess_is_sifted_by_what_the_plan_would_say(synthetic: Callable[..., Engine]) -> None:
+    """By the whole model it keeps what plain decoding says, and has its next token instead of the first that is not."""
+    engine = synthetic("tiny", torch.float32, 0.1)
+    model, cache = engine._loaded()
+    prompt, params = [5, 9, 200, 31], SamplingParams(max_tokens=8, ignore_eos=True)
+    said = engine.generate(prompt, params).token_ids
+    sequence = Sequence(0, 0, prompt, params, 0, frozenset(), 100, None)
+    sequence.pages = cache.reserve(sequence.max_length)
+    prefill(model, cache, sequence, Autoregressive(None, 8))
+    batch = Batch.of([sequence], model.ops.decode_tile, model.device)
+    for right in range(4):
+        guess = torch.tensor([[*said[1 : 1 + right], *[said[1 + right] + 1] * (3 - right)]])
+        sifted = sift(model, cache, batch, model.full, Draft(guess, torch.tensor([3])))
+        assert sifted.tokens[0, : int(sifted.length)].tolist() == said[1 : 2 + right]
+    cache.release(sequence.pages)
 
 
 def test_what_choosing_costs_is_booked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -404,9 +404,7 @@ def test_a_checkpoint_in_float64_must_be_given_a_type(tmp_path: Path) -> None:
     config = ModelConfig.parse(fields, "tiny")
     weights = synthetic_weights(config, 0, torch.float64)
     save_checkpoint(tmp_path / "m", fields, checkpoint_tensors(weights, config))
-    with pytest.raises(
-        RequestError, match=r"dtype: expected one of float32, .*, got auto .* in float64"
-    ):
+    with pytest.raises(RequestError, match=r"dtype: expected one of float32, .*, got auto .* in float64"):
         Engine.load(tmp_path / "m")
     with Engine.load(tmp_path / "m", dtype="float32") as engine:
         assert engine.dtype == torch.float32

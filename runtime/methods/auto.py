@@ -18,10 +18,10 @@ from ..ngrams import Guess, Memory, likeliest
 from ..plan import LayerPlan
 from . import swift
 from .base import Method, no_draft
-from .drafting import Drafting, acceptance, grow
+from .drafting import Drafting, acceptance, grow, sift
 from .lookup import lay_out, remember, text_of
 
-PLAIN, LOOKUP, SKIP = "plain", "lookup", "skip set"
+PLAIN, LOOKUP, SKIP, CASCADE = "plain", "lookup", "skip set", "cascade"
 # Rounds between two reports of what was decided, and those a losing kind of draft waits, at first and at most.
 REPORT, WAIT, LONGEST_WAIT = 32, 32, 1024
 
@@ -133,9 +133,11 @@ class Auto(Method):
         )
         self._ledger = Ledger(options.max_loss)
         self._lookups = {n: Rate(0.2 + 0.6 * n / options.max_ngram) for n in range(1, options.max_ngram + 1)}
-        self._skips = Rate(0.8)
+        self._skips, self._sifted = Rate(0.8), Rate(0.8)
+        # Draft tokens that sifting leaves of a guess.
+        self._left = 2.0
         # How much longer than calibrated the passes of each way take, besides what slows plain decoding too.
-        self._slowness = {LOOKUP: 1.0, SKIP: 1.0}
+        self._slowness = {LOOKUP: 1.0, SKIP: 1.0, CASCADE: 1.0}
         self._costs: Costs | None = None
         self._guesses: list[Guess] = []
         self._memory = Memory(options.remember)
@@ -147,7 +149,7 @@ class Auto(Method):
 
     @property
     def plan(self) -> LayerPlan:
-        return self._swift.plan if self._choice.name == SKIP else self._full
+        return self._swift.plan if self._choice.name in (SKIP, CASCADE) else self._full
 
     def phase(self) -> str:
         return self._choice.name
@@ -170,8 +172,9 @@ class Auto(Method):
                 likeliest(text_of(s), ngram, max(0, min(k, s.room)), self._memory.text) for s in batch.sequences
             ]
         self._choose(self.choices(self._costs, len(batch), int(batch.room.max())))
-        if self._choice.name == LOOKUP:
-            return lay_out(batch, [guess.first(self._choice.drafted) for guess in self._guesses])
+        if self._choice.name in (LOOKUP, CASCADE):
+            guess = lay_out(batch, [guess.first(self._choice.drafted) for guess in self._guesses])
+            return guess if self._choice.name == LOOKUP else sift(model, cache, batch, self._swift.plan, guess)
         if self._choice.name == SKIP:
             how = Drafting(self._choice.drafted, self._options.threshold, self.rejection)
             return grow(model, cache, batch, self._swift.plan, how)[0]
@@ -181,7 +184,7 @@ class Auto(Method):
         """Plain decoding, and the best draft length of every other way there is this round."""
         plain = costs.verify(sequences)
         found = [Choice(PLAIN, 0, plain, sequences, 0.0)]
-        ways: list[list[Choice]] = [[], []]
+        ways: list[list[Choice]] = [[], [], []]
         for k in range(1, min(self._options.num_draft_tokens, room) + 1):
             lengths = [min(k, len(guess.tokens)) for guess in self._guesses]
             rates = tuple(self._lookups[guess.match] for guess in self._guesses if guess.tokens)
@@ -192,6 +195,14 @@ class Auto(Method):
                 seconds = self._slowness[LOOKUP] * costs.verify(sequences + sum(lengths))
                 tokens = sum(expected) + sequences - len(rates)
                 ways[0].append(Choice(LOOKUP, k, seconds, tokens, seconds - plain, rates))
+                # A rejection sampler wants the scores its draft was drawn with, and a guess has none.
+                if not self.rejection:
+                    left = sum(min(self._left, n + 1) for n in lengths if n)
+                    seconds = costs.draft(self._swift.plan, sequences + sum(lengths))
+                    seconds = self._slowness[CASCADE] * (seconds + costs.verify(sequences + round(left)))
+                    tokens = sum(expected_tokens(self._sifted.value, self._left) for n in lengths if n)
+                    tokens += sequences - len(rates)
+                    ways[2].append(Choice(CASCADE, k, seconds, tokens, seconds - plain, (self._sifted,)))
             passes = k * costs.draft(self._swift.plan, sequences) + costs.verify(sequences * (k + 1))
             seconds = self._slowness[SKIP] * passes
             tokens = sequences * expected_tokens(self._skips.value, k)
@@ -213,8 +224,11 @@ class Auto(Method):
                 if tried:
                     self._lookups[guess.match].observe(tried, taken)
         else:
+            rate = self._skips if choice.name == SKIP else self._sifted
             for tried, taken in zip(drafted, accepted, strict=True):
-                self._skips.observe(tried, taken)
+                rate.observe(tried, taken)
+            if choice.name == CASCADE:
+                self._left += 0.1 * (sum(drafted) / sequences - self._left)
         for rate in self._passed_over:
             rate.idle += 1
         chosen, overhead = self._cost(costs, done, drafted)
@@ -222,12 +236,12 @@ class Auto(Method):
         self._tell(seconds, plain, done)
         remember(self._memory, done)
         before = self._swift.plan
-        own = done if choice.name == SKIP else done._replace(draft=no_draft(done.batch))
+        own = done if choice.name in (SKIP, CASCADE) else done._replace(draft=no_draft(done.batch))
         searched = self._swift.observe(model, cache, own)
         if searched:
             self._ledger.book(searched, 0.0)
         if self._swift.plan != before:
-            self._skips = Rate(0.8)
+            self._skips, self._sifted = Rate(0.8), Rate(0.8)
         return self._clock() - start
 
     def _cost(self, costs: Costs, done: Round, drafted: list[int]) -> tuple[float, float]:
@@ -241,6 +255,9 @@ class Auto(Method):
             return calibrated, done.draft_s
         if name == SKIP:
             calibrated += max(drafted) * costs.draft(self._swift.plan, sequences)
+        if name == CASCADE:
+            guessed = sum(min(self._choice.drafted, len(guess.tokens)) for guess in self._guesses)
+            calibrated += costs.draft(self._swift.plan, sequences + guessed)
         overhead = done.draft_s if name == LOOKUP else 0.0
         slowness = self._slowness[name]
         now = (done.draft_s + done.verify_s - overhead) / calibrated
@@ -290,6 +307,7 @@ class Auto(Method):
                 "plain_tokens_per_s": account.rounds.total() * len(sequences) / account.plain_s,
                 "acceptance_rate": {
                     SKIP: self._skips.value,
+                    CASCADE: self._sifted.value,
                     **{f"{LOOKUP} {n}": rate.value for n, rate in self._lookups.items()},
                 },
                 "balance_s": self._ledger.balance,

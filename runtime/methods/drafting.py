@@ -104,6 +104,22 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
     return draft, torch.stack(states, dim=1)
 
 
+def sift(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, guess: Draft) -> Draft:
+    """A chain that came for nothing, as far as `plan` agrees with it, and the token `plan` has instead or after it.
+
+    One pass over all rows: what the full model would reject is mostly rejected here, for less (a cascade of drafters,
+    arXiv 2312.11462, with the model's own layers as the second).
+    """
+    path = torch.cat([batch.last[:, None], guess.tokens], dim=1)
+    with model.mark("draft", len(batch), path.numel(), 0):
+        hidden = model.forward(batch.rows(path, batch.length, guess.length + 1), cache, plan)
+        chosen = choose(model, hidden, batch, path).tokens
+        kept = model.ops.verify(chosen, guess.tokens, guess.length, batch.length)
+    tokens = functional.pad(guess.tokens, (0, 1))
+    tokens.scatter_(1, kept.accepted[:, None], kept.token[:, None])
+    return Draft(tokens, torch.minimum(kept.accepted + 1, batch.room.clamp(min=0)))
+
+
 def acceptance(method: str, value: str) -> str:
     """The rule an `acceptance` option names.
 
