@@ -61,9 +61,9 @@ def passes(engine: Engine, method: str, monkeypatch: pytest.MonkeyPatch) -> list
     seen: list[tuple[tuple[int, int], int]] = []
     forward = Model.forward
 
-    def spy(self, rows, cache, plan, hidden=None, streams=None):
+    def spy(self, rows, cache, plan, hidden=None, **options):
         seen.append((plan.span, int((rows.sequence >= 0).sum())))
-        return forward(self, rows, cache, plan, hidden, streams)
+        return forward(self, rows, cache, plan, hidden, **options)
 
     monkeypatch.setattr(Model, "forward", spy)
     engine.generate(PROMPTS[0], SamplingParams(max_tokens=6, ignore_eos=True), method=method)

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from skipjack import Engine, RequestError, SamplingParams
 from skipjack.runtime.graphs import Graphs
 from skipjack.runtime.methods import registry
-from skipjack.runtime.methods.policy import Policy
+from skipjack.runtime.methods.policy import Planned
 from skipjack.runtime.ranges import VARIABLE, marks, unmarked
 from skipjack.runtime.request import Output
 
@@ -96,7 +96,7 @@ def test_search_lies_in_the_rounds_that_search(marked: Engine) -> None:
 
 
 def test_a_policy_verifies_and_commits(marked: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Whole(Policy):
+    class Whole(Planned):
         name = "whole"
 
     monkeypatch.setitem(marked._methods, registry.parse("autoregressive"), Whole(None, 8))
