@@ -195,7 +195,7 @@ class Auto(Method):
                 seconds = self._slowness[LOOKUP] * costs.verify(sequences + sum(lengths))
                 tokens = sum(expected) + sequences - len(rates)
                 ways[0].append(Choice(LOOKUP, k, seconds, tokens, seconds - plain, rates))
-                # A rejection sampler wants the scores its draft was drawn with, and a guess has none.
+                # Sifting chooses with the full model's noise, which a draft for rejection sampling must not share.
                 if not self.rejection:
                     left = sum(min(self._left, n + 1) for n in lengths if n)
                     seconds = costs.draft(self._swift.plan, sequences + sum(lengths))
