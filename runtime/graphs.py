@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -12,7 +13,7 @@ from ..kernels.host import ints
 from .batch import Batch, Recipe, Tally
 from .cache import KVCache
 from .costs import weight_pass
-from .methods.base import Method
+from .methods.base import Method, sampled
 from .methods.policy import Policy
 from .model import Model
 from .plan import LayerPlan
@@ -143,6 +144,8 @@ class Rounds:
         None where this round needs the host, and none is under way: it is `speculate`'s.
         """
         recipe = self._method.recipe(running) if all(_on_device(sequence) for sequence in running) else None
+        if recipe is not None:
+            recipe = replace(recipe, sampled=sampled(running))
         if self._graph is not None and (recipe != self._graph.recipe or self._members != running):
             late = self._drain()
             if any(late.values()):

@@ -20,4 +20,4 @@ class Autoregressive(Method):
     name = "autoregressive"
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
-        return Recipe(self._full, self._full, sampled=any(not sequence.params.greedy for sequence in sequences))
+        return Recipe(self._full, self._full)

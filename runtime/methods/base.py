@@ -95,7 +95,7 @@ class Method:
         return 0.0
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
-        """How the device runs the next round alone; None where the method needs the host for it."""
+        """How the device runs the next round alone, but for `sampled`; None where the method needs the host for it."""
         return None
 
     @property
@@ -114,6 +114,11 @@ class Method:
     def notes(self, executed_skips: int) -> list[str]:
         """What a reader of a request's figures must know; it did not run `executed_skips` sub-layers."""
         return []
+
+
+def sampled(sequences: list[Sequence]) -> bool:
+    """Whether any of the sequences draws its tokens."""
+    return any(not sequence.params.greedy for sequence in sequences)
 
 
 def no_draft(batch: Batch) -> Draft:

@@ -55,8 +55,7 @@ class FlexiDepth(Policy):
         return super().notes(executed_skips) + ([] if self._trained else untrained)
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
-        sampled = any(not sequence.params.greedy for sequence in sequences)
-        return Recipe(self._full, self._full, sampled=sampled) if self._own else None
+        return Recipe(self._full, self._full) if self._own else None
 
     def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Step:
         routing = model.config.routing

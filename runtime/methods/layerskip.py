@@ -10,7 +10,7 @@ from ..errors import RequestError
 from ..model import Model
 from ..plan import LayerPlan
 from ..sequence import Sequence
-from .base import Method, no_draft
+from .base import Method, no_draft, sampled
 from .drafting import Drafting, acceptance, grow
 
 
@@ -68,10 +68,10 @@ class LayerSkip(Method):
         return self._full if self._options.verify else self.plan
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
-        sampled, options = any(not sequence.params.greedy for sequence in sequences), self._options
+        options = self._options
         if not options.verify:
-            return Recipe(self.plan, self.plan, sampled=sampled)
-        if sampled and self.rejection:
+            return Recipe(self.plan, self.plan)
+        if self.rejection and sampled(sequences):
             return None
         return Recipe(
             self._full,
@@ -79,7 +79,6 @@ class LayerSkip(Method):
             options.num_draft_tokens,
             confident=options.threshold > 0,
             reuse=options.reuse,
-            sampled=sampled,
             vocabulary=options.draft_vocab,
         )
 

@@ -59,4 +59,4 @@ class Planned(Policy):
         return Step(hidden, [self.target.layers_kept] * len(batch), self.target.layers_kept)
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
-        return Recipe(self.target, self.target, sampled=any(not sequence.params.greedy for sequence in sequences))
+        return Recipe(self.target, self.target)

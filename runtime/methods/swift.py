@@ -17,7 +17,7 @@ from ..plan import LayerPlan
 from ..search import Drift, Incumbent, Search, matchness
 from ..sequence import Sequence
 from ..skip_sets import SkipSet
-from .base import Method
+from .base import Method, sampled
 from .drafting import Drafting, acceptance, grow
 
 # The adaptive threshold's goal and its step.
@@ -143,8 +143,7 @@ class Swift(Method):
         return grow(model, cache, batch, self.plan, self._how)[0]
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
-        sampled = any(not sequence.params.greedy for sequence in sequences)
-        if self._options.tree or (sampled and self.rejection):
+        if self._options.tree or (self.rejection and sampled(sequences)):
             return None
         searching = self.phase() == "accumulation"
         confident = self._options.adaptive or self._options.threshold > 0
@@ -155,7 +154,6 @@ class Swift(Method):
             self._options.num_draft_tokens,
             masked=searching,
             confident=confident,
-            sampled=sampled,
             vocabulary=self._options.draft_vocab,
         )
 
