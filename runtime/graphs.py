@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from ..kernels.host import ints
-from .batch import Batch, Recipe, Tally
+from .batch import Batch, Tally
 from .cache import KVCache
-from .costs import weight_pass
+from .decode import count
 from .methods.base import Method, sampled
-from .methods.policy import Policy
 from .model import Model
 from .plan import LayerPlan
+from .recipe import Recipe, Steps
 from .request import Piece
-from .round import State, device_round
+from .round import State, device_round, device_steps
+from .sampling import append
 from .sequence import Sequence
 from .speculate import commit
 
@@ -36,8 +37,7 @@ class RoundGraph:
     def __init__(self, model: Model, cache: KVCache, recipe: Recipe, sequences: int, pages: int) -> None:
         self.recipe, self.sequences, self.pages = recipe, sequences, pages
         self._model, self._cache = model, cache
-        sublayers = 2 * model.config.num_layers
-        self.state = State.empty(sequences, pages, sublayers, recipe.num_draft_tokens, model.device)
+        self.state = State.empty(model, recipe, sequences, pages)
         self._graph = self._capture() if model.device.type == "cuda" else None
         pinned = model.device.type == "cuda"
         self._ring = [torch.zeros_like(self.state.report, device="cpu", pin_memory=pinned) for _ in range(AHEAD + 1)]
@@ -49,23 +49,32 @@ class RoundGraph:
         """Rounds whose report has not been read."""
         return self._written - self._read
 
-    def load(self, sequences: list[Sequence]) -> None:
+    def load(self, sequences: list[Sequence], method: Method) -> None:
         """Start from where these sequences stand; every report has been read."""
         idle = self.sequences - len(sequences)
         batch = Batch.of(sequences, self._model.ops.decode_tile, self._model.device)
-        for target, source in zip(self.state[:2], (batch.last, batch.length), strict=True):
+        for target, source in zip(self.state[:3], (batch.last, batch.length, batch.prompt), strict=True):
             target[: len(sequences)] = source
+        for row, sequence in enumerate(sequences):
+            if (memory := method.memory(sequence)) is not None:
+                self.state.memory[row] = memory
         self.state.left.copy_(torch.cat([batch.room + 1, torch.zeros(idle, dtype=torch.int64, device=batch.device)]))
         self.state.block_table[: len(sequences), : batch.block_table.shape[1]] = batch.block_table
         if self.recipe.sampled:
             for target, source in zip(self.state.sampling, batch.sampling(), strict=True):
                 target[: len(sequences)] = source
 
+    def unload(self, sequences: list[Sequence], method: Method) -> None:
+        """Leave with the sequences it was loaded with what it remembers of them; every report has been read."""
+        for row, sequence in enumerate(sequences):
+            if (memory := method.memory(sequence)) is not None:
+                memory.copy_(self.state.memory[row])
+
     def enqueue(self) -> None:
         """One round more; its report goes to the host as soon as it is there."""
         with self._model.mark("round", self.sequences, self.sequences):
             if self._graph is None:
-                device_round(self._model, self._cache, self.state, self.recipe)
+                self._run()
             else:
                 self._graph.replay()
         place = self._written % len(self._ring)
@@ -86,17 +95,24 @@ class RoundGraph:
         """Read no report of what is under way."""
         self._read = self._written
 
+    def _run(self) -> None:
+        recipe = self.recipe
+        if recipe.steps is None:
+            device_round(self._model, self._cache, self.state, recipe)
+        else:
+            device_steps(self._model, self._cache, self.state, recipe.steps, recipe.sampled)
+
     def _capture(self) -> torch.cuda.CUDAGraph:
         # No sequence is alive yet: the rounds that compile the kernels and that are captured touch no page.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            device_round(self._model, self._cache, self.state, self.recipe)
+            self._run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads of the host process may go on using the GPU.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            device_round(self._model, self._cache, self.state, self.recipe)
+            self._run()
         return graph
 
 
@@ -156,7 +172,7 @@ class Rounds:
         if self._graph is None:
             self._graph, self._members = self._graphs.take(recipe, running), list(running)
             self._mask = self._threshold = None
-            self._graph.load(running)
+            self._graph.load(running, self._method)
         while self._graph.pending <= AHEAD:
             self._steer(self._graph)
             self._graph.enqueue()
@@ -188,6 +204,8 @@ class Rounds:
         while self._graph is not None and self._graph.pending:
             for key, new in self._read(self._graph).items():
                 pieces[key] += new
+        if self._graph is not None:
+            self._graph.unload(self._members, self._method)
         self.close()
         return pieces
 
@@ -196,33 +214,51 @@ class Rounds:
         report, plan = graph.report(), self._plans.popleft()
         now = perf_counter()
         seconds, self._since = now - self._since, now
-        layers = self._model.config.num_layers
+        running = [(row, sequence) for row, sequence in enumerate(self._members) if sequence.finish_reason is None]
+        for _, sequence in running:
+            sequence.enter(self._method.phase())
+        if graph.recipe.steps is None:
+            pieces, searched = self._speculated(running, report, plan, seconds)
+        else:
+            pieces, searched = self._decoded(running, report, graph.recipe.steps), 0.0
+        for _, sequence in running:
+            sequence.counters.search_s += searched
+            sequence.counters.decode_s += seconds + searched
+        self._since += searched
+        return {id(sequence): pieces.get(id(sequence), []) for sequence in self._members}
+
+    def _speculated(
+        self, running: list[tuple[int, Sequence]], report: Tensor, plan: LayerPlan, seconds: float
+    ) -> tuple[dict[int, list[Piece]], float]:
+        """What `device_round` gave the sequences still `running`, by their rows, and the seconds the method took."""
         pieces: dict[int, list[Piece]] = {}
         told: list[tuple[Sequence, int, int, int]] = []
-        for row, sequence in enumerate(self._members):
-            accepted, drafted, token, ran, *draft = ints(report[row])
-            if sequence.finish_reason is not None or accepted < 0:
-                pieces[id(sequence)] = []
-                continue
-            sequence.enter(self._method.phase())
+        for row, sequence in running:
+            accepted, drafted, token, *draft = ints(report[row])
             pieces[id(sequence)] = commit(sequence, [*draft[:accepted], token], None, drafted, drafted)
             told.append((sequence, drafted, accepted, len(pieces[id(sequence)])))
             counters = sequence.counters
             counters.rounds += 1
             counters.graph_rounds += 1
-            counters.executed_skips += plan.skipped * drafted + 2 * layers - ran
-            if isinstance(self._method, Policy):
-                sequence.layers_used.append(ran / 2)
-                if self._model.config.routing is None:
-                    counters.weight_passes += weight_pass(self._model.config, ran / 2)
-        if told:
-            members, drafts, accepts, emits = (list(column) for column in zip(*told, strict=True))
-            tally = Tally(members, drafts, accepts, emits, 0.0, seconds)
-            searched = self._method.count(self._model, self._cache, tally)
-            for sequence in tally.sequences:
-                sequence.counters.search_s += searched
-                sequence.counters.decode_s += seconds + searched
-            self._since += searched
+            counters.executed_skips += plan.skipped * drafted + self._method.target.skipped
+        if not told:
+            return pieces, 0.0
+        members, drafts, accepts, emits = (list(column) for column in zip(*told, strict=True))
+        tally = Tally(members, drafts, accepts, emits, 0.0, seconds)
+        return pieces, self._method.count(self._model, self._cache, tally)
+
+    def _decoded(self, running: list[tuple[int, Sequence]], report: Tensor, steps: Steps) -> dict[int, list[Piece]]:
+        """What `device_steps` gave them, step by step: a sequence takes no more once it has ended."""
+        pieces: dict[int, list[Piece]] = {id(sequence): [] for _, sequence in running}
+        for number in range(steps.count):
+            told = [
+                (sequence, *ints(report[row, number])) for row, sequence in running if sequence.finish_reason is None
+            ]
+            most = max((ran for *_, ran in told), default=0) / 2
+            for sequence, token, ran in told:
+                pieces[id(sequence)] += append(sequence, [token], None)
+                count(sequence, self._model.config, ran / 2, most if steps.whole else None)
+                sequence.counters.graph_rounds += 1
         return pieces
 
 

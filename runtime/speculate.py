@@ -16,7 +16,6 @@ from .methods.base import Method
 from .model import Model, Streams
 from .plan import LayerPlan
 from .request import Piece
-from .routes import Routes
 from .sampling import Chosen, append, choose
 from .sequence import Sequence
 
@@ -81,7 +80,6 @@ def verify_pass(
     lineage: Lineage | None,
     target: LayerPlan,
     streams: Streams | None = None,
-    routes: Routes | None = None,
 ) -> Tensor:
     """The residual stream [S·K, H] of every row of `path` int64 [S, K] after the pass that has the last word.
 
@@ -91,7 +89,7 @@ def verify_pass(
         return model.forward(batch.nodes(path, draft.length + 1, lineage), cache, target, streams=streams)
     rows = batch.rows(path, batch.length, draft.length + 1)
     if draft.exit is None:
-        return model.forward(rows, cache, target, streams=streams, routes=routes)
+        return model.forward(rows, cache, target, streams=streams)
     layer, known = draft.exit
     newest, one = path.gather(1, draft.length[:, None]), torch.ones_like(draft.length)
     last = batch.rows(newest, batch.length + draft.length, one)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..batch import Batch, Draft, Exit, Recipe
+from ..batch import Batch, Draft, Exit
 from ..cache import KVCache
 from ..errors import RequestError
 from ..model import Model
 from ..plan import LayerPlan
+from ..recipe import Recipe
 from ..sequence import Sequence
 from .base import Method, no_draft, sampled
 from .drafting import Drafting, acceptance, grow

@@ -8,12 +8,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ..batch import Batch, Draft, Recipe, Tally
+from ..batch import Batch, Draft, Tally
 from ..budget import Budget
 from ..cache import KVCache
 from ..errors import CapacityError, RequestError
 from ..model import Model
 from ..plan import LayerPlan
+from ..recipe import Recipe
 from ..search import Drift, Incumbent, Search, matchness
 from ..sequence import Sequence
 from ..skip_sets import SkipSet
