@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from time import perf_counter
 
@@ -31,23 +32,47 @@ SEQUENCES = (1, 2, 4, 8, 16)
 class RoundGraph:
     """One recipe for up to a number of sequences and pages a sequence, with the state it works on.
 
-    On a GPU it is captured once and replayed; elsewhere the same function is called.
+    On a GPU it is captured once and replayed; elsewhere the same function is called. To make one compiles the kernels
+    and may take seconds, on any thread; to capture it takes the host's part of a round.
     """
 
     def __init__(self, model: Model, cache: KVCache, recipe: Recipe, sequences: int, pages: int) -> None:
         self.recipe, self.sequences, self.pages = recipe, sequences, pages
         self._model, self._cache = model, cache
         self.state = State.empty(model, recipe, sequences, pages)
-        self._graph = self._capture() if model.device.type == "cuda" else None
+        self._graph: torch.cuda.CUDAGraph | None = None
         pinned = model.device.type == "cuda"
+        if pinned:
+            self._compile()
         self._ring = [torch.zeros_like(self.state.report, device="cpu", pin_memory=pinned) for _ in range(AHEAD + 1)]
         self._events = [torch.cuda.Event() for _ in self._ring] if pinned else None
         self._written = self._read = 0
 
     @property
+    def key(self) -> Key:
+        return self.recipe, self.sequences, self.pages
+
+    @property
     def pending(self) -> int:
         """Rounds whose report has not been read."""
         return self._written - self._read
+
+    def capture(self) -> None:
+        """Record the round, once, on a GPU; nothing of it runs, and rounds under way on other graphs go on.
+
+        `torch.cuda.graph` would wait for those first, and empty the allocator's cache.
+        """
+        if self._graph is not None or self._model.device.type != "cuda":
+            return
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(torch.cuda.Stream(self._model.device)):
+            # Other threads of the host process may go on using the GPU.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._run()
+            finally:
+                graph.capture_end()
+        self._graph = graph
 
     def load(self, sequences: list[Sequence], method: Method) -> None:
         """Start from where these sequences stand; every report has been read."""
@@ -102,18 +127,16 @@ class RoundGraph:
         else:
             device_steps(self._model, self._cache, self.state, recipe.steps, recipe.sampled)
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        # No sequence is alive yet: the rounds that compile the kernels and that are captured touch no page.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+    def _compile(self) -> None:
+        # No sequence is alive yet: the round that compiles the kernels touches no page that anybody has.
+        side = torch.cuda.Stream(self._model.device)
+        side.wait_stream(torch.cuda.current_stream(self._model.device))
         with torch.cuda.stream(side):
             self._run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of the host process may go on using the GPU.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._run()
-        return graph
+        side.synchronize()
+
+
+Key = tuple[Recipe, int, int]
 
 
 class Graphs:
@@ -121,21 +144,64 @@ class Graphs:
 
     def __init__(self, model: Model, cache: KVCache) -> None:
         self._model, self._cache = model, cache
-        self._idle: dict[tuple[Recipe, int, int], list[RoundGraph]] = {}
+        self._idle: dict[Key, list[RoundGraph]] = {}
+        self._coming: dict[Key, Future[RoundGraph]] = {}
+        self._builder: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "skipjack-graphs")
         self.captured = 0
 
     def take(self, recipe: Recipe, sequences: list[Sequence]) -> RoundGraph:
         """A graph for these sequences: of the next larger number of them, and of pages, a power of two."""
-        count = next(size for size in SEQUENCES if size >= len(sequences))
-        pages = 1 << (max(len(sequence.pages) for sequence in sequences) - 1).bit_length()
-        idle = self._idle.setdefault((recipe, count, pages), [])
+        key = self.key(recipe, sequences)
+        idle = self._idle.setdefault(key, [])
         if not idle:
-            self.captured += 1
-            idle.append(RoundGraph(self._model, self._cache, recipe, count, pages))
+            idle.append(self._captured(self._build(key)))
         return idle.pop()
 
     def give(self, graph: RoundGraph) -> None:
-        self._idle[graph.recipe, graph.sequences, graph.pages].append(graph)
+        self._idle[graph.key].append(graph)
+
+    def has(self, recipe: Recipe, sequences: list[Sequence]) -> bool:
+        """Whether `take` would find a graph that is captured already."""
+        return bool(self._idle.get(self.key(recipe, sequences)))
+
+    def expect(self, recipe: Recipe, sequences: list[Sequence]) -> bool:
+        """Whether `take` need not compile anything; until then another thread does, for a later call to find it done.
+
+        What went wrong on that thread is raised here.
+        """
+        key = self.key(recipe, sequences)
+        if self.has(recipe, sequences) or self._builder is None:
+            return True
+        if key not in self._coming:
+            self._coming[key] = self._builder.submit(self._build, key)
+        if not self._coming[key].done():
+            return False
+        self._idle.setdefault(key, []).append(self._captured(self._coming.pop(key).result()))
+        return True
+
+    def close(self) -> None:
+        """Wait for the graph that is being built; what went wrong with one that nobody asked for is raised here."""
+        if self._builder is not None:
+            self._builder.shutdown(cancel_futures=True)
+        self._builder, coming, self._coming = None, self._coming, {}
+        for graph in coming.values():
+            if not graph.cancelled():
+                graph.result()
+
+    @staticmethod
+    def key(recipe: Recipe, sequences: list[Sequence]) -> Key:
+        """What `take` looks for."""
+        count = next(size for size in SEQUENCES if size >= len(sequences))
+        return recipe, count, 1 << (max(len(sequence.pages) for sequence in sequences) - 1).bit_length()
+
+    def _build(self, key: Key) -> RoundGraph:
+        with torch.inference_mode():
+            return RoundGraph(self._model, self._cache, *key)
+
+    def _captured(self, graph: RoundGraph) -> RoundGraph:
+        graph.capture()
+        self.captured += 1
+        return graph
 
 
 class Rounds:
@@ -161,7 +227,7 @@ class Rounds:
         """
         recipe = self._method.recipe(running) if all(_on_device(sequence) for sequence in running) else None
         if recipe is not None:
-            recipe = replace(recipe, sampled=sampled(running))
+            recipe = self._at_hand(replace(recipe, sampled=sampled(running)), running)
         if self._graph is not None and (recipe != self._graph.recipe or self._members != running):
             late = self._drain()
             if any(late.values()):
@@ -187,6 +253,15 @@ class Rounds:
             self._graphs.give(self._graph)
         self._graph, self._members = None, []
         self._plans.clear()
+
+    def _at_hand(self, recipe: Recipe, running: list[Sequence]) -> Recipe:
+        """The recipe, or while its graph is still to be built the masked one, which serves every skip set."""
+        masked, serving = recipe.any_set, self._graph.key if self._graph else None
+        if masked is None or masked == recipe or serving == self._graphs.key(recipe, running):
+            return recipe
+        if serving != self._graphs.key(masked, running) and not self._graphs.has(masked, running):
+            return recipe
+        return recipe if self._graphs.expect(recipe, running) else masked
 
     def _steer(self, graph: RoundGraph) -> None:
         """Tell the device what the method has changed since the last round."""

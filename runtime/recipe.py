@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -61,3 +61,10 @@ class Recipe:
     sampled: bool = False
     vocabulary: int = 0
     steps: Steps | None = None
+
+    @property
+    def any_set(self) -> Recipe | None:
+        """The recipe that drafts with the same skip set as a mask; None where there is no such set."""
+        if not self.num_draft_tokens or self.reuse or self.plan.span != self.target.span:
+            return None
+        return replace(self, plan=self.target, masked=True)
