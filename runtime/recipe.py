@@ -48,7 +48,8 @@ class Recipe:
     The draft has `num_draft_tokens` steps of `plan`. Where the skip set is still being searched for (`masked`), the
     plan is the whole model and the set lies in `State.mask`, so that changing it changes no launch. `confident`: a
     draft ends with the first token less probable than `State.threshold`. `reuse`: verification goes on from the
-    streams of the draft, whose plan is an early exit. Drafts come from the first `vocabulary` tokens, 0 being all.
+    streams of the draft, whose plan is an early exit. `rejection`: drafts are sampled, with noise of their own, and
+    accepted by rejection sampling. Drafts come from the first `vocabulary` tokens, 0 being all.
     With `steps` nothing is drafted: they are a lossy policy's.
     """
 
@@ -59,6 +60,7 @@ class Recipe:
     confident: bool = False
     reuse: bool = False
     sampled: bool = False
+    rejection: bool = False
     vocabulary: int = 0
     steps: Steps | None = None
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .batch import Batch, Draft, Exit, Sampling
 from .cache import KVCache
+from .methods.drafting import FIRST_DRAFT_STREAM
 from .model import Model
 from .recipe import Recipe, Steps
 from .sampling import draw
-from .speculate import verify_pass
+from .speculate import decide, verify_pass
 
 
 class State(NamedTuple):
@@ -81,8 +82,10 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
         width = path.shape[1]
         depth = torch.arange(1, width + 1, device=batch.device)
         rule = Sampling(*(field.repeat_interleave(width) for field in state.sampling)) if recipe.sampled else None
-        chosen, _ = draw(model, hidden, rule, (batch.length[:, None] + depth).flatten())
-        verdict = model.ops.verify(chosen.view(path.shape), draft.tokens, draft.length, batch.length)
+        chosen, _, logits = draw(model, hidden, rule, (batch.length[:, None] + depth).flatten())
+        scores = None if logits is None else logits.unflatten(0, path.shape)
+        warped = state.sampling if recipe.rejection else None
+        verdict = decide(model, batch, draft, chosen.view(path.shape), scores, warped)
     with model.mark("commit", len(batch), path.numel()):
         accepted = torch.where(alive, verdict.accepted, -1)
         told = torch.stack([accepted, draft.length, verdict.token], dim=1)
@@ -99,7 +102,7 @@ def device_steps(model: Model, cache: KVCache, state: State, steps: Steps, sampl
         batch = state.batch(model, alive)
         with model.mark("verify", len(batch), len(batch)):
             hidden, ran = steps.step(model, cache, batch, state.memory, number)
-            token, _ = draw(model, hidden, state.sampling if sampled else None, batch.length + 1, alive)
+            token, *_ = draw(model, hidden, state.sampling if sampled else None, batch.length + 1, alive)
         with model.mark("commit", len(batch), len(batch)):
             state.report[:, number].copy_(torch.stack([token, torch.where(alive, ran, -1)], dim=1))
             state.last.copy_(torch.where(alive, token, state.last))
@@ -110,7 +113,7 @@ def device_steps(model: Model, cache: KVCache, state: State, steps: Steps, sampl
 def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Recipe) -> Draft:
     """A chain of `num_draft_tokens` steps; a sequence that has stopped drafting has no rows in the rest of them."""
     steps = recipe.num_draft_tokens
-    count, streams, tokens = torch.zeros_like(batch.length), list[Tensor](), [batch.last]
+    count, streams, tokens, scores = torch.zeros_like(batch.length), list[Tensor](), [batch.last], list[Tensor]()
     drafting = batch.room > 0
     for step in range(steps):
         with model.mark("draft", len(batch), len(batch), step):
@@ -120,14 +123,20 @@ def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Rec
                 rows = replace(rows, active=runs[:, None] & drafting)
             streams.append(model.forward(rows, cache, recipe.plan))
             rule = state.sampling if recipe.sampled else None
-            token, sure = draw(model, streams[-1], rule, batch.length + step + 1, drafting, recipe.vocabulary)
+            stream = FIRST_DRAFT_STREAM + step if recipe.rejection else 0
+            position = batch.length + step + 1
+            token, sure, logits = draw(model, streams[-1], rule, position, drafting, recipe.vocabulary, stream)
             tokens.append(token)
+            if recipe.rejection and logits is not None:
+                scores.append(torch.where(drafting[:, None], logits, 0))
             count = count + drafting
             drafting = drafting & (count < batch.room)
             if recipe.confident:
                 drafting = drafting & (sure >= state.threshold)
     none = torch.empty(len(batch), 0, dtype=torch.int64, device=batch.device)
-    draft = Draft(torch.stack(tokens[1:], dim=1) if steps else none, count)
+    draft = Draft(
+        torch.stack(tokens[1:], dim=1) if steps else none, count, scores=torch.stack(scores, dim=1) if scores else None
+    )
     if not recipe.reuse or not steps:
         return draft
     return draft._replace(exit=Exit(recipe.plan.span[1] // 2, torch.stack(streams, dim=1)))

@@ -10,13 +10,13 @@ from torch.nn import functional
 
 from ..kernels.host import ints
 from ..kernels.values import Verdict
-from .batch import Batch, Draft, Lineage, Round
+from .batch import Batch, Draft, Lineage, Round, Sampling
 from .cache import KVCache
 from .methods.base import Method
 from .model import Model, Streams
 from .plan import LayerPlan
 from .request import Piece
-from .sampling import Chosen, append, choose
+from .sampling import append, choose
 from .sequence import Sequence
 
 
@@ -40,7 +40,8 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
     with model.mark("verify", len(batch), path.numel()):
         hidden = verify_pass(model, cache, batch, path, draft, lineage, method.target, streams)
         target = choose(model, hidden, batch, path, lineage)
-        verdict = _decide(model, batch, draft, target, method.rejection)
+        rejection = method.rejection and not batch.sequences[0].params.greedy
+        verdict = decide(model, batch, draft, target.tokens, target.scores, batch.sampling() if rejection else None)
         if draft.parent is not None:
             model.ops.compact(cache.keys, cache.values, batch.block_table, verdict.path, verdict.accepted, batch.length)
         accepted = ints(verdict.accepted)
@@ -99,13 +100,17 @@ def verify_pass(
     return model.forward(rows, cache, target.resume(layer), hidden.flatten(0, 1))
 
 
-def _decide(model: Model, batch: Batch, draft: Draft, target: Chosen, rejection: bool) -> Verdict:
-    """Which draft rows are accepted: by equality under shared noise, or by rejection sampling."""
-    if not rejection or target.scores is None or batch.sequences[0].params.greedy:
-        return model.ops.verify(target.tokens, draft.tokens, draft.length, batch.length, draft.parent)
-    rule = batch.sampling()
+def decide(
+    model: Model, batch: Batch, draft: Draft, target: Tensor, scores: Tensor | None, rule: Sampling | None
+) -> Verdict:
+    """Which draft rows are accepted: by equality with `target` int64 [S, K] under shared noise, or by rejection.
+
+    The latter with a `rule` [S], from the scores [S, K, V] of the full model.
+    """
+    if rule is None or scores is None:
+        return model.ops.verify(target, draft.tokens, draft.length, batch.length, draft.parent)
     return model.ops.verify_rejection(
-        target.scores,
+        scores,
         draft.tokens,
         draft.scores,
         draft.length,

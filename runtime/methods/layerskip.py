@@ -72,14 +72,13 @@ class LayerSkip(Method):
         options = self._options
         if not options.verify:
             return Recipe(self.plan, self.plan)
-        if self.rejection and sampled(sequences):
-            return None
         return Recipe(
             self._full,
             self.plan,
             options.num_draft_tokens,
             confident=options.threshold > 0,
             reuse=options.reuse,
+            rejection=self.rejection and sampled(sequences),
             vocabulary=options.draft_vocab,
         )
 

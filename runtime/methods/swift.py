@@ -144,7 +144,7 @@ class Swift(Method):
         return grow(model, cache, batch, self.plan, self._how)[0]
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
-        if self._options.tree or (self.rejection and sampled(sequences)):
+        if self._options.tree:
             return None
         searching = self.phase() == "accumulation"
         confident = self._options.adaptive or self._options.threshold > 0
@@ -155,6 +155,7 @@ class Swift(Method):
             self._options.num_draft_tokens,
             masked=searching,
             confident=confident,
+            rejection=self.rejection and sampled(sequences),
             vocabulary=self._options.draft_vocab,
         )
 
