@@ -18,13 +18,14 @@ from .baselines_command import baselines
 from .commands import accept, figures, peers, project, serve, table
 from .decode_cli import decode
 from .dmtd import dmtd
+from .host import host
 from .unified_command import unified
 
 if TYPE_CHECKING:
     from .exact import Line
 
 app = typer.Typer(add_completion=False)
-for command in (decode, peers, accept, serve, project, figures, table):
+for command in (decode, peers, accept, serve, project, host, figures, table):
     app.command()(command)
 for command in (unified, dmtd, baselines, routed.layers, routed.forced):
     app.command()(command)

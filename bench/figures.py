@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import ConfigError
-from . import accept, latency, plots, project, sheets, tables, unified_picture
+from . import accept, host, latency, plots, project, sheets, tables, unified_picture
 from .record import Sheet, markdown, read
 
 
@@ -44,6 +44,7 @@ SHEETS: dict[str, Callable[[dict[str, Any]], Sheet | tuple[Sheet, ...]]] = {
     "unified": unified_picture.sheet,
     "decode": tables.decode,
     "micro": tables.micro,
+    "host": host.sheet,
 }
 
 

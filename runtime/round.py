@@ -83,7 +83,7 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
         depth = torch.arange(1, width + 1, device=batch.device)
         rule = Sampling(*(field.repeat_interleave(width) for field in state.sampling)) if recipe.sampled else None
         chosen, _, logits = draw(model, hidden, rule, (batch.length[:, None] + depth).flatten())
-        scores = None if logits is None else logits.unflatten(0, path.shape)
+        scores = None if logits is None else logits.view(*path.shape, -1)
         warped = state.sampling if recipe.rejection else None
         verdict = decide(model, batch, draft, chosen.view(path.shape), scores, warped)
     with model.mark("commit", len(batch), path.numel()):
