@@ -44,6 +44,10 @@ SHEETS: dict[str, Callable[[dict[str, Any]], Sheet | tuple[Sheet, ...]]] = {
     "unified": unified_picture.sheet,
     "decode": tables.decode,
     "micro": tables.micro,
+    "baselines": sheets.baselines,
+    "dmtd": sheets.dmtd,
+    "forced": sheets.forced,
+    "layers": sheets.layers,
     "host": host.sheet,
 }
 

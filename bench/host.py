@@ -7,7 +7,6 @@ all draft tokens accepted, which is the most the host can be given to do.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from ..runtime.recipe import Recipe, Steps
 from ..runtime.request import SamplingParams
 from ..runtime.round import State
 from .clock import Spread
-from .record import Sheet, header, show, title, where, write
+from .record import Sheet, deliver, header, title, where
 
 # The first rounds enqueue several at once, and load the sequences.
 SETTLED = 8
@@ -140,9 +139,4 @@ def host(
                 notes.print(f"{name}, {count} sequences", markup=False)
                 lines.append(measure(engine, name, count, rounds))
         result = header("host", engine, model) | {"rounds": rounds, "lines": [asdict(line) for line in lines]}
-    if output:
-        write(result, output)
-    if as_json:
-        typer.echo(json.dumps(result))
-    else:
-        show(sheet(result))
+    deliver(result, sheet, output, as_json)
