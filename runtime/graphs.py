@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from time import perf_counter
 
 import torch
@@ -129,7 +130,7 @@ class RoundGraph:
 
     def _compile(self) -> None:
         # No sequence is alive yet: the round that compiles the kernels touches no page that anybody has.
-        side = torch.cuda.Stream(self._model.device)
+        side = _side_stream(self._model.device)
         side.wait_stream(torch.cuda.current_stream(self._model.device))
         with torch.cuda.stream(side):
             self._run()
@@ -335,6 +336,12 @@ class Rounds:
                 count(sequence, self._model.config, ran / 2, most if steps.whole else None)
                 sequence.counters.graph_rounds += 1
         return pieces
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream graphs are compiled on: one, for the allocator keeps for each what was once allocated there."""
+    return torch.cuda.Stream(device)
 
 
 def _on_device(sequence: Sequence) -> bool:
