@@ -24,7 +24,7 @@ class Picture:
 
 PICTURES = (
     Picture("roofline", "micro", "make bench", plots.roofline),
-    Picture("roofline", "gpu-steps", "bench/gpu.sh steps", plots.roofline),
+    Picture("bandwidth", "gpu-steps", "bench/gpu.sh steps", plots.bandwidth),
     Picture("draft-cost", "decode", "skipjack bench decode MODEL --output FILE", plots.draft_line),
     Picture("acceptance", "decode", "skipjack bench decode MODEL --output FILE", plots.acceptance),
     Picture("methods", "methods", "skipjack bench methods MODEL --output FILE", plots.methods),
