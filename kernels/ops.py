@@ -9,9 +9,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import narrow, packed, reference, reference_routes, reference_verify
+from . import narrow, packed, reference, reference_rounds, reference_routes, reference_verify
 from .attention_index import AttentionIndex, Index
-from .values import Heads, Matrix, Prediction, Route, RowMap, Split, Stack, Verdict
+from .values import Drafted, Entry, Heads, Matrix, Prediction, Route, RowMap, Split, Stack, Verdict
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Ops:
     take_rows: Callable[[Matrix, Tensor], Matrix]
     prepare_split: Callable[[Tensor, int], Matrix | Split]
     index: Callable[..., Index]
+    enter: Callable[..., Entry]
     normalise: Callable[..., Tensor]
     linear: Callable[..., Tensor]
     qkv_rope_append: Callable[..., Tensor]
@@ -48,6 +49,8 @@ class Ops:
     verify: Callable[..., Verdict]
     verify_rejection: Callable[..., Verdict]
     compact: Callable[..., None]
+    extend: Callable[..., Drafted]
+    commit: Callable[..., None]
 
     def description(self, dtype: torch.dtype, narrow: bool = False) -> str:
         """The backend and the path its products take, for people; `narrow`: whether it takes narrow tiles."""
@@ -68,6 +71,7 @@ TORCH = Ops(
     take_rows=packed.take_rows,
     prepare_split=reference.prepare_split,
     index=AttentionIndex,
+    enter=reference_rounds.enter,
     normalise=reference.normalise,
     linear=reference.linear,
     qkv_rope_append=reference.qkv_rope_append,
@@ -81,6 +85,8 @@ TORCH = Ops(
     verify=reference_verify.verify,
     verify_rejection=reference_verify.verify_rejection,
     compact=reference_verify.compact,
+    extend=reference_rounds.extend,
+    commit=reference_rounds.commit,
 )
 
 

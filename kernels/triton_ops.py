@@ -7,6 +7,7 @@ from . import launch
 from .attention import attend
 from .attention_index import TritonIndex
 from .compact import compact
+from .enter import enter
 from .fill import fill_kv
 from .head import head
 from .linear import linear, logits, prepare, prepare_split, prepare_stack
@@ -14,6 +15,7 @@ from .norm import normalise
 from .ops import Ops
 from .packed import take_rows
 from .qkv import qkv_rope_append
+from .rounds import commit, extend
 from .route import route, row_map
 from .sample import sample
 from .values import Heads, Matrix
@@ -45,6 +47,7 @@ TRITON = Ops(
     take_rows=take_rows,
     prepare_split=prepare_split,
     index=TritonIndex,
+    enter=enter,
     normalise=normalise,
     linear=linear,
     qkv_rope_append=qkv_rope_append,
@@ -58,4 +61,6 @@ TRITON = Ops(
     verify=verify,
     verify_rejection=verify_rejection,
     compact=compact,
+    extend=extend,
+    commit=commit,
 )

@@ -85,6 +85,29 @@ class Slots(NamedTuple):
     offset: Tensor
 
 
+class Entry(NamedTuple):
+    """The rows a pass starts with: token, position and sequence int64 [R] and the slots they write.
+
+    real bool [R]: rows of a sequence. x [R, H]: their embeddings; rope: their rotations, None without any.
+    """
+
+    token: Tensor
+    position: Tensor
+    sequence: Tensor
+    slots: Slots
+    real: Tensor
+    x: Tensor
+    rope: Rope | None
+
+
+class Drafted(NamedTuple):
+    """Drafts so far: how many tokens each has, int64 [S], whether it goes on, bool [S], and the last one, int64 [S]."""
+
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
+    going: Tensor
+    token: Tensor
+
+
 class Tree(NamedTuple):
     """Rows that are nodes of a draft tree: where the keys of a row's own path lie.
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ..kernels.host import ints
 from ..kernels.values import Tree, Verdict
-from .rows import Rows
+from .rows import Chains, Rows
 from .sequence import Sequence
 
 
@@ -154,19 +154,17 @@ class Batch:
     def __len__(self) -> int:
         return self.last.shape[0]
 
-    def rows(self, tokens: Tensor, first: Tensor, count: Tensor) -> Rows:
+    def rows(self, tokens: Tensor, first: Tensor, count: Tensor | None) -> Chains:
         """Rows for `tokens` int64 [S, K] from positions `first` [S], of which the first `count` [S] are real."""
-        step = torch.arange(tokens.shape[1], device=self.device)
-        real = step < count[:, None]
-        if self.alive is not None:
-            real &= self.alive[:, None]
-        sequence = torch.where(real, torch.arange(len(self), device=self.device)[:, None], -1)
-        position = torch.where(real, first[:, None] + step, 0)
-        return Rows(tokens.flatten(), position.flatten(), sequence.flatten(), self.block_table, self.tile)
+        return Chains(tokens, first, count, self.alive, self.block_table, self.tile)
 
-    def newest(self) -> Rows:
+    def newest(self) -> Chains:
         """One row a sequence: its newest token."""
-        return self.rows(self.last[:, None], self.length, torch.ones_like(self.length))
+        return self.rows(self.last[:, None], self.length, None)
+
+    def drafted(self, token: Tensor, ahead: int, going: Tensor, *, gated: bool, mask: Tensor | None) -> Chains:
+        """One row for each sequence whose draft is `going` bool [S]: the token `ahead` places after its newest."""
+        return Chains(token[:, None], self.length, None, going, self.block_table, self.tile, ahead, gated, mask)
 
     def recent(self, counts: list[int]) -> Rows:
         """The last counts[s] tokens of each sequence, its newest included."""
@@ -180,7 +178,7 @@ class Batch:
     def nodes(self, tokens: Tensor, count: Tensor, lineage: Lineage) -> Rows:
         """Rows for `tokens` int64 [S, K], a tree above each sequence's cache; the first `count` [S] are real."""
         depth, path = lineage
-        rows = self.rows(tokens, self.length, count)
+        rows = self.rows(tokens, self.length, count).spread()
         real = rows.sequence >= 0
         slot = torch.where(real, rows.position, 0)
         position = torch.where(real, (self.length[:, None] + depth).flatten(), 0)

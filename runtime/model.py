@@ -20,7 +20,7 @@ from .plan import LayerPlan
 from .ranges import Mark, unmarked
 from .rope import RotaryTable
 from .routes import Routed, Routes, compacted, routed_layers
-from .rows import Rows
+from .rows import Chains, Rows
 from .skip_sets import fingerprint
 
 Streams = list[Tensor]
@@ -38,6 +38,7 @@ class Pass(NamedTuple):
 
     real bool [R]: the rows that are not padding. routes: what routed layers decided so far, padding included.
     kept int64 [routed layers, S]: the keys each sequence has in each of them where skipped tokens leave none.
+    embedded [R, H]: the rows' embeddings where they came with the rest.
     """
 
     rows: Rows
@@ -47,6 +48,7 @@ class Pass(NamedTuple):
     real: Tensor
     routes: Routes
     kept: Tensor | None
+    embedded: Tensor | None = None
 
 
 class Model:
@@ -109,7 +111,7 @@ class Model:
 
     def forward(
         self,
-        rows: Rows,
+        rows: Rows | Chains,
         cache: KVCache,
         plan: LayerPlan,
         hidden: Tensor | None = None,
@@ -146,18 +148,40 @@ class Model:
         for sublayer in plan.sublayers:
             self.step(laid, cache, sublayer, x)
 
-    def lay(self, rows: Rows, cache: KVCache, kept: Tensor | None = None) -> Pass:
+    def lay(self, rows: Rows | Chains, cache: KVCache, kept: Tensor | None = None) -> Pass:
         """What every sub-layer of a pass over `rows` shares."""
         if rows.tile == self.ops.decode_tile:
             rows = replace(rows, tile=self.tile(len(rows)))
+        if isinstance(rows, Chains):
+            return self._enter(rows, cache, kept)
         rows = rows.padded()
         index = self._index(rows, rows.position, cache)
         slots, real = Slots(*rows.slots(cache.page_size)), rows.sequence >= 0
         return Pass(rows, slots, index, self.rotations(rows, cache), real, {}, kept)
 
+    def _enter(self, chains: Chains, cache: KVCache, kept: Tensor | None) -> Pass:
+        longest = chains.block_table.shape[1] * cache.page_size - 1
+        entry = self.ops.enter(
+            chains.token,
+            chains.first,
+            chains.count,
+            chains.alive,
+            chains.block_table,
+            self._embedding,
+            self._rotary.table(longest) if self._rotary else None,
+            rows=-(-len(chains) // chains.tile) * chains.tile,
+            ahead=chains.ahead,
+            page_size=cache.page_size,
+        )
+        active = chains.active(entry.real)
+        active = None if active is None else active.expand(2 * self.config.num_layers, -1)
+        rows = Rows(entry.token, entry.position, entry.sequence, chains.block_table, chains.tile, active=active)
+        index = self._index(rows, rows.position, cache)
+        return Pass(rows, entry.slots, index, entry.rope, entry.real, {}, kept, entry.x)
+
     def embed(self, laid: Pass) -> Tensor:
         """The residual stream [R, H] a pass starts with; R counts padding."""
-        x = functional.embedding(laid.rows.token, self._embedding)
+        x = laid.embedded if laid.embedded is not None else functional.embedding(laid.rows.token, self._embedding)
         return x if self._embedding_norm is None else self.ops.normalise(x, self._embedding_norm)
 
     def step(self, laid: Pass, cache: KVCache, sublayer: int, x: Tensor) -> None:

@@ -60,12 +60,17 @@ class RotaryTable:
             if len(self._prompt.cos) != prompt:
                 self._prompt = self._table(prompt, torch.tensor([prompt], device="cpu"))
             return Rope(self._prompt.cos[position], self._prompt.sin[position])
+        table = self.table(longest)
+        return Rope(table.cos[position], table.sin[position])
+
+    def table(self, longest: int) -> Rope:
+        """The rotations of generated tokens at every position up to `longest` and beyond."""
         if longest >= len(self._generated.cos):
             # A captured graph goes on reading the table it was captured with.
             self._outgrown.append(self._generated)
             size = max(1024, 2 * longest)
             self._generated = self._table(size, torch.arange(1, size + 1, device="cpu"))
-        return Rope(self._generated.cos[position], self._generated.sin[position])
+        return self._generated
 
     def _table(self, size: int, length: Tensor) -> Rope:
         """Rotations of the first `size` positions in texts of `length` int64 [size or 1] tokens."""

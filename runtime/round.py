@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -63,8 +62,9 @@ class State(NamedTuple):
 
     def batch(self, model: Model, alive: Tensor) -> Batch:
         """The sequences as they stand, of which those `alive` bool [S] run."""
-        room = torch.where(alive, self.left - 1, 0)
-        return Batch([], self.last, self.length, room, self.prompt, self.block_table, model.ops.decode_tile, alive)
+        return Batch(
+            [], self.last, self.length, self.left - 1, self.prompt, self.block_table, model.ops.decode_tile, alive
+        )
 
 
 def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> None:
@@ -73,26 +73,27 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
     The tokens are those of `speculate`: the same passes over the same rows. A sequence drafts no more than it has room
     for; rows past its draft belong to no sequence.
     """
-    alive = state.left > 0
-    batch = state.batch(model, alive)
+    batch = state.batch(model, state.left > 0)
     draft = _draft(model, cache, batch, state, recipe)
-    path = torch.cat([batch.last[:, None], draft.tokens], dim=1)
+    path = torch.cat([batch.last[:, None], draft.tokens], dim=1) if recipe.num_draft_tokens else batch.last[:, None]
     with model.mark("verify", len(batch), path.numel()):
         hidden = verify_pass(model, cache, batch, path, draft, None, recipe.target)
-        width = path.shape[1]
-        depth = torch.arange(1, width + 1, device=batch.device)
-        rule = Sampling(*(field.repeat_interleave(width) for field in state.sampling)) if recipe.sampled else None
-        chosen, _, logits = draw(model, hidden, rule, (batch.length[:, None] + depth).flatten())
-        scores = None if logits is None else logits.view(*path.shape, -1)
+        rule, position = _noise(state, batch, path.shape[1]) if recipe.sampled else (None, None)
+        chosen = draw(model, hidden, rule, position)
+        scores = None if chosen.logits is None else chosen.logits.view(*path.shape, -1)
         warped = state.sampling if recipe.rejection else None
-        verdict = decide(model, batch, draft, chosen.view(path.shape), scores, warped)
+        verdict = decide(model, batch, draft, chosen.token.view(path.shape), scores, warped)
     with model.mark("commit", len(batch), path.numel()):
-        accepted = torch.where(alive, verdict.accepted, -1)
-        told = torch.stack([accepted, draft.length, verdict.token], dim=1)
-        state.report.copy_(torch.cat([told, draft.tokens], dim=1))
-        state.last.copy_(torch.where(alive, verdict.token, state.last))
-        state.length.add_(accepted + 1)
-        state.left.sub_(accepted + 1)
+        model.ops.commit(
+            verdict.accepted,
+            verdict.token,
+            draft.length,
+            draft.tokens,
+            state.last,
+            state.length,
+            state.left,
+            state.report,
+        )
 
 
 def device_steps(model: Model, cache: KVCache, state: State, steps: Steps, sampled: bool) -> None:
@@ -102,7 +103,7 @@ def device_steps(model: Model, cache: KVCache, state: State, steps: Steps, sampl
         batch = state.batch(model, alive)
         with model.mark("verify", len(batch), len(batch)):
             hidden, ran = steps.step(model, cache, batch, state.memory, number)
-            token, *_ = draw(model, hidden, state.sampling if sampled else None, batch.length + 1, alive)
+            token = draw(model, hidden, state.sampling if sampled else None, batch.length + 1, alive).token
         with model.mark("commit", len(batch), len(batch)):
             state.report[:, number].copy_(torch.stack([token, torch.where(alive, ran, -1)], dim=1))
             state.last.copy_(torch.where(alive, token, state.last))
@@ -112,27 +113,24 @@ def device_steps(model: Model, cache: KVCache, state: State, steps: Steps, sampl
 
 def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Recipe) -> Draft:
     """A chain of `num_draft_tokens` steps; a sequence that has stopped drafting has no rows in the rest of them."""
-    steps = recipe.num_draft_tokens
-    count, streams, tokens, scores = torch.zeros_like(batch.length), list[Tensor](), [batch.last], list[Tensor]()
-    drafting = batch.room > 0
+    steps, confident = recipe.num_draft_tokens, recipe.confident
+    count, going, tokens = torch.zeros_like(batch.length), batch.room > 0, [batch.last]
+    streams, scores = list[Tensor](), list[Tensor]()
+    mask = state.mask if recipe.masked else None
     for step in range(steps):
         with model.mark("draft", len(batch), len(batch), step):
-            rows = batch.rows(tokens[-1][:, None], batch.length + step, drafting.long())
-            if recipe.masked or recipe.confident:
-                runs = state.mask if recipe.masked else torch.ones_like(state.mask)
-                rows = replace(rows, active=runs[:, None] & drafting)
+            rows = batch.drafted(tokens[-1], step, going, gated=confident, mask=mask)
             streams.append(model.forward(rows, cache, recipe.plan))
-            rule = state.sampling if recipe.sampled else None
+            rule, position = (state.sampling, batch.length + step + 1) if recipe.sampled else (None, None)
             stream = FIRST_DRAFT_STREAM + step if recipe.rejection else 0
-            position = batch.length + step + 1
-            token, sure, logits = draw(model, streams[-1], rule, position, drafting, recipe.vocabulary, stream)
+            drawn = draw(model, streams[-1], rule, position, going, recipe.vocabulary, stream, confidence=confident)
+            if recipe.rejection and drawn.logits is not None:
+                scores.append(torch.where(going[:, None], drawn.logits, 0))
+            threshold = state.threshold if confident else None
+            count, going, token = model.ops.extend(
+                count, going, batch.room, drawn.token, drawn.value, drawn.log_sum_exp, threshold
+            )
             tokens.append(token)
-            if recipe.rejection and logits is not None:
-                scores.append(torch.where(drafting[:, None], logits, 0))
-            count = count + drafting
-            drafting = drafting & (count < batch.room)
-            if recipe.confident:
-                drafting = drafting & (sure >= state.threshold)
     none = torch.empty(len(batch), 0, dtype=torch.int64, device=batch.device)
     draft = Draft(
         torch.stack(tokens[1:], dim=1) if steps else none, count, scores=torch.stack(scores, dim=1) if scores else None
@@ -140,3 +138,10 @@ def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Rec
     if not recipe.reuse or not steps:
         return draft
     return draft._replace(exit=Exit(recipe.plan.span[1] // 2, torch.stack(streams, dim=1)))
+
+
+def _noise(state: State, batch: Batch, width: int) -> tuple[Sampling, Tensor]:
+    """The sampling of each of `width` rows a sequence, and the position of the token after each."""
+    depth = torch.arange(1, width + 1, device=batch.device)
+    rule = Sampling(*(field.repeat_interleave(width) for field in state.sampling))
+    return rule, (batch.length[:, None] + depth).flatten()

@@ -72,6 +72,45 @@ class Rows:
         return torch.where(self.sequence >= 0, page, 0), slot % page_size
 
 
+@dataclass(frozen=True)
+class Chains:
+    """Consecutive tokens of every sequence, as many rows of each: what one launch makes the rows of a pass of.
+
+    token int64 [S, K], of which the first count int64 [S] are real, all without it, and none of a sequence that is not
+    alive bool [S]. Position `first` int64 [S] + `ahead` is that of a sequence's first. `gated`: rows that are not real
+    run no sub-layer; with `mask` bool [2L] the others run those it says.
+    """
+
+    token: Tensor
+    first: Tensor
+    count: Tensor | None
+    alive: Tensor | None
+    block_table: Tensor
+    tile: int
+    ahead: int = 0
+    gated: bool = False
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.token.numel()
+
+    def active(self, real: Tensor) -> Tensor | None:
+        """Which of 2L sub-layers run for each row, of which some are `real` bool [R]; None where all do."""
+        if self.mask is not None:
+            return self.mask[:, None] & real
+        return real[None] if self.gated else None
+
+    def spread(self) -> Rows:
+        """The same as rows that can be changed one by one."""
+        step = torch.arange(self.token.shape[1], device=self.token.device)
+        real = torch.ones_like(self.token, dtype=torch.bool) if self.count is None else step < self.count[:, None]
+        if self.alive is not None:
+            real &= self.alive[:, None]
+        sequence = torch.where(real, torch.arange(len(self.token), device=self.token.device)[:, None], -1)
+        position = torch.where(real, self.first[:, None] + self.ahead + step, 0)
+        return Rows(self.token.flatten(), position.flatten(), sequence.flatten(), self.block_table, self.tile)
+
+
 def one_sequence(
     tokens: list[int], start: int, pages: list[int], tile: int, device: torch.device, *, prompt: int | None = None
 ) -> Rows:

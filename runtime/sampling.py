@@ -84,32 +84,45 @@ def choose(
     return Chosen(token.view(shape), probability.view(sequences, n), logits.view(each), scores.view(each))
 
 
+class Drawn(NamedTuple):
+    """Tokens int64 [R], their logits and the log-sum-exp of each row's, [R]; None where nobody asked for them.
+
+    logits [R, V]: those the tokens were drawn from, if they were.
+    """
+
+    token: Tensor
+    value: Tensor | None
+    log_sum_exp: Tensor | None
+    logits: Tensor | None
+
+
 def draw(
     model: Model,
     hidden: Tensor,
     rule: Sampling | None,
-    position: Tensor,
+    position: Tensor | None,
     active: Tensor | None = None,
     vocabulary: int = 0,
     stream: int = 0,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The token int64 [R] after each row of hidden [R, H], and the probability [R] the unwarped model gives it.
+    *,
+    confidence: bool = False,
+) -> Drawn:
+    """The token after each row of hidden [R, H], and with `confidence` what the model's own probability is made of.
 
-    Also the logits [R, V] it was drawn from, if it was. `rule` and `position` int64 [R] have one entry a row; without a
-    rule tokens are the most likely ones. The same choices as those of `choose`, without anything that needs the host.
-    Rows that are not `active` bool [R] get token 0, for whatever they would have been given may be no token.
+    `rule` and `position` int64 [R] have one entry a row; without a rule tokens are the most likely ones. The same
+    choices as those of `choose`, without anything that needs the host. Rows not `active` bool [R] get anything.
     """
-    if rule is None:
-        token, value, log_sum_exp = model.predict(hidden, active=active, vocabulary=vocabulary)
-        token = token if active is None else torch.where(active, token, 0)
-        return token, (value.float() - log_sum_exp.float()).exp(), None
+    if rule is None or position is None:
+        return Drawn(*model.predict(hidden, active=active, vocabulary=vocabulary), None)
     logits = model.logits(hidden, vocabulary)
     token = model.ops.sample(
         logits, rule.temperature, rule.top_k, rule.top_p, rule.min_p, rule.seed, position, stream=stream
     )
-    token = token if active is None else torch.where(active, token, 0)
-    probability = logits.float().gather(1, token[:, None])[:, 0] - logits.float().logsumexp(dim=-1)
-    return token, probability.exp(), logits
+    if not confidence:
+        return Drawn(token, None, None, logits)
+    known = token if active is None else torch.where(active, token, 0)
+    value, log_sum_exp = logits.float().gather(1, known[:, None])[:, 0], logits.float().logsumexp(dim=-1)
+    return Drawn(token, value, log_sum_exp, logits)
 
 
 def reshape_logits(row: Tensor, sequence: Sequence, history: list[int]) -> Tensor:

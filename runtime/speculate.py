@@ -88,7 +88,7 @@ def verify_pass(
     """
     if lineage is not None:
         return model.forward(batch.nodes(path, draft.length + 1, lineage), cache, target, streams=streams)
-    rows = batch.rows(path, batch.length, draft.length + 1)
+    rows = batch.rows(path, batch.length, draft.length + 1) if path.shape[1] > 1 else batch.newest()
     if draft.exit is None:
         return model.forward(rows, cache, target, streams=streams)
     layer, known = draft.exit

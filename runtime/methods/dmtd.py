@@ -104,7 +104,7 @@ class Cycles(Steps):
         width = self.horizon if self.refill else 1
         count = torch.where(head, generated.clamp(max=width), 0)
         first = batch.length - generated.clamp(max=width) + 1
-        rows = batch.rows(batch.last[:, None].expand(-1, width), first, count)
+        rows = batch.rows(batch.last[:, None].expand(-1, width), first, count).spread()
         if not self.refill:
             heads = (batch.length - start) // self.horizon - (batch.prompt - start - 1) // self.horizon
             place = torch.where(rows.sequence >= 0, batch.prompt + heads - 1, 0)

@@ -49,7 +49,7 @@ class DecidedSteps(Steps):
         return torch.ones(sequences, len(self.plan.runs), dtype=torch.bool, device=model.device)
 
     def step(self, model: Model, cache: KVCache, batch: Batch, memory: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        rows = replace(batch.newest(), active=memory.T.contiguous())
+        rows = replace(batch.newest().spread(), active=memory.T.contiguous())
         return model.forward(rows, cache, self.plan), memory.sum(dim=1)
 
 
@@ -96,7 +96,7 @@ class MindSkip(Policy):
 
     def step(self, model: Model, cache: KVCache, batch: Batch) -> Step:
         decided: list[Decisions] = [sequence.memory for sequence in batch.sequences]
-        rows = replace(batch.newest(), active=torch.stack([decisions.active for decisions in decided], dim=1))
+        rows = replace(batch.newest().spread(), active=torch.stack([decisions.active for decisions in decided], dim=1))
         return Step(model.forward(rows, cache, self.target), [decisions.used for decisions in decided])
 
 

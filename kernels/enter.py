@@ -1,0 +1,143 @@
+"""The start of a pass in one launch: where its rows stand, what they write to, their embeddings and rotations."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .primitives import start_dependents, wait_for_producers
+from .values import Entry, Rope, Slots
+
+
+@triton.jit(
+    do_not_specialize=["width", "ahead", "stride_token", "stride_table"],
+    do_not_specialize_on_alignment=["token_ptr", "first_ptr", "count_ptr", "alive_ptr", "table_ptr"],
+)
+def _enter_kernel(
+    token_ptr,
+    first_ptr,
+    count_ptr,
+    alive_ptr,
+    table_ptr,
+    embedding_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_token_ptr,
+    position_ptr,
+    sequence_ptr,
+    page_ptr,
+    offset_ptr,
+    real_ptr,
+    x_ptr,
+    out_cos_ptr,
+    out_sin_ptr,
+    stride_token,
+    stride_table,
+    sequences,
+    width,
+    ahead,
+    PAGE: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Row r is token r mod K of sequence r div K, real while r mod K < count; its embedding and rotation → x, cos, sin.
+
+    token [S, K]; first, count int64, alive bool [S]; table int64 [S, pages]; embedding [V, H]; cos, sin [positions, D];
+    outputs [R], [R, H], [R, D]: sequence -1, position, page and token 0 for rows that are not real.
+    """
+    start_dependents(PDL)
+    pid_r = tl.program_id(0).to(tl.int64)
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_d = tl.arange(0, BLOCK_D)
+    wait_for_producers(PDL)
+    place = pid_r % width
+    known = pid_r // width < sequences
+    sequence = tl.where(known, pid_r // width, 0)
+    real = known
+    if count_ptr is not None:
+        real = real & (place < tl.load(count_ptr + sequence))
+    if alive_ptr is not None:
+        real = real & (tl.load(alive_ptr + sequence) != 0)
+    position = tl.where(real, tl.load(first_ptr + sequence) + ahead + place, 0)
+    token = tl.load(token_ptr + sequence * stride_token + place, mask=real, other=0)
+    page = tl.load(table_ptr + sequence * stride_table + position // PAGE, mask=real, other=0)
+    tl.store(out_token_ptr + pid_r, token)
+    tl.store(position_ptr + pid_r, position)
+    tl.store(sequence_ptr + pid_r, tl.where(real, sequence, -1))
+    tl.store(page_ptr + pid_r, page)
+    tl.store(offset_ptr + pid_r, position % PAGE)
+    tl.store(real_ptr + pid_r, real)
+    for start in range(0, H, BLOCK_H):
+        mask_h = start + offs_h < H
+        x = tl.load(embedding_ptr + token * H + start + offs_h, mask=mask_h, other=0.0)
+        tl.store(x_ptr + pid_r * H + start + offs_h, x, mask=mask_h)
+    if cos_ptr is not None:
+        mask_d = offs_d < D
+        cos = tl.load(cos_ptr + position * D + offs_d, mask=mask_d, other=0.0)
+        sin = tl.load(sin_ptr + position * D + offs_d, mask=mask_d, other=0.0)
+        tl.store(out_cos_ptr + pid_r * D + offs_d, cos, mask=mask_d)
+        tl.store(out_sin_ptr + pid_r * D + offs_d, sin, mask=mask_d)
+
+
+def enter(
+    token: Tensor,
+    first: Tensor,
+    count: Tensor | None,
+    alive: Tensor | None,
+    block_table: Tensor,
+    embedding: Tensor,
+    rope: Rope | None,
+    *,
+    rows: int,
+    ahead: int,
+    page_size: int,
+) -> Entry:
+    """Consecutive tokens of every sequence as `rows` rows of a pass, the last of which belong to none.
+
+    token int64 [S, K], of which the first count int64 [S] are real, all without it, and none of a sequence that is not
+    alive bool [S]; position first int64 [S] + ahead is that of the first. block_table int64 [S, pages]; embedding
+    [V, H]; rope: rotations of every position, float32 [positions, 1, D] each. Rows that are not real are token 0 at
+    position 0 of sequence -1, on page 0.
+    """
+    sequences, width = token.shape
+    hidden, device = embedding.shape[1], embedding.device
+    token = token if token.stride(1) == 1 else token.contiguous()
+    laid = torch.empty((5, -(-rows // 2) * 2), dtype=torch.int64, device=device)[:, :rows]
+    real = torch.empty(rows, dtype=torch.bool, device=device)
+    x = torch.empty((rows, hidden), dtype=embedding.dtype, device=device)
+    dim = 16 if rope is None else rope.cos.shape[-1]
+    turned = None if rope is None else Rope(*torch.empty((2, rows, 1, dim), dtype=rope.cos.dtype, device=device))
+    block = 1 << min(10, (hidden - 1).bit_length())
+    _enter_kernel[(rows,)](
+        token,
+        first,
+        count,
+        alive,
+        block_table,
+        embedding,
+        None if rope is None else rope.cos,
+        None if rope is None else rope.sin,
+        *laid,
+        real,
+        x,
+        None if turned is None else turned.cos,
+        None if turned is None else turned.sin,
+        token.stride(0),
+        block_table.stride(0),
+        sequences,
+        width,
+        ahead,
+        PAGE=page_size,
+        H=hidden,
+        D=dim,
+        BLOCK_H=block,
+        BLOCK_D=1 << (dim - 1).bit_length(),
+        PDL=launch.dependent(launch.architecture()),
+        **launch.options(4, 1),
+    )
+    tokens, position, sequence, page, offset = laid
+    return Entry(tokens, position, sequence, Slots(page, offset), real, x, turned)

@@ -1,0 +1,160 @@
+"""The bookkeeping of a round on the device: how far a draft goes, and what a verdict does to the sequences."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .primitives import start_dependents, wait_for_producers
+from .values import Drafted
+
+BLOCK = 32
+
+
+@triton.jit(
+    do_not_specialize=["sequences"],
+    do_not_specialize_on_alignment=["going_ptr", "token_ptr", "value_ptr", "log_sum_exp_ptr", "room_ptr"],
+)
+def _extend_kernel(
+    count_ptr,
+    going_ptr,
+    room_ptr,
+    token_ptr,
+    value_ptr,
+    log_sum_exp_ptr,
+    threshold_ptr,
+    out_count_ptr,
+    out_going_ptr,
+    out_token_ptr,
+    sequences,
+    BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """count + going; going and count < room and exp(value − log_sum_exp) ≥ threshold; the token, or 0: [S] each."""
+    start_dependents(PDL)
+    offs = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    mask = offs < sequences
+    wait_for_producers(PDL)
+    going = tl.load(going_ptr + offs, mask=mask, other=0) != 0
+    count = tl.load(count_ptr + offs, mask=mask, other=0) + going.to(tl.int64)
+    token = tl.load(token_ptr + offs, mask=mask, other=0)
+    goes_on = going & (count < tl.load(room_ptr + offs, mask=mask, other=0))
+    if threshold_ptr is not None:
+        value = tl.load(value_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        log_sum_exp = tl.load(log_sum_exp_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        goes_on = goes_on & (tl.exp(value - log_sum_exp) >= tl.load(threshold_ptr))
+    tl.store(out_count_ptr + offs, count, mask=mask)
+    tl.store(out_going_ptr + offs, goes_on, mask=mask)
+    tl.store(out_token_ptr + offs, tl.where(going, token, 0), mask=mask)
+
+
+def extend(
+    count: Tensor,
+    going: Tensor,
+    room: Tensor,
+    token: Tensor,
+    value: Tensor | None,
+    log_sum_exp: Tensor | None,
+    threshold: Tensor | None,
+) -> Drafted:
+    """One token more for every draft that is `going`; it goes on while it has room and the token was likely enough.
+
+    count, room, token int64 [S]; going bool [S]; value, log_sum_exp [S] of the token's logit and threshold float32 []:
+    a draft ends with the first token less probable than that, or does not look without one. Drafts that have stopped
+    get token 0, for whatever they would have been given may be no token.
+    """
+    out = Drafted(torch.empty_like(count), torch.empty_like(going), torch.empty_like(count))
+    sequences = count.shape[0]
+    _extend_kernel[(-(-sequences // BLOCK),)](
+        count,
+        going,
+        room,
+        token,
+        value if threshold is not None else None,
+        log_sum_exp if threshold is not None else None,
+        threshold,
+        *out,
+        sequences,
+        BLOCK_S=BLOCK,
+        PDL=launch.dependent(launch.architecture()),
+        **launch.options(1, 1),
+    )
+    return out
+
+
+@triton.jit(
+    do_not_specialize=["k", "stride_draft"],
+    do_not_specialize_on_alignment=["accepted_ptr", "token_ptr", "count_ptr", "draft_ptr", "report_ptr"],
+)
+def _commit_kernel(
+    accepted_ptr,
+    token_ptr,
+    count_ptr,
+    draft_ptr,
+    last_ptr,
+    length_ptr,
+    left_ptr,
+    report_ptr,
+    stride_draft,
+    k,
+    NODES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A sequence with tokens left: last = token, length += accepted + 1, left −= accepted + 1; report of every one.
+
+    report [S, k + 3]: accepted, -1 where nothing was left, count, token, draft; the rest [S]; draft [S, k]; all int64.
+    """
+    start_dependents(PDL)
+    pid_s = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, NODES)
+    mask = offs < k
+    wait_for_producers(PDL)
+    left = tl.load(left_ptr + pid_s)
+    alive = left > 0
+    accepted = tl.where(alive, tl.load(accepted_ptr + pid_s), -1)
+    token = tl.load(token_ptr + pid_s)
+    report_ptr += pid_s * (k + 3)
+    tl.store(report_ptr, accepted)
+    tl.store(report_ptr + 1, tl.load(count_ptr + pid_s))
+    tl.store(report_ptr + 2, token)
+    tl.store(report_ptr + 3 + offs, tl.load(draft_ptr + pid_s * stride_draft + offs, mask=mask, other=0), mask=mask)
+    tl.store(last_ptr + pid_s, tl.where(alive, token, tl.load(last_ptr + pid_s)))
+    tl.store(length_ptr + pid_s, tl.load(length_ptr + pid_s) + accepted + 1)
+    tl.store(left_ptr + pid_s, left - accepted - 1)
+
+
+def commit(
+    accepted: Tensor,
+    token: Tensor,
+    count: Tensor,
+    draft: Tensor,
+    last: Tensor,
+    length: Tensor,
+    left: Tensor,
+    report: Tensor,
+) -> None:
+    """What a verdict does to the sequences, in place, and what the host is told of it.
+
+    accepted, token, count int64 [S]: draft tokens accepted, the token after them, how many of draft int64 [S, k] there
+    were. A sequence with tokens `left` int64 [S] has `token` as its `last`, accepted + 1 tokens more in `length` and as
+    many less `left`; one without is as before. report int64 [S, k + 3]: accepted, -1 for one without, count, token and
+    draft.
+    """
+    k = draft.shape[1]
+    draft = draft if k == 0 or draft.stride(1) == 1 else draft.contiguous()
+    _commit_kernel[(accepted.shape[0],)](
+        accepted,
+        token,
+        count,
+        draft,
+        last,
+        length,
+        left,
+        report,
+        draft.stride(0),
+        k,
+        NODES=max(16, 1 << k.bit_length()),
+        PDL=launch.dependent(launch.architecture()),
+        **launch.options(1, 1),
+    )
