@@ -152,7 +152,8 @@ class Batch:
         width = max(len(s.pages) for s in sequences)
         table = torch.tensor([s.pages + [0] * (width - len(s.pages)) for s in sequences], device=device)
         state = torch.tensor([(s.tokens[-1], s.cached, s.room) for s in sequences], device=device)
-        last, length, room = (column.contiguous() for column in state.T)
+        # Each on memory of its own: kernels are specialised on where it starts.
+        last, length, room = (column.clone(memory_format=torch.contiguous_format) for column in state.T)
         return Batch(sequences, last, length, room, table, tile)
 
     @property

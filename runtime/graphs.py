@@ -112,14 +112,24 @@ class Graphs:
         """A graph for these sequences: of the next larger number of them, and of pages, a power of two."""
         count = next(size for size in SEQUENCES if size >= len(sequences))
         pages = 1 << (max(len(sequence.pages) for sequence in sequences) - 1).bit_length()
-        idle = self._idle.setdefault((recipe, count, pages), [])
-        if not idle:
-            self.captured += 1
-            idle.append(RoundGraph(self._model, self._cache, recipe, count, pages))
-        return idle.pop()
+        return self._graph(recipe, count, pages)
+
+    def prepare(self, recipe: Recipe, sequences: int, pages: int) -> None:
+        """Have a graph for that recipe, number of sequences, one of SEQUENCES, and number of pages, a power of two."""
+        graph = self._graph(recipe, sequences, pages)
+        graph.enqueue()
+        graph.report()
+        self.give(graph)
 
     def give(self, graph: RoundGraph) -> None:
         self._idle[graph.recipe, graph.sequences, graph.pages].append(graph)
+
+    def _graph(self, recipe: Recipe, sequences: int, pages: int) -> RoundGraph:
+        idle = self._idle.setdefault((recipe, sequences, pages), [])
+        if not idle:
+            self.captured += 1
+            idle.append(RoundGraph(self._model, self._cache, recipe, sequences, pages))
+        return idle.pop()
 
 
 class Rounds:
