@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import replace
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,12 +34,14 @@ class RoundGraph:
     On a GPU it is captured once and replayed; elsewhere the same function is called.
     """
 
-    def __init__(self, model: Model, cache: KVCache, recipe: Recipe, sequences: int, pages: int) -> None:
+    def __init__(
+        self, model: Model, cache: KVCache, recipe: Recipe, sequences: int, pages: int, pool: Any = None
+    ) -> None:
         self.recipe, self.sequences, self.pages = recipe, sequences, pages
         self._model, self._cache = model, cache
         sublayers = 2 * model.config.num_layers
         self.state = State.empty(sequences, pages, sublayers, recipe.num_draft_tokens, model.device)
-        self._graph = self._capture() if model.device.type == "cuda" else None
+        self._graph = self._capture(pool) if model.device.type == "cuda" else None
         pinned = model.device.type == "cuda"
         self._ring = [torch.zeros_like(self.state.report, device="cpu", pin_memory=pinned) for _ in range(AHEAD + 1)]
         self._events = [torch.cuda.Event() for _ in self._ring] if pinned else None
@@ -86,7 +89,7 @@ class RoundGraph:
         """Read no report of what is under way."""
         self._read = self._written
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _capture(self, pool: Any) -> torch.cuda.CUDAGraph:
         # No sequence is alive yet: the rounds that compile the kernels and that are captured touch no page.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -95,7 +98,7 @@ class RoundGraph:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads of the host process may go on using the GPU.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             device_round(self._model, self._cache, self.state, self.recipe)
         return graph
 
@@ -107,6 +110,8 @@ class Graphs:
         self._model, self._cache = model, cache
         self._idle: dict[tuple[Recipe, int, int], list[RoundGraph]] = {}
         self.captured = 0
+        # Graphs share the memory of what lives within a round: they run one after the other, on one stream.
+        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
 
     def take(self, recipe: Recipe, sequences: list[Sequence]) -> RoundGraph:
         """A graph for these sequences: of the next larger number of them, and of pages, a power of two."""
@@ -128,7 +133,7 @@ class Graphs:
         idle = self._idle.setdefault((recipe, sequences, pages), [])
         if not idle:
             self.captured += 1
-            idle.append(RoundGraph(self._model, self._cache, recipe, sequences, pages))
+            idle.append(RoundGraph(self._model, self._cache, recipe, sequences, pages, self._pool))
         return idle.pop()
 
 

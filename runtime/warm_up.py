@@ -70,9 +70,9 @@ class Scripted(Method):
 class Rehearsal:
     """Rounds of up to a number of sequences and of tokens each, over a page that belongs to nobody.
 
-    What kernels are specialised on grows with the rows of a pass and with the positions a sequence may have, in steps
-    of powers of two or at a threshold. So rounds run with 1, 2, 4, … sequences, with drafts that make 1, 2, 4, … rows
-    each, and with the block tables of a short and of the longest sequence.
+    What a kernel is specialised on follows the rows of a pass by powers of two, or goes over one threshold in rows and
+    positions. So rounds run with 1, 2, 4, … sequences and with drafts that make 1, 2, 4, … rows of one, first with
+    block tables as short as can be, and the largest also with those of the longest sequence.
     """
 
     def __init__(
@@ -106,11 +106,12 @@ class Rehearsal:
     def _passes(self, method: Method) -> None:
         rounds = max(method.period, 2 * (method.widest.bit_length() + 2))
         short = self._cache.pages_for(2 + rounds * (method.widest + 1))
-        for pages in dict.fromkeys((short, max(short, self._pages))):
-            for count in self._counts:
-                for params in CHOICES:
-                    self._rounds(method, self._prefilled(method, [0], pages, count, params))
-        self._prefilled(method, [0] * min(self._context - 1, PREFILL_CHUNK), self._pages, 1, CHOICES[0])
+        for count in self._counts:
+            for params in CHOICES:
+                self._rounds(method, self._prefilled(method, [0], short, count, params))
+        longest = max(short, self._pages)
+        self._rounds(method, self._prefilled(method, [0], longest, self._counts[-1], CHOICES[0]))
+        self._prefilled(method, [0] * min(self._context - 1, PREFILL_CHUNK), longest, 1, CHOICES[0])
         method.rehearse(self._model, self._cache)
 
     def _prefilled(

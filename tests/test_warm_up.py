@@ -28,7 +28,11 @@ from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 
 CHAIN = "swift:skip_attention=1,num_draft_tokens=4,threshold=0"
-CONTEXT = 256
+LONG = "layerskip:exit_layer=1,num_draft_tokens"
+SEARCH = "swift:window=20,search_budget=1,max_opt_iter=3"
+CYCLES = {"num_hidden_layers": 3, "num_thinking_layers": 2, "num_decoding_layers": 1}
+ROUTED = {"num_hidden_layers": 4, "routing_layers": [2, 3]}
+MINDSKIP = {"num_hidden_layers": 3, "is_mindskip": [False, True, True]}
 # An odd vocabulary, so that no row of scores starts where the last one did.
 SMALL = {"num_hidden_layers": 2, "vocab_size": 203}
 
@@ -49,6 +53,7 @@ class Trial:
     sequences: int = 4
     fields: dict[str, Any] = field(default_factory=dict[str, Any])
     graphs: bool = True
+    context: int = 256
 
     def engine(self, backend: str = "triton", **options: Any) -> Engine:
         config = ModelConfig.parse(synthetic_config(self.shape) | self.fields, self.shape)
@@ -59,41 +64,26 @@ class Trial:
 
 
 TRIALS = {
-    "plain": Trial("tiny-llama", fields=SMALL, sequences=16),
-    "plain, many tiles": Trial(
-        "tiny-llama", fields=SMALL | {"num_attention_heads": 8, "num_key_value_heads": 8}, sequences=16
-    ),
-    "plain, rounds of the host": Trial("tiny-mistral", fields=SMALL, graphs=False, dtype=torch.float16),
-    "chains": Trial("tiny-llama", methods=(CHAIN, f"{CHAIN},adaptive=true"), fields=SMALL),
-    "long chains": Trial(
-        "tiny-llama", methods=("layerskip:num_draft_tokens=33,exit_layer=1",), fields=SMALL, sequences=2
-    ),
-    "one sequence": Trial(
-        "tiny-qwen3", methods=("layerskip:num_draft_tokens=20,exit_layer=1",), fields=SMALL, sequences=1
-    ),
-    "reduced vocabulary": Trial("tiny-llama", methods=(f"{CHAIN},draft_vocab=64",), fields=SMALL),
+    "plain": Trial("tiny-llama", fields=SMALL | {"num_attention_heads": 8, "num_key_value_heads": 8}, sequences=16),
+    "rounds of the host": Trial("tiny-mistral", fields=SMALL, graphs=False, dtype=torch.float16, context=1024),
+    "chains": Trial("tiny-llama", methods=(CHAIN,), fields=SMALL),
+    "long chains": Trial("tiny-llama", methods=(f"{LONG}=17",), fields=SMALL, sequences=2, graphs=False),
+    "one sequence": Trial("tiny-qwen3", methods=(f"{LONG}=20",), fields=SMALL, sequences=1),
+    "reduced vocabulary": Trial("tiny-llama", methods=(f"{CHAIN},draft_vocab=64,adaptive=true",), fields=SMALL),
     "trees": Trial("tiny-mistral", methods=(f"{CHAIN},tree=true",), fields=SMALL),
     "rejection": Trial("tiny-llama", methods=(f"{CHAIN},acceptance=rejection",), fields=SMALL),
     "rejection of trees": Trial("tiny-llama", methods=(f"{CHAIN},tree=true,acceptance=rejection",), fields=SMALL),
-    "lookup": Trial(
-        "tiny-llama", methods=("lookup", "lookup:choose=likeliest,tree=true,acceptance=rejection"), fields=SMALL
-    ),
-    "search": Trial("tiny-llama", methods=("swift:window=4,search_budget=1",), fields=SMALL | {"num_hidden_layers": 3}),
+    "lookup": Trial("tiny-llama", methods=("lookup:choose=likeliest,tree=true,acceptance=rejection",), fields=SMALL),
+    "search": Trial("tiny-llama", methods=(SEARCH,), fields=SMALL | {"num_hidden_layers": 4}, sequences=1),
     "programmes": Trial("tiny-llama", methods=("clasp", "knapspec:search_budget=1"), fields={"num_hidden_layers": 3}),
     "exits": Trial("tiny-qwen2", methods=("del:search_budget=1",), fields={"num_hidden_layers": 3}),
     "auto": Trial("tiny-llama", own="auto", fields=SMALL),
     "biases": Trial("tiny-bloom", methods=(CHAIN,), fields={"n_layer": 2, "vocab_size": 203}, dtype=torch.float32),
     "filled layers": Trial("tiny-llama", methods=("static:skip=1,kv=fill",), fields=SMALL),
-    "unified": Trial("tiny-llama", own="unified", fields={"num_hidden_layers": 4}),
-    "merged layers": Trial("tiny-llama", own="laco:base=0,followers=1", fields={"num_hidden_layers": 4}),
-    "cycles": Trial(
-        "tiny-dmtd",
-        own="dmtd",
-        methods=("dmtd", "dmtd:phase=absolute"),
-        fields={"num_hidden_layers": 3, "num_thinking_layers": 2, "num_decoding_layers": 1},
-    ),
-    "routed attention": Trial("tiny-mindskip", own="mindskip"),
-    "routed layers": Trial("routed-tiny", own="flexidepth", methods=("flexidepth", "flexidepth:kv=none"), sequences=2),
+    "merged layers": Trial("tiny-llama", own="laco:base=0,followers=1", fields={"num_hidden_layers": 3}),
+    "cycles": Trial("tiny-dmtd", own="dmtd", methods=("dmtd", "dmtd:phase=absolute"), fields=CYCLES),
+    "routed attention": Trial("tiny-mindskip", own="mindskip", fields=MINDSKIP),
+    "routed layers": Trial("routed-tiny", own="flexidepth", methods=("flexidepth", "flexidepth:kv=none"), fields=ROUTED),
 }
 
 
@@ -107,12 +97,12 @@ def requests(trial: Trial) -> Iterator[tuple[list[list[int]], SamplingParams]]:
         {"temperature": 0.8},
         {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1},
     ]
-    lengths = (1, 3, 63, 64, 65, 127, 128, 129, 200, CONTEXT - 3)
-    for i in range(8):
+    lengths = (1, 3, 63, 64, 65, 127, 128, 129, trial.context // 2, trial.context - 3)
+    for i in range(10):
         count = (1, trial.sequences, draw.randint(1, trial.sequences))[i % 3]
         prompts = [[draw.randint(3, 99) for _ in range(draw.choice(lengths))] for _ in range(count)]
         longest = max(map(len, prompts))
-        tokens = min(CONTEXT - longest, draw.choice((1, 2, 5, 9, 70 if count == 1 else 7)))
+        tokens = min(trial.context - longest, (7, 40 if count == 1 else 9, 1, 9)[i % 4])
         stop = (draw.randint(3, 99),) if i % 4 == 3 else ()
         params: dict[str, Any] = {"max_tokens": tokens, "seed": i, "ignore_eos": True, "stop_token_ids": stop}
         yield prompts, SamplingParams(**params | choices[i % len(choices)])
@@ -122,13 +112,13 @@ def attempt(trial: Trial, seen: Any) -> dict[str, Any]:
     """What a trial came to: kernels the warm-up and the requests compiled, by Triton's count and the engine's."""
     with trial.engine(strict=True) as engine:
         seen.forget()
-        warm = engine.warm_up(trial.methods, sequences=trial.sequences, context=CONTEXT)
+        warm = engine.warm_up(trial.methods, sequences=trial.sequences, context=trial.context)
         before, captured = len(seen.compiled), engine._graphs.captured if engine._graphs else 0
-        error = None
+        error, events = None, 0
         try:
             for prompts, params in requests(trial):
                 for method in trial.methods or (trial.own,):
-                    engine.generate(prompts, params, method=method)
+                    events += len(engine.generate(prompts, params, method=method)[0].stats.events)
         except CompilationError as missed:
             error = str(missed)
         return {
@@ -138,6 +128,7 @@ def attempt(trial: Trial, seen: Any) -> dict[str, Any]:
             "later": seen.compiled[before:],
             "counted": engine.compilations,
             "error": error,
+            "events": events,
         }
 
 
@@ -290,7 +281,12 @@ def test_nothing_is_compiled_after_a_warm_up(name: str) -> None:
 def test_no_graph_is_captured_after_a_warm_up(name: str) -> None:
     told, warmed, later = found()[name]["graphs"]
     assert told == warmed == later
-    assert (told > 0) == (TRIALS[name].graphs and name not in ("cycles", "routed attention"))
+    assert (told > 0) == (TRIALS[name].graphs and not name.endswith(("cycles", "attention")))
+
+
+@pytest.mark.parametrize("name", ["search", "programmes", "exits"])
+def test_there_was_a_search_that_could_have_compiled(name: str) -> None:
+    assert found()[name]["events"]
 
 
 def test_a_strict_engine_refuses_to_compile_and_says_what() -> None:
