@@ -31,6 +31,7 @@ CHAIN = "swift:skip_attention=1,num_draft_tokens=4,threshold=0"
 LONG = "layerskip:exit_layer=1,num_draft_tokens"
 SEARCH = "swift:window=20,search_budget=1,max_opt_iter=3"
 CYCLES = {"num_hidden_layers": 3, "num_thinking_layers": 2, "num_decoding_layers": 1}
+FLEXIDEPTH = ("flexidepth", "flexidepth:kv=none")
 ROUTED = {"num_hidden_layers": 4, "routing_layers": [2, 3]}
 MINDSKIP = {"num_hidden_layers": 3, "is_mindskip": [False, True, True]}
 # An odd vocabulary, so that no row of scores starts where the last one did.
@@ -68,7 +69,7 @@ TRIALS = {
     "rounds of the host": Trial("tiny-mistral", fields=SMALL, graphs=False, dtype=torch.float16, context=1024),
     "chains": Trial("tiny-llama", methods=(CHAIN,), fields=SMALL),
     "long chains": Trial("tiny-llama", methods=(f"{LONG}=17",), fields=SMALL, sequences=2, graphs=False),
-    "one sequence": Trial("tiny-qwen3", methods=(f"{LONG}=20",), fields=SMALL, sequences=1),
+    "one sequence": Trial("tiny-qwen3", methods=(f"{LONG}=9",), fields=SMALL, sequences=1),
     "reduced vocabulary": Trial("tiny-llama", methods=(f"{CHAIN},draft_vocab=64,adaptive=true",), fields=SMALL),
     "trees": Trial("tiny-mistral", methods=(f"{CHAIN},tree=true",), fields=SMALL),
     "rejection": Trial("tiny-llama", methods=(f"{CHAIN},acceptance=rejection",), fields=SMALL),
@@ -83,7 +84,7 @@ TRIALS = {
     "merged layers": Trial("tiny-llama", own="laco:base=0,followers=1", fields={"num_hidden_layers": 3}),
     "cycles": Trial("tiny-dmtd", own="dmtd", methods=("dmtd", "dmtd:phase=absolute"), fields=CYCLES),
     "routed attention": Trial("tiny-mindskip", own="mindskip", fields=MINDSKIP),
-    "routed layers": Trial("routed-tiny", own="flexidepth", methods=("flexidepth", "flexidepth:kv=none"), fields=ROUTED),
+    "routed layers": Trial("routed-tiny", own="flexidepth", methods=FLEXIDEPTH, fields=ROUTED),
 }
 
 
