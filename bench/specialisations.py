@@ -25,7 +25,7 @@ from ..kernels.values import Matrix, Router
 from .gate_worker import NoDriver
 
 # How weights lie is the kernels' own.
-LAYOUT = ("describe", "prepare", "prepare_stack", "prepare_split", "take_rows")
+LAYOUT = ("describe", "prepare", "prepare_stack", "prepare_split", "rounds_alike", "take_rows")
 
 
 class BothIndexes:

@@ -9,26 +9,29 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import packed, reference, reference_routes, reference_verify
+from . import narrow, packed, reference, reference_routes, reference_verify
 from .attention_index import AttentionIndex, Index
-from .values import Matrix, Prediction, Route, RowMap, Split, Stack, Verdict
+from .values import Heads, Matrix, Prediction, Route, RowMap, Split, Stack, Verdict
 
 
 @dataclass(frozen=True)
 class Ops:
     """The operations of one backend and the sizes that fix its rounding.
 
-    `decode_tile` and `prefill_tile` are the rows every product of a decode or prefill pass is padded to; `page_size`
-    is the number of slots in a cache page, one block of the attention's reduction.
+    `decode_tile` and `prefill_tile` are the rows every product of a decode or prefill pass is padded to; a decode pass
+    of at most `narrow_tile` rows may be padded to those where `rounds_alike` finds that they come out the same.
+    `page_size` is the number of slots in a cache page, one block of the attention's reduction.
     """
 
     name: str
     describe: Callable[[torch.dtype], str]
     decode_tile: int
+    narrow_tile: int
     prefill_tile: int
     page_size: int
     prepare: Callable[[Tensor], Matrix]
     prepare_stack: Callable[[Tensor], Stack]
+    rounds_alike: Callable[[list[Matrix], Heads, torch.dtype], bool]
     take_rows: Callable[[Matrix, Tensor], Matrix]
     prepare_split: Callable[[Tensor, int], Matrix | Split]
     index: Callable[..., Index]
@@ -46,19 +49,22 @@ class Ops:
     verify_rejection: Callable[..., Verdict]
     compact: Callable[..., None]
 
-    def description(self, dtype: torch.dtype) -> str:
-        """The backend and the path its products take, for people."""
-        return f"{self.name} ({self.describe(dtype)})"
+    def description(self, dtype: torch.dtype, narrow: bool = False) -> str:
+        """The backend and the path its products take, for people; `narrow`: whether it takes narrow tiles."""
+        tiles = f", tiles of {self.narrow_tile} and {self.decode_tile} rows" if narrow else ""
+        return f"{self.name} ({self.describe(dtype)}{tiles})"
 
 
 TORCH = Ops(
     name="torch",
     describe=lambda dtype: f"{'oneDNN packed' if packed.available(dtype) else 'plain'} products",
-    decode_tile=8,
+    decode_tile=narrow.FULL,
+    narrow_tile=narrow.NARROW,
     prefill_tile=64,
-    page_size=256,
+    page_size=narrow.PAGE,
     prepare=reference.prepare,
     prepare_stack=reference.prepare_stack,
+    rounds_alike=narrow.rounds_alike,
     take_rows=packed.take_rows,
     prepare_split=reference.prepare_split,
     index=AttentionIndex,

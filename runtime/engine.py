@@ -83,7 +83,6 @@ class Engine:
         self.model_path = model_path
         self.dtype = weights.embedding.dtype
         table = table_of(backend, weights.embedding.device)
-        self.backend = table.description(self.dtype)
         if cache_tokens is not None and cache_tokens < 1:
             raise RequestError(f"cache_tokens: expected at least 1, got {cache_tokens}")
         self._default = registry.parse(method)
@@ -94,6 +93,7 @@ class Engine:
         self._turn = threading.Condition(threading.RLock())
         self._strict, self._watch = strict, Watch(enabled=table.name == "triton")
         self._model: Model | None = Model(config, weights, table, marks(ranges))
+        self.backend = self._model.backend
         tokens = cache_tokens or max(config.max_context, MAX_BATCH * min(config.max_context, BATCH_CONTEXT))
         self._cache: KVCache | None = self._model.new_cache(-(-tokens // table.page_size) + SPARE_PAGES)
         on_device = self._model.device.type == "cuda" if graphs is None else graphs
