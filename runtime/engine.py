@@ -224,7 +224,9 @@ class Engine:
         """Kernels compiled for the requests of this engine, since it was warmed up if it was."""
         return self._watch.count
 
-    def warm_up(self, methods: Iterable[str] = (), *, sequences: int = MAX_BATCH, context: int | None = None) -> WarmUp:
+    def warm_up(
+        self, methods: str | Iterable[str] = (), *, sequences: int = MAX_BATCH, context: int | None = None
+    ) -> WarmUp:
         """Compile every kernel, and capture every round graph, that requests can reach: later ones wait for neither.
 
         That is requests of `methods`, by default the engine's own, and of plain decoding, of up to `sequences` prompts
@@ -238,7 +240,9 @@ class Engine:
         """
         model, cache = self._loaded()
         rehearsal = Rehearsal(model, cache, self._graphs, sequences, context)
-        specs = [registry.parse(name) for name in methods] or [self._default]
+        specs = [registry.parse(name) for name in ([methods] if isinstance(methods, str) else methods)] or [
+            self._default
+        ]
         if Autoregressive.name in registry.names(self.config.model_type) and not self._default.edits:
             specs.append(registry.parse(Autoregressive.name))
         with self._turn, self._watch, torch.inference_mode():

@@ -334,7 +334,7 @@ def test_a_second_process_finds_the_kernels_on_disk(tmp_path: Path) -> None:
 
 def test_where_nothing_is_compiled_round_graphs_are_made_ready() -> None:
     with Trial("tiny-llama", methods=(CHAIN,), fields=SMALL).engine("torch") as engine:
-        warm = engine.warm_up([CHAIN], sequences=3, context=200)
+        warm = engine.warm_up(CHAIN, sequences=3, context=200)
         assert (warm.compilations, warm.graphs) == (0, 2 * 2 * 3)
         assert engine.warmed_up == warm
         assert warm.seconds > 0
