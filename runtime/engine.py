@@ -240,9 +240,8 @@ class Engine:
         """
         model, cache = self._loaded()
         rehearsal = Rehearsal(model, cache, self._graphs, sequences, context)
-        specs = [registry.parse(name) for name in ([methods] if isinstance(methods, str) else methods)] or [
-            self._default
-        ]
+        names = [methods] if isinstance(methods, str) else [*methods]
+        specs = [registry.parse(name) for name in names] or [self._default]
         if Autoregressive.name in registry.names(self.config.model_type) and not self._default.edits:
             specs.append(registry.parse(Autoregressive.name))
         with self._turn, self._watch, torch.inference_mode():

@@ -67,7 +67,7 @@ class Trial:
 TRIALS = {
     "plain": Trial("tiny-llama", fields=SMALL | {"num_attention_heads": 8, "num_key_value_heads": 8}, sequences=16),
     "rounds of the host": Trial("tiny-mistral", fields=SMALL, graphs=False, dtype=torch.float16, context=1024),
-    "chains": Trial("tiny-llama", methods=(CHAIN,), fields=SMALL),
+    "chains": Trial("tiny-llama", methods=(CHAIN,), fields=SMALL, sequences=8),
     "long chains": Trial("tiny-llama", methods=(f"{LONG}=17",), fields=SMALL, sequences=2, graphs=False),
     "one sequence": Trial("tiny-qwen3", methods=(f"{LONG}=9",), fields=SMALL, sequences=1),
     "reduced vocabulary": Trial("tiny-llama", methods=(f"{CHAIN},draft_vocab=64,adaptive=true",), fields=SMALL),
