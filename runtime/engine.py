@@ -97,7 +97,7 @@ class Engine:
         tokens = cache_tokens or max(config.max_context, MAX_BATCH * min(config.max_context, BATCH_CONTEXT))
         self._cache: KVCache | None = self._model.new_cache(-(-tokens // table.page_size) + SPARE_PAGES)
         on_device = self._model.device.type == "cuda" if graphs is None else graphs
-        self._graphs = Graphs(self._model, self._cache) if on_device else None
+        self._graphs = Graphs(self._model, self._cache, self._watch) if on_device else None
         self._enter(self._default, own)
 
     @staticmethod
@@ -274,8 +274,11 @@ class Engine:
     def close(self) -> None:
         """Give back the weights and the cache. A closed engine refuses requests."""
         with self._turn:
-            self._model = self._cache = self._graphs = None
+            graphs, self._graphs = self._graphs, None
+            self._model = self._cache = None
             self._methods.clear()
+            if graphs:
+                graphs.close()
 
     def __enter__(self) -> Engine:
         return self
