@@ -9,8 +9,9 @@ import numpy as np
 
 from ..loaders.config import ModelConfig
 from ..loaders.synthetic import synthetic_config, synthetic_weights
+from ..runtime.choices import dtype_of, place_of
 from ..runtime.costs import head_layers
-from ..runtime.engine import Engine, dtype_of, place_of
+from ..runtime.engine import Engine
 from ..runtime.errors import RequestError
 from ..runtime.request import Output, SamplingParams
 from .prompts import Prompt, source

@@ -53,8 +53,10 @@ def attend(
     rule = launch.attention_rule(head_dim, group, index.tile, q.element_size(), arch)
     groups = row_groups(index, rule.rows)
     splits = launch.attention_splits(index.capacity, rule.split)
-    programs = launch.attention_programs(groups.bound * kv_heads, splits, 4 * splits * q.numel())
-    scratch = index.scratch(groups.bound * kv_heads, splits, heads, head_dim) if programs > 1 else (None, None, None)
+    tiles, scratch_bytes = groups.bound * kv_heads, 4 * splits * q.numel()
+    in_order = launch.attention_in_order(tiles, scratch_bytes)
+    programs = launch.attention_programs(tiles, splits, scratch_bytes)
+    scratch = (None, None, None) if in_order else index.scratch(tiles, splits, heads, head_dim)
     tree = index.tree
     _attend_kernel[(groups.bound, kv_heads, programs)](
         q,
@@ -89,7 +91,7 @@ def attend(
         SPLIT=rule.split,
         GROUP_ROWS=rule.rows,
         GROUP_PADDED=rule.heads,
-        IN_ORDER=programs == 1,
+        IN_ORDER=in_order,
         PDL=launch.dependent(arch),
         **launch.options(rule.warps, rule.stages, rule.registers) | {"enable_fp_fusion": False},
     )

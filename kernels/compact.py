@@ -87,7 +87,7 @@ def compact(keys: Tensor, values: Tensor, block_table: Tensor, path: Tensor, acc
         rows - 1,
         PAGE=page_size,
         D=head_dim,
-        DEPTH=1 << (rows - 1).bit_length(),
+        DEPTH=max(16, 1 << (rows - 1).bit_length()),
         BLOCK_D=1 << (head_dim - 1).bit_length(),
         PDL=launch.dependent(launch.architecture()),
         **launch.options(4),

@@ -149,12 +149,18 @@ def attention_splits(positions: int, split: int) -> int:
     return -(-min(positions, near) // split) + -(-max(positions - near, 0) // far)
 
 
-def attention_programs(tiles: int, splits: int, scratch_bytes: int) -> int:
-    """Programs that share the splits of each of `tiles` (row group, key head); 1: it folds them one after the other.
+def attention_in_order(tiles: int, scratch_bytes: int) -> bool:
+    """Whether one program folds the splits of each of `tiles` (row group, key head) one after the other.
 
-    What a program takes does not round: splits are merged in order by whoever has them.
+    What a program takes does not round: splits are merged in order by whoever has them. The rule has a threshold in
+    rows and in positions and no way back, so that two passes compile both kinds.
     """
-    if tiles >= BUSY_PROGRAMS or scratch_bytes > SCRATCH_BYTES:
+    return tiles >= BUSY_PROGRAMS or scratch_bytes > SCRATCH_BYTES
+
+
+def attention_programs(tiles: int, splits: int, scratch_bytes: int) -> int:
+    """Programs that share the splits of each of `tiles`."""
+    if attention_in_order(tiles, scratch_bytes):
         return 1
     return min(splits, -(-4 * BUSY_PROGRAMS // tiles))
 

@@ -23,8 +23,6 @@ def _warping_kernel(
     min_p_ptr,
     warping_ptr,
     best_ptr,
-    stride_sequence,
-    stride_row,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -38,7 +36,7 @@ def _warping_kernel(
     pid_s = tl.program_id(0).to(tl.int64)
     pid_n = tl.program_id(1).to(tl.int64)
     row = pid_s * tl.num_programs(1) + pid_n
-    row_ptr = scores_ptr + pid_s * stride_sequence + pid_n * stride_row
+    row_ptr = scores_ptr + row * V
     wait_for_producers(PDL)
     temperature = tl.load(temperature_ptr + pid_s)
     highest, best = peak(row_ptr, V, BLOCK)
@@ -54,7 +52,10 @@ def _warping_kernel(
     tl.store(best_ptr + row, best)
 
 
-@triton.jit(do_not_specialize=["k", "stride_node", "stride_parent"])
+@triton.jit(
+    do_not_specialize=["k", "stride_node", "stride_parent"],
+    do_not_specialize_on_alignment=["draft_ptr", "parent_ptr", "count_ptr", "length_ptr"],
+)
 def _rejection_kernel(  # noqa: PLR0915
     scores_ptr,
     warping_ptr,
@@ -75,10 +76,6 @@ def _rejection_kernel(  # noqa: PLR0915
     token_ptr,
     next_length_ptr,
     path_ptr,
-    stride_sequence,
-    stride_row,
-    stride_draft_sequence,
-    stride_draft_row,
     stride_node,
     stride_parent,
     k,
@@ -116,7 +113,7 @@ def _rejection_kernel(  # noqa: PLR0915
             parent = tl.load(parent_ptr + pid_s * stride_parent + j, mask=j < count, other=-1)
         if (j < count) & (parent == row):
             x = tl.load(draft_ptr + pid_s * stride_node + j)
-            p_row_ptr = scores_ptr + pid_s * stride_sequence + row * stride_row
+            p_row_ptr = scores_ptr + (pid_s * (k + 1) + row) * V
             p_warping_ptr = warping_ptr + (pid_s * (k + 1) + row) * 3
             p_best = tl.load(best_ptr + pid_s * (k + 1) + row)
             old_ptr = residual_ptr + side * V
@@ -124,7 +121,7 @@ def _rejection_kernel(  # noqa: PLR0915
             q_x = tl.zeros((), tl.float32)
             if draft_scores_ptr is not None:
                 place = place_of(draft_ids_ptr, x, V_DRAFT, BLOCK)
-                q_row_ptr = draft_scores_ptr + pid_s * stride_draft_sequence + row * stride_draft_row
+                q_row_ptr = draft_scores_ptr + (pid_s * k + row) * V_DRAFT
                 q_warping_ptr = draft_warping_ptr + (pid_s * k + row) * 3
                 q_best = tl.load(draft_best_ptr + pid_s * k + row)
                 q_x = probability(q_row_ptr, q_warping_ptr, q_best, temperature, others_ptr, q_total, place, place >= 0)
@@ -161,7 +158,7 @@ def _rejection_kernel(  # noqa: PLR0915
                 p_total = tl.where(total > 0.0, total, p_total)
                 side = tl.where(total > 0.0, 1 - side, side)
 
-    p_row_ptr = scores_ptr + pid_s * stride_sequence + row * stride_row
+    p_row_ptr = scores_ptr + (pid_s * (k + 1) + row) * V
     p_warping_ptr = warping_ptr + (pid_s * (k + 1) + row) * 3
     p_best = tl.load(best_ptr + pid_s * (k + 1) + row)
     token = draw(
@@ -212,16 +209,15 @@ def verify_rejection(
     """
     sequences, k = draft.shape
     draft_scores = draft_scores if k else None
-    scores, draft, parent = rows_of(scores), rows_of(draft), None if parent is None else rows_of(parent)
+    scores, draft, parent = scores.contiguous(), rows_of(draft), None if parent is None else rows_of(parent)
     size = scores.shape[2]
     rule = launch.vocabulary_rule(size)
     rules = [field.contiguous() for field in (temperature, top_k, top_p, min_p)]
     warping, best = _warping(scores, rules)
-    draft_size, draft_strides = 1, (0, 0)
-    draft_warping, draft_best = None, None
+    draft_size, draft_warping, draft_best = 1, None, None
     if draft_scores is not None:
-        draft_scores = rows_of(draft_scores)
-        draft_size, draft_strides = draft_scores.shape[2], draft_scores.stride()[:2]
+        draft_scores = draft_scores.contiguous()
+        draft_size = draft_scores.shape[2]
         draft_warping, draft_best = _warping(draft_scores, rules)
     residual = torch.empty((sequences, 2, size), dtype=torch.float32, device=scores.device)
     others = torch.empty((sequences, draft_size), dtype=torch.float32, device=scores.device)
@@ -243,8 +239,6 @@ def verify_rejection(
         residual,
         others,
         *verdict,
-        *scores.stride()[:2],
-        *draft_strides,
         draft.stride(0),
         0 if parent is None else parent.stride(0),
         k,
@@ -268,7 +262,6 @@ def _warping(scores: Tensor, rules: list[Tensor]) -> tuple[Tensor, Tensor]:
         *rules,
         warping,
         best,
-        *scores.stride()[:2],
         V=size,
         BLOCK=rule.block,
         PDL=launch.dependent(launch.architecture()),

@@ -133,7 +133,8 @@ class Batch:
         width = max(len(s.pages) for s in sequences)
         table = torch.tensor([s.pages + [0] * (width - len(s.pages)) for s in sequences], device=device)
         state = torch.tensor([(s.tokens[-1], s.cached, s.room, len(s.prompt)) for s in sequences], device=device)
-        last, length, room, prompt = (column.contiguous() for column in state.T)
+        # Each on memory of its own: kernels are specialised on where it starts.
+        last, length, room, prompt = (column.clone(memory_format=torch.contiguous_format) for column in state.T)
         return Batch(sequences, last, length, room, prompt, table, tile)
 
     @property

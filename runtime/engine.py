@@ -6,20 +6,22 @@ import asyncio
 import secrets
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 from typing import cast, overload
 
 import torch
 
-from ..kernels import ops
+from ..kernels.compilation import Watch
 from ..loaders.config import ModelConfig
 from ..loaders.locate import locate
 from ..loaders.tokenizer import Tokenizer
 from ..loaders.weights import Weights, load_weights
 from .cache import KVCache
 from .calibration import Encode
+from .choices import DTYPES, dtype_of, one_of, place_of, table_of
 from .decode import decode, prefill
 from .errors import CapacityError, RequestError
 from .forced import Forced, Scored
@@ -36,12 +38,12 @@ from .sequence import Sequence
 from .speculate import speculate
 from .stream import Stream
 from .text import TextStream
+from .warm_up import Rehearsal, WarmUp, refuse
 
 MAX_BATCH = 16
 BATCH_CONTEXT = 2048
 SPARE_PAGES = 4
 ADMISSION_WAIT_S = 30.0
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Progress = Callable[[str, int, int], None]
 
 
@@ -50,8 +52,11 @@ class Engine:
 
     Threads may share an engine: their calls take turns round by round, and one that needs pages the others hold waits
     for them, up to `ADMISSION_WAIT_S`. `model_path` is where the weights lie, `backend` the op table in use, `config`
-    the model's shape.
+    the model's shape, `load_s` the seconds `load` took and `warmed_up` what the latest `warm_up` did.
     """
+
+    load_s = 0.0
+    warmed_up: WarmUp | None = None
 
     def __init__(
         self,
@@ -65,17 +70,19 @@ class Engine:
         cache_tokens: int | None = None,
         graphs: bool | None = None,
         ranges: str | None = None,
+        strict: bool = False,
     ) -> None:
         """An engine over weights that are already in memory, on their device; `load` reads them from a folder.
 
         `graphs`: whether rounds run on the device alone where their method can, captured as CUDA graphs on a GPU; None
         does so on a GPU. `ranges` "nvtx" or "torch" shows a profiler the parts of every round; None asks the variable
-        SKIPJACK_RANGES.
+        SKIPJACK_RANGES. `strict`: once the engine is warmed up, a kernel that would have to be compiled is a
+        CompilationError.
         """
         self.tokenizer = tokenizer
         self.model_path = model_path
         self.dtype = weights.embedding.dtype
-        table = _table(backend, weights.embedding.device)
+        table = table_of(backend, weights.embedding.device)
         if cache_tokens is not None and cache_tokens < 1:
             raise RequestError(f"cache_tokens: expected at least 1, got {cache_tokens}")
         self._default = registry.parse(method)
@@ -84,12 +91,13 @@ class Engine:
         self.config = config
         self._methods: dict[registry.MethodSpec, Method] = {}
         self._turn = threading.Condition(threading.RLock())
+        self._strict, self._watch = strict, Watch(enabled=table.name == "triton")
         self._model: Model | None = Model(config, weights, table, marks(ranges))
         self.backend = self._model.backend
         tokens = cache_tokens or max(config.max_context, MAX_BATCH * min(config.max_context, BATCH_CONTEXT))
         self._cache: KVCache | None = self._model.new_cache(-(-tokens // table.page_size) + SPARE_PAGES)
         on_device = self._model.device.type == "cuda" if graphs is None else graphs
-        self._graphs = Graphs(self._model, self._cache) if on_device else None
+        self._graphs = Graphs(self._model, self._cache, self._watch) if on_device else None
         self._enter(self._default, own)
 
     @staticmethod
@@ -104,6 +112,7 @@ class Engine:
         cache_tokens: int | None = None,
         graphs: bool | None = None,
         ranges: str | None = None,
+        strict: bool = False,
         progress: Progress | None = None,
     ) -> Engine:
         """Load a model folder, "demo" for the packaged one, or `org/name` (`org/name@revision`) from the hub.
@@ -116,12 +125,12 @@ class Engine:
             ConfigError, CheckpointError, TokenizerError: there is no such model, or this version does not run it.
             RequestError: an argument is not one of its choices.
         """
-        spec = registry.parse(method)
-        _one_of("device", device, ("auto", "cpu", "cuda"))
-        _one_of("dtype", dtype, ("auto", *DTYPES))
-        _one_of("numerics", numerics, ("exact",))
+        start, spec = perf_counter(), registry.parse(method)
+        one_of("device", device, ("auto", "cpu", "cuda"))
+        one_of("dtype", dtype, ("auto", *DTYPES))
+        one_of("numerics", numerics, ("exact",))
         place = place_of(device)
-        _table(backend, place)
+        table_of(backend, place)
         folder = locate(model, progress)
         config = ModelConfig.load(folder)
         spec.build(config)
@@ -132,7 +141,7 @@ class Engine:
             dtype_of(dtype, config),
             (lambda done, total: progress("loading weights", done, total)) if progress else None,
         ).to(place)
-        return Engine(
+        engine = Engine(
             config,
             weights,
             tokenizer=tokenizer,
@@ -142,7 +151,10 @@ class Engine:
             cache_tokens=cache_tokens,
             graphs=graphs,
             ranges=ranges,
+            strict=strict,
         )
+        engine.load_s = perf_counter() - start
+        return engine
 
     @overload  # Only an empty sequence is both; it is refused.
     def generate(self, prompt: Prompt, params: SamplingParams = ..., *, method: str | None = ...) -> Output: ...  # pyright: ignore[reportOverlappingOverload]
@@ -200,18 +212,43 @@ class Engine:
             raise RequestError(f"score: expected a lossy method or {Autoregressive.name}, got {spec.name}")
         if len(prompts) != len(continuations):
             raise RequestError(f"score: expected {len(prompts)} continuations, got {len(continuations)}")
-        sequences: list[Sequence] = []
-        for i, (prompt, given) in enumerate(zip(prompts, continuations, strict=True)):
-            ids, tokens = to_ids(prompt, self.tokenizer, self.config), to_ids(given, None, self.config)
-            if len(ids) + len(tokens) > self.config.max_context:
-                raise RequestError(
-                    f"score: {len(ids)} + {len(tokens)} tokens, the context is {self.config.max_context}"
-                )
-            sequences.append(Forced.of(i, ids, tokens))
-        _check_room(cache, sequences)
-        for _ in self._run(model, cache, sequences, policy):
+        prompt_ids = [to_ids(prompt, self.tokenizer, self.config) for prompt in prompts]
+        forced = Forced.all(prompt_ids, [to_ids(given, None, self.config) for given in continuations], self.config)
+        _check_room(cache, forced)
+        for _ in self._run(model, cache, [*forced], policy):
             pass
-        return [sequence.scored() for sequence in sequences if isinstance(sequence, Forced)]
+        return [sequence.scored() for sequence in forced]
+
+    @property
+    def compilations(self) -> int:
+        """Kernels compiled for the requests of this engine, since it was warmed up if it was."""
+        return self._watch.count
+
+    def warm_up(
+        self, methods: str | Iterable[str] = (), *, sequences: int = MAX_BATCH, context: int | None = None
+    ) -> WarmUp:
+        """Compile every kernel, and capture every round graph, that requests can reach: later ones wait for neither.
+
+        That is requests of `methods`, by default the engine's own, and of plain decoding, of up to `sequences` prompts
+        times choices with up to `context` tokens each, by default as many as the cache holds; greedy or sampled, with
+        penalties and logprobs. The graph of a skip set that is not yet found is captured when it is. Where kernels are
+        not compiled, on the CPU, there is nothing to do.
+
+        Raises:
+            RequestError: a method cannot run here, or there are never so many sequences or tokens.
+            CapacityError: a method's search needs pages of the cache that requests hold.
+        """
+        model, cache = self._loaded()
+        rehearsal = Rehearsal(model, cache, self._graphs, sequences, context)
+        names = [methods] if isinstance(methods, str) else [*methods]
+        specs = [registry.parse(name) for name in names] or [self._default]
+        if Autoregressive.name in registry.names(self.config.model_type) and not self._default.edits:
+            specs.append(registry.parse(Autoregressive.name))
+        with self._turn, self._watch, torch.inference_mode():
+            self._watch.refuse = None
+            self.warmed_up = rehearsal.run(map(self._unlearned, dict.fromkeys(specs)), self._watch)
+            self._watch.count, self._watch.refuse = 0, refuse if self._strict else None
+        return self.warmed_up
 
     async def astream(
         self, prompt: Prompt | Prompts, params: SamplingParams | None = None, *, method: str | None = None
@@ -271,9 +308,20 @@ class Engine:
                 self._enter(spec, spec.build(self.config))
             return self._methods[spec]
 
+    def _unlearned(self, spec: registry.MethodSpec) -> Method:
+        """A method to try things with, of which requests learn nothing."""
+        own = self._method(spec)
+        if isinstance(own, Policy):
+            return own
+        model, cache = self._loaded()
+        fresh = spec.build(self.config)
+        fresh.calibrate(model, self._encode)
+        fresh.prepare(model, cache)
+        return fresh
+
     def _enter(self, spec: registry.MethodSpec, method: Method) -> None:
         model, cache = self._loaded()
-        with torch.inference_mode():
+        with self._watch, torch.inference_mode():
             method.calibrate(model, self._encode)
             method.prepare(model, cache)
         self._methods[spec] = method
@@ -291,7 +339,7 @@ class Engine:
         try:
             while waiting or running:
                 chunks: list[Chunk] = []
-                with self._turn, torch.inference_mode():
+                with self._turn, self._watch, torch.inference_mode():
                     while (
                         waiting
                         and len(running) < MAX_BATCH
@@ -314,7 +362,7 @@ class Engine:
                         running = self._without_finished(cache, running)
                 yield from chunks
         finally:
-            with self._turn, torch.inference_mode():
+            with self._turn, self._watch, torch.inference_mode():
                 if rounds:
                     rounds.close()
                 self._release(cache, sequences)
@@ -338,7 +386,7 @@ class Engine:
         self._turn.notify_all()
 
 
-def _check_room(cache: KVCache, sequences: list[Sequence]) -> None:
+def _check_room(cache: KVCache, sequences: Iterable[Sequence]) -> None:
     for sequence in sequences:
         if cache.pages_for(sequence.max_length) > cache.total_pages:
             raise CapacityError(
@@ -349,36 +397,3 @@ def _check_room(cache: KVCache, sequences: list[Sequence]) -> None:
 
 def _chunk(sequence: Sequence, pieces: list[Piece]) -> Chunk:
     return Chunk(sequence.index, sequence.choice, tuple(pieces), sequence.finish_reason)
-
-
-def dtype_of(dtype: str, config: ModelConfig) -> torch.dtype:
-    """The type to compute in: the named one, or for auto the checkpoint's own.
-
-    Raises:
-        RequestError: the checkpoint's own is none of those there are.
-    """
-    name = config.dtype if dtype == "auto" else dtype
-    if name not in DTYPES:
-        raise RequestError(f"dtype: expected one of {', '.join(DTYPES)}, got auto for a checkpoint in {name}")
-    return DTYPES[name]
-
-
-def place_of(device: str) -> torch.device:
-    """The device of that name, auto being the GPU where there is one; RequestError where torch can use no GPU."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RequestError(f"device: expected a GPU that torch {torch.__version__} can use for cuda, found none")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _table(backend: str, device: torch.device) -> ops.Ops:
-    _one_of("backend", backend, ("auto", "torch", "triton"))
-    chosen = backend if backend != "auto" else "triton" if device.type == "cuda" else "torch"
-    obstacle = ops.obstacle(chosen, device)
-    if obstacle:
-        raise RequestError(f"backend: {chosen} cannot run on {device.type}: {obstacle}")
-    return ops.select(chosen)
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise RequestError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

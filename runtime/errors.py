@@ -11,4 +11,16 @@ class CapacityError(SkipjackError):
     """The request is valid but does not fit into the memory there is."""
 
 
-__all__ = ["CapacityError", "CheckpointError", "ConfigError", "RequestError", "SkipjackError", "TokenizerError"]
+class CompilationError(SkipjackError):
+    """A strict engine that was warmed up would have had to compile a kernel."""
+
+
+__all__ = [
+    "CapacityError",
+    "CheckpointError",
+    "CompilationError",
+    "ConfigError",
+    "RequestError",
+    "SkipjackError",
+    "TokenizerError",
+]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
+from ..loaders.config import ModelConfig
+from .errors import RequestError
 from .request import Piece, SamplingParams
 from .sequence import Sequence
 
@@ -35,6 +37,14 @@ class Forced(Sequence):
         params = SamplingParams(max_tokens=len(given), ignore_eos=True, logprobs=0)
         length = len(prompt) + len(given)
         return Forced(index, 0, prompt, params, 0, frozenset(), length, None, given=given)
+
+    @staticmethod
+    def all(prompts: list[list[int]], continuations: list[list[int]], config: ModelConfig) -> list[Forced]:
+        """One for every prompt and its continuation; RequestError where the two exceed the context."""
+        for prompt, given in zip(prompts, continuations, strict=True):
+            if len(prompt) + len(given) > config.max_context:
+                raise RequestError(f"score: {len(prompt)} + {len(given)} tokens, the context is {config.max_context}")
+        return [Forced.of(i, *pair) for i, pair in enumerate(zip(prompts, continuations, strict=True))]
 
     def extend(self, tokens: list[int], drafted: int) -> list[Piece]:
         first = self.generated

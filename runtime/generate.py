@@ -21,7 +21,8 @@ def answer(engine: Engine, prompt: str | list[int], params: SamplingParams, *, a
         if not as_json:
             write(",".join(map(str, output.token_ids)) if output.text is None else output.text)
     if as_json:
-        print_json(report(output))
+        startup = {"load_s": engine.load_s, "compilations": engine.compilations}
+        print_json(report(output) | {"startup": startup})
     else:
         write("\n")
         for note in output.stats.notes:

@@ -7,10 +7,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.compilation import Watch
 from ..kernels.host import ints
 from .batch import Batch, Tally
 from .cache import KVCache
@@ -58,17 +60,19 @@ class RoundGraph:
         """Rounds whose report has not been read."""
         return self._written - self._read
 
-    def capture(self) -> None:
+    def capture(self, pool: Any) -> None:
         """Record the round, once, on a GPU; nothing of it runs, and rounds under way on other graphs go on.
+
+        Graphs of one `pool` share the memory of what lives within a round: they run one after the other.
 
         `torch.cuda.graph` would wait for those first, and empty the allocator's cache.
         """
         if self._graph is not None or self._model.device.type != "cuda":
             return
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(torch.cuda.Stream(self._model.device)):
+        with torch.cuda.stream(_capture_stream(self._model.device)):
             # Other threads of the host process may go on using the GPU.
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 self._run()
             finally:
@@ -143,8 +147,9 @@ Key = tuple[Recipe, int, int]
 class Graphs:
     """The round graphs of an engine. A request takes one for itself and gives it back."""
 
-    def __init__(self, model: Model, cache: KVCache) -> None:
-        self._model, self._cache = model, cache
+    def __init__(self, model: Model, cache: KVCache, watch: Watch | None = None) -> None:
+        self._model, self._cache, self._watch = model, cache, watch or Watch(enabled=False)
+        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         self._idle: dict[Key, list[RoundGraph]] = {}
         self._coming: dict[Key, Future[RoundGraph]] = {}
         self._builder: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "skipjack-graphs")
@@ -152,11 +157,14 @@ class Graphs:
 
     def take(self, recipe: Recipe, sequences: list[Sequence]) -> RoundGraph:
         """A graph for these sequences: of the next larger number of them, and of pages, a power of two."""
-        key = self.key(recipe, sequences)
-        idle = self._idle.setdefault(key, [])
-        if not idle:
-            idle.append(self._captured(self._build(key)))
-        return idle.pop()
+        return self._take(self.key(recipe, sequences))
+
+    def prepare(self, recipe: Recipe, sequences: int, pages: int) -> None:
+        """Have a graph for that recipe, number of sequences, one of SEQUENCES, and number of pages, a power of two."""
+        graph = self._take((recipe, sequences, pages))
+        graph.enqueue()
+        graph.report()
+        self.give(graph)
 
     def give(self, graph: RoundGraph) -> None:
         self._idle[graph.key].append(graph)
@@ -195,12 +203,18 @@ class Graphs:
         count = next(size for size in SEQUENCES if size >= len(sequences))
         return recipe, count, 1 << (max(len(sequence.pages) for sequence in sequences) - 1).bit_length()
 
+    def _take(self, key: Key) -> RoundGraph:
+        idle = self._idle.setdefault(key, [])
+        if not idle:
+            idle.append(self._captured(self._build(key)))
+        return idle.pop()
+
     def _build(self, key: Key) -> RoundGraph:
-        with torch.inference_mode():
+        with self._watch, torch.inference_mode():
             return RoundGraph(self._model, self._cache, *key)
 
     def _captured(self, graph: RoundGraph) -> RoundGraph:
-        graph.capture()
+        graph.capture(self._pool)
         self.captured += 1
         return graph
 
@@ -341,6 +355,12 @@ class Rounds:
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream graphs are compiled on: one, for the allocator keeps for each what was once allocated there."""
+    return torch.cuda.Stream(device)
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream graphs are captured on: one, or they could not share memory."""
     return torch.cuda.Stream(device)
 
 

@@ -12,7 +12,7 @@ from ..loaders.json_files import read_object
 from ..loaders.save import save_checkpoint
 from ..loaders.tokenizer import Tokenizer
 from ..loaders.weights import checkpoint_tensors, load_weights
-from .engine import dtype_of
+from .choices import dtype_of
 from .errors import ConfigError, RequestError
 from .methods import registry
 from .methods.laco import LaCo

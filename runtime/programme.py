@@ -148,6 +148,21 @@ def lay_states(
         cache.release(scratch)
 
 
+def rehearse(model: Model, cache: KVCache) -> list[Tensor]:
+    """Passes over 1, 2, 4, … states, as many as run at a time: their residual streams [R, H]."""
+    pages, left = cache.reserve(1), list[Tensor]()
+    try:
+        for power in range(min(MAX_ROWS, cache.free_pages * cache.page_size).bit_length()):
+            owner = torch.zeros(1 << power, dtype=torch.int64, device=model.device)
+            with lay_states(model, cache, [pages], owner, owner) as laid:
+                x = model.embed(laid)
+                model.run(laid, cache, model.full, x)
+                left.append(x[: len(owner)])
+    finally:
+        cache.release(pages)
+    return left
+
+
 def accepted_tokens(done: Round) -> list[list[Token]]:
     """For each sequence of a recorded round of chains, the tokens of it the cache has kept, oldest first."""
     if done.streams is None:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .runtime.errors import (
         CapacityError,
         CheckpointError,
+        CompilationError,
         ConfigError,
         RequestError,
         SkipjackError,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CapacityError",
     "CheckpointError",
+    "CompilationError",
     "ConfigError",
     "Engine",
     "LayerPlan",

@@ -16,7 +16,7 @@ from skipjack.runtime.request import Choice, Chunk, Output, Piece, SamplingParam
 
 REPORT_FIELDS = {
     "token_ids", "text", "finish_reason", "method", "lossless", "backend", "seed",
-    "usage", "timing", "speculative", "layers",
+    "usage", "timing", "speculative", "layers", "startup",
 }  # fmt: skip
 NESTED_FIELDS = {
     "usage": {"prompt_tokens", "completion_tokens"},
@@ -28,6 +28,7 @@ NESTED_FIELDS = {
         "drafted_per_position", "accepted_per_position",
     },
     "layers": {"kept", "of", "executed_skips"},
+    "startup": {"load_s", "compilations"},
 }  # fmt: skip
 WORDS = ["one", " two", " three"]
 
@@ -60,6 +61,8 @@ class FakeEngine:
 
     made: "list[FakeEngine]"
     tokenizer: object | None = object()
+    load_s = 1.5
+    compilations = 0
     interrupt = False
     differ = False
 

@@ -289,6 +289,13 @@ def test_programs_stay_within_the_splits_and_the_scratch() -> None:
     assert launch.attention_programs(8, 22, 1 << 29) == 1
 
 
+def test_splits_are_folded_in_order_by_one_program_past_a_threshold() -> None:
+    assert not launch.attention_in_order(127, 1 << 28)
+    assert launch.attention_in_order(128, 1)
+    assert launch.attention_in_order(1, (1 << 28) + 1)
+    assert launch.attention_programs(8, 1, 1 << 20) == 1, "one split has nothing to share, whoever folds it"
+
+
 def test_an_index_of_another_backend_is_refused() -> None:
     table = torch.zeros(1, 1, dtype=torch.int64)
     index = AttentionIndex(table[0], table[0], table, page_size=PAGE, tile=8)

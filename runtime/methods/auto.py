@@ -151,6 +151,10 @@ class Auto(Method):
     def plan(self) -> LayerPlan:
         return self._swift.plan if self._choice.name in (SKIP, CASCADE) else self._full
 
+    @property
+    def widest(self) -> int:
+        return self._options.num_draft_tokens
+
     def phase(self) -> str:
         return self._choice.name
 
@@ -179,6 +183,9 @@ class Auto(Method):
             how = Drafting(self._choice.drafted, self._options.threshold, self.rejection)
             return grow(model, cache, batch, self._swift.plan, how)[0]
         return no_draft(batch)
+
+    def rehearse(self, model: Model, cache: KVCache) -> None:
+        self._swift.rehearse(model, cache)
 
     def choices(self, costs: Costs, sequences: int, room: int) -> list[Choice]:
         """Plain decoding, and the best draft length of every other way there is this round."""

@@ -34,6 +34,10 @@ class Method:
     # Whether sampled drafts are accepted by rejection sampling instead of by equality under shared noise.
     rejection: bool = False
 
+    # Whether drafts are trees, and the rounds of a new sequence in which every kind of pass occurs.
+    tree: bool = False
+    period: int = 1
+
     # Whether it edits the weights an engine is loaded with, which then serves no other method.
     edits: ClassVar[bool] = False
 
@@ -64,12 +68,20 @@ class Method:
         """The pass that reads a prompt."""
         return self.target
 
+    @property
+    def widest(self) -> int:
+        """Draft tokens a sequence has in a round at most, those of a tree all counted."""
+        return 0
+
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """Up to k draft tokens for every sequence; fewer, or none, is always allowed."""
         return no_draft(batch)
 
     def prepare(self, model: Model, cache: KVCache) -> None:
         """Called once, before the first request: check what needs the model, and measure what needs a clock."""
+
+    def rehearse(self, model: Model, cache: KVCache) -> None:
+        """Run once, for a warm-up, every kind of pass that neither drafts nor has the last word."""
 
     def admits(self, running: list[Sequence]) -> bool:
         """Whether a new sequence may join those `running` now; a method may hold it back for a few rounds."""

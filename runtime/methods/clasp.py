@@ -13,7 +13,7 @@ from ..cache import KVCache
 from ..errors import CapacityError, RequestError
 from ..model import Model
 from ..plan import LayerPlan
-from ..programme import Programme, Unit, accepted_tokens
+from ..programme import Programme, Unit, accepted_tokens, rehearse
 from .base import Method, no_draft
 from .drafting import Drafting, acceptance, grow
 
@@ -76,6 +76,10 @@ class Clasp(Method):
     def plan(self) -> LayerPlan:
         return self._plan or self._full
 
+    @property
+    def widest(self) -> int:
+        return self._options.num_draft_tokens
+
     def phase(self) -> str:
         return "acceleration" if self._plan else "accumulation"
 
@@ -86,6 +90,9 @@ class Clasp(Method):
         """Confidence-aware drafting, as SWIFT's."""
         draft = grow(model, cache, batch, self._plan, self._how)[0] if self._plan else no_draft(batch)
         return draft._replace(record=self._due())
+
+    def rehearse(self, model: Model, cache: KVCache) -> None:
+        rehearse(model, cache)
 
     def observe(self, model: Model, cache: KVCache, done: Round) -> float:
         """In-context layer optimisation at the sequences' newest accepted tokens, whose streams came free."""

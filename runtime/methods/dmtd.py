@@ -131,6 +131,7 @@ class DirectMultiToken(Policy):
         super().__init__(options, num_layers)
         self._options, self._cycle = options, cycle
         self.horizon = options.horizon or cycle.horizon
+        self.period = self.horizon + 1
         think = cycle.encoding + cycle.thinking
         self.encoding = self._full.between(0, cycle.encoding)
         self.thinking = self._full.between(cycle.encoding, think)

@@ -68,6 +68,10 @@ class DynamicExit(Method):
     def plan(self) -> LayerPlan:
         return self._full.early_exit(self._exit) if self._length else self._full
 
+    @property
+    def widest(self) -> int:
+        return self._options.num_draft_tokens
+
     def events(self) -> list[Mapping[str, Any]]:
         return list(self._events)
 
@@ -82,6 +86,10 @@ class DynamicExit(Method):
             return draft._replace(record=True)
         reuse = self._options.reuse and states.shape[1] > 0
         return draft._replace(exit=Exit(self._exit, states)) if reuse else draft
+
+    def rehearse(self, model: Model, cache: KVCache) -> None:
+        x = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        model.predict(x, tile=model.ops.prefill_tile)
 
     def observe(self, model: Model, cache: KVCache, done: Round) -> float:
         """Put the streams of a recorded round through the head at every exit, and choose anew."""

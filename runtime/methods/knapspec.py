@@ -18,7 +18,7 @@ from ..cache import KVCache
 from ..errors import CapacityError, RequestError
 from ..model import Model
 from ..plan import LayerPlan
-from ..programme import MAX_ROWS, Programme, Token, Unit, accepted_tokens, lay_states
+from ..programme import MAX_ROWS, Programme, Token, Unit, accepted_tokens, lay_states, rehearse
 from .base import Method, no_draft
 from .drafting import Drafting, acceptance, grow
 
@@ -114,6 +114,10 @@ class KnapSpec(Method):
     def plan(self) -> LayerPlan:
         return self._choice.plan if self._choice else self._full
 
+    @property
+    def widest(self) -> int:
+        return self._options.num_draft_tokens
+
     def phase(self) -> str:
         return "acceleration" if self._choice else "accumulation"
 
@@ -127,6 +131,10 @@ class KnapSpec(Method):
             how = Drafting(self._choice.num_draft_tokens, self._options.threshold, self.rejection)
             draft = grow(model, cache, batch, self._choice.plan, how)[0]
         return draft._replace(record=self._work is None and self._due())
+
+    def rehearse(self, model: Model, cache: KVCache) -> None:
+        for x in rehearse(model, cache):
+            model.predict(x, tile=model.ops.prefill_tile if len(x) >= model.ops.prefill_tile else None)
 
     def observe(self, model: Model, cache: KVCache, done: Round) -> float:
         """Gather a window when the next choice is due, then work on it for what the budget allows, at most a round."""

@@ -68,6 +68,10 @@ class LayerSkip(Method):
     def target(self) -> LayerPlan:
         return self._full if self._options.verify else self.plan
 
+    @property
+    def widest(self) -> int:
+        return self._options.num_draft_tokens if self._options.verify else 0
+
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
         options = self._options
         if not options.verify:

@@ -54,7 +54,12 @@ class Lookup(Method):
         super().__init__(options, num_layers)
         self._options = options
         self.rejection = options.acceptance == "rejection"
+        self.tree = options.tree
         self._memory = Memory(options.remember)
+
+    @property
+    def widest(self) -> int:
+        return self._options.num_draft_tokens
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         with model.mark("draft", len(batch), 0, 0):

@@ -94,6 +94,7 @@ class Swift(Method):
         super().__init__(options, num_layers)
         self._options = options
         self.rejection = options.acceptance == "rejection"
+        self.tree = options.tree
         self._saved = SkipSet.load(Path(options.set)) if options.set else None
         if self._saved and self._saved.num_layers != num_layers:
             raise RequestError(f"{options.set}: expected a set for {num_layers} layers, got {self._saved.num_layers}")
@@ -128,6 +129,10 @@ class Swift(Method):
     def plan(self) -> LayerPlan:
         return self._fixed or self._search.incumbent.plan
 
+    @property
+    def widest(self) -> int:
+        return self._options.max_nodes if self.tree else self._options.num_draft_tokens
+
     def phase(self) -> str:
         frozen = self._fixed or self._search.finished or not self._options.search_budget
         return "acceleration" if frozen else "accumulation"
@@ -142,6 +147,14 @@ class Swift(Method):
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """Confidence-aware drafting (§4.2)."""
         return grow(model, cache, batch, self.plan, self._how)[0]
+
+    def rehearse(self, model: Model, cache: KVCache) -> None:
+        window = self._options.window
+        pages = cache.reserve(window + 1)
+        try:
+            matchness(model, cache, pages, [0] * (window + 1), window, self._full)
+        finally:
+            cache.release(pages)
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
         if self._options.tree:

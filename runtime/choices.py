@@ -1,0 +1,46 @@
+"""What an engine is told by name: the device, the type to compute in, the op table."""
+
+from __future__ import annotations
+
+import torch
+
+from ..kernels import ops
+from ..loaders.config import ModelConfig
+from .errors import RequestError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_of(dtype: str, config: ModelConfig) -> torch.dtype:
+    """The type to compute in: the named one, or for auto the checkpoint's own.
+
+    Raises:
+        RequestError: the checkpoint's own is none of those there are.
+    """
+    name = config.dtype if dtype == "auto" else dtype
+    if name not in DTYPES:
+        raise RequestError(f"dtype: expected one of {', '.join(DTYPES)}, got auto for a checkpoint in {name}")
+    return DTYPES[name]
+
+
+def place_of(device: str) -> torch.device:
+    """The device of that name, auto being the GPU where there is one; RequestError where torch can use no GPU."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"device: expected a GPU that torch {torch.__version__} can use for cuda, found none")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def table_of(backend: str, device: torch.device) -> ops.Ops:
+    """The op table of that name, auto being the device's own; RequestError where it cannot run."""
+    one_of("backend", backend, ("auto", "torch", "triton"))
+    chosen = backend if backend != "auto" else "triton" if device.type == "cuda" else "torch"
+    obstacle = ops.obstacle(chosen, device)
+    if obstacle:
+        raise RequestError(f"backend: {chosen} cannot run on {device.type}: {obstacle}")
+    return ops.select(chosen)
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is no choice, with a RequestError."""
+    if value not in choices:
+        raise RequestError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

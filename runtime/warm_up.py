@@ -1,0 +1,153 @@
+"""Running once what requests can reach, so that none of them waits for a compilation or a capture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+
+from ..kernels.compilation import Watch
+from .batch import Batch, Draft
+from .cache import KVCache
+from .decode import decode, prefill
+from .errors import CompilationError, RequestError
+from .graphs import SEQUENCES, Graphs
+from .methods.base import Method, sampled
+from .methods.policy import Policy
+from .model import Model
+from .plan import LayerPlan
+from .prefill import PREFILL_CHUNK
+from .request import SamplingParams
+from .sequence import Sequence
+from .speculate import speculate
+
+# How tokens may be chosen, each of which has kernels of its own: penalties widen the logits to float32.
+CHOICES = (
+    SamplingParams(max_tokens=2**20),
+    SamplingParams(max_tokens=2**20, temperature=1.0),
+    SamplingParams(max_tokens=2**20, temperature=1.0, repetition_penalty=1.1),
+)
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What a warm-up took: kernels compiled, or loaded from Triton's cache on disk; graphs captured; seconds."""
+
+    compilations: int
+    graphs: int
+    seconds: float
+
+
+class Scripted(Method):
+    """A drafter of `length` tokens of no meaning, in a tree or with scores if asked for."""
+
+    name = "scripted"
+
+    def __init__(self, like: Method, length: int, *, tree: bool, scores: bool) -> None:
+        self._full, self._target = like.plan, like.target
+        self._length, self._tree, self._scores = length, tree, scores
+        self.rejection = like.rejection
+
+    @property
+    def target(self) -> LayerPlan:
+        return self._target
+
+    def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
+        tokens = torch.zeros(len(batch), self._length, dtype=torch.int64, device=batch.device)
+        chain = torch.arange(self._length, device=batch.device).expand_as(tokens).contiguous()
+        dtype = torch.float32 if batch.sequences[0].params.reshapes_logits else model.dtype
+        scores = torch.zeros(*tokens.shape, model.config.vocab_size, dtype=dtype, device=batch.device)
+        return Draft(
+            tokens,
+            torch.full_like(batch.length, self._length),
+            parent=chain if self._tree and self._length else None,
+            scores=scores if self._scores else None,
+        )
+
+
+class Rehearsal:
+    """Rounds of up to a number of sequences and of tokens each, over a page that belongs to nobody.
+
+    What a kernel is specialised on follows the rows of a pass by powers of two, or goes over one threshold in rows and
+    positions. So rounds run with 1, 2, 4, … sequences and with drafts that make 1, 2, 4, … rows of one, first with
+    block tables as short as can be, and the largest also with those of the longest sequence.
+    """
+
+    def __init__(
+        self, model: Model, cache: KVCache, graphs: Graphs | None, sequences: int, context: int | None
+    ) -> None:
+        longest = min(model.config.max_context, cache.total_pages * cache.page_size)
+        context = longest if context is None else context
+        for name, value, most in (("sequences", sequences, SEQUENCES[-1]), ("context", context, longest)):
+            if not 1 <= value <= most:
+                raise RequestError(f"warm_up: {name}: expected 1 to {most}, got {value}")
+        self._model, self._cache, self._graphs = model, cache, graphs
+        self._counts = [size for size in SEQUENCES if size < 2 * sequences]
+        self._context, self._pages = context, cache.pages_for(context)
+
+    def run(self, methods: Iterable[Method], watch: Watch) -> WarmUp:
+        """Every kind of pass of the methods, on the thread that is watched, and their round graphs."""
+        start, compiled, captured = perf_counter(), watch.count, self._captured
+        methods = list(methods)
+        if watch.enabled:
+            for method in methods:
+                self._passes(method)
+        if self._graphs is not None:
+            for method in methods:
+                self._capture(self._graphs, method)
+        return WarmUp(watch.count - compiled, self._captured - captured, perf_counter() - start)
+
+    @property
+    def _captured(self) -> int:
+        return self._graphs.captured if self._graphs is not None else 0
+
+    def _passes(self, method: Method) -> None:
+        rounds = max(method.period, 2 * (method.widest.bit_length() + 2))
+        short = self._cache.pages_for(2 + rounds * (method.widest + 1))
+        for count in self._counts:
+            for params in CHOICES:
+                self._rounds(method, self._prefilled(method, [0], short, count, params))
+        longest = max(short, self._pages)
+        self._rounds(method, self._prefilled(method, [0], longest, self._counts[-1], CHOICES[0]))
+        self._prefilled(method, [0] * min(self._context - 1, PREFILL_CHUNK), longest, 1, CHOICES[0])
+        method.rehearse(self._model, self._cache)
+
+    def _prefilled(
+        self, method: Method, prompt: list[int], pages: int, count: int, params: SamplingParams
+    ) -> list[Sequence]:
+        length = pages * self._cache.page_size
+        made = [Sequence(i, 0, prompt, params, i, frozenset(), length, None, pages=[0] * pages) for i in range(count)]
+        for sequence in made:
+            prefill(self._model, self._cache, sequence, method)
+        return made
+
+    def _rounds(self, method: Method, sequences: list[Sequence]) -> None:
+        model, cache = self._model, self._cache
+        if isinstance(method, Policy):
+            for _ in range(method.period):
+                decode(model, cache, sequences, method)
+            return
+        method.propose(model, cache, Batch.of(sequences, model.ops.decode_tile, model.device))
+        lengths = [2**i - 1 for i in range(method.widest.bit_length())] if len(sequences) == 1 else []
+        rejection = method.rejection and sampled(sequences)
+        for length in (*lengths, method.widest):
+            for scores in (False, True) if rejection and length else (False,):
+                speculate(model, cache, sequences, Scripted(method, length, tree=method.tree, scores=scores))
+
+    def _capture(self, graphs: Graphs, method: Method) -> None:
+        for params in CHOICES[:2]:
+            sequence = Sequence(0, 0, [0], params, 0, frozenset(), 1, None)
+            recipe = method.recipe([sequence])
+            if recipe is None:
+                continue
+            recipe = replace(recipe, sampled=sampled([sequence]))
+            for power in range((self._pages - 1).bit_length() + 1):
+                for count in self._counts:
+                    graphs.prepare(recipe, count, 1 << power)
+
+
+def refuse(kernel: str, specialised_on: str) -> None:
+    """What a strict engine says to a kernel that a warm-up has missed."""
+    raise CompilationError(f"{kernel}: not compiled by warm_up and needed now, specialised on {specialised_on}")
