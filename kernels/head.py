@@ -179,7 +179,7 @@ def head(
     norm: Norm,
     weight: Matrix,
     *,
-    tile: int,
+    tile: int | None,
     top_k: int | None = None,
     ids: Tensor | None = None,
     active: Tensor | None = None,

@@ -131,7 +131,7 @@ def linear(
     x: Tensor,
     weight: Matrix,
     *,
-    tile: int,
+    tile: int | None,
     norm: Norm | None = None,
     bias: Tensor | None = None,
     activation: str | None = None,
@@ -179,6 +179,6 @@ def linear(
     return out
 
 
-def logits(x: Tensor, norm: Norm, weight: Matrix, *, tile: int) -> Tensor:
+def logits(x: Tensor, norm: Norm, weight: Matrix, *, tile: int | None) -> Tensor:
     """norm(x)·Wᵀ: x [R, H], W [V, H] → [R, V]."""
     return linear(x, weight, tile=tile, norm=norm)

@@ -216,7 +216,7 @@ def qkv_rope_append(
     slots: Slots,
     *,
     heads: int,
-    tile: int,
+    tile: int | None,
     active: Tensor | None = None,
     write: Tensor | None = None,
 ) -> Tensor:

@@ -149,7 +149,7 @@ def _route_kernel(
 
 
 def route(
-    x: Tensor, norm: Norm, router: Router, *, tile: int, threshold: float = 0.5, active: Tensor | None = None
+    x: Tensor, norm: Norm, router: Router, *, tile: int | None, threshold: float = 0.5, active: Tensor | None = None
 ) -> Route:
     """weight = sigmoid(readout · tanh(RMSNorm_r(encoder · norm(x)))), run = weight > threshold (FlexiDepth).
 

@@ -28,6 +28,7 @@ def _describe(dtype: torch.dtype) -> str:
 
 TRITON = Ops(
     name="triton",
+    numerics="exact",
     describe=_describe,
     decode_tile=8,
     prefill_tile=64,

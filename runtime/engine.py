@@ -49,8 +49,8 @@ class Engine:
     """A model in memory and everything needed to generate with it.
 
     Threads may share an engine: their calls take turns round by round, and one that needs pages the others hold waits
-    for them, up to `ADMISSION_WAIT_S`. `model_path` is where the weights lie, `backend` the op table in use, `config`
-    the model's shape.
+    for them, up to `ADMISSION_WAIT_S`. `model_path` is where the weights lie, `backend` the op table in use, `numerics`
+    "exact" or "fast", `config` the model's shape.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Engine:
         model_path: Path | None = None,
         method: str = "autoregressive",
         backend: str = "auto",
+        numerics: str = "exact",
         cache_tokens: int | None = None,
         graphs: bool | None = None,
         ranges: str | None = None,
@@ -75,7 +76,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.model_path = model_path
         self.dtype = weights.embedding.dtype
-        table = _table(backend, weights.embedding.device)
+        table = _table(backend, weights.embedding.device, numerics)
+        self.numerics = numerics
         self.backend = table.description(self.dtype)
         if cache_tokens is not None and cache_tokens < 1:
             raise RequestError(f"cache_tokens: expected at least 1, got {cache_tokens}")
@@ -109,8 +111,9 @@ class Engine:
         """Load a model folder, "demo" for the packaged one, or `org/name` (`org/name@revision`) from the hub.
 
         `device` auto is the GPU where there is one; `backend` auto is "triton" on a GPU and "torch" on the CPU. `dtype`
-        auto is the checkpoint's own. `cache_tokens` bounds the tokens all running requests hold together.
-        `progress` is called with a label, what is done and what there is to do.
+        auto is the checkpoint's own. `numerics` "fast" lets the order of a sum follow the number of rows where that is
+        faster; a token may then depend on drafts and on its neighbours in a batch. `cache_tokens` bounds the tokens all
+        running requests hold together. `progress` is called with a label, what is done and what there is to do.
 
         Raises:
             ConfigError, CheckpointError, TokenizerError: there is no such model, or this version does not run it.
@@ -119,9 +122,8 @@ class Engine:
         spec = registry.parse(method)
         _one_of("device", device, ("auto", "cpu", "cuda"))
         _one_of("dtype", dtype, ("auto", *DTYPES))
-        _one_of("numerics", numerics, ("exact",))
         place = place_of(device)
-        _table(backend, place)
+        _table(backend, place, numerics)
         folder = locate(model, progress)
         config = ModelConfig.load(folder)
         spec.build(config)
@@ -139,6 +141,7 @@ class Engine:
             model_path=folder,
             method=method,
             backend=backend,
+            numerics=numerics,
             cache_tokens=cache_tokens,
             graphs=graphs,
             ranges=ranges,
@@ -182,7 +185,9 @@ class Engine:
         ]
         _check_room(cache, sequences)
         drafter = self._method(spec)
-        return Stream(self._run(model, cache, sequences, drafter), sequences, drafter, self.backend, seed)
+        return Stream(
+            self._run(model, cache, sequences, drafter), sequences, drafter, self.backend, self.numerics, seed
+        )
 
     def score(self, prompts: Prompts, continuations: Prompts, *, method: str | None = None) -> list[Scored]:
         """What a method makes of given continuations, token ids, one for every prompt: teacher forcing.
@@ -367,13 +372,14 @@ def place_of(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _table(backend: str, device: torch.device) -> ops.Ops:
+def _table(backend: str, device: torch.device, numerics: str) -> ops.Ops:
     _one_of("backend", backend, ("auto", "torch", "triton"))
+    _one_of("numerics", numerics, ("exact", "fast"))
     chosen = backend if backend != "auto" else "triton" if device.type == "cuda" else "torch"
     obstacle = ops.obstacle(chosen, device)
     if obstacle:
         raise RequestError(f"backend: {chosen} cannot run on {device.type}: {obstacle}")
-    return ops.select(chosen)
+    return ops.select(chosen, numerics)
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
