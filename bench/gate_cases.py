@@ -6,12 +6,13 @@ Tensors are on the device "meta": they have shapes and strides and no memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels.launch import tile_of
+from ..kernels import launch
 from ..kernels.triton_ops import TRITON
 from ..kernels.values import Matrix, Norm, Rope, Router, RowMap, Slots, Tree
 from .gate_checks import Case, Meaning
@@ -99,7 +100,7 @@ class Pass:
 
     def __init__(self, shape: Shape, rows: int, tile: int | None, dtype: torch.dtype) -> None:
         self.shape, self.rows, self.tile, self.dtype = shape, rows, tile, dtype
-        self.prefill = tile_of(rows, tile) == TRITON.prefill_tile
+        self.prefill = launch.tile_of(rows, tile) == TRITON.prefill_tile
         self.sequences = 1 if self.prefill else max(1, rows // 8)
 
     def cases(self) -> Iterator[Case]:
@@ -136,10 +137,13 @@ class Pass:
         yield self._linear("down", gated, self.matrix(s.hidden, s.inner), residual=x)
 
     def _masked(self) -> Iterator[Step]:
-        """The same with rows that may be inactive, and attention of a draft tree."""
+        """The same with rows that may be inactive, attention of a draft tree, and a product that prefetches."""
         s = self.shape
         active = self.tensor(self.rows, dtype=torch.bool)
         x, gated = self.tensor(self.rows, s.hidden), self.tensor(self.rows, s.inner)
+        if self.rows == 1:
+            output = self._linear("output, prefetched", x, self.matrix(s.hidden, s.hidden), residual=x)
+            yield output._replace(launch=partial(_prefetching, output.launch))
         yield self._qkv("qkv, masked", active=active, write=active)
         yield self._attend("attention, masked", active=active)
         scale = self.tensor(self.rows, dtype=torch.float32)
@@ -287,6 +291,15 @@ class Pass:
 
 
 _WARPING = (torch.float32, torch.int64, torch.float32, torch.float32)
+
+
+def _prefetching(run: Callable[[], object]) -> object:
+    """`run` with the prefetch of weights, which is off."""
+    usual, launch.PREFETCH_BYTES = launch.PREFETCH_BYTES, 32 << 20
+    try:
+        return run()
+    finally:
+        launch.PREFETCH_BYTES = usual
 
 
 def size(stored: Matrix | Tensor) -> int:

@@ -15,6 +15,7 @@ from triton.runtime import driver
 
 INTERPRETED = bool(knobs.runtime.interpret)
 DEPENDENT_LAUNCH = os.environ.get("SKIPJACK_PDL", "1") != "0"
+PREFETCH_BYTES = int(os.environ.get("SKIPJACK_PREFETCH_MIB", "0")) << 20
 NEAR_SPLITS = 8
 FAR_FACTOR = 4
 BUSY_PROGRAMS = 128
@@ -29,6 +30,8 @@ SHARED_BYTES = 99 * 1024
 PRODUCT_REGISTERS = 255
 ENOUGH_PROGRAMS = 96
 STREAMED_ROWS = 64
+CACHE_LINE = 128
+LINES_AT_ONCE = 8
 
 
 class ProductRule(NamedTuple):
@@ -227,6 +230,18 @@ def dependent(arch: int) -> bool:
     SKIPJACK_PDL=0 turns it off: to look for races, and because kernel durations in a profile lie under it.
     """
     return DEPENDENT_LAUNCH and arch >= 90
+
+
+def prefetched_columns(weight_rows: int, columns: int, itemsize: int, arch: int) -> int:
+    """Columns of each weight row that a product asks the L2 cache for before it waits for the kernel before it.
+
+    None unless SKIPJACK_PREFETCH_MIB gives the bytes of a weight that may be: off until a GPU has shown that it pays,
+    and of use only where a kernel waits. Attention reads little and takes long; the product after it is what gains.
+    """
+    if not (PREFETCH_BYTES and _nvidia() and dependent(arch)):
+        return 0
+    at_once = LINES_AT_ONCE * CACHE_LINE // itemsize
+    return min(padded(columns), PREFETCH_BYTES // (weight_rows * itemsize)) // at_once * at_once
 
 
 @cache
