@@ -10,7 +10,7 @@ from typing import Any
 from ..runtime.engine import Engine
 from ..runtime.request import SamplingParams
 from .prompts import Prompt, source
-from .record import Sheet, title
+from .record import Sheet, summarise, title
 
 METHODS = ("swift", "clasp", "knapspec", "layerskip", "del", "lookup")
 SHOWN_DEPTHS = 6
@@ -90,13 +90,7 @@ def measure(
 
 def summary(rows: Sequence[Row]) -> list[Line]:
     """A line for every method and category, and one for all categories of a method."""
-    lines: list[Line] = []
-    for method in dict.fromkeys(row.method for row in rows):
-        own = [row for row in rows if row.method == method]
-        for category in dict.fromkeys(row.category for row in own):
-            lines.append(_line(method, category, [row for row in own if row.category == category]))
-        lines.append(_line(method, "all", own))
-    return lines
+    return summarise(rows, _line)
 
 
 def sheet(result: dict[str, Any]) -> Sheet:

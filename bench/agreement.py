@@ -11,6 +11,7 @@ from ..runtime.engine import MAX_BATCH, Engine
 from ..runtime.prompts import Prompt as Source
 from ..runtime.request import SamplingParams
 from .prompts import Prompt, source
+from .record import summarise
 
 PLAIN = "autoregressive"
 
@@ -100,15 +101,7 @@ def score(engine: Engine, method: str, prompts: Sequence[Prompt], given: Sequenc
 
 def summary(rows: Sequence[Row]) -> list[Line]:
     """A line for every method and category, and one for all categories of a method."""
-    lines: list[Line] = []
-    for method in dict.fromkeys(row.method for row in rows):
-        own = [row for row in rows if row.method == method]
-        lines += [
-            _line(method, category, [row for row in own if row.category == category])
-            for category in dict.fromkeys(row.category for row in own)
-        ]
-        lines.append(_line(method, "all", own))
-    return lines
+    return summarise(rows, _line)
 
 
 def _line(method: str, category: str, rows: Sequence[Row]) -> Line:

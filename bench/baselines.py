@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..runtime.engine import Engine
 from ..runtime.errors import RequestError
@@ -11,6 +12,7 @@ from . import agreement
 from .agreement import PLAIN, Given
 from .methods import load
 from .prompts import Prompt
+from .record import header
 
 ROUTED = ("mindskip", "flexidepth")
 NO_ROUTERS = "no routers"
@@ -44,13 +46,16 @@ def compare(
     skipped: Sequence[int],
     checkpoints: Mapping[str, str],
     progress: Callable[[str], None],
-) -> list[Line]:
+) -> tuple[dict[str, Any], list[Line]]:
     """Every baseline at every number of skipped layers, and the routed methods on `checkpoints`, folders by method.
+
+    The header of a result comes first. One model is in memory at a time.
 
     Raises:
         RequestError: the model has no more than `skipped` layers, or a checkpoint another vocabulary.
     """
     with load(model, dtype) as engine:
+        about = header("baselines", engine, model)
         layers, vocabulary = engine.config.num_layers, engine.config.vocab_size
         if max(skipped) >= layers:
             raise RequestError(f"--skipped: expected fewer than the model's {layers} layers, got {max(skipped)}")
@@ -81,7 +86,7 @@ def compare(
                     f"got {routed.config.vocab_size}"
                 )
             lines += _lines(routed, name, name, None, prompts, given)
-    return sorted(lines, key=lambda line: layers if line.asked is None else line.asked)
+    return about, sorted(lines, key=lambda line: layers if line.asked is None else line.asked)
 
 
 def _lines(

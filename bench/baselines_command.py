@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from ..runtime.errors import RequestError
-
-if TYPE_CHECKING:
-    from .baselines import Line
 
 
 def baselines(
@@ -41,33 +35,21 @@ def baselines(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Early exit, ShortGPT, LaCo, MindSkip and FlexiDepth: agreement with the full model and perplexity."""
+    from . import sheets
     from .baselines import compare
-    from .machine import describe
     from .prompts import load as load_prompts
+    from .record import deliver
 
-    chosen, machine, counts = load_prompts(prompts, per_category), describe(), skipped or [4, 8]
+    chosen, counts = load_prompts(prompts, per_category), skipped or [4, 8]
     folders = dict(_checkpoint(entry) for entry in checkpoint or ())
     notes = Console(stderr=True, highlight=False)
 
     def progress(text: str) -> None:
         notes.print(text, end="\x1b[K\r" if sys.stderr.isatty() else "\n", markup=False)
 
-    lines = compare(model, dtype, chosen, max_tokens, counts, folders, progress)
-    result = {
-        "bench": "baselines",
-        "machine": machine,
-        "model": model,
-        "checkpoints": folders,
-        "dtype": dtype,
-        "max_tokens": max_tokens,
-        "lines": [asdict(line) for line in lines],
-    }
-    if output:
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if as_json:
-        typer.echo(json.dumps(result))
-    else:
-        _show(lines)
+    about, lines = compare(model, dtype, chosen, max_tokens, counts, folders, progress)
+    result = {**about, "checkpoints": folders, "max_tokens": max_tokens, "lines": [asdict(line) for line in lines]}
+    deliver(result, sheets.baselines, output, as_json)
 
 
 def _checkpoint(entry: str) -> tuple[str, str]:
@@ -75,17 +57,3 @@ def _checkpoint(entry: str) -> tuple[str, str]:
     if not method or not equals or not folder:
         raise RequestError(f"--checkpoint: expected METHOD=FOLDER, got {entry!r}")
     return method, folder
-
-
-def _show(lines: Sequence[Line]) -> None:
-    table = Table("method", "skipped layers", "tokens", "agreement", "perplexity")
-    for line in lines:
-        if line.category != "all":
-            continue
-        if line.agreement is None or line.skipped is None or line.perplexity is None:
-            table.add_row(line.method, line.note)
-            continue
-        table.add_row(
-            line.method, f"{line.skipped:.1f}", str(line.tokens), f"{line.agreement:.3f}", f"{line.perplexity:.2f}"
-        )
-    Console(highlight=False).print(table)

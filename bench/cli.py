@@ -18,13 +18,14 @@ from .baselines_command import baselines
 from .commands import accept, figures, numerics, peers, project, serve, table
 from .decode_cli import decode
 from .dmtd import dmtd
+from .host import host
 from .unified_command import unified
 
 if TYPE_CHECKING:
     from .exact import Line
 
 app = typer.Typer(add_completion=False)
-for command in (decode, peers, accept, serve, numerics, project, figures, table):
+for command in (decode, peers, accept, serve, numerics, project, host, figures, table):
     app.command()(command)
 for command in (unified, dmtd, baselines, routed.layers, routed.forced):
     app.command()(command)
@@ -57,11 +58,11 @@ def exact(
     from ..runtime.engine import Engine
     from ..runtime.request import SamplingParams
     from .exact import compare, coverage, summary
-    from .machine import describe
     from .prompts import load
+    from .record import header, write
     from .rotation import NAMES
 
-    chosen, machine = load(prompts, per_category), describe()
+    chosen = load(prompts, per_category)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
     notes = Console(stderr=True, highlight=False)
     with Engine.load(model, dtype=dtype) as engine:
@@ -77,10 +78,7 @@ def exact(
 
         rows = compare(engine, chosen, params, batch=batch, progress=progress)
         result = {
-            "bench": "exact",
-            "machine": machine,
-            "backend": engine.backend,
-            "dtype": str(engine.dtype).removeprefix("torch."),
+            **header("exact", engine, model),
             "temperature": temperature,
             "batch": batch,
             "max_tokens": max_tokens,
@@ -89,7 +87,7 @@ def exact(
             "rows": [asdict(row) for row in rows],
         }
     if output:
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write(result, output)
     if as_json:
         typer.echo(json.dumps(result))
     else:
@@ -137,11 +135,12 @@ def methods(
 ) -> None:
     """Compare methods with plain decoding: speed in pairs, acceptance, the ideal speed-up and what is missing to it."""
     from ..runtime.request import SamplingParams
-    from .machine import describe
+    from . import sheets
     from .methods import compare, load, summary
     from .prompts import load as load_prompts
+    from .record import deliver, header
 
-    chosen, machine = load_prompts(prompts, per_category), describe()
+    chosen = load_prompts(prompts, per_category)
     chosen = [prompt for prompt in chosen if not category or prompt.category in category]
     if not chosen:
         raise ConfigError(f"--category: expected categories of the prompts, got {', '.join(category or [])}")
@@ -159,11 +158,7 @@ def methods(
 
         rows = compare(engine, names, chosen, SamplingParams(max_tokens=max_tokens), progress)
         result = {
-            "bench": "methods",
-            "machine": machine,
-            "model": model,
-            "backend": engine.backend,
-            "dtype": str(engine.dtype).removeprefix("torch."),
+            **header("methods", engine, model),
             "max_tokens": max_tokens,
             "summary": [asdict(line) for line in summary(rows)],
             "rows": [asdict(row) for row in rows],
@@ -171,29 +166,11 @@ def methods(
     if not all(row.identical for row in rows):
         notes.print("NOT IDENTICAL to plain decoding: no speed is reported", style="bold red")
         raise typer.Exit(1)
-    if output:
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if picture:
         from .charts import speeds
 
-        speeds(summary(rows), picture, f"{model}, {result['dtype']}, {machine['device']}")
-    if as_json:
-        typer.echo(json.dumps(result))
-        return
-    table = Table("method", "category", "prompts", "speed ÷ plain", "p10–p90", "ideal", "gap", "accepted", "length")
-    for line in summary(rows):
-        table.add_row(
-            line.method,
-            line.category,
-            str(line.prompts),
-            f"{line.speed:.2f}",
-            f"{line.speed_p10:.2f}–{line.speed_p90:.2f}",
-            f"{line.ideal:.2f}",
-            line.gap,
-            f"{line.acceptance_rate:.2f}",
-            f"{line.mean_acceptance_length:.2f}",
-        )
-    Console(highlight=False).print(table)
+        speeds(summary(rows), picture, f"{model}, {result['dtype']}, {result['machine']['device']}")
+    deliver(result, sheets.methods, output, as_json)
 
 
 @app.command()

@@ -86,6 +86,13 @@ def bandwidth(device: torch.device, size: int | None = None) -> dict[str, float]
     }
 
 
+def peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of a large square matrix product, the roof of arithmetic; `size` rows and columns."""
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    samples = paired({"product": sampler(lambda: left @ right, device)}, 5)
+    return 2 * size**3 / Spread.of(samples["product"]).median
+
+
 def denominator(device: torch.device) -> str:
     """The bandwidth that shares are of: "copy" on a GPU; "read" on a CPU, where copies read what they overwrite."""
     return "copy" if device.type == "cuda" else "read"

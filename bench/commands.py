@@ -185,7 +185,7 @@ def numerics(
     from ..runtime.engine import Engine
     from .numerics import METHODS, compare, gaps, sheets, summary, trusted
     from .peers import folder_of
-    from .record import header
+    from .record import deliver, header
 
     chosen, notes, names = _chosen(prompts, per_category, category), _notes(), method or list(METHODS)
     with (
@@ -202,7 +202,7 @@ def numerics(
             raise typer.Exit(1)
         rows = compare(exact, fast, names, chosen, max_tokens, lambda row: notes(f"{row.method}, {row.category}"))
     result |= {"summary": [asdict(line) for line in summary(rows)], "rows": [asdict(row) for row in rows]}
-    _finish(result, sheets, output, as_json)
+    deliver(result, sheets, output, as_json)
 
 
 def project(
@@ -278,23 +278,20 @@ def _notes() -> Callable[[str], None]:
 
 def _finish(
     result: dict[str, Any],
-    sheet: Callable[[dict[str, Any]], Sheet | tuple[Sheet, ...]],
+    sheet: Callable[[dict[str, Any]], Sheet],
     output: Path | None,
     as_json: bool,
     markdown: Path | None = None,
 ) -> None:
-    from .record import Sheet, show, write
     from .record import markdown as render
+    from .record import show, write
 
     if output:
         write(result, output)
-    # As it would be read back.
-    made = sheet(json.loads(json.dumps(result)))
-    tables = (made,) if isinstance(made, Sheet) else made
     if markdown:
-        markdown.write_text(render(tables) + "\n", encoding="utf-8")
+        markdown.write_text(render([sheet(result)]) + "\n", encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(result))
     else:
-        for each in tables:
-            show(each)
+        # As it would be read back.
+        show(sheet(json.loads(json.dumps(result))))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from skipjack.bench import tables
-from skipjack.bench.clock import bandwidth, denominator
+from skipjack.bench.clock import bandwidth, denominator, peak
 from skipjack.bench.machine import describe
 from skipjack.bench.micro import OF_CONTEXT, OPS, TOLERANCE, difference
 from skipjack.bench.op_cases import CASES, Side
@@ -90,6 +90,7 @@ def measured(request: pytest.FixtureRequest, table: Ops, device: torch.device, d
         "dtype": str(dtype).removeprefix("torch."),
         "of": denominator(device),
         "bandwidth": bandwidth(device),
+        "peak": peak(device, dtype, 8192 if ON_GPU else 2048),
         "figures": [],
     }
     request.config.stash[_RESULT] = result

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 
 def dmtd(
@@ -25,40 +23,20 @@ def dmtd(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Direct Multi-Token Decoding: measured speed over plain decoding, the cost model's prediction, and the bound."""
+    from . import sheets
     from .cycles import compare
-    from .machine import describe
     from .methods import load
+    from .record import deliver, header
 
-    notes, machine = Console(stderr=True, highlight=False), describe()
+    notes = Console(stderr=True, highlight=False)
     with load(model, dtype, "dmtd") as engine:
         notes.print(f"{model}: {engine.dtype}, {engine.backend}")
         lines = compare(engine, horizon or (2, 3, 4, 6), batch, max_tokens, pairs, notes.print)
         result = {
-            "bench": "dmtd",
-            "machine": machine,
-            "model": model,
-            "backend": engine.backend,
-            "dtype": str(engine.dtype).removeprefix("torch."),
+            **header("dmtd", engine, model),
             "lines": [asdict(line) for line in lines],
         }
     if not all(line.identical for line in lines):
         notes.print("NOT IDENTICAL to a teacher-forced pass: no speed is reported", style="bold red")
         raise typer.Exit(1)
-    if output:
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if as_json:
-        typer.echo(json.dumps(result))
-        return
-    table = Table("horizon", "batch", "speed ÷ plain", "p10–p90", "predicted", "tokens / weight pass", "bound")
-    for line in lines:
-        spread = f"{line.speed_low:.2f}–{line.speed_high:.2f}"
-        table.add_row(
-            str(line.horizon),
-            str(line.batch),
-            f"{line.speed:.2f}",
-            spread,
-            f"{line.predicted:.2f}",
-            f"{line.tokens_per_weight_pass:.2f}",
-            f"{line.bound:.2f}",
-        )
-    Console(highlight=False).print(table)
+    deliver(result, sheets.dmtd, output, as_json)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import ConfigError
-from . import accept, latency, numerics, plots, project, sheets, tables, unified_picture
+from . import accept, host, latency, numerics, plots, project, sheets, tables, unified_picture
 from .record import Sheet, markdown, read
 
 
@@ -24,7 +24,7 @@ class Picture:
 
 PICTURES = (
     Picture("roofline", "micro", "make bench", plots.roofline),
-    Picture("roofline", "gpu-steps", "bench/gpu.sh steps", plots.roofline),
+    Picture("bandwidth", "gpu-steps", "bench/gpu.sh steps", plots.bandwidth),
     Picture("draft-cost", "decode", "skipjack bench decode MODEL --output FILE", plots.draft_line),
     Picture("acceptance", "decode", "skipjack bench decode MODEL --output FILE", plots.acceptance),
     Picture("methods", "methods", "skipjack bench methods MODEL --output FILE", plots.methods),
@@ -45,6 +45,11 @@ SHEETS: dict[str, Callable[[dict[str, Any]], Sheet | tuple[Sheet, ...]]] = {
     "unified": unified_picture.sheet,
     "decode": tables.decode,
     "micro": tables.micro,
+    "baselines": sheets.baselines,
+    "dmtd": sheets.dmtd,
+    "forced": sheets.forced,
+    "layers": sheets.layers,
+    "host": host.sheet,
 }
 
 

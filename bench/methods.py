@@ -14,6 +14,7 @@ from ..runtime.engine import Engine, dtype_of, place_of
 from ..runtime.errors import RequestError
 from ..runtime.request import Output, SamplingParams
 from .prompts import Prompt, source
+from .record import summarise
 
 PLAIN = "autoregressive"
 SYNTHETIC = "synthetic:"
@@ -114,15 +115,7 @@ def compare(
 
 def summary(rows: Sequence[Row]) -> list[Line]:
     """A line for every method and category, and one for all categories of a method."""
-    lines: list[Line] = []
-    for method in dict.fromkeys(row.method for row in rows):
-        own = [row for row in rows if row.method == method]
-        lines += [
-            _line(method, category, [row for row in own if row.category == category])
-            for category in dict.fromkeys(row.category for row in own)
-        ]
-        lines.append(_line(method, "all", own))
-    return lines
+    return summarise(rows, _line)
 
 
 def _row(engine: Engine, method: str, prompt: Prompt, number: int, params: SamplingParams) -> Row:

@@ -30,11 +30,15 @@ DRAFT = 4
 
 
 class Launch(NamedTuple):
-    """The op, plain PyTorch on the same inputs, and the bytes no implementation can avoid; `syncs`: plain waits."""
+    """The op, plain PyTorch on the same inputs, and the bytes no implementation can avoid; `syncs`: plain waits.
+
+    `flops`: multiplications and additions of its matrix products, for the rows asked for; none where there are few.
+    """
 
     op: Callable[[], Outputs]
     plain: Callable[[], Outputs]
     bytes: int
+    flops: int = 0
     syncs: bool = False
 
 
@@ -62,6 +66,11 @@ class Point:
 
     def arange(self, count: int, start: int = 0) -> Tensor:
         return torch.arange(start, start + count, device=self.device)
+
+    @property
+    def tile(self) -> int | None:
+        """The tile the engine takes for so many rows."""
+        return self.ops.narrow_tile if self.rows <= self.ops.narrow_tile else self.ops.decode_tile
 
     @property
     def pages(self) -> int:
@@ -104,9 +113,10 @@ def up(p: Point) -> Launch:
         return (functional.silu(gate) * linear,)
 
     return Launch(
-        lambda: (p.ops.linear(x, matrix, tile=p.ops.decode_tile, norm=norm, activation="silu_gate"),),
+        lambda: (p.ops.linear(x, matrix, tile=p.tile, norm=norm, activation="silu_gate"),),
         plain,
         _size(weight),
+        _flops(p, weight),
     )
 
 
@@ -115,9 +125,10 @@ def logits(p: Point) -> Launch:
     weight = p.weight(p.config.vocab_size, p.config.hidden_size)
     matrix = p.ops.prepare(weight)
     return Launch(
-        lambda: (p.ops.logits(x, norm, matrix, tile=p.ops.decode_tile),),
+        lambda: (p.ops.logits(x, norm, matrix, tile=p.tile),),
         lambda: (functional.linear(_rms(x, norm), weight),),
         _size(weight),
+        _flops(p, weight),
     )
 
 
@@ -127,14 +138,14 @@ def head(p: Point) -> Launch:
     matrix = p.ops.prepare(weight)
 
     def op() -> Outputs:
-        _, value, log_sum_exp = p.ops.head(x, norm, matrix, tile=p.ops.decode_tile)
+        _, value, log_sum_exp = p.ops.head(x, norm, matrix, tile=p.tile)
         return value, log_sum_exp
 
     def plain() -> Outputs:
         scores = functional.linear(_rms(x, norm), weight).float()
         return scores.max(dim=-1).values, scores.logsumexp(dim=-1)
 
-    return Launch(op, plain, _size(weight))
+    return Launch(op, plain, _size(weight), _flops(p, weight))
 
 
 def qkv_rope_append(p: Point) -> Launch:
@@ -146,7 +157,7 @@ def qkv_rope_append(p: Point) -> Launch:
 
     def op() -> Outputs:
         q = p.ops.qkv_rope_append(
-            x, norm, matrix, None, scale, scale, rope, keys, values, slots, heads=heads, tile=p.ops.decode_tile
+            x, norm, matrix, None, scale, scale, rope, keys, values, slots, heads=heads, tile=p.tile
         )
         return q, keys, values
 
@@ -158,14 +169,14 @@ def qkv_rope_append(p: Point) -> Launch:
         other[1][slots.page, :, slots.offset] = v
         return qk[:, :heads], *other
 
-    return Launch(op, plain, _size(weight))
+    return Launch(op, plain, _size(weight), _flops(p, weight))
 
 
 def attend(p: Point) -> Launch:
     heads, kv_heads, head_dim, _ = _heads(p)
     q, (keys, values) = p.randn(p.rows, heads, head_dim), p.caches()
     table, at = p.arange(p.pages)[None], p.arange(p.rows, p.context)
-    index = p.ops.index(torch.zeros_like(at), at, table, page_size=p.ops.page_size, tile=p.ops.decode_tile)
+    index = p.ops.index(torch.zeros_like(at), at, table, page_size=p.ops.page_size, tile=p.tile)
     end = p.context + p.rows
     k, v = (cache.transpose(0, 1).reshape(1, kv_heads, -1, head_dim)[:, :, :end] for cache in (keys, values))
     mask = p.arange(end) <= at[:, None]
@@ -177,7 +188,8 @@ def attend(p: Point) -> Launch:
         return (mixed[0].transpose(0, 1).reshape(p.rows, -1),)
 
     read = 2 * p.context * kv_heads * head_dim * q.element_size()
-    return Launch(lambda: (p.ops.attend(q, keys, values, index, scale=head_dim**-0.5),), plain, read)
+    flops = 4 * p.rows * p.context * heads * head_dim
+    return Launch(lambda: (p.ops.attend(q, keys, values, index, scale=head_dim**-0.5),), plain, read, flops)
 
 
 def fill_kv(p: Point) -> Launch:
@@ -188,9 +200,7 @@ def fill_kv(p: Point) -> Launch:
     rows = p.ops.row_map(torch.ones(FILL_LAYERS, p.rows, dtype=torch.bool, device=p.device))
 
     def op() -> Outputs:
-        p.ops.fill_kv(
-            x, rows, norm, stack, None, None, rope, None, keys, values, slots, heads=heads, tile=p.ops.decode_tile
-        )
+        p.ops.fill_kv(x, rows, norm, stack, None, None, rope, None, keys, values, slots, heads=heads, tile=p.tile)
         return keys, values
 
     def plain() -> Outputs:
@@ -201,7 +211,8 @@ def fill_kv(p: Point) -> Launch:
             other[1][layer][slots.page, :, slots.offset] = kv[:, kv_heads:]
         return other
 
-    return Launch(op, plain, _size(weight[:, heads * head_dim :]))
+    read = weight[:, heads * head_dim :]
+    return Launch(op, plain, _size(read), _flops(p, read))
 
 
 def row_map(p: Point) -> Launch:
@@ -220,7 +231,9 @@ def route(p: Point) -> Launch:
         code = _rms(functional.linear(_rms(x, norm), encoder).float(), inner._replace(weight=inner.weight.float()))
         return ((code.tanh() @ readout).sigmoid(),)
 
-    return Launch(lambda: (p.ops.route(x, norm, router, tile=p.ops.decode_tile).weight,), plain, _size(encoder))
+    return Launch(
+        lambda: (p.ops.route(x, norm, router, tile=p.tile).weight,), plain, _size(encoder), _flops(p, encoder)
+    )
 
 
 def sample(p: Point) -> Launch:
@@ -317,9 +330,10 @@ def _residual(p: Point, columns: int) -> Launch:
     weight, residual = p.weight(p.config.hidden_size, columns), added.clone()
     matrix = p.ops.prepare(weight)
     return Launch(
-        lambda: (p.ops.linear(x, matrix, tile=p.ops.decode_tile, residual=residual),),
+        lambda: (p.ops.linear(x, matrix, tile=p.tile, residual=residual),),
         lambda: (added + functional.linear(x, weight),),
         _size(weight),
+        _flops(p, weight),
     )
 
 
@@ -338,3 +352,7 @@ def _rotated(x: Tensor, rope: Rope) -> Tensor:
 
 def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _flops(p: Point, weight: Tensor) -> int:
+    return 2 * p.rows * weight.numel()

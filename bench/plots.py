@@ -120,18 +120,58 @@ def acceptance(result: dict[str, Any], path: Path) -> None:
 
 
 def roofline(result: dict[str, Any], path: Path) -> None:
+    """FLOP/s of ops with a product over their FLOP a byte, under what was measured beside them.
+
+    Ops without one are left out.
+    """
+    points = [one for one in result["figures"] if one["flops"]]
+    if not points:
+        raise NothingToDraw("no op with a matrix product")
+    pyplot = pyplot_svg()
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for number, op in enumerate(dict.fromkeys(one["op"] for one in points)):
+        own = [one for one in points if one["op"] == op]
+        x = [one["flops"] / one["bytes"] for one in own]
+        y = [one["flops"] / one["seconds"]["median"] / 1e9 for one in own]
+        axes.plot(x, y, "o", color=f"C{number}", ms=4, label=op)
+        for one, a, b in zip(own, x, y, strict=True):
+            axes.annotate(
+                f"{one['shape']} ×{one['rows']}", (a, b), fontsize=5, xytext=(3, 0), textcoords="offset points"
+            )
+    rate, peak = result["bandwidth"][result["of"]], result["peak"]
+    ridge = peak / rate
+    span = np.array([0.5 * min(one["flops"] / one["bytes"] for one in points), 4 * ridge])
+    roof = f"{result['of']} bandwidth {rate / 1e9:.0f} GB/s, large product {peak / 1e12:.3g} TFLOP/s, measured"
+    corners = np.array([span[0], ridge, span[1]])
+    axes.plot(corners, np.minimum(corners * rate, peak) / 1e9, color="black", lw=1, label=roof)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("FLOP a byte a launch cannot avoid moving")
+    axes.set_ylabel("GFLOP/s reached")
+    axes.set_title(f"Roofline: {title(result)}", fontsize=9)
+    axes.legend(fontsize=7)
+    save(pyplot, figure, path)
+
+
+def bandwidth(result: dict[str, Any], path: Path) -> None:
     """The bandwidth every kernel reaches, over the bytes it cannot avoid, under the bandwidth measured beside it."""
-    roofs, points = _kernels(result)
+    figures: list[dict[str, Any]] = result["figures"]
+    roofs = {
+        f["name"].partition(" ")[0]: f["median"] for f in figures if f["name"].endswith("bandwidth") and f["median"]
+    }
+    points = [f for f in figures if f["bytes"] and f["median"]]
     if not roofs or not points:
         raise NothingToDraw("no times in it (a dry run)")
     pyplot = pyplot_svg()
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    for number, shape in enumerate(dict.fromkeys(point[0] for point in points)):
-        own = [point for point in points if point[0] == shape]
-        x, y = [point[2] / 1e6 for point in own], [point[2] / point[3] / 1e9 for point in own]
+    for number, shape in enumerate(dict.fromkeys(point["shape"] for point in points)):
+        own = [point for point in points if point["shape"] == shape]
+        x = [point["bytes"] / 1e6 for point in own]
+        y = [point["bytes"] / point["median"] / 1e9 for point in own]
         axes.plot(x, y, "o", color=f"C{number}", ms=4, label=shape)
         for point, a, b in zip(own, x, y, strict=True):
-            axes.annotate(point[1], (a, b), fontsize=5, xytext=(3, 0), textcoords="offset points")
+            label = f"{point['name']} ×{point['rows']}"
+            axes.annotate(label, (a, b), fontsize=5, xytext=(3, 0), textcoords="offset points")
     for (name, rate), style in zip(roofs.items(), ("-", "--"), strict=False):
         axes.axhline(
             rate / 1e9, color="black", lw=1, ls=style, label=f"measured {name} bandwidth, {rate / 1e9:.0f} GB/s"
@@ -143,19 +183,6 @@ def roofline(result: dict[str, Any], path: Path) -> None:
     axes.set_title(f"Kernels under the roof of bandwidth: {device(result['machine'])}", fontsize=9)
     axes.legend(fontsize=7)
     save(pyplot, figure, path)
-
-
-def _kernels(result: dict[str, Any]) -> tuple[dict[str, float], list[tuple[str, str, float, float]]]:
-    """Bandwidths by name, and (shape, label, bytes, seconds) of every kernel of a microbenchmark or of gpu.sh."""
-    figures: list[dict[str, Any]] = result["figures"]
-    if result["bench"] == "micro":
-        points = [(f["shape"], f"{f['op']} ×{f['rows']}", f["bytes"], f["seconds"]["median"]) for f in figures]
-        return result["bandwidth"], points
-    roofs = {
-        f["name"].partition(" ")[0]: f["median"] for f in figures if f["name"].endswith("bandwidth") and f["median"]
-    }
-    measured = [f for f in figures if f["bytes"] and f["median"]]
-    return roofs, [(f["shape"], f"{f['name']} ×{f['rows']}", f["bytes"], f["median"]) for f in measured]
 
 
 def peers(result: dict[str, Any], path: Path) -> None:

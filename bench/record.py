@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..runtime.engine import Engine
-from ..runtime.errors import ConfigError
+from ..runtime.errors import ConfigError, RequestError
 from .machine import describe
+
+_R = TypeVar("_R", bound="Judged")
+_L = TypeVar("_L")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,26 @@ class Spread:
         return Spread(len(values), *points)
 
 
+class Judged(Protocol):
+    """What one prompt came to with one method."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def category(self) -> str: ...
+
+
+def summarise(rows: Sequence[_R], line: Callable[[str, str, Sequence[_R]], _L]) -> list[_L]:
+    """`line` of the rows of every method and category, and of all categories of a method."""
+    lines: list[_L] = []
+    for method in dict.fromkeys(row.method for row in rows):
+        own = [row for row in rows if row.method == method]
+        for category in dict.fromkeys(row.category for row in own):
+            lines.append(line(method, category, [row for row in own if row.category == category]))
+        lines.append(line(method, "all", own))
+    return lines
+
+
 def header(bench: str, engine: Engine, model: str) -> dict[str, Any]:
     """The fields that say what was measured, and where; `machine.gpu` is there only if the model lay on a GPU."""
     return {
@@ -78,9 +102,16 @@ def title(result: Mapping[str, Any]) -> str:
 
 
 def write(result: Mapping[str, Any], path: Path) -> None:
-    """Write a result file, with the folders above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    """Write a result file, with the folders above it.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    except OSError as problem:
+        raise RequestError(f"--output: cannot write {path}: {problem.strerror}") from None
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -96,6 +127,23 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(result, dict) or "bench" not in result:
         raise ConfigError(f"{path}: expected a result file of `skipjack bench`, with the field bench")
     return cast("dict[str, Any]", result)
+
+
+def deliver(
+    result: Mapping[str, Any],
+    sheets: Callable[[Any], Sheet | tuple[Sheet, ...]],
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """A result to its file where there is one, and to standard output as JSON or as tables."""
+    if output:
+        write(result, output)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    made = sheets(result)
+    for sheet in (made,) if isinstance(made, Sheet) else made:
+        show(sheet)
 
 
 def show(sheet: Sheet) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from .record import Sheet, device, title, where
 
+UNTRAINED = "UNTRAINED ROUTERS, drawn at random: which tokens use more layers means nothing here"
+
 
 def exact(result: dict[str, Any]) -> Sheet:
     """`bench exact`: one row a file."""
@@ -86,3 +88,87 @@ def peers(result: dict[str, Any]) -> Sheet:
         f"Measured on {where(result['machine'])}, transformers {result['transformers']}.",
     )
     return Sheet(f"Peers: {title(result)}, {result['max_tokens']} tokens", columns, tuple(rows), notes)
+
+
+def baselines(result: dict[str, Any]) -> Sheet:
+    """`bench baselines`: a row for every method and number of layers skipped, over all categories."""
+    rows: list[tuple[str, ...]] = []
+    for line in result["lines"]:
+        if line["category"] != "all":
+            continue
+        if line["agreement"] is None:
+            rows.append((line["method"], line["note"], "", "", ""))
+            continue
+        agreed, perplexity = f"{line['agreement']:.3f}", f"{line['perplexity']:.2f}"
+        rows.append((line["method"], f"{line['skipped']:.1f}", str(line["tokens"]), agreed, perplexity))
+    columns = ("method", "layers skipped", "tokens", "agreement", "perplexity")
+    notes = (
+        "Agreement: the share of the full model's own greedy tokens that the method would choose too, given those "
+        "before them.",
+        f"Measured on {where(result['machine'])}.",
+    )
+    return Sheet(f"Layers left out: {title(result)}", columns, tuple(rows), notes)
+
+
+def dmtd(result: dict[str, Any]) -> Sheet:
+    """`bench dmtd`: a row for every horizon."""
+    columns = ("horizon", "batch", "speed ÷ plain", "p10–p90", "predicted", "tokens / weight pass", "bound")
+    rows = tuple(
+        (
+            str(line["horizon"]),
+            str(line["batch"]),
+            f"{line['speed']:.2f}",
+            f"{line['speed_low']:.2f}–{line['speed_high']:.2f}",
+            f"{line['predicted']:.2f}",
+            f"{line['tokens_per_weight_pass']:.2f}",
+            f"{line['bound']:.2f}",
+        )
+        for line in result["lines"]
+    )
+    return Sheet(f"Cycles: {title(result)}", columns, rows, (f"Measured on {where(result['machine'])}.",))
+
+
+def forced(result: dict[str, Any]) -> Sheet:
+    """`bench forced`: a row for every number of layers skipped."""
+    columns = ("layers skipped", "speed ÷ none skipped", "p10–p90", "time saved", "bytes saved", "time ÷ bytes")
+    rows = tuple(
+        (
+            f"{row['skipped']} of {row['of']}",
+            f"{row['speed']:.2f}",
+            f"{row['speed_p10']:.2f}–{row['speed_p90']:.2f}",
+            f"{row['time_saved']:.1%}",
+            f"{row['bytes_saved']:.1%}",
+            f"{row['time_saved'] / row['bytes_saved']:.2f}" if row["bytes_saved"] else "",
+        )
+        for row in result["rows"]
+    )
+    return Sheet(f"Routes by command: {title(result)}", columns, rows, (f"Measured on {where(result['machine'])}.",))
+
+
+def layers(result: dict[str, Any]) -> Sheet:
+    """`bench layers`: a row for every task."""
+    columns = (
+        "task",
+        "prompts",
+        "tokens",
+        f"mean of {result['layers']}",
+        "variance",
+        "published mean of 32",
+        "variance",
+    )
+    rows = tuple(
+        (
+            line["task"],
+            str(line["prompts"]),
+            str(line["tokens"]),
+            f"{line['mean']:.1f}",
+            f"{line['variance']:.2f}",
+            f"{line['published_mean']:.1f}",
+            f"{line['published_variance']:.2f}",
+        )
+        for line in result["summary"]
+    )
+    notes = ["published: the authors' trained Llama-3-8B-Instruct, layers 16 to 31 routed"]
+    if not result["routers_trained"]:
+        notes.append(UNTRAINED)
+    return Sheet(f"Layers a token uses: {title(result)}, kv={result['kv']}", columns, rows, tuple(notes))

@@ -61,6 +61,7 @@ def test_speed(
         "context": context if op in OF_CONTEXT else None,
         "seconds": asdict(seconds),
         "bytes": size,
+        "flops": launches[0].flops,
         "launches": len(launches),
         "share": size / seconds.median / measured["bandwidth"][measured["of"]],
         "ratio": ratio,

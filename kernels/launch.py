@@ -30,6 +30,7 @@ SHARED_BYTES = 99 * 1024
 PRODUCT_REGISTERS = 255
 ENOUGH_PROGRAMS = 96
 STREAMED_ROWS = 64
+STREAMED_SUMS = 2048
 CACHE_LINE = 128
 LINES_AT_ONCE = 8
 
@@ -122,7 +123,8 @@ def _fast_blocks(weight_rows: int, rows: int, itemsize: int) -> tuple[int, int, 
     """
     if rows <= STREAMED_ROWS:
         wide = _power(rows)
-        block_n = next((n for n in (64, 32) if weight_rows >= n * ENOUGH_PROGRAMS), 16)
+        fits = (n for n in (64, 32) if weight_rows >= n * ENOUGH_PROGRAMS and n * wide <= STREAMED_SUMS)
+        block_n = next(fits, 16)
         return block_n, min(STEP_BYTES // (block_n * itemsize), 4096 // wide), wide
     sizes = ((128, 128), (128, 64), (64, 128), (64, 64))
     enough = (s for s in sizes if -(-weight_rows // s[0]) * -(-rows // s[1]) >= ENOUGH_PROGRAMS)

@@ -9,9 +9,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import packed, reference, reference_routes, reference_verify
+from . import narrow, packed, reference, reference_routes, reference_verify
 from .attention_index import AttentionIndex, Index
-from .values import Matrix, Prediction, Route, RowMap, Split, Stack, Verdict
+from .values import Heads, Matrix, Prediction, Route, RowMap, Split, Stack, Verdict
 
 
 @dataclass(frozen=True)
@@ -19,19 +19,22 @@ class Ops:
     """The operations of one backend and the sizes that fix its rounding.
 
     With `numerics` "exact" a row's bits do not depend on the rows beside it: `decode_tile` and `prefill_tile` are the
-    rows every product of a decode or prefill pass is padded to. With "fast" there are no tiles, and the order of a sum
-    may follow the number of rows and the context. `page_size` is the number of slots in a cache page, one block of the
-    attention's reduction.
+    rows every product of a decode or prefill pass is padded to; a decode pass of at most `narrow_tile` rows may be
+    padded to those where `rounds_alike` finds that they come out the same. With "fast" there are no tiles, and the
+    order of a sum may follow the number of rows and the context. `page_size` is the number of slots in a cache page,
+    one block of the attention's reduction.
     """
 
     name: str
     numerics: str
     describe: Callable[[torch.dtype], str]
     decode_tile: int | None
+    narrow_tile: int
     prefill_tile: int | None
     page_size: int
     prepare: Callable[[Tensor], Matrix]
     prepare_stack: Callable[[Tensor], Stack]
+    rounds_alike: Callable[[list[Matrix], Heads, torch.dtype], bool]
     take_rows: Callable[[Matrix, Tensor], Matrix]
     prepare_split: Callable[[Tensor, int], Matrix | Split]
     index: Callable[..., Index]
@@ -49,9 +52,10 @@ class Ops:
     verify_rejection: Callable[..., Verdict]
     compact: Callable[..., None]
 
-    def description(self, dtype: torch.dtype) -> str:
-        """The backend and the path its products take, for people."""
-        return f"{self.name} ({self.describe(dtype)})"
+    def description(self, dtype: torch.dtype, narrow: bool = False) -> str:
+        """The backend and the path its products take, for people; `narrow`: whether it takes narrow tiles."""
+        tiles = f", tiles of {self.narrow_tile} and {self.decode_tile} rows" if narrow else ""
+        return f"{self.name} ({self.describe(dtype)}{tiles})"
 
     def tile_of(self, rows: int) -> int | None:
         """The tile for so many rows where either would do: that of prompts if they fill one."""
@@ -62,11 +66,13 @@ TORCH = Ops(
     name="torch",
     numerics="exact",
     describe=lambda dtype: f"{'oneDNN packed' if packed.available(dtype) else 'plain'} products",
-    decode_tile=8,
+    decode_tile=narrow.FULL,
+    narrow_tile=narrow.NARROW,
     prefill_tile=64,
-    page_size=256,
+    page_size=narrow.PAGE,
     prepare=reference.prepare,
     prepare_stack=reference.prepare_stack,
+    rounds_alike=narrow.rounds_alike,
     take_rows=packed.take_rows,
     prepare_split=reference.prepare_split,
     index=AttentionIndex,

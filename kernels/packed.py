@@ -55,6 +55,6 @@ def product(x: Tensor, weight: Matrix, bias: Tensor | None, residual: Tensor | N
     if weight.packed and residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight.data, bias, "add")
     if weight.packed:
-        return torch.ops.mkldnn._linear_pointwise(x, weight.data, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight.data, bias, "none", [], "")
     y = torch.nn.functional.linear(x, weight.data, bias)
     return y if residual is None else y + residual

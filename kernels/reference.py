@@ -15,7 +15,7 @@ from .attention_index import AttentionIndex, Block, Index
 from .elementwise import steady
 from .values import Matrix, Norm, Prediction, Rope, Slots, Split, Stack
 
-_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def prepare(weight: Tensor) -> Matrix:
@@ -35,9 +35,13 @@ def prepare_split(weight: Tensor, rows: int) -> Matrix | Split:
 
 def normalise(x: Tensor, norm: Norm) -> Tensor:
     """RMSNorm: w·x/√(mean x² + eps); LayerNorm: w·(x − mean)/√(var + eps) + b. [R, H] → [R, H]."""
-    if norm.bias is None:
-        return functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.eps)
-    return functional.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
+    if norm.bias is not None:
+        return functional.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
+    # `functional.rms_norm` calls twice as many operators.
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = length.square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()
+    return (wide * scale).mul_(norm.weight).to(x.dtype)
 
 
 def linear(
@@ -79,8 +83,8 @@ def linear(
         _linear_tile(part, weight, norm, bias, activation, None if added is None else _tile_of(added, start, tile))
         for start, part in _tiles(x, tile)
     ]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    y = y if len(y) == len(x) else y[: len(x)]
+    y, rows = parts[0] if len(parts) == 1 else torch.cat(parts), x.shape[0]
+    y = y if y.shape[0] == rows else y[:rows]
     if scale is not None:
         scaled = y * scale[:, None]
         y = (scaled if residual is None else scaled + residual).to(x.dtype)
@@ -264,7 +268,7 @@ def _over(blocks: list[Block], q: Tensor, keys: Tensor, values: Tensor, scale: f
         k, v = block.read(keys), block.read(values)
         # The call takes a float32 mask for every dtype but float64, whose masks it would misread.
         mask = block.mask.double() if q.dtype == torch.float64 else block.mask
-        each = q.expand(len(k), -1, -1, -1)
+        each = q.expand(k.shape[0], -1, -1, -1)
         partial.append(_attention(each, k, v, 0.0, False, attn_mask=mask, scale=scale))
     return partial
 

@@ -16,6 +16,7 @@ from .packed import take_rows
 from .qkv import qkv_rope_append
 from .route import route, row_map
 from .sample import sample
+from .values import Heads, Matrix
 from .verify import verify, verify_rejection
 
 
@@ -26,15 +27,22 @@ def _describe(dtype: torch.dtype) -> str:
     return f"{triton.__version__}, sm_{arch}{', dependent launch' if launch.dependent(arch) else ''}"
 
 
+def rounds_alike(weights: list[Matrix], heads: Heads, dtype: torch.dtype) -> bool:
+    """There is one tile: eight rows of activations are one instruction of the matrix units."""
+    return True
+
+
 TRITON = Ops(
     name="triton",
     numerics="exact",
     describe=_describe,
     decode_tile=8,
+    narrow_tile=8,
     prefill_tile=64,
     page_size=64,
     prepare=prepare,
     prepare_stack=prepare_stack,
+    rounds_alike=rounds_alike,
     take_rows=take_rows,
     prepare_split=prepare_split,
     index=TritonIndex,

@@ -55,6 +55,14 @@ class Stack:
         return Stack(self.layers[first:end], None if self.data is None else self.data[first:end])
 
 
+class Heads(NamedTuple):
+    """The attention of a model: query heads, key heads, and the dimension of each."""
+
+    query: int
+    key: int
+    dim: int
+
+
 class Norm(NamedTuple):
     """RMSNorm; LayerNorm when `bias` is given. weight, bias: [H], or [L, H] where an op takes a stack of layers."""
 

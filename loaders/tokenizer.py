@@ -81,7 +81,7 @@ class Tokenizer:
 
     def stream(self) -> TokenStream:
         """A decoder that takes one id at a time."""
-        return TokenStream(self._decode)
+        return TokenStream(self._decode, self._silent)
 
     def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a chat by the model's template; every message has a `role` and a `content`.
@@ -105,6 +105,10 @@ class Tokenizer:
             raise TokenizerError(f"{self._source}: expected ids below vocab_size {self._max_ids}, found {max(ids)}")
         return ids
 
+    def _silent(self, token: int) -> bool:
+        """Whether `decode` leaves an id out: a special token, or one that the tokenizer does not have."""
+        return token in self.special_ids or self._backend.id_to_token(token) is None
+
     def _decode(self, ids: list[int]) -> str:
         return _guarded(f"{self._source}: cannot decode", lambda: self._backend.decode(ids, skip_special_tokens=True))
 
@@ -112,32 +116,37 @@ class Tokenizer:
 class TokenStream:
     """Text as tokens arrive. What `step` and `finish` return adds up to what `decode` says of all the ids."""
 
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self._decode = decode
+    def __init__(self, decode: Callable[[list[int]], str], silent: Callable[[int], bool]) -> None:
+        self._decode, self._silent = decode, silent
         # Ids whose text is out, kept because a decoder may treat the first id of a text differently; then new ids.
         self._context: list[int] = []
         self._pending: list[int] = []
-        self._shown = 0
+        # How much of the text of both is out.
+        self._start = 0
 
     def step(self, token: int) -> str:
         """The text that this token completes; empty while it ends within a UTF-8 character."""
+        if self._silent(token):
+            return ""
         self._pending.append(token)
-        text = self._decode(self._context + self._pending)
+        text, start = self._decode(self._context + self._pending), self._start
         complete = text.rstrip(_UNFINISHED)
-        start = len(self._decode(self._context)) + self._shown
         if len(complete) < len(text):
-            self._shown += max(len(complete) - start, 0)
+            self._start = max(len(complete), start)
             return complete[start:]
         if text[start:]:
-            self._context, self._pending, self._shown = self._pending, [], 0
+            self._advance()
         return text[start:]
 
     def finish(self) -> str:
         """What is held back at the end of the text: characters that never became whole, as U+FFFD."""
-        start = len(self._decode(self._context)) + self._shown
-        text = self._decode(self._context + self._pending)
-        self._context, self._pending, self._shown = self._pending, [], 0
+        text, start = self._decode(self._context + self._pending), self._start
+        self._advance()
         return text[start:]
+
+    def _advance(self) -> None:
+        self._context, self._pending = self._pending, []
+        self._start = len(self._decode(self._context))
 
 
 def _guarded(what: str, operation: Callable[[], _T]) -> _T:

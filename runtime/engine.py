@@ -78,7 +78,6 @@ class Engine:
         self.dtype = weights.embedding.dtype
         table = _table(backend, weights.embedding.device, numerics)
         self.numerics = numerics
-        self.backend = table.description(self.dtype)
         if cache_tokens is not None and cache_tokens < 1:
             raise RequestError(f"cache_tokens: expected at least 1, got {cache_tokens}")
         self._default = registry.parse(method)
@@ -88,6 +87,7 @@ class Engine:
         self._methods: dict[registry.MethodSpec, Method] = {}
         self._turn = threading.Condition(threading.RLock())
         self._model: Model | None = Model(config, weights, table, marks(ranges))
+        self.backend = self._model.backend
         tokens = cache_tokens or max(config.max_context, MAX_BATCH * min(config.max_context, BATCH_CONTEXT))
         self._cache: KVCache | None = self._model.new_cache(-(-tokens // table.page_size) + SPARE_PAGES)
         on_device = self._model.device.type == "cuda" if graphs is None else graphs

@@ -108,3 +108,14 @@ def prepare_layer(
         row(weights.down_bias),
         routed,
     )
+
+
+def matrices(layers: list[Layer]) -> list[Matrix]:
+    """Every matrix that rows are multiplied with."""
+    found: list[Matrix] = []
+    for layer in layers:
+        found += [layer.qkv.upper, layer.qkv.lower] if isinstance(layer.qkv, Split) else [layer.qkv]
+        found += [layer.output, layer.up, layer.down]
+        if layer.routed is not None:
+            found += [layer.routed.router.encoder, layer.routed.adapter_up, layer.routed.adapter_down]
+    return found

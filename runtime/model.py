@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from ..kernels.attention_index import Index
 from ..kernels.ops import Ops
-from ..kernels.values import Matrix, Norm, Prediction, Rope, Route, Slots, Stack
+from ..kernels.values import Heads, Matrix, Norm, Prediction, Rope, Route, Slots, Stack
 from ..loaders.config import ModelConfig
 from ..loaders.weights import Weights
 from .cache import KVCache
-from .layers import prepare_attention_routers, prepare_fill, prepare_layer, prepare_projections
+from .layers import matrices, prepare_attention_routers, prepare_fill, prepare_layer, prepare_projections
 from .plan import LayerPlan
 from .ranges import Mark, unmarked
 from .rope import RotaryTable
@@ -75,6 +75,7 @@ class Model:
         self._rotary = RotaryTable(config, self.device) if any(config.rope_layers) else None
         self._slopes = alibi_slopes(config.num_heads).to(self.device) if config.alibi else None
         self._vocabularies: dict[int, Vocabulary] = {}
+        self._narrow: dict[int, bool] = {}
         self._activation = "silu_gate" if config.gated else config.activation
 
     def new_cache(self, pages: int) -> KVCache:
@@ -89,6 +90,22 @@ class Model:
             dtype=self.dtype,
             device=self.device,
         )
+
+    def tile(self, rows: int) -> int | None:
+        """The rows a decode pass of `rows` rows is padded to in its last tile: one that leaves every row its bits."""
+        ops, threads = self.ops, torch.get_num_threads()
+        if ops.decode_tile is None or rows > ops.narrow_tile or ops.narrow_tile == ops.decode_tile:
+            return ops.decode_tile
+        if threads not in self._narrow:
+            config = self.config
+            heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
+            self._narrow[threads] = ops.rounds_alike([*matrices(self.layers), self._head], heads, self.dtype)
+        return ops.narrow_tile if self._narrow[threads] else ops.decode_tile
+
+    @property
+    def backend(self) -> str:
+        """The op table in use and the path its products take, for people."""
+        return self.ops.description(self.dtype, narrow=self.tile(1) != self.ops.decode_tile)
 
     def forward(
         self,
@@ -131,6 +148,8 @@ class Model:
 
     def lay(self, rows: Rows, cache: KVCache, kept: Tensor | None = None) -> Pass:
         """What every sub-layer of a pass over `rows` shares."""
+        if rows.tile == self.ops.decode_tile:
+            rows = replace(rows, tile=self.tile(len(rows)))
         rows = rows.padded()
         index = self._index(rows, rows.position, cache)
         slots, real = Slots(*rows.slots(cache.page_size)), rows.sequence >= 0
@@ -195,7 +214,7 @@ class Model:
 
     def logits(self, x: Tensor, vocabulary: int = 0) -> Tensor:
         """Final norm and LM head: [R, H] → [R, V]; outside the first `vocabulary` tokens, 0 being all of them, −∞."""
-        tile = self.ops.decode_tile
+        tile = self.tile(len(x))
         if not self.reduces(vocabulary):
             return self.ops.logits(x, self._norm, self._head, tile=tile)
         head, ids = self.vocabulary(vocabulary)
@@ -231,7 +250,7 @@ class Model:
         not `active` bool [R] get anything. `vocabulary` as in `logits`.
         """
         head, ids = self.vocabulary(vocabulary) if self.reduces(vocabulary) else (self._head, None)
-        tile = tile or self.ops.decode_tile
+        tile = tile or self.tile(len(x))
         return self.ops.head(x, self._norm, head, tile=tile, top_k=top_k, ids=ids, active=active)
 
     def _index(self, rows: Rows, position: Tensor, cache: KVCache) -> Index:

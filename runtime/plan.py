@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from .errors import RequestError
 from .keep_sets import keep_set
@@ -67,7 +68,7 @@ class LayerPlan:
     def num_layers(self) -> int:
         return len(self.runs) // 2
 
-    @property
+    @cached_property
     def sublayers(self) -> tuple[int, ...]:
         """The sub-layers that run, in order."""
         return tuple(i for i in range(*self.span) if self.runs[i])

@@ -22,7 +22,7 @@ def test_rows_are_those_of_scoring_by_hand(tmp_path: Path) -> None:
     write_synthetic(tmp_path / "m", "tiny-llama", 0, 0.3)
     write_synthetic(tmp_path / "routed", "tiny-mindskip", 0, 0.3)
     routed = {"mindskip": str(tmp_path / "routed")}
-    lines = baselines.compare(str(tmp_path / "m"), "auto", PROMPTS, 6, [2], routed, lambda text: None)
+    _, lines = baselines.compare(str(tmp_path / "m"), "auto", PROMPTS, 6, [2], routed, lambda text: None)
     overall = {line.method: line for line in lines if line.category == "all"}
     assert list(overall) == [
         "autoregressive", "layerskip", "shortgpt", "laco paper", "laco code", "mindskip", "flexidepth"

@@ -34,7 +34,7 @@ def test_layers_by_task_are_the_mean_and_variance_over_tokens(tmp_path: Path, ca
         assert own["variance"] == pytest.approx(math.fsum((used - own["mean"]) ** 2 for used in reading["layers"]) / 5)
         assert len(reading["prompt_words"]) == len(reading["prompt_layers"]) > 5
     assert result["routers_trained"] is False
-    assert "UNTRAINED" in streams.err
+    assert "UNTRAINED" in streams.out
     assert "multiply" in streams.out
     drawing = picture.read_text()
     assert drawing.startswith("<?xml")

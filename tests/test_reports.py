@@ -204,7 +204,8 @@ def test_every_picture_is_drawn_or_its_absence_told(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     results = tmp_path / "results"
     results.mkdir()
-    op = {"op": "linear", "shape": "m", "rows": 8, "seconds": {"median": 1e-4}, "bytes": 10**6}
+    op = {"op": "linear", "shape": "m", "rows": 8, "seconds": {"median": 1e-4}, "bytes": 10**6, "flops": 10**7}
+    rates = {"bandwidth": {"copy": 4e10}, "of": "copy", "peak": 1e11, "dtype": "float32"}
     parts = {"draft": 1.2, "verify": 1.0, "search": 0.0, "other": 0.1, "depth": 2.0, "rounds": 4, "accepted": 6}
     lines = {"summary": [method_line("swift")], "rows": [{"method": "swift", **parts}]}
     spans = [{"part": part, "round_ms": 1.5} for part in ("draft[0]", "draft[1]", "verify", "commit", "other")]
@@ -213,7 +214,7 @@ def test_every_picture_is_drawn_or_its_absence_told(tmp_path: Path) -> None:
     files = {
         "decode-x": decode_result(CPU),
         "decode-y": decode_result(GPU) | {"rounds": []},
-        "micro": {"bench": "micro", **PLACE, "bandwidth": {"copy": 4e10}, "figures": [op]},
+        "micro": {"bench": "micro", **PLACE, **rates, "figures": [op]},
         "methods-x": {"bench": "methods", **PLACE, **lines},
         "profile": {"bench": "profile", **PLACE, "method": "swift", "rounds": 5, "parts": spans},
         "gpu-steps": {"bench": "gpu-steps", "machine": GPU, "figures": [bandwidth, figure]},
@@ -224,7 +225,7 @@ def test_every_picture_is_drawn_or_its_absence_told(tmp_path: Path) -> None:
     drawn = figures.draw(results, tmp_path / "figures", notices.append)
     names = {path.stem for path in drawn}
     assert names == {
-        *("roofline-gpu-steps", "roofline-micro", "draft-cost-decode-x", "draft-cost-decode-y"),
+        *("bandwidth-gpu-steps", "roofline-micro", "draft-cost-decode-x", "draft-cost-decode-y"),
         *("acceptance-decode-x", "methods-methods-x", "round-methods-x", "timeline-profile"),
     }
     first = {path: path.read_bytes() for path in drawn}

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.errors import TokenizerError
-from skipjack.loaders.tokenizer import Tokenizer
+from skipjack.loaders.tokenizer import Tokenizer, TokenStream
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [
@@ -152,6 +152,16 @@ def test_stream_gives_back_broken_bytes_at_the_end(folder):
     broken = tokenizer.encode("🎉")[1:-1] * 3 + tokenizer.encode("then text")
     stream = tokenizer.stream()
     assert "".join(stream.step(token) for token in broken) + stream.finish() == tokenizer.decode(broken)
+
+
+def test_a_run_of_tokens_without_text_costs_each_of_them_the_same(folder):
+    tokenizer = load(folder)
+    unknown = tokenizer.vocab_size + 7
+    ids = [*tokenizer.encode("one"), *[1, unknown] * 400, *tokenizer.encode(" two")]
+    seen = []
+    stream = TokenStream(lambda part: seen.append(len(part)) or tokenizer.decode(part), tokenizer._silent)
+    assert "".join(stream.step(token) for token in ids) + stream.finish() == tokenizer.decode(ids) == "one two"
+    assert max(seen) <= 8
 
 
 def test_sentencepiece_style_spaces_stream(tmp_path):
