@@ -308,6 +308,19 @@ def test_fast_rules_halve_what_a_verified_batch_moves() -> None:
     assert (moved(exact, 1024), moved(fast, 1024), fast.warps) == (32, 16, 8)
 
 
+def test_the_prefetch_is_off_and_takes_what_fits_where_a_kernel_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.prefetched_columns(4096, 4096, 2, 90) == 0
+    monkeypatch.setattr(launch, "_nvidia", lambda: True)
+    assert launch.prefetched_columns(4096, 4096, 2, 90) == 0, "off until it is asked for"
+    monkeypatch.setattr(launch, "PREFETCH_BYTES", 32 << 20)
+    assert launch.prefetched_columns(4096, 4096, 2, 90) == 4096
+    assert launch.prefetched_columns(28672, 4096, 2, 90) == 512
+    assert launch.prefetched_columns(576, 576, 2, 90) == 512
+    assert launch.prefetched_columns(576, 576, 4, 100) == 512
+    assert launch.prefetched_columns(128256, 4096, 2, 90) == 0
+    assert launch.prefetched_columns(4096, 4096, 2, 80) == 0, "no kernel waits there"
+
+
 @pytest.mark.parametrize(("columns", "width"), [(576, 576), (4096, 4096), (33, 48), (1, 16), (16, 16)])
 def test_padded_columns_keep_rows_aligned(columns: int, width: int) -> None:
     assert launch.padded(columns) == width
