@@ -66,8 +66,10 @@ def forced_acceptance(engine: Engine, rate: float) -> Generator[ForcedVerify, No
     honest, graphs = model.ops, engine._graphs  # pyright: ignore[reportPrivateUsage]
     verify = ForcedVerify(accepted_counts(rate).to(model.device))
     model.ops = replace(honest, verify=verify)
-    engine._graphs = Graphs(model, cache) if graphs else None  # pyright: ignore[reportPrivateUsage]
+    own = engine._graphs = Graphs(model, cache) if graphs else None  # pyright: ignore[reportPrivateUsage]
     try:
         yield verify
     finally:
         model.ops, engine._graphs = honest, graphs  # pyright: ignore[reportPrivateUsage]
+        if own:
+            own.close()

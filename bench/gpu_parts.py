@@ -28,6 +28,20 @@ SEVERAL_ROWS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 32, 64, 144)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 DECODE_ONLY = ("head", "sample, verify")
 DRY_FIELDS = {"num_hidden_layers": 5}
+# What runs in captured rounds, by the shape of the model it is for.
+CAPTURED = {
+    "tiny": (
+        "autoregressive",
+        "swift:skip_attention=2+3,threshold=0.1",
+        "swift:skip_attention=2+3,acceptance=rejection",
+        "swift:window=8,search_budget=1,max_opt_iter=2,restart_drop=0,num_draft_tokens=3,threshold=0",
+        "layerskip:exit_layer=5",
+        "unified:speedup=2",
+    ),
+    "tiny-dmtd": ("dmtd", "dmtd:phase=absolute", "dmtd:history=shadow"),
+    "tiny-mindskip": ("mindskip",),
+    "routed-tiny": ("flexidepth", "flexidepth:kv=none"),
+}
 LONG_RUN_METHOD = "swift:skip_attention=2+3,num_draft_tokens=5,threshold=0"
 
 
@@ -127,6 +141,29 @@ def exactness(setting: Setting) -> Iterator[Finding]:
             yield _exact(demo, "demo", setting)
 
 
+def graphs(setting: Setting) -> Iterator[Finding]:
+    """Rounds captured as graphs give the tokens of those the host steers; a dry run captures nothing."""
+    for shape, methods in CAPTURED.items():
+        config = ModelConfig.parse(synthetic_config(shape), shape)
+        weights = synthetic_weights(config, 1, setting.dtypes[0], device=setting.device)
+        backend = "torch" if setting.dry else "triton"
+        for method in methods:
+            host, device = (Engine(config, weights, method=method, backend=backend, graphs=on) for on in (False, True))
+            different = rounds = captured = 0
+            with host, device:
+                for temperature in (0.0, 0.8):
+                    params = SamplingParams(max_tokens=90, temperature=temperature, seed=5, ignore_eos=True)
+                    prompts = [[(7 * i + j) % 500 + 3 for j in range(4 + 5 * i)] for i in range(3)]
+                    for expected, output in zip(
+                        host.generate(prompts, params), device.generate(prompts, params), strict=True
+                    ):
+                        different += output.token_ids != expected.token_ids
+                        rounds += output.stats.rounds
+                        captured += output.stats.graph_rounds
+            detail = f"{captured} of {rounds} rounds alone, {different} continuations differ"
+            yield Finding("graphs", f"{shape} {method}", different == 0 and captured == rounds, detail)
+
+
 def races(setting: Setting) -> Iterator[Finding]:
     """The tokens of a long greedy run with dependent launch and without."""
     shape = setting.shapes[0]
@@ -182,6 +219,7 @@ PARTS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
     "exact": exactness,
     "race": races,
     "compile": compilations,
+    "graphs": graphs,
 }
 
 

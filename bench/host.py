@@ -18,11 +18,11 @@ import typer
 from rich.console import Console
 
 from ..runtime import graphs
-from ..runtime.batch import Recipe
 from ..runtime.cache import KVCache
 from ..runtime.engine import Engine
 from ..runtime.errors import RequestError
 from ..runtime.model import Model
+from ..runtime.recipe import Recipe, Steps
 from ..runtime.request import SamplingParams
 from ..runtime.round import State
 from .clock import Spread
@@ -46,7 +46,7 @@ class Line:
 @contextmanager
 def absent_device(token: int) -> Generator[list[float], None, None]:
     """Rounds whose device part is a report that says `token` was accepted throughout; yields the host's times."""
-    honest, times, left = graphs.device_round, list[float](), 0.0
+    honest, times, left = (graphs.device_round, graphs.device_steps), list[float](), 0.0
 
     def report(_model: Model, _cache: KVCache, state: State, recipe: Recipe) -> None:
         nonlocal left
@@ -56,11 +56,18 @@ def absent_device(token: int) -> Generator[list[float], None, None]:
         state.report[:, 2:] = token
         left = perf_counter()
 
-    graphs.device_round = report
+    def report_steps(model: Model, _cache: KVCache, state: State, _steps: Steps, _sampled: bool) -> None:
+        nonlocal left
+        times.append(perf_counter() - left)
+        state.report[..., 0] = token
+        state.report[..., 1] = 2 * model.config.num_layers
+        left = perf_counter()
+
+    graphs.device_round, graphs.device_steps = report, report_steps
     try:
         yield times
     finally:
-        graphs.device_round = honest
+        graphs.device_round, graphs.device_steps = honest
 
 
 def measure(engine: Engine, method: str, sequences: int, rounds: int) -> Line:
@@ -72,10 +79,10 @@ def measure(engine: Engine, method: str, sequences: int, rounds: int) -> Line:
     token = engine.config.vocab_size // 2  # One with text: the first ones are often special.
     prompts = [[3 + i, token, token] for i in range(sequences)]
     with absent_device(token) as times:
-        probe = engine.generate(prompts[0], SamplingParams(max_tokens=33, ignore_eos=True), method=method).stats
+        probe = list(engine.stream(prompts[0], SamplingParams(max_tokens=33, ignore_eos=True), method=method))
         if not times:
             raise RequestError(f"--method: expected one whose rounds run on the device alone, got {method}")
-        emitted = 1 + probe.drafted // probe.rounds
+        emitted = max(len(chunk.token_ids) for chunk in probe)
         needed = emitted * (rounds + SETTLED)
         if needed + 3 > engine.config.max_context:
             raise RequestError(f"--rounds: expected at most {engine.config.max_context // emitted - SETTLED - 3}")

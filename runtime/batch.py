@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from ..kernels.host import ints
 from ..kernels.values import Tree, Verdict
-from .plan import LayerPlan
 from .rows import Rows
 from .sequence import Sequence
 
@@ -100,26 +99,6 @@ class Round(NamedTuple):
         return Tally(self.batch.sequences, drafted, accepted, self.emitted, self.draft_s, self.verify_s)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What fixes the shapes and the kernels of a round.
-
-    The draft has `num_draft_tokens` steps of `plan`. Where the skip set is still being searched for (`masked`), the
-    plan is the whole model and the set lies in `State.mask`, so that changing it changes no launch. `confident`: a
-    draft ends with the first token less probable than `State.threshold`. `reuse`: verification goes on from the
-    streams of the draft, whose plan is an early exit. Drafts come from the first `vocabulary` tokens, 0 being all.
-    """
-
-    target: LayerPlan
-    plan: LayerPlan
-    num_draft_tokens: int = 0
-    masked: bool = False
-    confident: bool = False
-    reuse: bool = False
-    sampled: bool = False
-    vocabulary: int = 0
-
-
 class Sampling(NamedTuple):
     """Sampling parameters of each row, [R]; float32 the first three, int64 the rest."""
 
@@ -135,14 +114,16 @@ class Batch:
     """S sequences at the start of a round; built anew for every round.
 
     `last` int64 [S] is each sequence's newest token, not yet in the cache; `length` int64 [S] the tokens before it,
-    all cached; `room` int64 [S] the draft tokens that can still be of use. `alive` bool [S]: sequences that have rows
-    in a pass, all of them without it. A batch of a device's own round knows no `sequences`.
+    all cached; `room` int64 [S] the draft tokens that can still be of use; `prompt` int64 [S] the length of its prompt.
+    `alive` bool [S]: sequences that have rows in a pass, all of them without it. A batch of a device's own round knows
+    no `sequences`.
     """
 
     sequences: list[Sequence]
     last: Tensor
     length: Tensor
     room: Tensor
+    prompt: Tensor
     block_table: Tensor
     tile: int | None
     alive: Tensor | None = None
@@ -151,9 +132,9 @@ class Batch:
     def of(sequences: list[Sequence], tile: int | None, device: torch.device) -> Batch:
         width = max(len(s.pages) for s in sequences)
         table = torch.tensor([s.pages + [0] * (width - len(s.pages)) for s in sequences], device=device)
-        state = torch.tensor([(s.tokens[-1], s.cached, s.room) for s in sequences], device=device)
-        last, length, room = (column.contiguous() for column in state.T)
-        return Batch(sequences, last, length, room, table, tile)
+        state = torch.tensor([(s.tokens[-1], s.cached, s.room, len(s.prompt)) for s in sequences], device=device)
+        last, length, room, prompt = (column.contiguous() for column in state.T)
+        return Batch(sequences, last, length, room, prompt, table, tile)
 
     @property
     def device(self) -> torch.device:

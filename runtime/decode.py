@@ -5,6 +5,7 @@ from __future__ import annotations
 from time import perf_counter
 
 from ..kernels.host import ints
+from ..loaders.config import ModelConfig
 from .batch import Batch
 from .cache import KVCache
 from .costs import weight_pass
@@ -35,7 +36,7 @@ def prefill(model: Model, cache: KVCache, sequence: Sequence, method: Method) ->
 
 def decode(model: Model, cache: KVCache, sequences: list[Sequence], policy: Policy) -> list[list[Piece]]:
     """One token for every sequence, from the pass the policy chooses."""
-    start, layers = perf_counter(), model.config.num_layers
+    start = perf_counter()
     for sequence in sequences:
         sequence.enter(policy.phase())
     batch = Batch.of(sequences, model.ops.decode_tile, model.device)
@@ -48,15 +49,20 @@ def decode(model: Model, cache: KVCache, sequences: list[Sequence], policy: Poli
         for row, (sequence, ran) in enumerate(zip(sequences, step.used, strict=True)):
             logits = None if chosen.logits is None else chosen.logits[row]
             pieces.append(append(sequence, [tokens[row]], logits))
-            sequence.layers_used.append(ran)
-            counters = sequence.counters
-            counters.rounds += 1
-            counters.bonus += 1
-            counters.executed_skips += round(2 * (layers - ran))
-            if step.layers_read is not None:
-                counters.weight_passes += weight_pass(model.config, step.layers_read)
+            count(sequence, model.config, ran, step.layers_read)
     spent = perf_counter() - start
     for sequence in sequences:
         sequence.counters.verify_s += spent
         sequence.counters.decode_s += spent
     return pieces
+
+
+def count(sequence: Sequence, config: ModelConfig, ran: float, layers_read: float | None) -> None:
+    """Count a token that a policy's pass gave, with `ran` layers' worth of sub-layers behind it; as in `Step`."""
+    sequence.layers_used.append(ran)
+    counters = sequence.counters
+    counters.rounds += 1
+    counters.bonus += 1
+    counters.executed_skips += round(2 * (config.num_layers - ran))
+    if layers_read is not None:
+        counters.weight_passes += weight_pass(config, layers_read)

@@ -242,8 +242,11 @@ class Engine:
     def close(self) -> None:
         """Give back the weights and the cache. A closed engine refuses requests."""
         with self._turn:
-            self._model = self._cache = self._graphs = None
+            graphs, self._graphs = self._graphs, None
+            self._model = self._cache = None
             self._methods.clear()
+            if graphs:
+                graphs.close()
 
     def __enter__(self) -> Engine:
         return self

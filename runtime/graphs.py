@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from ..kernels.host import ints
-from .batch import Batch, Recipe, Tally
+from .batch import Batch, Tally
 from .cache import KVCache
-from .costs import weight_pass
+from .decode import count
 from .methods.base import Method, sampled
-from .methods.policy import Policy
 from .model import Model
 from .plan import LayerPlan
+from .recipe import Recipe, Steps
 from .request import Piece
-from .round import State, device_round
+from .round import State, device_round, device_steps
+from .sampling import append
 from .sequence import Sequence
 from .speculate import commit
 
@@ -30,42 +33,74 @@ SEQUENCES = (1, 2, 4, 8, 16)
 class RoundGraph:
     """One recipe for up to a number of sequences and pages a sequence, with the state it works on.
 
-    On a GPU it is captured once and replayed; elsewhere the same function is called.
+    On a GPU it is captured once and replayed; elsewhere the same function is called. To make one compiles the kernels
+    and may take seconds, on any thread; to capture it takes the host's part of a round.
     """
 
     def __init__(self, model: Model, cache: KVCache, recipe: Recipe, sequences: int, pages: int) -> None:
         self.recipe, self.sequences, self.pages = recipe, sequences, pages
         self._model, self._cache = model, cache
-        sublayers = 2 * model.config.num_layers
-        self.state = State.empty(sequences, pages, sublayers, recipe.num_draft_tokens, model.device)
-        self._graph = self._capture() if model.device.type == "cuda" else None
+        self.state = State.empty(model, recipe, sequences, pages)
+        self._graph: torch.cuda.CUDAGraph | None = None
         pinned = model.device.type == "cuda"
+        if pinned:
+            self._compile()
         self._ring = [torch.zeros_like(self.state.report, device="cpu", pin_memory=pinned) for _ in range(AHEAD + 1)]
         self._events = [torch.cuda.Event() for _ in self._ring] if pinned else None
         self._written = self._read = 0
+
+    @property
+    def key(self) -> Key:
+        return self.recipe, self.sequences, self.pages
 
     @property
     def pending(self) -> int:
         """Rounds whose report has not been read."""
         return self._written - self._read
 
-    def load(self, sequences: list[Sequence]) -> None:
+    def capture(self) -> None:
+        """Record the round, once, on a GPU; nothing of it runs, and rounds under way on other graphs go on.
+
+        `torch.cuda.graph` would wait for those first, and empty the allocator's cache.
+        """
+        if self._graph is not None or self._model.device.type != "cuda":
+            return
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(torch.cuda.Stream(self._model.device)):
+            # Other threads of the host process may go on using the GPU.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._run()
+            finally:
+                graph.capture_end()
+        self._graph = graph
+
+    def load(self, sequences: list[Sequence], method: Method) -> None:
         """Start from where these sequences stand; every report has been read."""
         idle = self.sequences - len(sequences)
         batch = Batch.of(sequences, self._model.ops.decode_tile, self._model.device)
-        for target, source in zip(self.state[:2], (batch.last, batch.length), strict=True):
+        for target, source in zip(self.state[:3], (batch.last, batch.length, batch.prompt), strict=True):
             target[: len(sequences)] = source
+        for row, sequence in enumerate(sequences):
+            if (memory := method.memory(sequence)) is not None:
+                self.state.memory[row] = memory
         self.state.left.copy_(torch.cat([batch.room + 1, torch.zeros(idle, dtype=torch.int64, device=batch.device)]))
         self.state.block_table[: len(sequences), : batch.block_table.shape[1]] = batch.block_table
         if self.recipe.sampled:
             for target, source in zip(self.state.sampling, batch.sampling(), strict=True):
                 target[: len(sequences)] = source
 
+    def unload(self, sequences: list[Sequence], method: Method) -> None:
+        """Leave with the sequences it was loaded with what it remembers of them; every report has been read."""
+        for row, sequence in enumerate(sequences):
+            if (memory := method.memory(sequence)) is not None:
+                memory.copy_(self.state.memory[row])
+
     def enqueue(self) -> None:
         """One round more; its report goes to the host as soon as it is there."""
         with self._model.mark("round", self.sequences, self.sequences):
             if self._graph is None:
-                device_round(self._model, self._cache, self.state, self.recipe)
+                self._run()
             else:
                 self._graph.replay()
         place = self._written % len(self._ring)
@@ -86,18 +121,23 @@ class RoundGraph:
         """Read no report of what is under way."""
         self._read = self._written
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        # No sequence is alive yet: the rounds that compile the kernels and that are captured touch no page.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+    def _run(self) -> None:
+        recipe = self.recipe
+        if recipe.steps is None:
+            device_round(self._model, self._cache, self.state, recipe)
+        else:
+            device_steps(self._model, self._cache, self.state, recipe.steps, recipe.sampled)
+
+    def _compile(self) -> None:
+        # No sequence is alive yet: the round that compiles the kernels touches no page that anybody has.
+        side = _side_stream(self._model.device)
+        side.wait_stream(torch.cuda.current_stream(self._model.device))
         with torch.cuda.stream(side):
-            device_round(self._model, self._cache, self.state, self.recipe)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of the host process may go on using the GPU.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            device_round(self._model, self._cache, self.state, self.recipe)
-        return graph
+            self._run()
+        side.synchronize()
+
+
+Key = tuple[Recipe, int, int]
 
 
 class Graphs:
@@ -105,21 +145,64 @@ class Graphs:
 
     def __init__(self, model: Model, cache: KVCache) -> None:
         self._model, self._cache = model, cache
-        self._idle: dict[tuple[Recipe, int, int], list[RoundGraph]] = {}
+        self._idle: dict[Key, list[RoundGraph]] = {}
+        self._coming: dict[Key, Future[RoundGraph]] = {}
+        self._builder: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "skipjack-graphs")
         self.captured = 0
 
     def take(self, recipe: Recipe, sequences: list[Sequence]) -> RoundGraph:
         """A graph for these sequences: of the next larger number of them, and of pages, a power of two."""
-        count = next(size for size in SEQUENCES if size >= len(sequences))
-        pages = 1 << (max(len(sequence.pages) for sequence in sequences) - 1).bit_length()
-        idle = self._idle.setdefault((recipe, count, pages), [])
+        key = self.key(recipe, sequences)
+        idle = self._idle.setdefault(key, [])
         if not idle:
-            self.captured += 1
-            idle.append(RoundGraph(self._model, self._cache, recipe, count, pages))
+            idle.append(self._captured(self._build(key)))
         return idle.pop()
 
     def give(self, graph: RoundGraph) -> None:
-        self._idle[graph.recipe, graph.sequences, graph.pages].append(graph)
+        self._idle[graph.key].append(graph)
+
+    def has(self, recipe: Recipe, sequences: list[Sequence]) -> bool:
+        """Whether `take` would find a graph that is captured already."""
+        return bool(self._idle.get(self.key(recipe, sequences)))
+
+    def expect(self, recipe: Recipe, sequences: list[Sequence]) -> bool:
+        """Whether `take` need not compile anything; until then another thread does, for a later call to find it done.
+
+        What went wrong on that thread is raised here.
+        """
+        key = self.key(recipe, sequences)
+        if self.has(recipe, sequences) or self._builder is None:
+            return True
+        if key not in self._coming:
+            self._coming[key] = self._builder.submit(self._build, key)
+        if not self._coming[key].done():
+            return False
+        self._idle.setdefault(key, []).append(self._captured(self._coming.pop(key).result()))
+        return True
+
+    def close(self) -> None:
+        """Wait for the graph that is being built; what went wrong with one that nobody asked for is raised here."""
+        if self._builder is not None:
+            self._builder.shutdown(cancel_futures=True)
+        self._builder, coming, self._coming = None, self._coming, {}
+        for graph in coming.values():
+            if not graph.cancelled():
+                graph.result()
+
+    @staticmethod
+    def key(recipe: Recipe, sequences: list[Sequence]) -> Key:
+        """What `take` looks for."""
+        count = next(size for size in SEQUENCES if size >= len(sequences))
+        return recipe, count, 1 << (max(len(sequence.pages) for sequence in sequences) - 1).bit_length()
+
+    def _build(self, key: Key) -> RoundGraph:
+        with torch.inference_mode():
+            return RoundGraph(self._model, self._cache, *key)
+
+    def _captured(self, graph: RoundGraph) -> RoundGraph:
+        graph.capture()
+        self.captured += 1
+        return graph
 
 
 class Rounds:
@@ -145,7 +228,7 @@ class Rounds:
         """
         recipe = self._method.recipe(running) if all(_on_device(sequence) for sequence in running) else None
         if recipe is not None:
-            recipe = replace(recipe, sampled=sampled(running))
+            recipe = self._at_hand(replace(recipe, sampled=sampled(running)), running)
         if self._graph is not None and (recipe != self._graph.recipe or self._members != running):
             late = self._drain()
             if any(late.values()):
@@ -156,7 +239,7 @@ class Rounds:
         if self._graph is None:
             self._graph, self._members = self._graphs.take(recipe, running), list(running)
             self._mask = self._threshold = None
-            self._graph.load(running)
+            self._graph.load(running, self._method)
         while self._graph.pending <= AHEAD:
             self._steer(self._graph)
             self._graph.enqueue()
@@ -171,6 +254,15 @@ class Rounds:
             self._graphs.give(self._graph)
         self._graph, self._members = None, []
         self._plans.clear()
+
+    def _at_hand(self, recipe: Recipe, running: list[Sequence]) -> Recipe:
+        """The recipe, or while its graph is still to be built the masked one, which serves every skip set."""
+        masked, serving = recipe.any_set, self._graph.key if self._graph else None
+        if masked is None or masked == recipe or serving == self._graphs.key(recipe, running):
+            return recipe
+        if serving != self._graphs.key(masked, running) and not self._graphs.has(masked, running):
+            return recipe
+        return recipe if self._graphs.expect(recipe, running) else masked
 
     def _steer(self, graph: RoundGraph) -> None:
         """Tell the device what the method has changed since the last round."""
@@ -188,6 +280,8 @@ class Rounds:
         while self._graph is not None and self._graph.pending:
             for key, new in self._read(self._graph).items():
                 pieces[key] += new
+        if self._graph is not None:
+            self._graph.unload(self._members, self._method)
         self.close()
         return pieces
 
@@ -196,34 +290,58 @@ class Rounds:
         report, plan = graph.report(), self._plans.popleft()
         now = perf_counter()
         seconds, self._since = now - self._since, now
-        layers = self._model.config.num_layers
+        running = [(row, sequence) for row, sequence in enumerate(self._members) if sequence.finish_reason is None]
+        for _, sequence in running:
+            sequence.enter(self._method.phase())
+        if graph.recipe.steps is None:
+            pieces, searched = self._speculated(running, report, plan, seconds)
+        else:
+            pieces, searched = self._decoded(running, report, graph.recipe.steps), 0.0
+        for _, sequence in running:
+            sequence.counters.search_s += searched
+            sequence.counters.decode_s += seconds + searched
+        self._since += searched
+        return {id(sequence): pieces.get(id(sequence), []) for sequence in self._members}
+
+    def _speculated(
+        self, running: list[tuple[int, Sequence]], report: Tensor, plan: LayerPlan, seconds: float
+    ) -> tuple[dict[int, list[Piece]], float]:
+        """What `device_round` gave the sequences still `running`, by their rows, and the seconds the method took."""
         pieces: dict[int, list[Piece]] = {}
         told: list[tuple[Sequence, int, int, int]] = []
-        for row, sequence in enumerate(self._members):
-            accepted, drafted, token, ran, *draft = ints(report[row])
-            if sequence.finish_reason is not None or accepted < 0:
-                pieces[id(sequence)] = []
-                continue
-            sequence.enter(self._method.phase())
+        for row, sequence in running:
+            accepted, drafted, token, *draft = ints(report[row])
             pieces[id(sequence)] = commit(sequence, [*draft[:accepted], token], None, drafted, drafted)
             told.append((sequence, drafted, accepted, len(pieces[id(sequence)])))
             counters = sequence.counters
             counters.rounds += 1
             counters.graph_rounds += 1
-            counters.executed_skips += plan.skipped * drafted + 2 * layers - ran
-            if isinstance(self._method, Policy):
-                sequence.layers_used.append(ran / 2)
-                if self._model.config.routing is None:
-                    counters.weight_passes += weight_pass(self._model.config, ran / 2)
-        if told:
-            members, drafts, accepts, emits = (list(column) for column in zip(*told, strict=True))
-            tally = Tally(members, drafts, accepts, emits, 0.0, seconds)
-            searched = self._method.count(self._model, self._cache, tally)
-            for sequence in tally.sequences:
-                sequence.counters.search_s += searched
-                sequence.counters.decode_s += seconds + searched
-            self._since += searched
+            counters.executed_skips += plan.skipped * drafted + self._method.target.skipped
+        if not told:
+            return pieces, 0.0
+        members, drafts, accepts, emits = (list(column) for column in zip(*told, strict=True))
+        tally = Tally(members, drafts, accepts, emits, 0.0, seconds)
+        return pieces, self._method.count(self._model, self._cache, tally)
+
+    def _decoded(self, running: list[tuple[int, Sequence]], report: Tensor, steps: Steps) -> dict[int, list[Piece]]:
+        """What `device_steps` gave them, step by step: a sequence takes no more once it has ended."""
+        pieces: dict[int, list[Piece]] = {id(sequence): [] for _, sequence in running}
+        for number in range(steps.count):
+            told = [
+                (sequence, *ints(report[row, number])) for row, sequence in running if sequence.finish_reason is None
+            ]
+            most = max((ran for *_, ran in told), default=0) / 2
+            for sequence, token, ran in told:
+                pieces[id(sequence)] += append(sequence, [token], None)
+                count(sequence, self._model.config, ran / 2, most if steps.whole else None)
+                sequence.counters.graph_rounds += 1
         return pieces
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream graphs are compiled on: one, for the allocator keeps for each what was once allocated there."""
+    return torch.cuda.Stream(device)
 
 
 def _on_device(sequence: Sequence) -> bool:

@@ -1,4 +1,4 @@
-"""The round as the device runs it alone: tensors of fixed shapes in, tensors out, and no question to the host."""
+"""Rounds as the device runs them alone: tensors of fixed shapes in, tensors out, and no question to the host."""
 
 from __future__ import annotations
 
@@ -8,50 +8,63 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .batch import Batch, Draft, Exit, Recipe, Sampling
+from .batch import Batch, Draft, Exit, Sampling
 from .cache import KVCache
+from .methods.drafting import FIRST_DRAFT_STREAM
 from .model import Model
-from .routes import Routes, layers_used
+from .recipe import Recipe, Steps
 from .sampling import draw
-from .speculate import verify_pass
+from .speculate import decide, verify_pass
 
 
 class State(NamedTuple):
     """What a round reads and what it leaves for the next one; S sequences, of which those with tokens left run.
 
-    last, length int64 [S] as in Batch; left int64 [S] tokens that may still be appended; block_table int64 [S, W]; mask
-    bool [2L], the sub-layers that draft; threshold float32 []; sampling, [S] each; report int64 [S, k + 4]: accepted
-    (-1: the sequence did not run), drafted, the token after the accepted ones, the sub-layers that ran for its newest
-    token in the pass that has the last word, and the k draft tokens.
+    last, length, prompt int64 [S] as in Batch; left int64 [S] tokens that may still be appended; block_table int64
+    [S, W]; mask bool [2L], the sub-layers that draft; threshold float32 []; sampling, [S] each; memory [S, …], what the
+    recipe's steps remember. The report is int64 [S, k + 3]: accepted (-1: the sequence did not run), drafted, the token
+    after the accepted ones, and the k draft tokens; or [S, steps, 2]: of each step the token and the sub-layers that
+    ran (-1: the sequence did not).
     """
 
     last: Tensor
     length: Tensor
+    prompt: Tensor
     left: Tensor
     block_table: Tensor
     mask: Tensor
     threshold: Tensor
     sampling: Sampling
+    memory: Tensor
     report: Tensor
 
     @staticmethod
-    def empty(sequences: int, pages: int, sublayers: int, num_draft_tokens: int, device: torch.device) -> State:
+    def empty(model: Model, recipe: Recipe, sequences: int, pages: int) -> State:
         """A state in which nothing runs."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+            return torch.zeros(shape, dtype=dtype, device=model.device)
 
         temperature, top_p, min_p = (zeros(sequences, dtype=torch.float32) for _ in range(3))
+        steps = recipe.steps or Steps()
+        report = (steps.count, 2) if recipe.steps else (recipe.num_draft_tokens + 3,)
         return State(
             zeros(sequences),
             zeros(sequences),
             zeros(sequences),
+            zeros(sequences),
             zeros(sequences, pages),
-            zeros(sublayers, dtype=torch.bool),
+            zeros(2 * model.config.num_layers, dtype=torch.bool),
             zeros(dtype=torch.float32),
             Sampling(temperature, top_p, min_p, zeros(sequences), zeros(sequences)),
-            zeros(sequences, num_draft_tokens + 4),
+            steps.memory(model, sequences),
+            zeros(sequences, *report),
         )
+
+    def batch(self, model: Model, alive: Tensor) -> Batch:
+        """The sequences as they stand, of which those `alive` bool [S] run."""
+        room = torch.where(alive, self.left - 1, 0)
+        return Batch([], self.last, self.length, room, self.prompt, self.block_table, model.ops.decode_tile, alive)
 
 
 def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> None:
@@ -61,34 +74,46 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
     for; rows past its draft belong to no sequence.
     """
     alive = state.left > 0
-    room = torch.where(alive, state.left - 1, 0)
-    batch = Batch([], state.last, state.length, room, state.block_table, model.ops.decode_tile, alive)
+    batch = state.batch(model, alive)
     draft = _draft(model, cache, batch, state, recipe)
     path = torch.cat([batch.last[:, None], draft.tokens], dim=1)
     with model.mark("verify", len(batch), path.numel()):
-        routes: Routes | None = None if model.config.routing is None else {}
-        hidden = verify_pass(model, cache, batch, path, draft, None, recipe.target, routes=routes)
+        hidden = verify_pass(model, cache, batch, path, draft, None, recipe.target)
         width = path.shape[1]
         depth = torch.arange(1, width + 1, device=batch.device)
         rule = Sampling(*(field.repeat_interleave(width) for field in state.sampling)) if recipe.sampled else None
-        chosen, _ = draw(model, hidden, rule, (batch.length[:, None] + depth).flatten())
-        verdict = model.ops.verify(chosen.view(path.shape), draft.tokens, draft.length, batch.length)
-        ran = torch.full_like(batch.length, len(recipe.target.sublayers))
-        if routes:
-            ran = 2 * layers_used(routes, model.config.num_layers).view(path.shape)[:, 0]
+        chosen, _, logits = draw(model, hidden, rule, (batch.length[:, None] + depth).flatten())
+        scores = None if logits is None else logits.view(*path.shape, -1)
+        warped = state.sampling if recipe.rejection else None
+        verdict = decide(model, batch, draft, chosen.view(path.shape), scores, warped)
     with model.mark("commit", len(batch), path.numel()):
         accepted = torch.where(alive, verdict.accepted, -1)
-        told = torch.stack([accepted, draft.length, verdict.token, ran], dim=1)
+        told = torch.stack([accepted, draft.length, verdict.token], dim=1)
         state.report.copy_(torch.cat([told, draft.tokens], dim=1))
         state.last.copy_(torch.where(alive, verdict.token, state.last))
         state.length.add_(accepted + 1)
         state.left.sub_(accepted + 1)
 
 
+def device_steps(model: Model, cache: KVCache, state: State, steps: Steps, sampled: bool) -> None:
+    """A token after the other for every sequence from the passes of a policy, as `decode`, in place in `state`."""
+    for number in range(steps.count):
+        alive = state.left > 0
+        batch = state.batch(model, alive)
+        with model.mark("verify", len(batch), len(batch)):
+            hidden, ran = steps.step(model, cache, batch, state.memory, number)
+            token, *_ = draw(model, hidden, state.sampling if sampled else None, batch.length + 1, alive)
+        with model.mark("commit", len(batch), len(batch)):
+            state.report[:, number].copy_(torch.stack([token, torch.where(alive, ran, -1)], dim=1))
+            state.last.copy_(torch.where(alive, token, state.last))
+            state.length.add_(alive.long())
+            state.left.sub_(alive.long())
+
+
 def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Recipe) -> Draft:
     """A chain of `num_draft_tokens` steps; a sequence that has stopped drafting has no rows in the rest of them."""
     steps = recipe.num_draft_tokens
-    count, streams, tokens = torch.zeros_like(batch.length), list[Tensor](), [batch.last]
+    count, streams, tokens, scores = torch.zeros_like(batch.length), list[Tensor](), [batch.last], list[Tensor]()
     drafting = batch.room > 0
     for step in range(steps):
         with model.mark("draft", len(batch), len(batch), step):
@@ -98,14 +123,20 @@ def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Rec
                 rows = replace(rows, active=runs[:, None] & drafting)
             streams.append(model.forward(rows, cache, recipe.plan))
             rule = state.sampling if recipe.sampled else None
-            token, sure = draw(model, streams[-1], rule, batch.length + step + 1, drafting, recipe.vocabulary)
+            stream = FIRST_DRAFT_STREAM + step if recipe.rejection else 0
+            position = batch.length + step + 1
+            token, sure, logits = draw(model, streams[-1], rule, position, drafting, recipe.vocabulary, stream)
             tokens.append(token)
+            if recipe.rejection and logits is not None:
+                scores.append(torch.where(drafting[:, None], logits, 0))
             count = count + drafting
             drafting = drafting & (count < batch.room)
             if recipe.confident:
                 drafting = drafting & (sure >= state.threshold)
     none = torch.empty(len(batch), 0, dtype=torch.int64, device=batch.device)
-    draft = Draft(torch.stack(tokens[1:], dim=1) if steps else none, count)
+    draft = Draft(
+        torch.stack(tokens[1:], dim=1) if steps else none, count, scores=torch.stack(scores, dim=1) if scores else None
+    )
     if not recipe.reuse or not steps:
         return draft
     return draft._replace(exit=Exit(recipe.plan.span[1] // 2, torch.stack(streams, dim=1)))

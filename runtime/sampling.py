@@ -91,22 +91,25 @@ def draw(
     position: Tensor,
     active: Tensor | None = None,
     vocabulary: int = 0,
-) -> tuple[Tensor, Tensor]:
+    stream: int = 0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The token int64 [R] after each row of hidden [R, H], and the probability [R] the unwarped model gives it.
 
-    `rule` and `position` int64 [R] have one entry a row; without a rule tokens are the most likely ones. The same
-    choices as those of `choose`, without anything that needs the host. Rows that are not `active` bool [R] get token 0,
-    for whatever they would have been given may be no token.
+    Also the logits [R, V] it was drawn from, if it was. `rule` and `position` int64 [R] have one entry a row; without a
+    rule tokens are the most likely ones. The same choices as those of `choose`, without anything that needs the host.
+    Rows that are not `active` bool [R] get token 0, for whatever they would have been given may be no token.
     """
     if rule is None:
         token, value, log_sum_exp = model.predict(hidden, active=active, vocabulary=vocabulary)
         token = token if active is None else torch.where(active, token, 0)
-        return token, (value.float() - log_sum_exp.float()).exp()
+        return token, (value.float() - log_sum_exp.float()).exp(), None
     logits = model.logits(hidden, vocabulary)
-    token = model.ops.sample(logits, rule.temperature, rule.top_k, rule.top_p, rule.min_p, rule.seed, position)
+    token = model.ops.sample(
+        logits, rule.temperature, rule.top_k, rule.top_p, rule.min_p, rule.seed, position, stream=stream
+    )
     token = token if active is None else torch.where(active, token, 0)
     probability = logits.float().gather(1, token[:, None])[:, 0] - logits.float().logsumexp(dim=-1)
-    return token, probability.exp()
+    return token, probability.exp(), logits
 
 
 def reshape_logits(row: Tensor, sequence: Sequence, history: list[int]) -> Tensor:

@@ -10,14 +10,13 @@ from torch.nn import functional
 
 from ..kernels.host import ints
 from ..kernels.values import Verdict
-from .batch import Batch, Draft, Lineage, Round
+from .batch import Batch, Draft, Lineage, Round, Sampling
 from .cache import KVCache
 from .methods.base import Method
 from .model import Model, Streams
 from .plan import LayerPlan
 from .request import Piece
-from .routes import Routes
-from .sampling import Chosen, append, choose
+from .sampling import append, choose
 from .sequence import Sequence
 
 
@@ -41,7 +40,8 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
     with model.mark("verify", len(batch), path.numel()):
         hidden = verify_pass(model, cache, batch, path, draft, lineage, method.target, streams)
         target = choose(model, hidden, batch, path, lineage)
-        verdict = _decide(model, batch, draft, target, method.rejection)
+        rejection = method.rejection and not batch.sequences[0].params.greedy
+        verdict = decide(model, batch, draft, target.tokens, target.scores, batch.sampling() if rejection else None)
         if draft.parent is not None:
             model.ops.compact(cache.keys, cache.values, batch.block_table, verdict.path, verdict.accepted, batch.length)
         accepted = ints(verdict.accepted)
@@ -81,7 +81,6 @@ def verify_pass(
     lineage: Lineage | None,
     target: LayerPlan,
     streams: Streams | None = None,
-    routes: Routes | None = None,
 ) -> Tensor:
     """The residual stream [S·K, H] of every row of `path` int64 [S, K] after the pass that has the last word.
 
@@ -91,7 +90,7 @@ def verify_pass(
         return model.forward(batch.nodes(path, draft.length + 1, lineage), cache, target, streams=streams)
     rows = batch.rows(path, batch.length, draft.length + 1)
     if draft.exit is None:
-        return model.forward(rows, cache, target, streams=streams, routes=routes)
+        return model.forward(rows, cache, target, streams=streams)
     layer, known = draft.exit
     newest, one = path.gather(1, draft.length[:, None]), torch.ones_like(draft.length)
     last = batch.rows(newest, batch.length + draft.length, one)
@@ -101,13 +100,17 @@ def verify_pass(
     return model.forward(rows, cache, target.resume(layer), hidden.flatten(0, 1))
 
 
-def _decide(model: Model, batch: Batch, draft: Draft, target: Chosen, rejection: bool) -> Verdict:
-    """Which draft rows are accepted: by equality under shared noise, or by rejection sampling."""
-    if not rejection or target.scores is None or batch.sequences[0].params.greedy:
-        return model.ops.verify(target.tokens, draft.tokens, draft.length, batch.length, draft.parent)
-    rule = batch.sampling()
+def decide(
+    model: Model, batch: Batch, draft: Draft, target: Tensor, scores: Tensor | None, rule: Sampling | None
+) -> Verdict:
+    """Which draft rows are accepted: by equality with `target` int64 [S, K] under shared noise, or by rejection.
+
+    The latter with a `rule` [S], from the scores [S, K, V] of the full model.
+    """
+    if rule is None or scores is None:
+        return model.ops.verify(target, draft.tokens, draft.length, batch.length, draft.parent)
     return model.ops.verify_rejection(
-        target.scores,
+        scores,
         draft.tokens,
         draft.scores,
         draft.length,

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 # Triton reads this when a kernel is defined, so it stands before the first import of one.
 if not torch.cuda.is_available():
@@ -18,6 +19,7 @@ if not torch.cuda.is_available():
 from skipjack import Engine
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
+from skipjack.runtime.request import Output
 
 
 def _interpret_products_exactly() -> None:
@@ -183,3 +185,51 @@ class Audit:
 def audit(monkeypatch: pytest.MonkeyPatch) -> Callable[[Engine], Audit]:
     """Watch an engine until the test ends: `audit(engine)` fails a pass that reads a hole."""
     return lambda engine: Audit(engine, monkeypatch)
+
+
+class Questions(TorchFunctionMode):
+    """Notes what would make the host wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "numpy"):
+            self.asked.append(name)
+        if name in ("__getitem__", "__setitem__", "index_put_") and any(
+            isinstance(part, torch.Tensor) and part.dtype == torch.bool
+            for part in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        ):
+            self.asked.append(f"{name} by a mask")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def questions() -> Questions:
+    """A context that notes in `asked` what would make the host wait for a GPU."""
+    return Questions()
+
+
+@pytest.fixture(scope="session")
+def told() -> Callable[[Output], tuple[object, ...]]:
+    """What rounds on the device and rounds the host steers must agree in."""
+
+    def of(output: Output) -> tuple[object, ...]:
+        stats = output.stats
+        return (
+            output.token_ids,
+            output.finish_reason,
+            stats.rounds,
+            stats.drafted,
+            stats.accepted,
+            stats.bonus,
+            stats.drafted_per_position,
+            stats.accepted_per_position,
+            stats.executed_skips,
+            stats.layers_per_token,
+            stats.weight_passes,
+        )
+
+    return of

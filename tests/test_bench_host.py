@@ -40,6 +40,13 @@ def test_every_draft_token_is_accepted_and_no_pass_runs(engine: Engine) -> None:
     assert engine.generate([5, 6, 7], params).token_ids == plain.token_ids
 
 
+def test_steps_of_a_policy_are_measured_too(engine: Engine) -> None:
+    honest = graphs.device_steps
+    line = host.measure(engine, "unified:speedup=2", 1, 20)
+    assert (line.emitted, line.seconds.median > 0) == (1, True)
+    assert graphs.device_steps is honest
+
+
 def test_a_method_the_host_steers_is_refused(engine: Engine) -> None:
     with pytest.raises(RequestError, match=r"--method.*lookup"):
         host.measure(engine, "lookup", 1, 20)

@@ -17,6 +17,7 @@ from skipjack.bench.gpu_parts import DRY, Finding, Setting
 from skipjack.bench.gpu_speed import of_steps
 from skipjack.bench.step import Figure
 from skipjack.bench.targets import Measurement, best, judge, of
+from skipjack.runtime.methods.policy import PlannedSteps
 
 ROOT = Path(__file__).parent.parent
 
@@ -135,6 +136,21 @@ def test_no_speed_beside_a_wrong_result(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setitem(gpu_parts.PARTS, "ops", wrong)
     code, result = _part(monkeypatch, tmp_path, speed, checked=True)
     assert (code, result["broken"]) == (1, "no figures: a check failed")
+
+
+def test_captured_rounds_are_held_against_those_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_parts, "CAPTURED", {"tiny-dmtd": ("dmtd",)})
+    (finding,) = gpu_parts.graphs(DRY)
+    assert (finding.name, finding.passed) == ("tiny-dmtd dmtd", True)
+
+
+def test_captured_rounds_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_parts, "CAPTURED", {"tiny": ("unified:speedup=2",)})
+    step = PlannedSteps.step
+    monkeypatch.setattr(PlannedSteps, "step", lambda *given: (-step(*given)[0], step(*given)[1]))
+    (finding,) = gpu_parts.graphs(DRY)
+    assert not finding.passed
+    assert "6 continuations differ" in finding.detail
 
 
 def test_steps_run_dry_through_the_interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,18 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from skipjack import Engine, SamplingParams
 from skipjack.kernels.ops import select
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import graphs
-from skipjack.runtime.batch import Recipe
 from skipjack.runtime.cache import KVCache
 from skipjack.runtime.graphs import AHEAD
 from skipjack.runtime.model import Model
 from skipjack.runtime.plan import LayerPlan
+from skipjack.runtime.recipe import Recipe
 from skipjack.runtime.request import Output
 from skipjack.runtime.round import State, device_round
 
@@ -28,7 +27,9 @@ METHODS = [
     f"{FIXED},threshold=0.1",
     f"{FIXED},threshold=0.1,acceptance=rejection",
     f"{FIXED},threshold=0.1,draft_vocab=128",
+    f"{FIXED},threshold=0,acceptance=rejection,draft_vocab=128",
     "layerskip:exit_layer=5",
+    "layerskip:exit_layer=5,acceptance=rejection",
     "layerskip:exit_layer=5,threshold=0.05",
     "layerskip:exit_layer=5,reuse=false",
     "layerskip:exit_layer=3,verify=false",
@@ -64,29 +65,19 @@ def told(output: Output) -> tuple[object, ...]:
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("method", METHODS)
 def test_rounds_of_the_device_are_those_of_the_host(
-    synthetic: Callable[..., Engine], device: Engine, method: str, temperature: float
+    synthetic: Callable[..., Engine],
+    device: Engine,
+    told: Callable[[Output], Any],
+    method: str,
+    temperature: float,
 ) -> None:
     params = SamplingParams(max_tokens=20, temperature=temperature, seed=3, ignore_eos=True)
     host = synthetic("tiny", torch.float32, 0.1)
     expected = host.generate(PROMPTS, params, method=method)
     outputs = device.generate(PROMPTS, params, method=method)
     assert [told(output) for output in outputs] == [told(output) for output in expected]
-    alone = not (temperature and "rejection" in method)
-    assert [output.stats.graph_rounds for output in outputs] == [alone * output.stats.rounds for output in outputs]
-    assert not any(output.stats.graph_rounds for output in expected)
-
-
-def test_layers_that_decide_for_themselves_decide_on_the_device() -> None:
-    config = ModelConfig.parse(synthetic_config("routed-tiny"), "routed-tiny")
-    weights = synthetic_weights(config, 0, torch.float32, 0.3)
-    host, alone = (Engine(config, weights, method="flexidepth", graphs=graphs) for graphs in (False, True))
-    params = SamplingParams(max_tokens=12, ignore_eos=True)
-    expected, outputs = host.generate(PROMPTS, params), alone.generate(PROMPTS, params)
-    assert [told(output) for output in outputs] == [told(output) for output in expected]
-    assert len(set(outputs[0].stats.layers_per_token)) > 1
     assert all(output.stats.graph_rounds == output.stats.rounds for output in outputs)
-    kept = alone.generate(PROMPTS, params, method="flexidepth:kv=none")
-    assert not any(output.stats.graph_rounds for output in kept)
+    assert not any(output.stats.graph_rounds for output in expected)
 
 
 def test_sequences_that_end_at_different_times_take_nothing_from_each_other(device: Engine) -> None:
@@ -176,29 +167,10 @@ def test_a_context_that_is_full_ends_the_request(synthetic: Callable[..., Engine
     assert output.token_ids == synthetic("tiny", torch.float32, 0.1).generate(prompt, params).token_ids
 
 
-class Questions(TorchFunctionMode):
-    """Notes what would make the host wait for a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", str(func))
-        if name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "numpy"):
-            self.asked.append(name)
-        if name in ("__getitem__", "__setitem__", "index_put_") and any(
-            isinstance(part, torch.Tensor) and part.dtype == torch.bool
-            for part in (args[1] if isinstance(args[1], tuple) else (args[1],))
-        ):
-            self.asked.append(f"{name} by a mask")
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("sampled", [False, True])
 @torch.inference_mode()
-def test_a_round_asks_the_host_nothing(sampled: bool) -> None:
+def test_a_round_asks_the_host_nothing(questions: Any, sampled: bool) -> None:
     pytest.importorskip("triton")
     fields = synthetic_config("tiny-llama") | {"num_hidden_layers": 2, "vocab_size": 64}
     config = ModelConfig.parse(fields, "tiny-llama")
@@ -208,11 +180,11 @@ def test_a_round_asks_the_host_nothing(sampled: bool) -> None:
     recipes = [
         Recipe(full, full, 2, masked=True, confident=True, sampled=sampled),
         Recipe(full, full.early_exit(1), 2, reuse=True, sampled=sampled),
+        *([Recipe(full, full, 2, confident=True, sampled=True, rejection=True)] if sampled else []),
     ]
     for recipe in recipes:
-        state = State.empty(2, 1, 4, 2, model.device)
+        state = State.empty(model, recipe, 2, 1)
         state.left[0], state.block_table[0, 0] = 9, 1
-        questions = Questions()
         with questions:
             device_round(model, cache, state, recipe)
         assert questions.asked == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..batch import Recipe
+from ..recipe import Recipe
 from ..sequence import Sequence
 from .base import Method
 

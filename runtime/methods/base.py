@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ...loaders.config import ModelConfig
 from ...loaders.weights import Weights
-from ..batch import Batch, Draft, Recipe, Round, Tally
+from ..batch import Batch, Draft, Round, Tally
 from ..cache import KVCache
 from ..calibration import Encode
 from ..merging import Build
 from ..model import Model
 from ..plan import LayerPlan
+from ..recipe import Recipe
 from ..sequence import Sequence
 
 
@@ -96,6 +98,10 @@ class Method:
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
         """How the device runs the next round alone, but for `sampled`; None where the method needs the host for it."""
+        return None
+
+    def memory(self, sequence: Sequence) -> Tensor | None:
+        """The tensor, of one shape for every sequence, that the recipe's steps read and change of this one; or None."""
         return None
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..errors import RequestError
 from ..model import Model, Pass
 from ..plan import LayerPlan
 from ..prefill import prompt_rows
+from ..recipe import Recipe, Steps
 from ..sequence import Sequence
 from .base import Method
 from .policy import Policy, Step
@@ -53,12 +54,66 @@ class Options:
             raise RequestError(f"method dmtd: option horizon expects 0 to {MAX_HORIZON}, got {self.horizon}")
 
 
-@dataclass
-class Memory:
-    """e [1, H] of each token that still has to think, and how many heads there have been."""
+@dataclass(frozen=True)
+class Cycles(Steps):
+    """The cycles of `DirectMultiToken` on the device, one a round.
 
-    waiting: list[Tensor] = field(default_factory=list[Tensor])
-    heads: int = 0
+    The memory of a sequence is e [τ, H] of its last τ tokens, by their places in a cycle. `refill`: a head takes the
+    tokens of the cycle before it through the thinking layers with it. Where cycles start with prompts (`aligned`) all
+    sequences have their heads in the first step of a round; elsewhere in any.
+    """
+
+    encoding: LayerPlan
+    thinking: LayerPlan
+    decoding: LayerPlan
+    horizon: int
+    aligned: bool
+    refill: bool
+
+    @property
+    def count(self) -> int:
+        return self.horizon
+
+    def memory(self, model: Model, sequences: int) -> Tensor:
+        shape = (sequences, self.horizon, model.config.hidden_size)
+        return torch.zeros(shape, dtype=model.dtype, device=model.device)
+
+    def step(self, model: Model, cache: KVCache, batch: Batch, memory: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        laid = model.lay(batch.newest(), cache)
+        x = model.embed(laid)
+        model.run(laid, cache, self.encoding, x)
+        e, each = x[: len(batch)], torch.arange(len(batch), device=batch.device)
+        place = (batch.length - self._start(batch)) % self.horizon
+        memory[each, place] = e
+        head = place == 0
+        own = len(self.encoding.sublayers) + len(self.decoding.sublayers)
+        ran = torch.where(head, own + len(self.thinking.sublayers), own)
+        if number == 0 or not self.aligned:
+            t = self._think(model, cache, batch, memory, head)
+            e.copy_(torch.where(head[:, None], e + t, e))
+        model.run(laid, cache, self.decoding, x)
+        return x[: len(batch)], ran
+
+    def _start(self, batch: Batch) -> Tensor:
+        """Where the cycles of each sequence are counted from, int64 [S]."""
+        return batch.prompt if self.aligned else torch.zeros_like(batch.prompt)
+
+    def _think(self, model: Model, cache: KVCache, batch: Batch, memory: Tensor, head: Tensor) -> Tensor:
+        """t [S, H] of each sequence that is at a `head`; fills what its last cycle has left open."""
+        start, generated = self._start(batch), batch.length - batch.prompt + 1
+        width = self.horizon if self.refill else 1
+        count = torch.where(head, generated.clamp(max=width), 0)
+        first = batch.length - generated.clamp(max=width) + 1
+        rows = batch.rows(batch.last[:, None].expand(-1, width), first, count)
+        if not self.refill:
+            heads = (batch.length - start) // self.horizon - (batch.prompt - start - 1) // self.horizon
+            place = torch.where(rows.sequence >= 0, batch.prompt + heads - 1, 0)
+            rows = replace(rows, position=place, angle=rows.position)
+        at = (first[:, None] + torch.arange(width, device=batch.device) - start[:, None]) % self.horizon
+        each = torch.arange(len(batch), device=batch.device)
+        entering = memory[each[:, None], at]
+        thought = model.forward(rows, cache, self.thinking, entering.flatten(0, 1)).view(entering.shape)
+        return thought[each, (count - 1).clamp(min=0)]
 
 
 class DirectMultiToken(Policy):
@@ -107,12 +162,19 @@ class DirectMultiToken(Policy):
         thinking = range(self._cycle.encoding, self._cycle.encoding + self._cycle.thinking)
         return self._full.without(attention=thinking, mlp=thinking)
 
+    def recipe(self, sequences: list[Sequence]) -> Recipe | None:
+        options = self._options
+        aligned, refill = options.phase == "prompt", options.history == "real"
+        steps = Cycles(self.encoding, self.thinking, self.decoding, self.horizon, aligned, refill)
+        return Recipe(self._full, self.plan, steps=steps)
+
     def admits(self, running: list[Sequence]) -> bool:
         """At heads only, where cycles start with a prompt's end: sequences whose heads coincide share their passes."""
         return self._options.phase == "absolute" or all(self._is_head(sequence) for sequence in running)
 
     def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Step:
-        sequence.memory = Memory()
+        shape = (self.horizon, model.config.hidden_size)
+        sequence.memory = torch.zeros(shape, dtype=model.dtype, device=model.device)
         hidden = torch.empty(0, device=model.device)
         for rows in prompt_rows(model, sequence):
             laid = model.lay(rows, cache)
@@ -140,8 +202,20 @@ class DirectMultiToken(Policy):
 
     def _is_head(self, sequence: Sequence) -> bool:
         """Whether the sequence's newest token, the next to be read, starts a cycle."""
-        start = len(sequence.prompt) if self._options.phase == "prompt" else 0
-        return (sequence.cached - start) % self.horizon == 0
+        return self._place(sequence, sequence.cached) == 0
+
+    def _place(self, sequence: Sequence, position: int) -> int:
+        """The place in its cycle of the token at a position; a head's is 0."""
+        return (position - self._start(sequence)) % self.horizon
+
+    def _heads(self, sequence: Sequence) -> int:
+        """How many of the tokens after the prompt have been heads, the newest included."""
+        start, before = self._start(sequence), len(sequence.prompt) - 1
+        return (sequence.cached - start) // self.horizon - (before - start) // self.horizon
+
+    def _start(self, sequence: Sequence) -> int:
+        """Where its cycles are counted from."""
+        return len(sequence.prompt) if self._options.phase == "prompt" else 0
 
     def _late_prompt(self, laid: Pass, e: Tensor, t: Tensor) -> Tensor:
         """The late input of prompt rows [R, H]."""
@@ -154,14 +228,15 @@ class DirectMultiToken(Policy):
 
     def _entering(self, sequence: Sequence, e: Tensor) -> list[Tensor]:
         """The rows that go through the thinking layers with the newest token, whose e is given; none but for a head."""
-        memory: Memory = sequence.memory
-        if not self._is_head(sequence):
-            if self._options.history == "real":
-                memory.waiting.append(e)
+        memory: Tensor = sequence.memory
+        place = self._place(sequence, sequence.cached)
+        memory[place] = e[0]
+        if place:
             return []
-        entering, memory.waiting = [*memory.waiting, e], []
-        memory.heads += 1
-        return entering
+        first = sequence.cached
+        if self._options.history == "real":
+            first = max(len(sequence.prompt), first - self.horizon + 1)
+        return [memory[self._place(sequence, at)][None] for at in range(first, sequence.cached + 1)]
 
     def _think(self, model: Model, cache: KVCache, batch: Batch, entering: list[list[Tensor]]) -> Tensor:
         """t [heads, H] of the heads of a batch; fills what their cycles have left open.
@@ -171,7 +246,7 @@ class DirectMultiToken(Policy):
         rows = batch.recent([len(own) for own in entering])
         if self._options.history == "shadow":
             place = [
-                len(s.prompt) + s.memory.heads - 1 for s, own in zip(batch.sequences, entering, strict=True) if own
+                len(s.prompt) + self._heads(s) - 1 for s, own in zip(batch.sequences, entering, strict=True) if own
             ]
             rows = replace(rows, position=torch.tensor(place, device=model.device), angle=rows.position)
         thought = model.forward(rows, cache, self.thinking, torch.cat([e for own in entering for e in own]))

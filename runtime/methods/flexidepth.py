@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from ...loaders.routing import MODEL_TYPE
-from ..batch import Batch, Recipe
+from ..batch import Batch
 from ..cache import KVCache
 from ..errors import RequestError
 from ..model import Model
+from ..plan import LayerPlan
 from ..prefill import prompt_rows
+from ..recipe import Recipe, Steps
 from ..routes import Routes, layers_used
 from ..sequence import Sequence
 from .policy import Policy, Step
@@ -30,6 +32,28 @@ class Options:
     def __post_init__(self) -> None:
         if self.kv not in KV:
             raise RequestError(f"kv: expected one of {', '.join(KV)}, got {self.kv!r}")
+
+
+@dataclass(frozen=True)
+class RoutedSteps(Steps):
+    """Steps of the whole model, whose routed layers decide for every token; `own` as in `Options.kv`."""
+
+    plan: LayerPlan
+    own: bool
+    whole: ClassVar[bool] = False
+
+    def memory(self, model: Model, sequences: int) -> Tensor:
+        routing = model.config.routing
+        count = 0 if self.own or routing is None else len(routing.layers)
+        return torch.zeros(sequences, count, dtype=torch.int64, device=model.device)
+
+    def step(self, model: Model, cache: KVCache, batch: Batch, memory: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        routes: Routes = {}
+        kept = None if self.own else memory.T.contiguous()
+        hidden = model.forward(batch.newest(), cache, self.plan, routes=routes, kept=kept)
+        if kept is not None:
+            memory.copy_(kept.T)
+        return hidden, 2 * layers_used(routes, model.config.num_layers)
 
 
 class FlexiDepth(Policy):
@@ -55,7 +79,7 @@ class FlexiDepth(Policy):
         return super().notes(executed_skips) + ([] if self._trained else untrained)
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
-        return Recipe(self._full, self._full) if self._own else None
+        return Recipe(self._full, self._full, steps=RoutedSteps(self._full, self._own))
 
     def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Step:
         routing = model.config.routing

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..batch import Batch, Draft, Exit, Recipe
+from ..batch import Batch, Draft, Exit
 from ..cache import KVCache
 from ..errors import RequestError
 from ..model import Model
 from ..plan import LayerPlan
+from ..recipe import Recipe
 from ..sequence import Sequence
 from .base import Method, no_draft, sampled
 from .drafting import Drafting, acceptance, grow
@@ -71,14 +72,13 @@ class LayerSkip(Method):
         options = self._options
         if not options.verify:
             return Recipe(self.plan, self.plan)
-        if self.rejection and sampled(sequences):
-            return None
         return Recipe(
             self._full,
             self.plan,
             options.num_draft_tokens,
             confident=options.threshold > 0,
             reuse=options.reuse,
+            rejection=self.rejection and sampled(sequences),
             vocabulary=options.draft_vocab,
         )
 

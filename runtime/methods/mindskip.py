@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from ...kernels.host import ints
 from ..batch import Batch
 from ..cache import KVCache
 from ..model import Model, Pass
+from ..plan import LayerPlan
 from ..prefill import prompt_rows
+from ..recipe import Recipe, Steps
 from ..sequence import Sequence
 from .policy import Policy, Step
 
@@ -34,6 +36,21 @@ class Decisions:
     active: Tensor
     logits: Tensor
     used: float
+
+
+@dataclass(frozen=True)
+class DecidedSteps(Steps):
+    """Steps that leave out of every sequence what was decided at its prompt, which is its memory: bool [S, 2L]."""
+
+    plan: LayerPlan
+    whole: ClassVar[bool] = False
+
+    def memory(self, model: Model, sequences: int) -> Tensor:
+        return torch.ones(sequences, len(self.plan.runs), dtype=torch.bool, device=model.device)
+
+    def step(self, model: Model, cache: KVCache, batch: Batch, memory: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        rows = replace(batch.newest(), active=memory.T.contiguous())
+        return model.forward(rows, cache, self.plan), memory.sum(dim=1)
 
 
 class MindSkip(Policy):
@@ -69,6 +86,13 @@ class MindSkip(Policy):
             return []
         skipped = ints(torch.nonzero(~decided.active[::2]).flatten())
         return [{"kind": "routing", "skip_attention": skipped, "router_logits": decided.logits.tolist()}]
+
+    def recipe(self, sequences: list[Sequence]) -> Recipe | None:
+        return Recipe(self._full, self._full, steps=DecidedSteps(self._full))
+
+    def memory(self, sequence: Sequence) -> Tensor | None:
+        decided: Decisions = sequence.memory
+        return decided.active
 
     def step(self, model: Model, cache: KVCache, batch: Batch) -> Step:
         decided: list[Decisions] = [sequence.memory for sequence in batch.sequences]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..batch import Batch, Recipe
+from ..batch import Batch
 from ..cache import KVCache
 from ..model import Model
+from ..plan import LayerPlan
 from ..prefill import read
+from ..recipe import Recipe, Steps
 from ..sequence import Sequence
 from .base import Method
 
@@ -44,8 +48,22 @@ class Policy(Method):
         """The pass over each sequence's newest token, which writes what later passes will read of it."""
         raise NotImplementedError
 
+    def memory(self, sequence: Sequence) -> Tensor | None:
+        return sequence.memory
+
     def notes(self, executed_skips: int) -> list[str]:
         return [] if executed_skips else ["nothing was skipped: every layer ran for every token"]
+
+
+@dataclass(frozen=True)
+class PlannedSteps(Steps):
+    """Steps of one plan, which every token runs."""
+
+    plan: LayerPlan
+
+    def step(self, model: Model, cache: KVCache, batch: Batch, memory: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        ran = torch.full_like(batch.length, len(self.plan.sublayers))
+        return model.forward(batch.newest(), cache, self.plan), ran
 
 
 class Planned(Policy):
@@ -59,4 +77,4 @@ class Planned(Policy):
         return Step(hidden, [self.target.layers_kept] * len(batch), self.target.layers_kept)
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
-        return Recipe(self.target, self.target)
+        return Recipe(self.target, self.target, steps=PlannedSteps(self.target))

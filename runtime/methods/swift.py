@@ -8,12 +8,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ..batch import Batch, Draft, Recipe, Tally
+from ..batch import Batch, Draft, Tally
 from ..budget import Budget
 from ..cache import KVCache
 from ..errors import CapacityError, RequestError
 from ..model import Model
 from ..plan import LayerPlan
+from ..recipe import Recipe
 from ..search import Drift, Incumbent, Search, matchness
 from ..sequence import Sequence
 from ..skip_sets import SkipSet
@@ -143,7 +144,7 @@ class Swift(Method):
         return grow(model, cache, batch, self.plan, self._how)[0]
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
-        if self._options.tree or (self.rejection and sampled(sequences)):
+        if self._options.tree:
             return None
         searching = self.phase() == "accumulation"
         confident = self._options.adaptive or self._options.threshold > 0
@@ -154,6 +155,7 @@ class Swift(Method):
             self._options.num_draft_tokens,
             masked=searching,
             confident=confident,
+            rejection=self.rejection and sampled(sequences),
             vocabulary=self._options.draft_vocab,
         )
 

@@ -1,0 +1,72 @@
+"""What fixes the shapes and the kernels of a round that the device runs alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .batch import Batch
+from .cache import KVCache
+from .model import Model
+from .plan import LayerPlan
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a lossy policy as the device takes them alone, `count` of them a round and a token each.
+
+    Equal steps share their graphs. `whole`: a step reads the weights of the layers of whoever runs most of them; where
+    that is false every row decides for itself, and nobody counts.
+    """
+
+    whole: ClassVar[bool] = True
+
+    @property
+    def count(self) -> int:
+        return 1
+
+    def memory(self, model: Model, sequences: int) -> Tensor:
+        """Room for what the method's `memory` keeps of each of S `sequences`, [S, …]."""
+        return torch.empty(sequences, 0, device=model.device)
+
+    def step(self, model: Model, cache: KVCache, batch: Batch, memory: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """The pass over each sequence's newest token, the `number`-th of its round; nothing is asked of the host.
+
+        Returns the residual stream [S, H] the next tokens are chosen from and how many sub-layers ran for each
+        sequence, int64 [S]. `memory` [S, …] is changed in place.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What fixes the shapes and the kernels of a round.
+
+    The draft has `num_draft_tokens` steps of `plan`. Where the skip set is still being searched for (`masked`), the
+    plan is the whole model and the set lies in `State.mask`, so that changing it changes no launch. `confident`: a
+    draft ends with the first token less probable than `State.threshold`. `reuse`: verification goes on from the
+    streams of the draft, whose plan is an early exit. `rejection`: drafts are sampled, with noise of their own, and
+    accepted by rejection sampling. Drafts come from the first `vocabulary` tokens, 0 being all.
+    With `steps` nothing is drafted: they are a lossy policy's.
+    """
+
+    target: LayerPlan
+    plan: LayerPlan
+    num_draft_tokens: int = 0
+    masked: bool = False
+    confident: bool = False
+    reuse: bool = False
+    sampled: bool = False
+    rejection: bool = False
+    vocabulary: int = 0
+    steps: Steps | None = None
+
+    @property
+    def any_set(self) -> Recipe | None:
+        """The recipe that drafts with the same skip set as a mask; None where there is no such set."""
+        if not self.num_draft_tokens or self.reuse or self.plan.span != self.target.span:
+            return None
+        return replace(self, plan=self.target, masked=True)
