@@ -156,3 +156,15 @@ def test_the_demo_model_reads_a_short_prompt_in_one_pass(demo: Engine) -> None:
     fast = Engine.load("demo", numerics="fast", dtype="float32")
     output = fast.generate("The capital of France is", SamplingParams(max_tokens=8))
     assert output.text == demo.generate("The capital of France is", SamplingParams(max_tokens=8)).text
+
+
+def test_rounds_on_the_device_need_no_tile() -> None:
+    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    prompts = [[5, 6, 7], [9, 8, 9, 8, 9]]
+    expected = [output.token_ids for output in engine("exact").generate(prompts, params)]
+    with Engine(config, synthetic_weights(config, 0, torch.float64, 0.3), numerics="fast", graphs=True) as device:
+        for method in METHODS[:2]:
+            outputs = device.generate(prompts, params, method=method)
+            assert [output.token_ids for output in outputs] == expected
+            assert all(output.stats.graph_rounds == output.stats.rounds for output in outputs)
