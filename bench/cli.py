@@ -138,7 +138,7 @@ def methods(
     from . import sheets
     from .methods import compare, load, summary
     from .prompts import load as load_prompts
-    from .record import deliver, header
+    from .record import deliver, header, title
 
     chosen = load_prompts(prompts, per_category)
     chosen = [prompt for prompt in chosen if not category or prompt.category in category]
@@ -169,7 +169,7 @@ def methods(
     if picture:
         from .charts import speeds
 
-        speeds(summary(rows), picture, f"{model}, {result['dtype']}, {result['machine']['device']}")
+        speeds(summary(rows), picture, title(result))
     deliver(result, sheets.methods, output, as_json)
 
 

@@ -6,6 +6,9 @@ the decode pass of that token. Without a tile (None) all rows of a call are comp
 and a row's rounding may follow their number. Notation: R rows, H hidden size, D head dimension, P slots per page.
 """
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,6 +18,7 @@ from .attention_index import AttentionIndex, Block, Index
 from .elementwise import steady
 from .values import Matrix, Norm, Prediction, Rope, Slots, Split, Stack
 
+_length = cast("Callable[..., Tensor]", torch.linalg.vector_norm)  # pyright: ignore[reportUnknownMemberType]
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -39,7 +43,7 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
         return functional.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
     # `functional.rms_norm` calls twice as many operators.
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    length = _length(wide, dim=-1, keepdim=True)
     scale = length.square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()
     return (wide * scale).mul_(norm.weight).to(x.dtype)
 
