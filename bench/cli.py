@@ -15,7 +15,7 @@ from rich.table import Table
 from ..runtime.errors import ConfigError
 from . import profile, routed
 from .baselines_command import baselines
-from .commands import accept, figures, peers, project, serve, table
+from .commands import accept, figures, numerics, peers, project, serve, table
 from .decode_cli import decode
 from .dmtd import dmtd
 from .host import host
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .exact import Line
 
 app = typer.Typer(add_completion=False)
-for command in (decode, peers, accept, serve, project, host, figures, table):
+for command in (decode, peers, accept, serve, numerics, project, host, figures, table):
     app.command()(command)
 for command in (unified, dmtd, baselines, routed.layers, routed.forced):
     app.command()(command)

@@ -169,6 +169,42 @@ def serve(
     _finish(result, sheet, output, as_json)
 
 
+def numerics(
+    model: Model = "demo",
+    prompts: Prompts = None,
+    method: Methods = None,
+    per_category: PerCategory = 1,
+    category: Category = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each prompt.")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare fast numerics with exact: logits on given text first, then texts and speeds of each method."""
+    from ..runtime.engine import Engine
+    from .numerics import METHODS, compare, gaps, sheets, summary, trusted
+    from .peers import folder_of
+    from .record import deliver, header
+
+    chosen, notes, names = _chosen(prompts, per_category, category), _notes(), method or list(METHODS)
+    with (
+        folder_of(model) as folder,
+        Engine.load(folder, device=device, dtype=dtype) as exact,
+        Engine.load(folder, device=device, dtype=dtype, numerics="fast") as fast,
+    ):
+        found = gaps(exact, fast, chosen, max_tokens)
+        result = header("numerics", fast, model)
+        result |= {"max_tokens": max_tokens, "gaps": [asdict(gap) for gap in found]}
+        if not trusted(found, fast.dtype):
+            notes("RED: the logits differ by more than rounding: no speed is reported")
+            notes(json.dumps(result["gaps"]))
+            raise typer.Exit(1)
+        rows = compare(exact, fast, names, chosen, max_tokens, lambda row: notes(f"{row.method}, {row.category}"))
+    result |= {"summary": [asdict(line) for line in summary(rows)], "rows": [asdict(row) for row in rows]}
+    deliver(result, sheets, output, as_json)
+
+
 def project(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Measure its steps now, roughly.")] = None,
     costs: Annotated[Path | None, typer.Option(help="A result of `skipjack bench decode`.")] = None,

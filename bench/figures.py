@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import ConfigError
-from . import accept, host, latency, plots, project, sheets, tables, unified_picture
+from . import accept, host, latency, numerics, plots, project, sheets, tables, unified_picture
 from .record import Sheet, markdown, read
 
 
@@ -40,6 +40,7 @@ SHEETS: dict[str, Callable[[dict[str, Any]], Sheet | tuple[Sheet, ...]]] = {
     "peers": sheets.peers,
     "accept": accept.sheet,
     "serve": latency.sheet,
+    "numerics": numerics.sheets,
     "project": project.sheet,
     "unified": unified_picture.sheet,
     "decode": tables.decode,

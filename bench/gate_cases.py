@@ -6,11 +6,13 @@ Tensors are on the device "meta": they have shapes and strides and no memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kernels import launch
 from ..kernels.triton_ops import TRITON
 from ..kernels.values import Matrix, Norm, Rope, Router, RowMap, Slots, Tree
 from .gate_checks import Case, Meaning
@@ -59,6 +61,7 @@ SHAPES = (
     Shape("Qwen3-4B", 2560, 9728, 32, 8, 128, 151936, qk_norm=True),
 )
 PASSES = ((1, TRITON.decode_tile), (8, TRITON.decode_tile), (16, TRITON.decode_tile), (64, TRITON.prefill_tile))
+FAST_PASSES = ((16, None), (64, None), (512, None))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 LAYER = ("qkv", "attention", "output", "gate and up", "down")
@@ -79,28 +82,34 @@ class Step(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """Every case: all shapes in bfloat16, the first also in float16 and float32."""
+    """Every case: all shapes in bfloat16, the first also in float16 and float32, whose rules are never others."""
     return [
         case
         for dtype in DTYPES
         for shape in (SHAPES if dtype == torch.bfloat16 else SHAPES[:1])
-        for rows, tile in PASSES
+        for rows, tile in (*PASSES, *(FAST_PASSES if dtype != torch.float32 else ()))
         for case in Pass(shape, rows, tile, dtype).cases()
     ]
 
 
 class Pass:
-    """A pass of `rows` rows in tiles of `tile`: one sequence, or sequences of eight rows each."""
+    """A pass of `rows` rows in tiles of `tile`: one sequence, or sequences of eight rows each.
 
-    def __init__(self, shape: Shape, rows: int, tile: int, dtype: torch.dtype) -> None:
+    Without a tile it is one of fast numerics, whose rules differ for unmasked products and attention.
+    """
+
+    def __init__(self, shape: Shape, rows: int, tile: int | None, dtype: torch.dtype) -> None:
         self.shape, self.rows, self.tile, self.dtype = shape, rows, tile, dtype
-        self.prefill = tile == TRITON.prefill_tile
+        self.prefill = launch.tile_of(rows, tile) == TRITON.prefill_tile
         self.sequences = 1 if self.prefill else max(1, rows // 8)
 
     def cases(self) -> Iterator[Case]:
         kind = f"{self.shape.name} {str(self.dtype).removeprefix('torch.')}{' prefill' if self.prefill else ''}"
+        if self.tile is None:
+            # Rows of other numbers may round otherwise: each is a group of its own.
+            kind += f" fast {self.rows}"
         steps = [*self._layer(), *self._masked(), *self._head()]
-        if not self.prefill:
+        if not self.prefill and self.tile is not None:
             steps += [*self._routing(), *self._choosing()]
         for place, step in enumerate(steps):
             yield Case(
@@ -128,10 +137,13 @@ class Pass:
         yield self._linear("down", gated, self.matrix(s.hidden, s.inner), residual=x)
 
     def _masked(self) -> Iterator[Step]:
-        """The same with rows that may be inactive, and attention of a draft tree."""
+        """The same with rows that may be inactive, attention of a draft tree, and a product that prefetches."""
         s = self.shape
         active = self.tensor(self.rows, dtype=torch.bool)
         x, gated = self.tensor(self.rows, s.hidden), self.tensor(self.rows, s.inner)
+        if self.rows == 1:
+            output = self._linear("output, prefetched", x, self.matrix(s.hidden, s.hidden), residual=x)
+            yield output._replace(launch=partial(_prefetching, output.launch))
         yield self._qkv("qkv, masked", active=active, write=active)
         yield self._attend("attention, masked", active=active)
         scale = self.tensor(self.rows, dtype=torch.float32)
@@ -279,6 +291,15 @@ class Pass:
 
 
 _WARPING = (torch.float32, torch.int64, torch.float32, torch.float32)
+
+
+def _prefetching(run: Callable[[], object]) -> object:
+    """`run` with the prefetch of weights, which is off."""
+    usual, launch.PREFETCH_BYTES = launch.PREFETCH_BYTES, 32 << 20
+    try:
+        return run()
+    finally:
+        launch.PREFETCH_BYTES = usual
 
 
 def size(stored: Matrix | Tensor) -> int:

@@ -104,8 +104,9 @@ def ops(setting: Setting) -> Iterator[Finding]:
             oracle = Side(TORCH, torch.device("cpu"), dtype, torch.float64)
             for name, case in CASES.items():
                 prompt = [] if setting.dry or name in DECODE_ONLY else [(70, triton.prefill_tile)]
-                for rows, tile in [(9 if setting.dry else 16, triton.decode_tile), *prompt]:
-                    label = f"{name} {shape} {_name(dtype)} {rows} rows"
+                fast = [] if setting.dry else [(rows, None) for rows in (1, 40, *(n for n, _ in prompt))]
+                for rows, tile in [(9 if setting.dry else 16, triton.decode_tile), *prompt, *fast]:
+                    label = f"{name} {shape} {_name(dtype)} {rows} rows{' fast' if tile is None else ''}"
                     try:
                         worst = _worst(case(mine, config, rows, tile), case(oracle, config, rows, tile))
                     except Exception as error:

@@ -68,7 +68,7 @@ class Point:
         return torch.arange(start, start + count, device=self.device)
 
     @property
-    def tile(self) -> int:
+    def tile(self) -> int | None:
         """The tile the engine takes for so many rows."""
         return self.ops.narrow_tile if self.rows <= self.ops.narrow_tile else self.ops.decode_tile
 

@@ -50,10 +50,10 @@ class Side:
 
 
 Outputs = Mapping[str, Tensor]
-Case = Callable[[Side, ModelConfig, int, int], Outputs]
+Case = Callable[[Side, ModelConfig, int, int | None], Outputs]
 
 
-def norm(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
+def norm(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outputs:
     x = side.randn(rows, config.hidden_size, seed=1)
     return {
         "rms": side.ops.normalise(x, side.norm(config.hidden_size, 2)),
@@ -61,7 +61,7 @@ def norm(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
     }
 
 
-def mlp(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
+def mlp(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outputs:
     hidden, inner = config.hidden_size, config.intermediate_size
     x = side.randn(rows, hidden, seed=1)
     up = side.ops.prepare(side.randn(2 * inner, hidden, seed=2, scale=hidden**-0.5))
@@ -84,7 +84,7 @@ def mlp(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
     return {"silu_gate": gated, "gelu": bloom, "residual": added, "masked": masked}
 
 
-def qkv(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
+def qkv(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outputs:
     heads, kv_heads, head_dim, hidden = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
     out = (heads + 2 * kv_heads) * head_dim
     weight = side.ops.prepare(side.randn(out, hidden, seed=2, scale=hidden**-0.5))
@@ -111,7 +111,7 @@ def qkv(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
     return results
 
 
-def attention(side: Side, config: ModelConfig, rows: int, tile: int, context: int = 1000) -> Outputs:
+def attention(side: Side, config: ModelConfig, rows: int, tile: int | None, context: int = 1000) -> Outputs:
     """One sequence whose last rows attend to `context` positions; plain, windowed, ALiBi, and as nodes of a tree."""
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     last = context + rows
@@ -137,7 +137,7 @@ def attention(side: Side, config: ModelConfig, rows: int, tile: int, context: in
     }
 
 
-def head(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
+def head(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outputs:
     hidden = config.hidden_size
     weight = side.ops.prepare(side.randn(config.vocab_size, hidden, seed=2, scale=hidden**-0.5))
     x, scale = side.randn(rows, hidden, seed=1), side.norm(hidden, 3)
@@ -153,7 +153,7 @@ def head(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
     }
 
 
-def fill(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
+def fill(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outputs:
     heads, kv_heads, head_dim, hidden = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
     layers, out = 3, (heads + 2 * kv_heads) * head_dim
     weight = side.ops.prepare_stack(side.randn(layers, out, hidden, seed=2, scale=hidden**-0.5))
@@ -183,7 +183,7 @@ def fill(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
     return {"keys": keys, "values": values, "count": rows_of.count + 1}
 
 
-def routing(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
+def routing(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outputs:
     hidden, reduced = config.hidden_size, max(16, config.hidden_size // 16)
     router = Router(
         side.ops.prepare(side.randn(reduced, hidden, seed=2, scale=hidden**-0.5)),
@@ -194,7 +194,7 @@ def routing(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
     return {"weight": routed.weight, "rest": routed.rest}
 
 
-def sampling(side: Side, config: ModelConfig, rows: int, tile: int) -> Outputs:
+def sampling(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outputs:
     """Integer results: they must be equal."""
     generator = torch.Generator().manual_seed(1)
     vocab, k = config.vocab_size, 4

@@ -79,6 +79,7 @@ def header(bench: str, engine: Engine, model: str) -> dict[str, Any]:
         "machine": describe(engine._loaded()[0].device),
         "model": model,
         "backend": engine.backend,
+        "numerics": engine.numerics,
         "dtype": str(engine.dtype).removeprefix("torch."),
     }
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..kernels import launch as rules
 from ..kernels.ops import select
 from ..kernels.values import Matrix, Slots, Split
 from ..loaders.config import ModelConfig
@@ -31,6 +32,7 @@ CONTEXT, DRY_CONTEXT = 512, 16
 DRY_FIELDS = {"num_hidden_layers": 5, "vocab_size": 256}
 SAMPLES = 20
 ROWS = (1, 8, 16)
+PREFETCH_MIB = 32
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def figures(device: torch.device, shapes: Iterable[str], dry: bool) -> Iterator[
         bed = Bed.of(shape, device, dry)
         yield from _kernels(clock, bed, copy)
         yield from _steps(clock, bed, copy)
+        yield from _ablations(clock, bed)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -128,6 +131,21 @@ def _steps(clock: Clock, bed: Bed, copy: float | None) -> Iterator[Figure]:
             bubble = bubble_per_layer(times[0], total, copy, bed.model.config.num_layers)
             note = f"{1 / times[0]:.0f} tokens/s, bubble {bubble * 1e6:.1f} µs per layer"
         yield Figure("step", bed.shape, count, *times, total, total, _share(total, times[0], copy), note)
+
+
+def _ablations(clock: Clock, bed: Bed) -> Iterator[Figure]:
+    """What fast numerics and the prefetch of weights change, each timed after the same step without it."""
+    fast = bed._replace(model=Model(bed.model.config, bed.weights, select("triton", "fast")))
+    for name, other, count, mib in (("fast", fast, 1, 0), ("fast", fast, 16, 0), ("prefetch", bed, 1, PREFETCH_MIB)):
+        before = clock.times(bed.step(count))
+        usual = rules.PREFETCH_BYTES
+        rules.PREFETCH_BYTES = mib << 20 or usual
+        try:
+            times = clock.times(other.step(count))
+        finally:
+            rules.PREFETCH_BYTES = usual
+        note = "" if before[0] is None or times[0] is None else f"÷ without {times[0] / before[0]:.3f}"
+        yield Figure(f"step, {name}", bed.shape, count, *times, bed.step_bytes, bed.step_bytes, None, note)
 
 
 def bubble_per_layer(seconds: float, read: int, bandwidth: float, layers: int) -> float:

@@ -50,7 +50,8 @@ def attend(
     if rows == 0:
         return out
     arch = launch.architecture()
-    rule = launch.attention_rule(head_dim, group, index.tile, q.element_size(), arch)
+    tile = launch.tile_of(rows, index.tile)
+    rule = launch.attention_rule(head_dim, group, tile, q.element_size(), arch)
     groups = row_groups(index, rule.rows)
     splits = launch.attention_splits(index.capacity, rule.split)
     tiles, scratch_bytes = groups.bound * kv_heads, 4 * splits * q.numel()
@@ -92,13 +93,17 @@ def attend(
         GROUP_ROWS=rule.rows,
         GROUP_PADDED=rule.heads,
         IN_ORDER=in_order,
+        EVEN=index.tile is None,
         PDL=launch.dependent(arch),
         **launch.options(rule.warps, rule.stages, rule.registers) | {"enable_fp_fusion": False},
     )
     return out
 
 
-@triton.jit(do_not_specialize=["stride_table", "stride_node", "rows", "window"])
+@triton.jit(
+    do_not_specialize=["stride_table", "stride_node", "rows", "window"],
+    do_not_specialize_on_alignment=["active_ptr"],
+)
 def _attend_kernel(  # noqa: PLR0915
     q_ptr,
     keys_ptr,
@@ -135,6 +140,7 @@ def _attend_kernel(  # noqa: PLR0915
     GROUP_ROWS: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     IN_ORDER: tl.constexpr,
+    EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out[r, h] = Σₚ softmaxₚ(scale·q[r, h]·k[p] + slope[h]·(p − position[r]))·v[p], scores in units of log 2.
@@ -164,8 +170,9 @@ def _attend_kernel(  # noqa: PLR0915
     oldest = last * 0
     if window is not None:
         oldest = tl.maximum(tl.min(tl.where(mask_m, position, last), axis=0) - window + 1, 0)
-    first_split = _split_of(oldest, SPLIT)
-    splits = _split_of(last, SPLIT) + 1 - first_split
+    length = _split_length(last, SPLIT, EVEN)
+    first_split = _split_of(oldest, length, EVEN)
+    splits = _split_of(last, length, EVEN) + 1 - first_split
     if pid_split >= splits:
         return
 
@@ -189,8 +196,8 @@ def _attend_kernel(  # noqa: PLR0915
     stride_split = rows.to(tl.int64) * HEADS
     peak, total, acc = _nothing_seen(M, D_PADDED)
     for split in tl.range(first_split + pid_split, first_split + splits, tl.num_programs(2), disable_licm=True):
-        begin = tl.maximum(_split_begin(split, SPLIT), oldest) // BLOCK
-        end = tl.minimum(_split_begin(split + 1, SPLIT) // BLOCK, last // BLOCK + 1)
+        begin = tl.maximum(_split_begin(split, length, EVEN), oldest) // BLOCK
+        end = tl.minimum(_split_begin(split + 1, length, EVEN) // BLOCK, last // BLOCK + 1)
         offs_page = begin + tl.arange(0, FAR_FACTOR * SPLIT // BLOCK)
         pages = tl.load(table_ptr + offs_page, mask=offs_page < end, other=0)
         split_peak, split_total, split_acc = _nothing_seen(M, D_PADDED)
@@ -351,13 +358,32 @@ def _fold_split(peak, total, acc, split_peak, split_total, split_acc):
 
 
 @triton.jit
-def _split_begin(split, SPLIT: tl.constexpr):
-    """The first position of a split: NEAR_SPLITS of SPLIT positions, then longer ones."""
-    return (tl.minimum(split, NEAR_SPLITS) + tl.maximum(split - NEAR_SPLITS, 0) * FAR_FACTOR) * SPLIT
+def _split_length(last, SPLIT: tl.constexpr, EVEN: tl.constexpr):
+    """Positions of a near split; of every split where they are even: the fewest that make no more splits than uneven.
+
+    n positions make n ÷ (2·SPLIT) splits of twice the length and NEAR_SPLITS + (n − near) ÷ (FAR_FACTOR·SPLIT) uneven.
+    """
+    NEAR: tl.constexpr = NEAR_SPLITS * SPLIT
+    longer = tl.where(last < 3 * NEAR, 2 * SPLIT, FAR_FACTOR * SPLIT)
+    return tl.where(last < NEAR, SPLIT, longer) if EVEN else SPLIT
 
 
 @triton.jit
-def _split_of(position, SPLIT: tl.constexpr):
+def _split_begin(split, length, EVEN: tl.constexpr):
+    """The first position of a split: NEAR_SPLITS of `length` positions, then longer ones unless they are even."""
+    if EVEN:
+        begin = split * length
+    else:
+        begin = (tl.minimum(split, NEAR_SPLITS) + tl.maximum(split - NEAR_SPLITS, 0) * FAR_FACTOR) * length
+    return begin
+
+
+@triton.jit
+def _split_of(position, length, EVEN: tl.constexpr):
     """The split a position lies in."""
-    NEAR: tl.constexpr = NEAR_SPLITS * SPLIT
-    return tl.minimum(position, NEAR) // SPLIT + tl.maximum(position - NEAR, 0) // (FAR_FACTOR * SPLIT)
+    if EVEN:
+        split = position // length
+    else:
+        near = NEAR_SPLITS * length
+        split = tl.minimum(position, near) // length + tl.maximum(position - near, 0) // (FAR_FACTOR * length)
+    return split

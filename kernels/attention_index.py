@@ -15,13 +15,13 @@ UNSEEN = -1e30
 class Index(Protocol):
     """The rows of a pass and the pages they read, in the form that one backend's `attend` takes."""
 
-    tile: int
+    tile: int | None
 
 
 class Block(NamedTuple):
     """Keys of one block of positions: a page of the cache, or slots int64 [B, P] gathered for B branches of a tree.
 
-    mask: float32 [1, kv_heads or 1, tile·group, page_size], added to the scores.
+    mask: float32 [1, kv_heads or 1, tile·group, page_size], added to the scores; the group's rows where it has no tile.
     """
 
     page: int | Slots
@@ -35,7 +35,7 @@ class Block(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Consecutive rows of one sequence, at most a tile: the first of them, their number, and what they see.
+    """Consecutive rows of one sequence, at most a tile or a page: the first of them, their number, and what they see.
 
     In a tree the blocks after the first `shared` ones differ by branch, and row r of the group is read from branch
     `branch[r]`; rows of one path from the root lie in one branch.
@@ -62,7 +62,7 @@ class AttentionIndex:
         block_table: Tensor,
         *,
         page_size: int,
-        tile: int,
+        tile: int | None,
         tree: Tree | None = None,
     ) -> None:
         self.tile = tile
@@ -70,9 +70,9 @@ class AttentionIndex:
         self._tree = tree
         self._groups = [
             (start, positions, ints(block_table[row, : None if tree is not None else max(positions) // page_size + 1]))
-            for row, start, positions in _groups(ints(sequence), ints(position), tile)
+            for row, start, positions in _groups(ints(sequence), ints(position), tile or page_size)
         ]
-        self._visible: Tensor | None = None
+        self._visible: dict[int, Tensor] = {}
         self._seen: dict[tuple[int | None, bool], list[Group]] = {}
 
     def groups(self, window: int | None, slopes: Tensor | None, kv_heads: int, group: int) -> list[Group]:
@@ -135,11 +135,11 @@ class AttentionIndex:
         kv_heads: int,
         group: int,
     ) -> Tensor:
-        size, tile = self._page_size, self.tile
+        size, tile = self._page_size, self.tile or len(positions)
         oldest, newest = block * size, (block + 1) * size - 1
         in_window = window is None or oldest > max(positions) - window
         if slopes is None and newest <= min(positions) and in_window:
-            return self._nothing_hidden(group)
+            return self._nothing_hidden(tile * group)
         row = torch.tensor(positions + positions[:1] * (tile - len(positions)))[:, None]
         distance = torch.arange(oldest, newest + 1) - row
         seen = distance <= 0 if window is None else (distance <= 0) & (distance > -window)
@@ -150,11 +150,11 @@ class AttentionIndex:
             mask = mask + bias.masked_fill(~seen[None, :, None, :], 0)
         return mask.reshape(1, -1, tile * group, size)
 
-    def _nothing_hidden(self, group: int) -> Tensor:
+    def _nothing_hidden(self, queries: int) -> Tensor:
         """The mask of a page that every row sees whole, shared: long prompts have many."""
-        if self._visible is None:
-            self._visible = torch.zeros(1, 1, self.tile * group, self._page_size)
-        return self._visible
+        if queries not in self._visible:
+            self._visible[queries] = torch.zeros(1, 1, queries, self._page_size)
+        return self._visible[queries]
 
 
 class RowGroups(NamedTuple):
@@ -178,7 +178,7 @@ class TritonIndex:
         block_table: Tensor,
         *,
         page_size: int,
-        tile: int,
+        tile: int | None,
         tree: Tree | None = None,
     ) -> None:
         self.tile = tile

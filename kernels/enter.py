@@ -11,7 +11,7 @@ from .values import Entry, Rope, Slots
 
 
 @triton.jit(
-    do_not_specialize=["width", "ahead", "stride_token", "stride_table"],
+    do_not_specialize=["sequences", "width", "ahead", "stride_token", "stride_table"],
     do_not_specialize_on_alignment=["token_ptr", "first_ptr", "count_ptr", "alive_ptr", "table_ptr"],
 )
 def _enter_kernel(

@@ -138,7 +138,7 @@ def fill_kv(
     slots: Slots,
     *,
     heads: int,
-    tile: int,
+    tile: int | None,
 ) -> None:
     """k, v of the rows of each layer's map, written to the rows' slots in that layer's cache.
 

@@ -40,7 +40,7 @@ def _finite(peak):
     return tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["active_ptr"])
 def _head_kernel(
     x_ptr,
     norm_ptr,
@@ -111,7 +111,7 @@ def _head_kernel(
         candidates = tl.where(candidates == best[None, :], _NONE, candidates)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["active_ptr"])
 def _merge_kernel(
     candidate_ptr,
     partial_ptr,
@@ -179,7 +179,7 @@ def head(
     norm: Norm,
     weight: Matrix,
     *,
-    tile: int,
+    tile: int | None,
     top_k: int | None = None,
     ids: Tensor | None = None,
     active: Tensor | None = None,

@@ -2,7 +2,8 @@
 
 Whatever fixes a sum's order (the columns of a step, the positions of a block) is a function of the weight's shape, the
 dtype and the architecture, and never of the number of rows, the batch or the context: that is the row-invariance of
-the numerics contract. Architectures are compute capabilities times ten, 90 for sm_90; 0 is the interpreter.
+the numerics contract. With fast numerics, a tile of None, it may follow them. Architectures are compute capabilities
+times ten, 90 for sm_90; 0 is the interpreter.
 """
 
 import os
@@ -14,6 +15,7 @@ from triton.runtime import driver
 
 INTERPRETED = bool(knobs.runtime.interpret)
 DEPENDENT_LAUNCH = os.environ.get("SKIPJACK_PDL", "1") != "0"
+PREFETCH_BYTES = int(os.environ.get("SKIPJACK_PREFETCH_MIB", "0")) << 20
 NEAR_SPLITS = 8
 FAR_FACTOR = 4
 BUSY_PROGRAMS = 128
@@ -26,6 +28,11 @@ STEP_BYTES = 8192
 FLIGHT_BYTES = 72 * 1024
 SHARED_BYTES = 99 * 1024
 PRODUCT_REGISTERS = 255
+ENOUGH_PROGRAMS = 96
+STREAMED_ROWS = 64
+STREAMED_SUMS = 2048
+CACHE_LINE = 128
+LINES_AT_ONCE = 8
 
 
 class ProductRule(NamedTuple):
@@ -72,39 +79,74 @@ def padded(columns: int) -> int:
     return -(-columns // 16) * 16
 
 
-def product_rule(weight_rows: int, columns: int, rows: int, tile: int, itemsize: int, arch: int) -> ProductRule:
+def product_rule(weight_rows: int, columns: int, rows: int, tile: int | None, itemsize: int, arch: int) -> ProductRule:
     """The rule of `row_product` for a weight [weight_rows, columns] against passes of `rows` rows in tiles of `tile`.
 
     block_n and block_k, which fix the order of a sum, depend on the weight and the tile alone. `rows`, the activations
     one program takes, does not round: columns of one instruction are independent. The interpreter's products are not,
     so there it is the tile. Tiles of 8 stream the weight, 8 KiB a step, with steps enough in flight for all programs
-    of a processor to have some 72 KiB. Wider tiles compute: larger blocks and shorter steps.
+    of a processor to have some 72 KiB. Wider tiles compute: larger blocks and shorter steps. Without a tile blocks
+    follow the rows (`_fast_blocks`) where there are more than eight of 16 bits.
     """
     width = padded(columns)
-    large = weight_rows >= LARGE_WEIGHT
-    if arch == 0:
-        block_n, longest = 64, 128
-    elif tile <= 8:
-        block_n = 32 if large else 16
-        longest = STEP_BYTES // (block_n * itemsize)
-    elif itemsize == 4:
-        block_n, longest = 32, 16
+    if tile is None and rows > 8 and itemsize < 4:
+        block_n, longest, wide = _fast_blocks(weight_rows, rows, itemsize)
     else:
-        block_n, longest = 128 if large else 64, 32
+        block_n, longest, wide = _exact_blocks(weight_rows, rows, tile_of(rows, tile), itemsize)
+    if arch == 0:
+        block_n, longest, wide = 64, 128, tile or min(64, max(8, _power(rows)))
     block_k = next(block for block in (longest, 64, 32, 16) if block <= longest and width % block == 0)
     if arch == 0:
-        return ProductRule(block_n, block_k, tile, warps=4, stages=1)
-    wide = tile if tile > 8 else min(64 // itemsize, max(8, 1 << (rows - 1).bit_length()))
+        return ProductRule(block_n, block_k, wide, warps=4, stages=1)
     resident = -(-weight_rows // (block_n * PROCESSORS))
     steps = max(3, -(-FLIGHT_BYTES // (block_n * block_k * itemsize * resident)))
     room = SHARED_BYTES // ((block_n + wide) * block_k * itemsize)
-    return ProductRule(block_n, block_k, wide, warps=4, stages=min(steps + 1, room, 8))
+    return ProductRule(block_n, block_k, wide, 8 if block_n * wide > 128 * 64 else 4, stages=min(steps + 1, room, 8))
+
+
+def _exact_blocks(weight_rows: int, rows: int, tile: int, itemsize: int) -> tuple[int, int, int]:
+    """Weight rows, columns at most, and rows of activations of a step."""
+    large = weight_rows >= LARGE_WEIGHT
+    if tile <= 8:
+        block_n = 32 if large else 16
+        return block_n, STEP_BYTES // (block_n * itemsize), min(64 // itemsize, max(8, _power(rows)))
+    if itemsize == 4:
+        return 32, 16, tile
+    return 128 if large else 64, 32, tile
+
+
+def _fast_blocks(weight_rows: int, rows: int, itemsize: int) -> tuple[int, int, int]:
+    """`_exact_blocks` for more than eight rows: as wide as leaves most processors a program.
+
+    For every byte of weights the programs together read ⌈rows ÷ wide⌉ bytes of weights and rows ÷ block_n bytes of
+    activations: with one row the first is all, with many the second is most, and both shrink as blocks widen.
+    """
+    if rows <= STREAMED_ROWS:
+        wide = _power(rows)
+        fits = (n for n in (64, 32) if weight_rows >= n * ENOUGH_PROGRAMS and n * wide <= STREAMED_SUMS)
+        block_n = next(fits, 16)
+        return block_n, min(STEP_BYTES // (block_n * itemsize), 4096 // wide), wide
+    sizes = ((128, 128), (128, 64), (64, 128), (64, 64))
+    enough = (s for s in sizes if -(-weight_rows // s[0]) * -(-rows // s[1]) >= ENOUGH_PROGRAMS)
+    block_n, wide = next(enough, sizes[-1])
+    return block_n, 32, wide
+
+
+def _power(rows: int) -> int:
+    """The power of two that is not below `rows`."""
+    return 1 << (rows - 1).bit_length()
+
+
+def tile_of(rows: int, tile: int | None) -> int:
+    """The tile of a pass, or the one whose rules are meant for so many rows where it has none."""
+    return tile or (8 if rows <= STREAMED_ROWS else 64)
 
 
 def head_rule(
-    head_dim: int, whole: bool, weight_rows: int, columns: int, rows: int, tile: int, itemsize: int, arch: int
+    head_dim: int, whole: bool, weight_rows: int, columns: int, rows: int, tile: int | None, itemsize: int, arch: int
 ) -> ProductRule:
     """`product_rule` for weight rows of one head in block_n / 2 pairs half a head apart; `whole`: all its pairs."""
+    tile = tile_of(rows, tile)
     rule = product_rule(weight_rows, columns, rows, tile, itemsize, arch)
     pairs = max(8, 1 << (head_dim // 2 - 1).bit_length())
     if arch and tile <= 8:
@@ -117,9 +159,9 @@ def head_rule(
     return rule._replace(block_n=2 * pairs, block_k=block_k, rows=wide, stages=min(room, 8) if arch else 1)
 
 
-def route_rule(weight_rows: int, columns: int, rows: int, tile: int, itemsize: int, arch: int) -> ProductRule:
+def route_rule(weight_rows: int, columns: int, rows: int, tile: int | None, itemsize: int, arch: int) -> ProductRule:
     """`product_rule` in the narrowest blocks: a router has few weight rows, and few programs stream them."""
-    return product_rule(weight_rows, columns, rows, tile, itemsize, arch)._replace(block_n=16)
+    return product_rule(weight_rows, columns, rows, tile_of(rows, tile), itemsize, arch)._replace(block_n=16)
 
 
 def attention_rule(head_dim: int, group: int, tile: int, itemsize: int, arch: int) -> AttentionRule:
@@ -196,6 +238,18 @@ def dependent(arch: int) -> bool:
     SKIPJACK_PDL=0 turns it off: to look for races, and because kernel durations in a profile lie under it.
     """
     return DEPENDENT_LAUNCH and arch >= 90
+
+
+def prefetched_columns(weight_rows: int, columns: int, itemsize: int, arch: int) -> int:
+    """Columns of each weight row that a product asks the L2 cache for before it waits for the kernel before it.
+
+    None unless SKIPJACK_PREFETCH_MIB gives the bytes of a weight that may be: off until a GPU has shown that it pays,
+    and of use only where a kernel waits. Attention reads little and takes long; the product after it is what gains.
+    """
+    if not (PREFETCH_BYTES and _nvidia() and dependent(arch)):
+        return 0
+    at_once = LINES_AT_ONCE * CACHE_LINE // itemsize
+    return min(padded(columns), PREFETCH_BYTES // (weight_rows * itemsize)) // at_once * at_once
 
 
 @cache

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from . import launch
 from .primitives import gelu_tanh, silu, start_dependents, wait_for_producers
-from .products import halves, row_product, weight_tile
+from .products import halves, prefetch_weight, row_product, weight_tile
 from .values import Matrix, Norm, Split, Stack
 
 
@@ -39,7 +39,7 @@ def _padded(weight: Tensor) -> Tensor:
     return weight.contiguous() if width == columns else functional.pad(weight, (0, width - columns))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["active_ptr"])
 def _linear_kernel(
     x_ptr,
     norm_ptr,
@@ -61,6 +61,7 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
+    PREFETCHED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """scale·activation(norm(x)·Wᵀ + bias) + residual → out.
@@ -82,6 +83,8 @@ def _linear_kernel(
     mask_out = mask_r
     if active_ptr is None:
         first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, BLOCK_K)
+        if PREFETCHED > 0:
+            prefetch_weight(w_ptr, offs_w * K_PADDED, mask_w, PREFETCHED)
         wait_for_producers(PDL)
     else:
         wait_for_producers(PDL)
@@ -131,7 +134,7 @@ def linear(
     x: Tensor,
     weight: Matrix,
     *,
-    tile: int,
+    tile: int | None,
     norm: Norm | None = None,
     bias: Tensor | None = None,
     activation: str | None = None,
@@ -173,12 +176,13 @@ def linear(
         BLOCK_N=rule.block_n,
         BLOCK_K=rule.block_k,
         ROWS=rule.rows,
+        PREFETCHED=launch.prefetched_columns(weight.rows, weight.columns, x.element_size(), arch),
         PDL=launch.dependent(arch),
         **launch.options(rule.warps, rule.stages, launch.PRODUCT_REGISTERS),
     )
     return out
 
 
-def logits(x: Tensor, norm: Norm, weight: Matrix, *, tile: int) -> Tensor:
+def logits(x: Tensor, norm: Norm, weight: Matrix, *, tile: int | None) -> Tensor:
     """norm(x)·Wᵀ: x [R, H], W [V, H] → [R, V]."""
     return linear(x, weight, tile=tile, norm=norm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -18,16 +18,19 @@ from .values import Drafted, Entry, Heads, Matrix, Prediction, Route, RowMap, Sp
 class Ops:
     """The operations of one backend and the sizes that fix its rounding.
 
-    `decode_tile` and `prefill_tile` are the rows every product of a decode or prefill pass is padded to; a decode pass
-    of at most `narrow_tile` rows may be padded to those where `rounds_alike` finds that they come out the same.
-    `page_size` is the number of slots in a cache page, one block of the attention's reduction.
+    With `numerics` "exact" a row's bits do not depend on the rows beside it: `decode_tile` and `prefill_tile` are the
+    rows every product of a decode or prefill pass is padded to; a decode pass of at most `narrow_tile` rows may be
+    padded to those where `rounds_alike` finds that they come out the same. With "fast" there are no tiles, and the
+    order of a sum may follow the number of rows and the context. `page_size` is the number of slots in a cache page,
+    one block of the attention's reduction.
     """
 
     name: str
+    numerics: str
     describe: Callable[[torch.dtype], str]
-    decode_tile: int
+    decode_tile: int | None
     narrow_tile: int
-    prefill_tile: int
+    prefill_tile: int | None
     page_size: int
     prepare: Callable[[Tensor], Matrix]
     prepare_stack: Callable[[Tensor], Stack]
@@ -57,9 +60,14 @@ class Ops:
         tiles = f", tiles of {self.narrow_tile} and {self.decode_tile} rows" if narrow else ""
         return f"{self.name} ({self.describe(dtype)}{tiles})"
 
+    def tile_of(self, rows: int) -> int | None:
+        """The tile for so many rows where either would do: that of prompts if they fill one."""
+        return self.decode_tile if self.prefill_tile is None or rows < self.prefill_tile else self.prefill_tile
+
 
 TORCH = Ops(
     name="torch",
+    numerics="exact",
     describe=lambda dtype: f"{'oneDNN packed' if packed.available(dtype) else 'plain'} products",
     decode_tile=narrow.FULL,
     narrow_tile=narrow.NARROW,
@@ -103,10 +111,12 @@ def obstacle(backend: str, device: torch.device) -> str | None:
     return None if INTERPRETED else "Triton needs a CUDA device, or its interpreter (TRITON_INTERPRET=1, for tests)"
 
 
-def select(backend: str) -> Ops:
-    """The table "torch" or "triton"; `obstacle` says whether it can run."""
+def select(backend: str, numerics: str = "exact") -> Ops:
+    """The table "torch" or "triton", "exact" or "fast"; `obstacle` says whether it can run."""
     if backend == "torch":
-        return TORCH
-    from .triton_ops import TRITON
+        table = TORCH
+    else:
+        from .triton_ops import TRITON
 
-    return TRITON
+        table = TRITON
+    return table if numerics == "exact" else replace(table, numerics="fast", decode_tile=None, prefill_tile=None)

@@ -44,6 +44,14 @@ def wait_for_producers(PDL: tl.constexpr):
 
 
 @triton.jit
+def prefetch(ptrs):
+    """Ask for the cache lines at ptrs to be brought to the L2 cache. Nothing is read, and nothing waits."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 

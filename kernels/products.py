@@ -12,7 +12,11 @@ bool: the compiler takes the narrowest load behind an operand as its width, and 
 import triton
 import triton.language as tl
 
-from .primitives import dot, ordered_sum
+from . import launch
+from .primitives import dot, ordered_sum, prefetch
+
+CACHE_LINE: tl.constexpr = tl.constexpr(launch.CACHE_LINE)
+LINES_AT_ONCE: tl.constexpr = tl.constexpr(launch.LINES_AT_ONCE)
 
 
 @triton.jit
@@ -54,6 +58,20 @@ def weight_tile(
     rows, columns = _left(offs_w, _columns(BLOCK_K))
     mask, _ = _left(mask_w, _columns(BLOCK_K))
     return tl.load(w_ptr + rows + columns, mask=mask, other=0.0)
+
+
+@triton.jit
+def prefetch_weight(
+    w_ptr,
+    offs_w,
+    mask_w,
+    COLUMNS: tl.constexpr,
+):
+    """Ask for the first COLUMNS columns of the weight rows at offs_w [BLOCK_N], the loads of steps to come."""
+    LINE: tl.constexpr = CACHE_LINE // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    offs_w = tl.where(mask_w, offs_w, 0)
+    for k in range(0, COLUMNS, LINES_AT_ONCE * LINE):
+        prefetch(w_ptr + offs_w[:, None] + (k + tl.arange(0, LINES_AT_ONCE) * LINE)[None, :])
 
 
 @triton.jit

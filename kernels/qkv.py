@@ -85,7 +85,7 @@ def store_halves(
     tl.store(ptrs + D // 2, upper.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["active_ptr", "write_ptr"])
 def _qkv_rope_append_kernel(
     x_ptr,
     norm_ptr,
@@ -216,7 +216,7 @@ def qkv_rope_append(
     slots: Slots,
     *,
     heads: int,
-    tile: int,
+    tile: int | None,
     active: Tensor | None = None,
     write: Tensor | None = None,
 ) -> Tensor:

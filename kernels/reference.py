@@ -2,7 +2,8 @@
 
 An op works through its rows in tiles of exactly `tile` rows, each tile padded to that size, so that the shape of every
 product and reduction is the same for any number of rows. That is what makes row i of a verify pass equal, bit for bit,
-the decode pass of that token. Notation: R rows, H hidden size, D head dimension, P slots per page.
+the decode pass of that token. Without a tile (None) all rows of a call are computed together, as many as there are,
+and a row's rounding may follow their number. Notation: R rows, H hidden size, D head dimension, P slots per page.
 """
 
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def linear(
     x: Tensor,
     weight: Matrix,
     *,
-    tile: int,
+    tile: int | None,
     norm: Norm | None = None,
     bias: Tensor | None = None,
     activation: str | None = None,
@@ -107,7 +108,7 @@ def qkv_rope_append(
     slots: Slots,
     *,
     heads: int,
-    tile: int,
+    tile: int | None,
     active: Tensor | None = None,
     write: Tensor | None = None,
 ) -> Tensor:
@@ -167,23 +168,24 @@ def attend(
     rows, heads, head_dim = q.shape
     kv_heads, tile = keys.shape[1], index.tile
     groups = index.groups(window, slopes, kv_heads, heads // kv_heads)
-    if rows == tile and active is None and len(groups) == 1:
-        by_row = _by_row(_over(groups[0].blocks, q, keys, values, scale), tile)
+    if active is None and len(groups) == 1 and rows == (tile or groups[0].count):
+        by_row = _by_row(_over(groups[0].blocks, q, keys, values, scale), rows)
         if len(by_row) == 1:
             return by_row[0]
     out = q.new_zeros(rows, heads * head_dim)
     for start, count, blocks, branch in groups:
         if active is not None and not bool(active[start : start + count].any()):
             continue
-        rows_q = q[start : start + tile]
-        if rows_q.shape[0] < tile:
-            rows_q = functional.pad(rows_q, (0, 0, 0, 0, 0, tile - rows_q.shape[0]))
-        by_row = _by_row(_over(blocks, rows_q, keys, values, scale), tile)
+        taken = tile or count
+        rows_q = q[start : start + taken]
+        if rows_q.shape[0] < taken:
+            rows_q = functional.pad(rows_q, (0, 0, 0, 0, 0, taken - rows_q.shape[0]))
+        by_row = _by_row(_over(blocks, rows_q, keys, values, scale), taken)
         out[start : start + count] = by_row[0, :count] if len(by_row) == 1 else by_row[branch, range(count)]
     return out if active is None else out.masked_fill_(~active[:, None], 0)
 
 
-def logits(x: Tensor, norm: Norm, weight: Matrix, *, tile: int) -> Tensor:
+def logits(x: Tensor, norm: Norm, weight: Matrix, *, tile: int | None) -> Tensor:
     """norm(x)·Wᵀ: x [R, H], W [V, H] → [R, V]."""
     return linear(x, weight, tile=tile, norm=norm)
 
@@ -193,7 +195,7 @@ def head(
     norm: Norm,
     weight: Matrix,
     *,
-    tile: int,
+    tile: int | None,
     top_k: int | None = None,
     ids: Tensor | None = None,
     active: Tensor | None = None,
@@ -217,15 +219,17 @@ def _width(weight: Matrix, activation: str | None) -> int:
     return weight.rows // 2 if activation == "silu_gate" else weight.rows
 
 
-def _tiles(x: Tensor, tile: int) -> list[tuple[int, Tensor]]:
+def _tiles(x: Tensor, tile: int | None) -> list[tuple[int, Tensor]]:
+    if tile is None:
+        return [(0, x)]
     rows = x.shape[0]
     if rows % tile:
         x = functional.pad(x, (0, 0, 0, -rows % tile))
     return [(start, _tile_of(x, start, tile)) for start in range(0, x.shape[0], tile)]
 
 
-def _tile_of(x: Tensor, start: int, tile: int) -> Tensor:
-    return x if x.shape[0] <= tile else x[start : start + tile]
+def _tile_of(x: Tensor, start: int, tile: int | None) -> Tensor:
+    return x if tile is None or x.shape[0] <= tile else x[start : start + tile]
 
 
 def _linear_tile(
@@ -248,10 +252,10 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
-def _head_norm(x: Tensor, weight: Tensor, eps: float, tile: int) -> Tensor:
+def _head_norm(x: Tensor, weight: Tensor, eps: float, tile: int | None) -> Tensor:
     """RMSNorm over D of [R, heads, D], in tiles of rows."""
     flat = x.reshape(x.shape[0], -1)
-    shape = (tile, x.shape[1], x.shape[2])
+    shape = (-1, x.shape[1], x.shape[2])
     parts = [normalise(part.view(shape), Norm(weight, None, eps)) for _, part in _tiles(flat, tile)]
     return torch.cat(parts)[: x.shape[0]]
 

@@ -19,7 +19,7 @@ def row_map(active: Tensor) -> RowMap:
 
 
 def route(
-    x: Tensor, norm: Norm, router: Router, *, tile: int, threshold: float = 0.5, active: Tensor | None = None
+    x: Tensor, norm: Norm, router: Router, *, tile: int | None, threshold: float = 0.5, active: Tensor | None = None
 ) -> Route:
     """weight = sigmoid(readout · tanh(RMSNorm_r(encoder · norm(x)))), run = weight > threshold (FlexiDepth).
 
@@ -29,6 +29,7 @@ def route(
     code = code.to(torch.promote_types(code.dtype, torch.float32))
     inner = Norm(router.norm.to(code.dtype), None, norm.eps)
     readout = router.readout.to(code.dtype)
+    tile = tile or len(code)
     score = [
         (steady(torch.tanh, reference.normalise(part, inner)) * readout).sum(dim=-1)
         for part in torch.split(functional.pad(code, (0, 0, 0, -code.shape[0] % tile)), tile)
@@ -52,7 +53,7 @@ def fill_kv(
     slots: Slots,
     *,
     heads: int,
-    tile: int,
+    tile: int | None,
 ) -> None:
     """k, v of the rows of each layer's map, written to the rows' slots in that layer's cache.
 

@@ -11,7 +11,7 @@ from .products import row_product, weight_tile
 from .values import Norm, Route, Router, RowMap
 
 
-@triton.jit(do_not_specialize=["stride_layer", "stride_row", "rows"])
+@triton.jit(do_not_specialize=["stride_layer", "stride_row", "rows"], do_not_specialize_on_alignment=["active_ptr"])
 def _row_map_kernel(
     active_ptr,
     row_ptr,
@@ -64,7 +64,7 @@ def row_map(active: Tensor) -> RowMap:
     return RowMap(row, count)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["active_ptr"])
 def _route_kernel(
     x_ptr,
     norm_ptr,
@@ -149,7 +149,7 @@ def _route_kernel(
 
 
 def route(
-    x: Tensor, norm: Norm, router: Router, *, tile: int, threshold: float = 0.5, active: Tensor | None = None
+    x: Tensor, norm: Norm, router: Router, *, tile: int | None, threshold: float = 0.5, active: Tensor | None = None
 ) -> Route:
     """weight = sigmoid(readout · tanh(RMSNorm_r(encoder · norm(x)))), run = weight > threshold (FlexiDepth).
 

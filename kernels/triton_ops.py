@@ -36,6 +36,7 @@ def rounds_alike(weights: list[Matrix], heads: Heads, dtype: torch.dtype) -> boo
 
 TRITON = Ops(
     name="triton",
+    numerics="exact",
     describe=_describe,
     decode_tile=8,
     narrow_tile=8,

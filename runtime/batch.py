@@ -125,11 +125,11 @@ class Batch:
     room: Tensor
     prompt: Tensor
     block_table: Tensor
-    tile: int
+    tile: int | None
     alive: Tensor | None = None
 
     @staticmethod
-    def of(sequences: list[Sequence], tile: int, device: torch.device) -> Batch:
+    def of(sequences: list[Sequence], tile: int | None, device: torch.device) -> Batch:
         width = max(len(s.pages) for s in sequences)
         table = torch.tensor([s.pages + [0] * (width - len(s.pages)) for s in sequences], device=device)
         state = torch.tensor([(s.tokens[-1], s.cached, s.room, len(s.prompt)) for s in sequences], device=device)

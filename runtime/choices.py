@@ -25,19 +25,21 @@ def dtype_of(dtype: str, config: ModelConfig) -> torch.dtype:
 
 def place_of(device: str) -> torch.device:
     """The device of that name, auto being the GPU where there is one; RequestError where torch can use no GPU."""
+    one_of("device", device, ("auto", "cpu", "cuda"))
     if device == "cuda" and not torch.cuda.is_available():
         raise RequestError(f"device: expected a GPU that torch {torch.__version__} can use for cuda, found none")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def table_of(backend: str, device: torch.device) -> ops.Ops:
+def table_of(backend: str, device: torch.device, numerics: str) -> ops.Ops:
     """The op table of that name, auto being the device's own; RequestError where it cannot run."""
     one_of("backend", backend, ("auto", "torch", "triton"))
+    one_of("numerics", numerics, ("exact", "fast"))
     chosen = backend if backend != "auto" else "triton" if device.type == "cuda" else "torch"
     obstacle = ops.obstacle(chosen, device)
     if obstacle:
         raise RequestError(f"backend: {chosen} cannot run on {device.type}: {obstacle}")
-    return ops.select(chosen)
+    return ops.select(chosen, numerics)
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -89,6 +89,7 @@ def generate(
     device: options.DeviceName = options.Device.AUTO,
     dtype: options.DtypeName = options.Dtype.AUTO,
     backend: options.BackendName = options.Backend.AUTO,
+    numerics: options.NumericsName = options.Numerics.EXACT,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
     json: options.Json = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print as it is generated.")] = False,
@@ -108,7 +109,7 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    with options.load_engine(model, method, device, dtype, backend) as engine:
+    with options.load_engine(model, method, device, dtype, backend, numerics) as engine:
         answer(engine, source, params, as_json=json, as_stream=stream)
 
 
@@ -126,6 +127,7 @@ def chat(
     device: options.DeviceName = options.Device.AUTO,
     dtype: options.DtypeName = options.Dtype.AUTO,
     backend: options.BackendName = options.Backend.AUTO,
+    numerics: options.NumericsName = options.Numerics.EXACT,
 ) -> None:
     """Talk to a model, one message a line. /reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
     from .chat import Chat
@@ -135,7 +137,7 @@ def chat(
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
     )
-    with options.load_engine(model, method, device, dtype, backend) as engine:
+    with options.load_engine(model, method, device, dtype, backend, numerics) as engine:
         if engine.tokenizer is None:
             raise TokenizerError(f"{engine.model_path}: expected tokenizer.json, which chat needs, found none")
         Chat(engine, params, system).run()

@@ -14,16 +14,17 @@ from .rows import one_sequence
 
 Clock = Callable[[], float]
 REPEATS = 5
+PROBED_ROWS = 8
 
 
 @dataclass
 class Costs:
     """Seconds of a pass as a function of its rows and sub-layers, for one machine.
 
-    A pass reads its weights once for every tile of `tile` rows: `full` is the whole model for one row, head included,
-    `per_row` what each further row of a tile adds, `per_tile` what each further tile adds, `wide` what a pass of more
-    than `narrow` rows pays for not being a narrow tile, `fixed` the part that no skipped sub-layer saves. `pace` is how
-    much slower than calibrated passes have been lately.
+    A pass reads its weights once for every tile of `tile` rows, or is taken to: `full` is the whole model for one row,
+    head included, `per_row` what each further row of a tile adds, `per_tile` what each further tile adds, `wide` what a
+    pass of more than `narrow` rows pays for not being a narrow tile, `fixed` the part that no skipped sub-layer saves.
+    `pace` is how much slower than calibrated passes have been lately.
     """
 
     sublayers: int
@@ -64,12 +65,13 @@ def calibrate(model: Model, cache: KVCache, clock: Clock = perf_counter) -> Cost
     Raises:
         CapacityError: the cache has no page free to try on.
     """
-    tile, narrow, layers = model.ops.decode_tile, model.tile(1), model.config.num_layers
+    tile, layers = model.ops.decode_tile or PROBED_ROWS, model.config.num_layers
+    narrow = model.tile(1) or tile
     pages = cache.reserve(4 * tile)
 
     def once(rows: int, plan: LayerPlan) -> float:
         start = clock()
-        laid = one_sequence([0] * rows, 0, pages, tile, model.device)
+        laid = one_sequence([0] * rows, 0, pages, model.ops.decode_tile, model.device)
         int(model.predict(model.forward(laid, cache, plan)[-1:]).token[0])
         return clock() - start
 

@@ -51,8 +51,9 @@ class Engine:
     """A model in memory and everything needed to generate with it.
 
     Threads may share an engine: their calls take turns round by round, and one that needs pages the others hold waits
-    for them, up to `ADMISSION_WAIT_S`. `model_path` is where the weights lie, `backend` the op table in use, `config`
-    the model's shape, `load_s` the seconds `load` took and `warmed_up` what the latest `warm_up` did.
+    for them, up to `ADMISSION_WAIT_S`. `model_path` is where the weights lie, `backend` the op table in use, `numerics`
+    "exact" or "fast", `config` the model's shape, `load_s` the seconds `load` took and `warmed_up` what the latest
+    `warm_up` did.
     """
 
     load_s = 0.0
@@ -67,6 +68,7 @@ class Engine:
         model_path: Path | None = None,
         method: str = "autoregressive",
         backend: str = "auto",
+        numerics: str = "exact",
         cache_tokens: int | None = None,
         graphs: bool | None = None,
         ranges: str | None = None,
@@ -76,13 +78,11 @@ class Engine:
 
         `graphs`: whether rounds run on the device alone where their method can, captured as CUDA graphs on a GPU; None
         does so on a GPU. `ranges` "nvtx" or "torch" shows a profiler the parts of every round; None asks the variable
-        SKIPJACK_RANGES. `strict`: once the engine is warmed up, a kernel that would have to be compiled is a
-        CompilationError.
+        SKIPJACK_RANGES. `strict`: once warmed up, a kernel that would have to be compiled is a CompilationError.
         """
-        self.tokenizer = tokenizer
-        self.model_path = model_path
-        self.dtype = weights.embedding.dtype
-        table = table_of(backend, weights.embedding.device)
+        self.tokenizer, self.model_path, self.dtype = tokenizer, model_path, weights.embedding.dtype
+        table = table_of(backend, weights.embedding.device, numerics)
+        self.numerics = numerics
         if cache_tokens is not None and cache_tokens < 1:
             raise RequestError(f"cache_tokens: expected at least 1, got {cache_tokens}")
         self._default = registry.parse(method)
@@ -118,19 +118,17 @@ class Engine:
         """Load a model folder, "demo" for the packaged one, or `org/name` (`org/name@revision`) from the hub.
 
         `device` auto is the GPU where there is one; `backend` auto is "triton" on a GPU and "torch" on the CPU. `dtype`
-        auto is the checkpoint's own. `cache_tokens` bounds the tokens all running requests hold together.
+        auto is the checkpoint's own. `numerics` "fast" lets sums follow the number of rows if that is faster; a token
+        may then depend on drafts and neighbours. `cache_tokens` bounds the tokens all running requests hold together.
         `progress` is called with a label, what is done and what there is to do.
 
         Raises:
             ConfigError, CheckpointError, TokenizerError: there is no such model, or this version does not run it.
             RequestError: an argument is not one of its choices.
         """
-        start, spec = perf_counter(), registry.parse(method)
-        one_of("device", device, ("auto", "cpu", "cuda"))
+        start, spec, place = perf_counter(), registry.parse(method), place_of(device)
         one_of("dtype", dtype, ("auto", *DTYPES))
-        one_of("numerics", numerics, ("exact",))
-        place = place_of(device)
-        table_of(backend, place)
+        table_of(backend, place, numerics)
         folder = locate(model, progress)
         config = ModelConfig.load(folder)
         spec.build(config)
@@ -148,6 +146,7 @@ class Engine:
             model_path=folder,
             method=method,
             backend=backend,
+            numerics=numerics,
             cache_tokens=cache_tokens,
             graphs=graphs,
             ranges=ranges,
@@ -194,7 +193,9 @@ class Engine:
         ]
         _check_room(cache, sequences)
         drafter = self._method(spec)
-        return Stream(self._run(model, cache, sequences, drafter), sequences, drafter, self.backend, seed)
+        return Stream(
+            self._run(model, cache, sequences, drafter), sequences, drafter, self.backend, self.numerics, seed
+        )
 
     def score(self, prompts: Prompts, continuations: Prompts, *, method: str | None = None) -> list[Scored]:
         """What a method makes of given continuations, token ids, one for every prompt: teacher forcing.
@@ -231,8 +232,7 @@ class Engine:
 
         That is requests of `methods`, by default the engine's own, and of plain decoding, of up to `sequences` prompts
         times choices with up to `context` tokens each, by default as many as the cache holds; greedy or sampled, with
-        penalties and logprobs. The graph of a skip set that is not yet found is captured when it is. Where kernels are
-        not compiled, on the CPU, there is nothing to do.
+        penalties and logprobs. The graph of a skip set that is not yet found is captured when it is.
 
         Raises:
             RequestError: a method cannot run here, or there are never so many sequences or tokens.
@@ -240,8 +240,8 @@ class Engine:
         """
         model, cache = self._loaded()
         rehearsal = Rehearsal(model, cache, self._graphs, sequences, context)
-        names = [methods] if isinstance(methods, str) else [*methods]
-        specs = [registry.parse(name) for name in names] or [self._default]
+        specs = [registry.parse(name) for name in ([methods] if isinstance(methods, str) else methods)]
+        specs = specs or [self._default]
         if Autoregressive.name in registry.names(self.config.model_type) and not self._default.edits:
             specs.append(registry.parse(Autoregressive.name))
         with self._turn, self._watch, torch.inference_mode():

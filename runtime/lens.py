@@ -196,7 +196,7 @@ def shown_exits(exits: int, width: int) -> list[int]:
     return [round(exits * (i + 1) / (count + 1)) for i in range(count)]
 
 
-def _read(model: Model, after: list[Tensor], position: int, tile: int) -> list[Reading]:
+def _read(model: Model, after: list[Tensor], position: int, tile: int | None) -> list[Reading]:
     """The readings of rows with the residual streams `after` each layer, [R, H]; the first predicts `position`."""
     said = [model.predict(x, tile=tile) for x in after]
     tokens = [ints(prediction.token) for prediction in said]

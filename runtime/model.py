@@ -93,10 +93,10 @@ class Model:
             device=self.device,
         )
 
-    def tile(self, rows: int) -> int:
+    def tile(self, rows: int) -> int | None:
         """The rows a decode pass of `rows` rows is padded to in its last tile: one that leaves every row its bits."""
         ops, threads = self.ops, torch.get_num_threads()
-        if rows > ops.narrow_tile or ops.narrow_tile == ops.decode_tile:
+        if ops.decode_tile is None or rows > ops.narrow_tile or ops.narrow_tile == ops.decode_tile:
             return ops.decode_tile
         if threads not in self._narrow:
             config = self.config
@@ -107,7 +107,7 @@ class Model:
     @property
     def backend(self) -> str:
         """The op table in use and the path its products take, for people."""
-        return self.ops.description(self.dtype, narrow=self.tile(1) < self.ops.decode_tile)
+        return self.ops.description(self.dtype, narrow=self.tile(1) != self.ops.decode_tile)
 
     def forward(
         self,
@@ -160,7 +160,7 @@ class Model:
         return Pass(rows, slots, index, self.rotations(rows, cache), real, {}, kept)
 
     def _enter(self, chains: Chains, cache: KVCache, kept: Tensor | None) -> Pass:
-        longest = chains.block_table.shape[1] * cache.page_size - 1
+        longest, rows = chains.block_table.shape[1] * cache.page_size - 1, len(chains)
         entry = self.ops.enter(
             chains.token,
             chains.first,
@@ -169,15 +169,15 @@ class Model:
             chains.block_table,
             self._embedding,
             self._rotary.table(longest) if self._rotary else None,
-            rows=-(-len(chains) // chains.tile) * chains.tile,
+            rows=rows if chains.tile is None else -(-rows // chains.tile) * chains.tile,
             ahead=chains.ahead,
             page_size=cache.page_size,
         )
         active = chains.active(entry.real)
         active = None if active is None else active.expand(2 * self.config.num_layers, -1)
-        rows = Rows(entry.token, entry.position, entry.sequence, chains.block_table, chains.tile, active=active)
-        index = self._index(rows, rows.position, cache)
-        return Pass(rows, entry.slots, index, entry.rope, entry.real, {}, kept, entry.x)
+        laid = Rows(entry.token, entry.position, entry.sequence, chains.block_table, chains.tile, active=active)
+        index = self._index(laid, laid.position, cache)
+        return Pass(laid, entry.slots, index, entry.rope, entry.real, {}, kept, entry.x)
 
     def embed(self, laid: Pass) -> Tensor:
         """The residual stream [R, H] a pass starts with; R counts padding."""

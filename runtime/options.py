@@ -46,6 +46,13 @@ class Backend(str, Enum):
     TRITON = "triton"
 
 
+class Numerics(str, Enum):
+    """Whether a token's bits may depend on what is computed beside it."""
+
+    EXACT = "exact"
+    FAST = "fast"
+
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help='A model folder, "demo", or org/name of the hub.', show_default=False)
 ]
@@ -60,6 +67,7 @@ Stop = Annotated[list[str] | None, typer.Option(help="End at this string; repeat
 DeviceName = Annotated[Device, typer.Option(help="Where to run.")]
 BackendName = Annotated[Backend, typer.Option(help="Op table; auto is triton on a GPU, torch on the CPU.")]
 DtypeName = Annotated[Dtype, typer.Option(help="Type of weights and activations; auto is the checkpoint's.")]
+NumericsName = Annotated[Numerics, typer.Option(help="fast gives up equal bits where that saves time.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -117,7 +125,7 @@ def _text(data: bytes, source: str) -> str:
 
 @contextmanager
 def load_engine(
-    model: str, method: str, device: Device, dtype: Dtype, backend: Backend
+    model: str, method: str, device: Device, dtype: Dtype, backend: Backend, numerics: Numerics = Numerics.EXACT
 ) -> Generator[Engine, None, None]:
     """An engine for the time of a command, loaded behind a progress bar."""
     check_name(model)
@@ -126,7 +134,13 @@ def load_engine(
 
     with progress_bar() as progress:
         engine = Engine.load(
-            model, method=method, device=device.value, dtype=dtype.value, backend=backend.value, progress=progress
+            model,
+            method=method,
+            device=device.value,
+            dtype=dtype.value,
+            backend=backend.value,
+            numerics=numerics.value,
+            progress=progress,
         )
     with engine:
         yield engine

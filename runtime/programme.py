@@ -141,7 +141,7 @@ def lay_states(
     try:
         table = torch.tensor([own + [0] * (width - len(own)) + scratch for own in pages], device=owner.device)
         slot = width * cache.page_size + torch.arange(count, device=owner.device)
-        tile = model.ops.prefill_tile if count >= model.ops.prefill_tile else model.ops.decode_tile
+        tile = model.ops.tile_of(count)
         tree = Tree(position, slot[:, None])
         yield model.lay(Rows(torch.zeros_like(owner), position, owner, table, tile, slot, tree), cache)
     finally:

@@ -18,6 +18,7 @@ def report(output: Output) -> dict[str, Any]:
         "finish_reason": output.finish_reason,
         "method": stats.method,
         "lossless": stats.lossless,
+        "numerics": stats.numerics,
         "backend": stats.backend,
         "seed": stats.seed,
         "usage": {"prompt_tokens": stats.prompt_tokens, "completion_tokens": stats.completion_tokens},

@@ -136,6 +136,8 @@ class Stats:
     acceptance rate = accepted / drafted; mean acceptance length = 1 + accepted / rounds. Every choice has one token
     from its prefill; with them, `accepted` and `bonus` (the full model's own choice at the end of a round) add up to
     `completion_tokens`.
+    `lossless` promises the tokens of plain decoding of the prompt alone, every one of them: it takes a lossless method
+    and `numerics` "exact".
     `graph_rounds` of the rounds ran on the device alone, their draft and verification not timed apart.
     `drafted_per_position[i]` counts rounds whose draft reached depth i + 1, `accepted_per_position[i]` those in which a
     draft token of that depth was accepted. `layers_kept` is what a draft step runs, of `layers`, or what a decode step
@@ -171,6 +173,7 @@ class Stats:
     executed_skips: int = 0
     weight_passes: float = 0.0
     weight_pass_bound: float | None = None
+    numerics: str = "exact"
     layers_per_token: tuple[float, ...] = ()
     layers_per_prompt_token: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()

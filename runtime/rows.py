@@ -22,14 +22,14 @@ class Rows:
     bool [2L, R] says which sub-layers run for each row, all of them without it: one that does not is the identity and
     writes no keys and values. `prompt` is the prompt's length where the rows are tokens of a prompt, which may rotate
     otherwise than generated ones.
-    `tile` is the number of rows every product is padded to.
+    `tile` is the number of rows every product is padded to; with None none is, and rounding may follow their number.
     """
 
     token: Tensor
     position: Tensor
     sequence: Tensor
     block_table: Tensor
-    tile: int
+    tile: int | None
     slot: Tensor | None = None
     tree: Tree | None = None
     active: Tensor | None = None
@@ -41,7 +41,7 @@ class Rows:
 
     def padded(self) -> Rows:
         """The same rows and as many of no sequence as fill the last tile."""
-        missing = -len(self) % self.tile
+        missing = 0 if self.tile is None else -len(self) % self.tile
         if not missing:
             return self
         return Rows(
@@ -86,7 +86,7 @@ class Chains:
     count: Tensor | None
     alive: Tensor | None
     block_table: Tensor
-    tile: int
+    tile: int | None
     ahead: int = 0
     gated: bool = False
     mask: Tensor | None = None
@@ -112,7 +112,13 @@ class Chains:
 
 
 def one_sequence(
-    tokens: list[int], start: int, pages: list[int], tile: int, device: torch.device, *, prompt: int | None = None
+    tokens: list[int],
+    start: int,
+    pages: list[int],
+    tile: int | None,
+    device: torch.device,
+    *,
+    prompt: int | None = None,
 ) -> Rows:
     """Rows for consecutive `tokens` from position `start` of the sequence that lies in `pages`.
 

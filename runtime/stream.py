@@ -20,10 +20,11 @@ class Stream(Iterator[Chunk]):
         sequences: list[Sequence],
         method: Method,
         backend: str,
+        numerics: str,
         seed: int,
     ) -> None:
         self._chunks, self._sequences, self._method = chunks, sequences, method
-        self._backend, self._seed = backend, seed
+        self._backend, self._numerics, self._seed = backend, numerics, seed
         self._known_events = len(method.events())
 
     def __next__(self) -> Chunk:
@@ -38,4 +39,6 @@ class Stream(Iterator[Chunk]):
         """One result per prompt, of what has been generated so far."""
         events = self._method.events()[self._known_events :]
         prompts = groupby(self._sequences, key=lambda sequence: sequence.index)
-        return [summarise(list(own), self._method, self._backend, self._seed, events) for _, own in prompts]
+        return [
+            summarise(list(own), self._method, self._backend, self._numerics, self._seed, events) for _, own in prompts
+        ]

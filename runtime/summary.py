@@ -11,9 +11,16 @@ from .methods.policy import Policy
 from .request import Output, Stats
 from .sequence import Sequence
 
+FAST = "fast numerics: the text may differ from that of exact numerics where two tokens are almost equally likely"
+
 
 def summarise(
-    sequences: list[Sequence], method: Method, backend: str, seed: int, events: list[Mapping[str, Any]]
+    sequences: list[Sequence],
+    method: Method,
+    backend: str,
+    numerics: str,
+    seed: int,
+    events: list[Mapping[str, Any]],
 ) -> Output:
     """The result of one prompt from the sequences of its choices."""
     counters = [sequence.counters for sequence in sequences]
@@ -23,8 +30,9 @@ def summarise(
     skips = sum(c.executed_skips for c in counters)
     stats = Stats(
         method=method.name,
-        lossless=method.lossless,
+        lossless=method.lossless and numerics == "exact",
         backend=backend,
+        numerics=numerics,
         seed=seed,
         prompt_tokens=len(first.prompt),
         completion_tokens=sum(sequence.generated for sequence in sequences),
@@ -47,7 +55,7 @@ def summarise(
         weight_pass_bound=method.bound if isinstance(method, Policy) else None,
         layers_per_token=tuple(first.layers_used),
         layers_per_prompt_token=tuple(first.prompt_layers),
-        notes=tuple(method.notes(skips)),
+        notes=(*method.notes(skips), *([FAST] if method.lossless and numerics == "fast" else [])),
         phases=tuple(first.phases),
         events=(*method.findings(first), *events),
     )

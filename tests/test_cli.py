@@ -15,7 +15,7 @@ from skipjack.runtime.errors import RequestError
 from skipjack.runtime.request import Choice, Chunk, Output, Piece, SamplingParams, Stats
 
 REPORT_FIELDS = {
-    "token_ids", "text", "finish_reason", "method", "lossless", "backend", "seed",
+    "token_ids", "text", "finish_reason", "method", "lossless", "numerics", "backend", "seed",
     "usage", "timing", "speculative", "layers", "startup",
 }  # fmt: skip
 NESTED_FIELDS = {
@@ -201,12 +201,13 @@ class TestGenerate:
     def test_options_reach_the_engine(self, engine, folder) -> None:
         line = "--max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 40 --min-p 0.1 --seed 3 --stop a --stop b"
         rest = "--ignore-eos --device cpu --dtype bfloat16 --backend torch --method swift:skip_ratio=0.4"
-        assert cli.run(["generate", folder, "hello", *line.split(), *rest.split()]) == 0
+        chosen = [*line.split(), *rest.split(), "--numerics", "fast"]
+        assert cli.run(["generate", folder, "hello", *chosen]) == 0
         made = engine.made[0]
         assert made.asked == [("hello", SamplingParams(5, 0, 0.5, 0.9, 40, 0.1, 3, ("a", "b"), ignore_eos=True))]
         made.options.pop("progress")
         expected = {"method": "swift:skip_ratio=0.4", "device": "cpu", "dtype": "bfloat16", "backend": "torch"}
-        assert made.options == expected
+        assert made.options == expected | {"numerics": "fast"}
 
     def test_reads_the_prompt_from_a_pipe_or_a_file(self, engine, folder, tmp_path, monkeypatch) -> None:
         feed(monkeypatch, "käse\n\n".encode())

@@ -21,7 +21,7 @@ import triton.language as tl
 from skipjack.bench import gate, order, sass
 from skipjack.bench.gate_checks import Case, Finding, Launch, Meaning, beside_next, disagreements, failures
 from skipjack.kernels import launch
-from skipjack.kernels.primitives import dot, start_dependents, wait_for_producers
+from skipjack.kernels.primitives import dot, prefetch, start_dependents, wait_for_producers
 from skipjack.runtime.errors import ConfigError
 
 SAMPLE = 36
@@ -38,6 +38,7 @@ def _product_kernel(
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
     STRIDE: tl.constexpr,
+    PREFETCHED: tl.constexpr,
     FAULT: tl.constexpr,
 ):
     """W·xᵀ → out: x [ROWS, K], W [N, K], out [ROWS, N]; FAULT breaks one rule."""
@@ -55,6 +56,8 @@ def _product_kernel(
     if FAULT == "early load":
         x = tl.load(x_ptr + offs_r[None, :] * K + offs_k[:, None])
     w = tl.load(w_ptr + offs_n[:, None] * K * STRIDE + offs_k[None, :] * STRIDE)
+    if PREFETCHED > 0 and FAULT != "no prefetch":
+        prefetch(w_ptr + offs_n * K)
     wait_for_producers(PDL)
     if FAULT != "early load":
         x = tl.load(x_ptr + offs_r[None, :] * K + offs_k[:, None])
@@ -77,6 +80,7 @@ def product(
     rows: int = ROWS,
     stride: int = 1,
     columns: int = COLUMNS,
+    prefetched: int = 0,
     **options: int,
 ) -> None:
     def tensor(*shape: int) -> torch.Tensor:
@@ -92,6 +96,7 @@ def product(
         BLOCK_N=OUT // 2,
         ROWS=rows,
         STRIDE=stride,
+        PREFETCHED=prefetched,
         FAULT=fault,
         **common,
     )
@@ -133,6 +138,8 @@ VARIANTS: dict[str, tuple[dict[str, object], Meaning, str | None]] = {
     "early store": ({"fault": "early store"}, MEANT, "stores before the wait"),
     "early end": ({"fault": "early end"}, MEANT, "may end before the wait"),
     "late start": ({"fault": "late start"}, MEANT, "before the dependents are started"),
+    "prefetched": ({"prefetched": COLUMNS}, MEANT, None),
+    "no prefetch": ({"prefetched": COLUMNS, "fault": "no prefetch"}, MEANT, "asked for nothing before the wait"),
     "no chain": ({"fault": "no chain"}, MEANT, "no PREEXIT"),
     "not launched so": ({"fault": "not launched so"}, MEANT, "without launch_pdl"),
     "no product": ({"fault": "no product"}, MEANT, "no matrix instruction"),

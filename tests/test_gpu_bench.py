@@ -159,7 +159,7 @@ def test_steps_run_dry_through_the_interpreter(monkeypatch: pytest.MonkeyPatch, 
     code, result = _part(monkeypatch, tmp_path, gpu.PARTS["steps"].run)
     assert (code, result["broken"]) == (0, None)
     assert {figure["name"] for figure in result["figures"]} == {
-        *("qkv", "attend", "output", "up", "down", "head", "step")
+        *("qkv", "attend", "output", "up", "down", "head", "step", "step, fast", "step, prefetch")
     }
     assert {row["note"] for row in result["rows"] if row["id"] == "T6" and row["case"] == "8b"} == {
         "dry run, not measured"

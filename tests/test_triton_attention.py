@@ -58,7 +58,9 @@ class Cached:
                 page, offset = self.table[s, p // PAGE], p % PAGE
                 self.keys[page, :, offset], self.values[page, :, offset] = self.flat[0, s, p], self.flat[1, s, p]
 
-    def index(self, sequence: Tensor, position: Tensor, tile: int = 8, table: Tensor | None = None) -> TritonIndex:
+    def index(
+        self, sequence: Tensor, position: Tensor, tile: int | None = 8, table: Tensor | None = None
+    ) -> TritonIndex:
         chosen = self.table if table is None else table
         return TritonIndex(sequence.to(DEVICE), position.to(DEVICE), chosen.to(DEVICE), page_size=PAGE, tile=tile)
 
@@ -98,13 +100,15 @@ CASES = [
     (6, 2, 16, 40, True, torch.float16, 64),
     (5, 1, 80, 300, False, torch.bfloat16, 8),
     (3, 3, 16, None, True, torch.bfloat16, 64),
+    (9, 3, 64, None, False, torch.float32, None),
+    (5, 1, 80, 300, True, torch.bfloat16, None),
 ]
 CONTEXTS = [1, 15, 16, 17, 63, 64, 65, 127, 129, 255, 256, 257, 1000, 1600]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "window", "alibi", "dtype", "tile"), CASES)
 def test_attention_is_the_formula(
-    heads: int, kv_heads: int, head_dim: int, window: int | None, alibi: bool, dtype: torch.dtype, tile: int
+    heads: int, kv_heads: int, head_dim: int, window: int | None, alibi: bool, dtype: torch.dtype, tile: int | None
 ) -> None:
     slopes = 2.0 ** -torch.arange(1, heads + 1) if alibi else None
     contexts = CONTEXTS if head_dim == 64 else CONTEXTS[2::3]
@@ -116,8 +120,8 @@ def test_attention_is_the_formula(
     cached.assert_formula(got, q, sequence, position, window, slopes)
 
 
-@pytest.mark.parametrize("tile", [8, 64])
-def test_a_prompt_is_the_formula(tile: int) -> None:
+@pytest.mark.parametrize("tile", [8, 64, None])
+def test_a_prompt_is_the_formula(tile: int | None) -> None:
     cached = Cached([150, 70], 2, 16)
     sequence, position = torch.tensor([0] * 150 + [1] * 70), torch.cat([torch.arange(150), torch.arange(70)])
     q = randn(220, 4, 16, seed=8)
@@ -185,6 +189,27 @@ def test_sharing_splits_does_not_round(programs: int | None, monkeypatch: pytest
     if programs is not None:
         monkeypatch.setattr(launch, "attention_programs", lambda *_: programs)
     assert torch.equal(cached.attend(q, cached.index(sequence, position)), usual)
+
+
+@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize("programs", [1, 3, None])
+def test_even_splits_are_the_formula(window: int | None, programs: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = Cached([3700], 1, 16)
+    position = torch.tensor([0, 127, 128, 1023, 1024, 1279, 1280, 2047, 3071, 3072, 3583, 3584, 3699])
+    sequence, q = torch.zeros_like(position), randn(len(position), 2, 16, seed=2)
+    if programs is not None:
+        monkeypatch.setattr(launch, "attention_programs", lambda *_: programs)
+    for rows in (slice(0, 3), slice(3, 8), slice(6, 9), slice(8, 13), slice(12, 13)):
+        got = cached.attend(q[rows], cached.index(sequence[rows], position[rows], None), window)
+        cached.assert_formula(got, q[rows], sequence[rows], position[rows], window)
+
+
+def test_even_splits_are_never_more_and_never_longer_than_uneven_ones() -> None:
+    near = 128 * launch.NEAR_SPLITS
+    for positions in range(1, 9000):
+        even = 128 if positions <= near else 256 if positions <= 3 * near else 512
+        assert -(-positions // even) <= launch.attention_splits(positions, 128)
+        assert even <= (128 if positions <= near else 512)
 
 
 def test_inactive_rows_are_neither_read_nor_written() -> None:

@@ -48,6 +48,18 @@ def test_greedy_speculation_in_a_batch_gives_the_ids_of_plain_decoding_and_of_to
     assert together == ids("tiny-llama", "torch", PROMPTS, params, SWIFT)
 
 
+@pytest.mark.parametrize("method", ["autoregressive", SWIFT])
+def test_fast_numerics_on_the_kernels_give_the_ids_of_torch(method: str) -> None:
+    config = ModelConfig.parse(
+        synthetic_config("tiny-llama") | {"num_hidden_layers": 4, "vocab_size": 200}, "tiny-llama"
+    )
+    weights, params = synthetic_weights(config, 3, torch.float32, 0.3), SamplingParams(max_tokens=6, ignore_eos=True)
+    with Engine(config, weights, backend="triton", numerics="fast", cache_tokens=2048) as fast:
+        outputs = fast.generate(PROMPTS, params, method=method)
+    assert [output.token_ids for output in outputs] == ids("tiny-llama", "torch", PROMPTS, params)
+    assert {(output.stats.numerics, output.stats.lossless) for output in outputs} == {("fast", False)}
+
+
 def test_sampled_speculation_gives_the_ids_of_plain_sampling_and_of_torch() -> None:
     params = SamplingParams(
         max_tokens=6, temperature=0.9, top_k=30, top_p=0.95, min_p=0.01, seed=2**63 + 5, ignore_eos=True

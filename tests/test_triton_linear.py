@@ -154,6 +154,14 @@ def test_linear_is_the_formula(
     assert_near(got, expected)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 9, 33, 70])
+def test_without_a_tile_the_formula_is_the_same(rows: int) -> None:
+    x, weight, residual = randn(rows, 576), prepare(randn(70, 576, seed=1) / 24), randn(rows, 70, seed=2)
+    norm = a_norm(576, "rms", torch.float32)
+    expected = residual.double() + normed(x, norm) @ weight.data.double().T
+    assert_near(linear(x, weight, tile=None, norm=norm, residual=residual), expected)
+
+
 def test_logits_are_the_normed_product() -> None:
     x, weight, norm = randn(3, 40), randn(223, 40, seed=1), Norm(randn(40, seed=2), None, 1e-5)
     assert_near(logits(x, norm, prepare(weight), tile=TILE), normed(x, norm) @ weight.double().T)
@@ -266,6 +274,51 @@ def test_product_rules_fit_every_matrix_and_round_alike(model: str, arch: int, i
 def test_more_rows_take_wider_programs_until_these_are_full() -> None:
     widths = [launch.product_rule(4096, 4096, rows, 8, 2, 90).rows for rows in (1, 8, 9, 16, 17, 32, 33, 144)]
     assert widths == [8, 8, 16, 16, 32, 32, 32, 32]
+
+
+def moved(rule: launch.ProductRule, rows: int) -> float:
+    """Bytes the programs of a product read for every byte of weights, activations included."""
+    return -(-rows // rule.rows) + rows / rule.block_n
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("model", MODELS)
+def test_fast_rules_move_no_more_and_leave_work_for_every_processor(model: str, arch: int) -> None:
+    for weight_rows, columns in matrices(model):
+        for rows in (1, 3, 8, 9, 16, 17, 33, 64, 65, 100, 144, 512, 1024):
+            exact = launch.product_rule(weight_rows, columns, rows, 8 if rows <= 64 else 64, 2, arch)
+            fast = launch.product_rule(weight_rows, columns, rows, None, 2, arch)
+            assert launch.product_rule(weight_rows, columns, rows, None, 4, arch) == launch.product_rule(
+                weight_rows, columns, rows, launch.tile_of(rows, None), 4, arch
+            ), "float32 has no rules of its own"
+            if rows <= 8:
+                assert fast == exact
+            assert moved(fast, rows) <= moved(exact, rows)
+            assert launch.padded(columns) % fast.block_k == 0
+            assert fast.stages * (fast.block_n + fast.rows) * fast.block_k * 2 <= 99 * 1024
+            assert fast.stages >= 3
+            programs = -(-weight_rows // fast.block_n) * -(-rows // fast.rows)
+            assert programs >= launch.ENOUGH_PROGRAMS or fast.block_n == exact.block_n
+
+
+def test_fast_rules_halve_what_a_verified_batch_moves() -> None:
+    exact, fast = (launch.product_rule(4096, 4096, 64, tile, 2, 90) for tile in (8, None))
+    assert (moved(exact, 64), moved(fast, 64)) == (6, 3)
+    exact, fast = (launch.product_rule(4096, 4096, 1024, tile, 2, 90) for tile in (64, None))
+    assert (moved(exact, 1024), moved(fast, 1024), fast.warps) == (32, 16, 8)
+
+
+def test_the_prefetch_is_off_and_takes_what_fits_where_a_kernel_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.prefetched_columns(4096, 4096, 2, 90) == 0
+    monkeypatch.setattr(launch, "_nvidia", lambda: True)
+    assert launch.prefetched_columns(4096, 4096, 2, 90) == 0, "off until it is asked for"
+    monkeypatch.setattr(launch, "PREFETCH_BYTES", 32 << 20)
+    assert launch.prefetched_columns(4096, 4096, 2, 90) == 4096
+    assert launch.prefetched_columns(28672, 4096, 2, 90) == 512
+    assert launch.prefetched_columns(576, 576, 2, 90) == 512
+    assert launch.prefetched_columns(576, 576, 4, 100) == 512
+    assert launch.prefetched_columns(128256, 4096, 2, 90) == 0
+    assert launch.prefetched_columns(4096, 4096, 2, 80) == 0, "no kernel waits there"
 
 
 @pytest.mark.parametrize(("columns", "width"), [(576, 576), (4096, 4096), (33, 48), (1, 16), (16, 16)])

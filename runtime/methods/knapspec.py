@@ -134,7 +134,7 @@ class KnapSpec(Method):
 
     def rehearse(self, model: Model, cache: KVCache) -> None:
         for x in rehearse(model, cache):
-            model.predict(x, tile=model.ops.prefill_tile if len(x) >= model.ops.prefill_tile else None)
+            model.predict(x, tile=model.ops.tile_of(len(x)))
 
     def observe(self, model: Model, cache: KVCache, done: Round) -> float:
         """Gather a window when the next choice is due, then work on it for what the budget allows, at most a round."""
@@ -228,7 +228,7 @@ def choose_set(
     part = max(1, MAX_ROWS // len(tokens))
     for at in range(0, len(programme.states), part):
         hidden = programme.hidden[at : at + part]
-        tile = model.ops.prefill_tile if hidden.shape[0] * len(tokens) >= model.ops.prefill_tile else None
+        tile = model.ops.tile_of(hidden.shape[0] * len(tokens))
         predicted = model.predict(hidden.flatten(0, 1), tile=tile).token.view(-1, len(tokens))
         agreed = ints((predicted == target).sum(dim=1))
         for state, count in zip(programme.states[at : at + part], agreed, strict=True):
