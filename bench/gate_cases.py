@@ -210,6 +210,7 @@ class Pass:
             return
         target, draft, parent = self.ids(count, DRAFTED + 1), self.ids(count, DRAFTED), self.ids(count, DRAFTED)
         drafted, length = self.ids(count), self.ids(count)
+        yield from self._round(count)
         yield Step("verify", "verify", 0, lambda: TRITON.verify(target, draft, drafted, length))
         yield Step("verify", "verify, tree", 0, lambda: TRITON.verify(target, draft, drafted, length, parent))
         p, q = self.tensor(count, DRAFTED + 1, s.vocab), self.tensor(count, DRAFTED, s.vocab)
@@ -229,6 +230,18 @@ class Pass:
         keys, values, table = self.cache(LAYERS), self.cache(LAYERS), self.ids(count, CONTEXT // TRITON.page_size)
         path, accepted = self.ids(count, DRAFTED + 1), self.ids(count)
         yield Step("compact", "compact", 0, lambda: TRITON.compact(keys, values, table, path, accepted, length))
+
+    def _round(self, count: int) -> Iterator[Step]:
+        """The start of a pass, a step of a draft and the end of a round."""
+        s, ids, flags = self.shape, [self.ids(count) for _ in range(6)], self.tensor(count, dtype=torch.bool)
+        table, embedding = self.ids(count, CONTEXT // TRITON.page_size), self.tensor(s.vocab, s.hidden)
+        token, draft, report = self.ids(count, self.rows // count), self.ids(count, DRAFTED), self.ids(count, 10)
+        turns = Rope(*(self.tensor(CONTEXT, 1, s.head_dim, dtype=torch.float32) for _ in range(2)))
+        paging = {"rows": self.rows, "ahead": 0, "page_size": TRITON.page_size}
+        value, total, threshold = (self.tensor(*size, dtype=torch.float32) for size in ((count,), (count,), ()))
+        yield Step("enter", "enter", 0, lambda: TRITON.enter(token, *ids[:2], flags, table, embedding, turns, **paging))
+        yield Step("extend", "extend", 0, lambda: TRITON.extend(ids[0], flags, *ids[1:3], value, total, threshold))
+        yield Step("commit", "commit", 0, lambda: TRITON.commit(*ids[:3], draft, *ids[3:6], report))
 
     def _linear(self, label: str, x: Tensor, weight: Matrix, **options: object) -> Step:
         return Step(

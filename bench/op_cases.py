@@ -239,6 +239,36 @@ def sampling(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Ou
     }
 
 
+def bookkeeping(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outputs:
+    """What a round does besides its passes' products; every result is copied or counted, and so must be equal."""
+    generator = torch.Generator().manual_seed(1)
+    k, width = 4, 3
+    sequences = -(-rows // width)
+    token, draft = (side.put(torch.randint(0, 9, (sequences, n), generator=generator)) for n in (width, k))
+    some = [side.put(torch.randint(0, k, (sequences,), generator=generator)) for _ in range(6)]
+    table = side.put(torch.randint(0, 50, (sequences, 2), generator=generator))
+    embedding, rope = side.randn(9, config.hidden_size, seed=1), side.rope(2 * PAGE, config.head_dim, 2)
+    alive = some[0] > 0
+    paging = {"rows": rows, "ahead": 2, "page_size": PAGE}
+    entry = side.ops.enter(token, some[1], some[2], alive, table, embedding, rope, **paging)
+    value, total = (side.put(torch.randn(sequences, generator=generator)) for _ in range(2))
+    turned = entry.rope or rope
+    further = side.ops.extend(some[0], alive, some[1], some[2], value, total, side.put(torch.tensor(0.5)))
+    state = [value.clone() for value in some[3:]]
+    report = side.put(torch.zeros(sequences, k + 3, dtype=torch.int64))
+    side.ops.commit(some[0], some[1], some[2], draft, *state, report)
+    names = ("token", "position", "sequence", "real", "x")
+    return {
+        **{f"enter {name}": getattr(entry, name) for name in names},
+        **{f"enter {name}": value for name, value in zip(("page", "offset"), entry.slots, strict=True)},
+        "enter cos": turned.cos,
+        "enter sin": turned.sin,
+        **{f"extend {name}": value for name, value in further._asdict().items()},
+        **{f"commit {name}": value for name, value in zip(("last", "length", "left"), state, strict=True)},
+        "commit report": report,
+    }
+
+
 CASES: dict[str, Case] = {
     "normalise": norm,
     "linear": mlp,
@@ -248,4 +278,5 @@ CASES: dict[str, Case] = {
     "fill_kv": fill,
     "route": routing,
     "sample, verify": sampling,
+    "enter, extend, commit": bookkeeping,
 }

@@ -114,7 +114,10 @@ def device_steps(model: Model, cache: KVCache, state: State, steps: Steps, sampl
 def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Recipe) -> Draft:
     """A chain of `num_draft_tokens` steps; a sequence that has stopped drafting has no rows in the rest of them."""
     steps, confident = recipe.num_draft_tokens, recipe.confident
-    count, going, tokens = torch.zeros_like(batch.length), batch.room > 0, [batch.last]
+    count, tokens = torch.zeros_like(batch.length), [batch.last]
+    if not steps:
+        return Draft(torch.empty(len(batch), 0, dtype=torch.int64, device=batch.device), count)
+    going = batch.room > 0
     streams, scores = list[Tensor](), list[Tensor]()
     mask = state.mask if recipe.masked else None
     for step in range(steps):
@@ -131,11 +134,8 @@ def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Rec
                 count, going, batch.room, drawn.token, drawn.value, drawn.log_sum_exp, threshold
             )
             tokens.append(token)
-    none = torch.empty(len(batch), 0, dtype=torch.int64, device=batch.device)
-    draft = Draft(
-        torch.stack(tokens[1:], dim=1) if steps else none, count, scores=torch.stack(scores, dim=1) if scores else None
-    )
-    if not recipe.reuse or not steps:
+    draft = Draft(torch.stack(tokens[1:], dim=1), count, scores=torch.stack(scores, dim=1) if scores else None)
+    if not recipe.reuse:
         return draft
     return draft._replace(exit=Exit(recipe.plan.span[1] // 2, torch.stack(streams, dim=1)))
 

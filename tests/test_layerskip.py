@@ -15,7 +15,7 @@ from skipjack.runtime.errors import RequestError
 from skipjack.runtime.methods import registry
 from skipjack.runtime.methods.layerskip import LayerSkip, Options
 from skipjack.runtime.model import Model
-from skipjack.runtime.rows import one_sequence
+from skipjack.runtime.rows import Chains, one_sequence
 from skipjack.runtime.sequence import Sequence
 from skipjack.runtime.speculate import speculate
 
@@ -62,7 +62,8 @@ def passes(engine: Engine, method: str, monkeypatch: pytest.MonkeyPatch) -> list
     forward = Model.forward
 
     def spy(self, rows, cache, plan, hidden=None, **options):
-        seen.append((plan.span, int((rows.sequence >= 0).sum())))
+        laid = rows.spread() if isinstance(rows, Chains) else rows
+        seen.append((plan.span, int((laid.sequence >= 0).sum())))
         return forward(self, rows, cache, plan, hidden, **options)
 
     monkeypatch.setattr(Model, "forward", spy)

@@ -1,0 +1,167 @@
+"""Entering a pass, extending a draft and committing a round: the kernels and the PyTorch ops against plain loops."""
+
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+from triton.runtime import interpreter
+
+from skipjack import Engine, SamplingParams
+from skipjack.kernels import enter as enter_module
+from skipjack.kernels import reference_rounds
+from skipjack.kernels.enter import enter
+from skipjack.kernels.rounds import commit, extend
+from skipjack.kernels.values import Rope
+from skipjack.loaders.config import ModelConfig
+from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
+from skipjack.runtime import graphs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PAGE = 4
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels do not write is NaN, −7, or True."""
+
+    class Torch(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            return getattr(torch, name)
+
+        def empty(self, shape: object, dtype: torch.dtype, device: torch.device) -> Tensor:
+            poison = torch.nan if dtype.is_floating_point else True if dtype == torch.bool else -7
+            return torch.empty(shape, dtype=dtype, device=device).fill_(poison)
+
+    monkeypatch.setattr(enter_module, "torch", Torch("torch"))
+
+
+@pytest.mark.parametrize("op", [enter, reference_rounds.enter], ids=["triton", "torch"])
+@pytest.mark.parametrize(("dtype", "hidden", "dim"), [(torch.float32, 40, 12), (torch.bfloat16, 1100, None)])
+@pytest.mark.parametrize(("sequences", "width", "rows"), [(1, 1, 1), (3, 4, 16), (5, 1, 8), (2, 5, 10)])
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_rows_are_those_of_a_loop_over_tokens(
+    op: object, dtype: torch.dtype, hidden: int, dim: int | None, sequences: int, width: int, rows: int, ahead: int
+) -> None:
+    generator = torch.Generator().manual_seed(sequences * width)
+    token = torch.randint(1, 30, (sequences, 2 * width), generator=generator)[:, ::2]
+    first, count = torch.arange(sequences) * 5 % 7, torch.randint(0, width + 1, (sequences,), generator=generator)
+    count[0] = width
+    alive = torch.arange(sequences) != 1
+    table = torch.randperm(40, generator=generator)[: sequences * 5].view(sequences, 5)
+    embedding = torch.randn(30, hidden, generator=generator).to(dtype)
+    rope = None if dim is None else Rope(*torch.randn(2, 20, 1, dim, generator=generator))
+    for counts, living in ((count, alive), (None, None), (count, None), (None, alive)):
+        inputs = [token, first, counts, living, table, embedding]
+        inputs = [None if given is None else given.to(DEVICE) for given in inputs]
+        turned = None if rope is None else Rope(rope.cos.to(DEVICE), rope.sin.to(DEVICE))
+        got = op(*inputs, turned, rows=rows, ahead=ahead, page_size=PAGE)
+        for row in range(rows):
+            s, j = divmod(row, width)
+            real = s < sequences and (counts is None or j < counts[s]) and (living is None or bool(living[s]))
+            position = int(first[s]) + ahead + j if real else 0
+            entered = int(token[s, j]) if real else 0
+            assert bool(got.real[row]) is bool(real)
+            assert [int(part[row]) for part in got[:3]] == [entered, position, s if real else -1]
+            page = int(table[s, position // PAGE]) if real else 0
+            assert [int(part[row]) for part in got.slots] == [page, position % PAGE]
+            assert torch.equal(got.x[row].cpu(), embedding[entered])
+            if rope is not None:
+                assert torch.equal(got.rope.cos[row].cpu(), rope.cos[position])
+                assert torch.equal(got.rope.sin[row].cpu(), rope.sin[position])
+
+
+@pytest.mark.parametrize("op", [extend, reference_rounds.extend], ids=["triton", "torch"])
+@pytest.mark.parametrize("sequences", [1, 6, 40])
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_a_draft_goes_on_while_it_has_room_and_is_likely(op: object, sequences: int, threshold: float | None) -> None:
+    generator = torch.Generator().manual_seed(sequences)
+    count, room = (torch.randint(0, 4, (sequences,), generator=generator) for _ in range(2))
+    going = torch.rand(sequences, generator=generator) < 0.7
+    token = torch.randint(1, 99, (sequences,), generator=generator)
+    probability = torch.rand(sequences, generator=generator)
+    total = torch.randn(sequences, generator=generator)
+    least = None if threshold is None else torch.tensor(threshold, device=DEVICE)
+    value = (probability.log() + total).to(DEVICE)
+    got = op(*(given.to(DEVICE) for given in (count, going, room, token)), value, total.to(DEVICE), least)
+    for s in range(sequences):
+        longer = int(count[s]) + int(going[s])
+        likely = threshold is None or float(probability[s]) >= threshold
+        assert int(got.count[s]) == longer
+        assert bool(got.going[s]) is (bool(going[s]) and longer < int(room[s]) and likely)
+        assert int(got.token[s]) == (int(token[s]) if going[s] else 0)
+
+
+@pytest.mark.parametrize("op", [commit, reference_rounds.commit], ids=["triton", "torch"])
+@pytest.mark.parametrize("k", [0, 1, 16, 17])
+def test_a_verdict_moves_the_sequences_that_have_tokens_left(op: object, k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    accepted, token = torch.tensor([0, k, min(1, k), 0]), torch.tensor([7, 8, 9, 10])
+    count, draft = torch.full((4,), k), torch.randint(0, 99, (4, k), generator=generator)
+    last, length, left = torch.arange(4) + 20, torch.arange(4) * 100, torch.tensor([1, k + 5, 0, 3])
+    report = torch.full((4, k + 3), -7)
+    state = [given.clone().to(DEVICE) for given in (last, length, left, report)]
+    op(*(given.to(DEVICE) for given in (accepted, token, count, draft)), *state)
+    for s in range(4):
+        alive, new = int(left[s]) > 0, int(accepted[s]) + 1
+        assert int(state[0][s]) == (int(token[s]) if alive else int(last[s]))
+        assert int(state[1][s]) == int(length[s]) + (new if alive else 0)
+        assert int(state[2][s]) == int(left[s]) - (new if alive else 0)
+        told = [int(accepted[s]) if alive else -1, k, int(token[s]), *draft[s].tolist()]
+        assert state[3][s].tolist() == told
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that would be kernels on a GPU, but for those a kernel of ours calls in the interpreter."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.count, self._inside = 0, 0
+        honest = interpreter.GridExecutor.__call__
+
+        def call(executor: object, *given: object, **named: object) -> object:
+            self._inside += 1
+            try:
+                return honest(executor, *given, **named)
+            finally:
+                self._inside -= 1
+
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator._schema.name.removeprefix("aten::")
+        # New memory is poisoned in tests by filling it.
+        views = operator.is_view or name in ("detach", "alias", "lift_fresh", "fill_") or "empty" in name
+        self.count += not self._inside and not views
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts what the interpreter does not launch")
+@pytest.mark.parametrize(
+    ("drafted", "confident", "most"), [(0, False, 5), (2, False, 13), (6, False, 21), (6, True, 21)]
+)
+def test_a_round_of_the_device_launches_little_besides_our_kernels(
+    drafted: int, confident: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig.parse(synthetic_config("tiny-llama") | {"num_hidden_layers": 2}, "tiny-llama")
+    method = f"swift:skip_mlp=1,num_draft_tokens={drafted},search_budget=0,threshold={0.1 if confident else 0}"
+    counts: list[int] = []
+    honest = graphs.device_round
+
+    def counted(*given: object) -> None:
+        with Launches(monkeypatch) as launches:
+            honest(*given)
+        counts.append(launches.count)
+
+    weights = synthetic_weights(config, 0, torch.float32, 0.3)
+    monkeypatch.setattr(graphs, "device_round", counted)
+    with Engine(
+        config, weights, method=method if drafted else "autoregressive", backend="triton", graphs=True
+    ) as engine:
+        engine.generate([5, 6, 7], SamplingParams(max_tokens=12, ignore_eos=True))
+    assert counts
+    assert max(counts) <= most
