@@ -23,6 +23,7 @@ SCORES = r"\brow_ptr \+ start\b"
 TILE = ("BLOCK_N", "BLOCK_K")
 
 KERNELS = {
+    "_enter_kernel": Meaning(),
     "_normalise_kernel": Meaning(streams=r"\bweight_ptr \+", prefetch=("H",)),
     "_linear_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=TILE),
     "_qkv_rope_append_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=(2, "PAIRS", "BLOCK_K")),
@@ -38,6 +39,8 @@ KERNELS = {
     "_warping_kernel": Meaning(streams=SCORES),
     "_rejection_kernel": Meaning(),
     "_compact_kernel": Meaning(),
+    "_extend_kernel": Meaning(),
+    "_commit_kernel": Meaning(),
 }
 
 
