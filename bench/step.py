@@ -178,7 +178,7 @@ def _launches(bed: Bed, count: int) -> dict[str, _Launch]:
     """The kernels of a layer, and the head, for `count` rows after a context."""
     model, cache = bed.model, bed.cache
     config, ops, tile, layers = model.config, model.ops, model.ops.decode_tile, model.layers
-    rows = bed.rows(count).padded()
+    rows = bed.rows(count)
     slots = Slots(*rows.slots(cache.page_size))
     index = ops.index(rows.sequence, rows.position, rows.block_table, page_size=cache.page_size, tile=tile)
     rope = model.rotations(rows, cache)

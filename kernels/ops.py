@@ -20,9 +20,10 @@ class Ops:
 
     With `numerics` "exact" a row's bits do not depend on the rows beside it: `decode_tile` and `prefill_tile` are the
     rows every product of a decode or prefill pass is padded to; a decode pass of at most `narrow_tile` rows may be
-    padded to those where `rounds_alike` finds that they come out the same. With "fast" there are no tiles, and the
-    order of a sum may follow the number of rows and the context. `page_size` is the number of slots in a cache page,
-    one block of the attention's reduction.
+    padded to those where `rounds_alike` finds that they come out the same. Kernels that leave rows out of a tile by
+    themselves need no padding (`pads` False). With "fast" there are no tiles, and the order of a sum may follow the
+    number of rows and the context. `page_size` is the number of slots in a cache page, one block of the attention's
+    reduction.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Ops:
     decode_tile: int | None
     narrow_tile: int
     prefill_tile: int | None
+    pads: bool
     page_size: int
     prepare: Callable[[Tensor], Matrix]
     prepare_stack: Callable[[Tensor], Stack]
@@ -60,6 +62,10 @@ class Ops:
         tiles = f", tiles of {self.narrow_tile} and {self.decode_tile} rows" if narrow else ""
         return f"{self.name} ({self.describe(dtype)}{tiles})"
 
+    def filled(self, rows: int, tile: int | None) -> int:
+        """The rows of a pass over `rows` rows in tiles of `tile`, those that only fill the last tile included."""
+        return rows if tile is None or not self.pads else -(-rows // tile) * tile
+
     def tile_of(self, rows: int) -> int | None:
         """The tile for so many rows where either would do: that of prompts if they fill one."""
         return self.decode_tile if self.prefill_tile is None or rows < self.prefill_tile else self.prefill_tile
@@ -72,6 +78,7 @@ TORCH = Ops(
     decode_tile=narrow.FULL,
     narrow_tile=narrow.NARROW,
     prefill_tile=64,
+    pads=True,
     page_size=narrow.PAGE,
     prepare=reference.prepare,
     prepare_stack=reference.prepare_stack,

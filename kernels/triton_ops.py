@@ -41,6 +41,7 @@ TRITON = Ops(
     decode_tile=8,
     narrow_tile=8,
     prefill_tile=64,
+    pads=False,
     page_size=64,
     prepare=prepare,
     prepare_stack=prepare_stack,

@@ -154,13 +154,13 @@ class Model:
             rows = replace(rows, tile=self.tile(len(rows)))
         if isinstance(rows, Chains):
             return self._enter(rows, cache, kept)
-        rows = rows.padded()
+        rows = rows.padded(self.ops.filled(len(rows), rows.tile))
         index = self._index(rows, rows.position, cache)
         slots, real = Slots(*rows.slots(cache.page_size)), rows.sequence >= 0
         return Pass(rows, slots, index, self.rotations(rows, cache), real, {}, kept)
 
     def _enter(self, chains: Chains, cache: KVCache, kept: Tensor | None) -> Pass:
-        longest, rows = chains.block_table.shape[1] * cache.page_size - 1, len(chains)
+        longest = chains.block_table.shape[1] * cache.page_size - 1
         entry = self.ops.enter(
             chains.token,
             chains.first,
@@ -169,7 +169,7 @@ class Model:
             chains.block_table,
             self._embedding,
             self._rotary.table(longest) if self._rotary else None,
-            rows=rows if chains.tile is None else -(-rows // chains.tile) * chains.tile,
+            rows=self.ops.filled(len(chains), chains.tile),
             ahead=chains.ahead,
             page_size=cache.page_size,
         )

@@ -39,9 +39,9 @@ class Rows:
     def __len__(self) -> int:
         return self.token.shape[0]
 
-    def padded(self) -> Rows:
-        """The same rows and as many of no sequence as fill the last tile."""
-        missing = 0 if self.tile is None else -len(self) % self.tile
+    def padded(self, count: int) -> Rows:
+        """The same rows and as many of no sequence as make `count`."""
+        missing = count - len(self)
         if not missing:
             return self
         return Rows(
