@@ -253,11 +253,11 @@ class Engine:
     async def astream(
         self, prompt: Prompt | Prompts, params: SamplingParams | None = None, *, method: str | None = None
     ) -> AsyncIterator[Chunk]:
-        """As `stream`, for an event loop: rounds run in a worker thread.
+        """As `stream`, for an event loop: all that may wait for the engine runs in a worker thread.
 
         A cancelled request ends after the round it is in.
         """
-        stream = self.stream(prompt, params, method=method)
+        stream = await asyncio.to_thread(self.stream, prompt, params, method=method)
         step: asyncio.Future[Chunk | None] | None = None
         try:
             while True:
@@ -269,7 +269,7 @@ class Engine:
         finally:
             if step is not None and not step.done():
                 await asyncio.wait([step])
-            stream.close()
+            await asyncio.to_thread(stream.close)
 
     def close(self) -> None:
         """Give back the weights and the cache. A closed engine refuses requests."""

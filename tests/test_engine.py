@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -233,27 +233,59 @@ def test_streaming_gives_the_same_tokens(synthetic: Callable[..., Engine]) -> No
     assert asyncio.run(collect()) == expected
 
 
+def test_an_event_loop_never_waits_for_the_engine(synthetic: Callable[..., Engine]) -> None:
+    """Another thread holds the engine until the loop lets it go, which it cannot while it waits itself."""
+    engine = synthetic("tiny")
+    params, let_go = SamplingParams(max_tokens=9, ignore_eos=True), list[bool]()
+
+    async def while_held(work: Callable[[], Coroutine[None, None, Any]]) -> Any:
+        held, release = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with engine._turn:
+                held.set()
+                let_go.append(release.wait(20))
+
+        threading.Thread(target=hold).start()
+        await asyncio.to_thread(held.wait, 20)
+        task = asyncio.create_task(work())
+        await asyncio.sleep(0.05)
+        release.set()
+        return await task
+
+    async def serve() -> int:
+        stream = engine.astream(PROMPTS[0], params)
+        chunk = await while_held(stream.__anext__)
+        await while_held(stream.aclose)
+        return len(chunk.token_ids)
+
+    assert asyncio.run(serve()) == 1
+    assert let_go == [True, True]
+    assert engine._loaded()[1].free_pages == engine._loaded()[1].total_pages
+
+
 def test_a_stream_cancelled_inside_a_round_ends_with_it(synthetic: Callable[..., Engine]) -> None:
     """Another thread holds the engine, so that the cancellation finds the worker thread inside `next`."""
     engine = synthetic("tiny")
     cache = engine._loaded()[1]
     go = threading.Event()
 
-    async def consume() -> None:
-        async for _ in engine.astream(PROMPTS[0], SamplingParams(max_tokens=50, ignore_eos=True)):
-            pass
+    async def consume(begun: asyncio.Event) -> None:
+        async for _ in engine.astream(PROMPTS[0], SamplingParams(max_tokens=500, ignore_eos=True)):
+            begun.set()
 
     async def cancel() -> None:
-        held = threading.Event()
+        held, begun = threading.Event(), asyncio.Event()
 
         def hold() -> None:
             with engine._turn:
                 held.set()
                 go.wait(10)
 
+        task = asyncio.create_task(consume(begun))
+        await begun.wait()
         threading.Thread(target=hold).start()
-        held.wait(10)
-        task = asyncio.create_task(consume())
+        await asyncio.to_thread(held.wait, 10)
         await asyncio.sleep(0.05)
         task.cancel()
         await asyncio.sleep(0.05)
