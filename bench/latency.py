@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
 from ..runtime.engine import Engine
+from ..runtime.methods import registry
 from ..runtime.prompts import Prompt as Source
 from ..runtime.request import SamplingParams
 from .record import Sheet, Spread, title
@@ -66,6 +67,9 @@ def measure(
     for method in methods:
         lossless = engine.generate(sources[0], params, method=method).stats.lossless
         for concurrency in concurrencies:
+            # A method that has seen the prompts may remember its answers: a new one has not.
+            engine._methods.pop(registry.parse(method), None)  # pyright: ignore[reportPrivateUsage]
+            engine.generate(sources[0], replace(params, max_tokens=2), method=method)
             start = perf_counter()
             seen = asyncio.run(_serve(engine, method, concurrency, sources, params))
             seconds = perf_counter() - start

@@ -149,7 +149,7 @@ def roofline(result: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("FLOP a byte a launch cannot avoid moving")
     axes.set_ylabel("GFLOP/s reached")
     axes.set_title(f"Roofline: {title(result)}", fontsize=9)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     save(pyplot, figure, path)
 
 

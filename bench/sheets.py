@@ -65,7 +65,7 @@ def peers(result: dict[str, Any]) -> Sheet:
         "peer tokens/s",
         "skipjack tokens/s",
         "ids equal in float32",
-        f"ids equal in {result['dtype']}",
+        f"and in {result['dtype']}, timed",
     )
     rows: list[tuple[str, ...]] = []
     for line in result["summary"]:
