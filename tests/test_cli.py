@@ -275,7 +275,12 @@ class TestMistakes:
 class TestEndings:
     def test_ctrl_c_exits_130_without_a_traceback(self, engine, folder, capsys) -> None:
         engine.interrupt = True
-        assert cli.run(["generate", folder, "hello", "--stream"]) == 130
+        # Tests that run in the background inherit a shell's order to ignore it.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            assert cli.run(["generate", folder, "hello", "--stream"]) == 130
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert "Traceback" not in capsys.readouterr().err
         assert engine.made[0].closed
 
