@@ -96,7 +96,7 @@ class Model:
     def tile(self, rows: int) -> int | None:
         """The rows a decode pass of `rows` rows is padded to in its last tile: one that leaves every row its bits."""
         ops, threads = self.ops, torch.get_num_threads()
-        if ops.decode_tile is None or rows > ops.narrow_tile or ops.narrow_tile == ops.decode_tile:
+        if ops.decode_tile is None or rows > ops.narrow_tile:
             return ops.decode_tile
         if threads not in self._narrow:
             config = self.config
