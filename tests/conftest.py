@@ -1,15 +1,17 @@
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from inspect import signature
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 # Triton reads this when a kernel is defined, so it stands before the first import of one.
@@ -210,6 +212,24 @@ class Questions(TorchFunctionMode):
 def questions() -> Questions:
     """A context that notes in `asked` what would make the host wait for a GPU."""
     return Questions()
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], None]:
+    """Makes what a module's launchers allocate NaN, True or −1, so that what a kernel does not write is seen."""
+
+    class Torch(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            return getattr(torch, name)
+
+        def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+            filling = torch.nan if dtype.is_floating_point else True if dtype == torch.bool else -1
+            return torch.empty(shape, dtype=dtype, device=device).fill_(filling)
+
+        def empty_like(self, like: Tensor) -> Tensor:
+            return self.empty(like.shape, like.dtype, like.device)
+
+    return lambda module: monkeypatch.setattr(module, "torch", Torch("torch"))
 
 
 @pytest.fixture(scope="session")

@@ -45,23 +45,6 @@ def device() -> Engine:
     return Engine(config, synthetic_weights(config, 0, torch.float32, 0.1), graphs=True)
 
 
-def told(output: Output) -> tuple[object, ...]:
-    stats = output.stats
-    return (
-        output.token_ids,
-        output.finish_reason,
-        stats.rounds,
-        stats.drafted,
-        stats.accepted,
-        stats.bonus,
-        stats.drafted_per_position,
-        stats.accepted_per_position,
-        stats.executed_skips,
-        stats.layers_per_token,
-        stats.weight_passes,
-    )
-
-
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("method", METHODS)
 def test_rounds_of_the_device_are_those_of_the_host(

@@ -1,10 +1,10 @@
 """Entering a pass, extending a draft and committing a round: the kernels and the PyTorch ops against plain loops."""
 
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
@@ -13,7 +13,7 @@ from triton.runtime import interpreter
 
 from skipjack import Engine, SamplingParams
 from skipjack.kernels import enter as enter_module
-from skipjack.kernels import reference_rounds
+from skipjack.kernels import reference_rounds, rounds
 from skipjack.kernels.enter import enter
 from skipjack.kernels.rounds import commit, extend
 from skipjack.kernels.values import Rope
@@ -26,18 +26,9 @@ PAGE = 4
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernels do not write is NaN, −7, or True."""
-
-    class Torch(ModuleType):
-        def __getattr__(self, name: str) -> object:
-            return getattr(torch, name)
-
-        def empty(self, shape: object, dtype: torch.dtype, device: torch.device) -> Tensor:
-            poison = torch.nan if dtype.is_floating_point else True if dtype == torch.bool else -7
-            return torch.empty(shape, dtype=dtype, device=device).fill_(poison)
-
-    monkeypatch.setattr(enter_module, "torch", Torch("torch"))
+def poisoned(poison: Callable[[ModuleType], None]) -> None:
+    poison(enter_module)
+    poison(rounds)
 
 
 @pytest.mark.parametrize("op", [enter, reference_rounds.enter], ids=["triton", "torch"])
