@@ -8,7 +8,10 @@ decoding equal to those of plain decoding; a long run with and without dependent
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +26,9 @@ from ..kernels.ops import obstacle
 from . import machine
 from .gpu_parts import DRY, GPU, PARTS, Finding, Setting, long_run
 from .record import write
+
+# Of a process that checks beside others.
+THREADS = 2
 
 app = typer.Typer(add_completion=False)
 
@@ -50,15 +56,41 @@ def check(
 
 
 def run(setting: Setting, names: Iterable[str]) -> Iterator[Finding]:
-    """The findings of these parts; a part that breaks is a failed check, and the others still run."""
+    """The findings of these parts, of which a GPU makes several at once: nothing here is timed."""
+    jobs = [(name, own) for name in names for own in ([setting] if setting.dry else setting.split(name))]
     notes = Console(stderr=True, highlight=False)
-    for name in names:
-        start = perf_counter()
-        for finding in _guarded(name, PARTS[name], setting):
+    start = perf_counter()
+    for name, findings in together(jobs) if len(jobs) > 1 and not setting.dry else one_by_one(jobs):
+        for finding in findings:
             if finding.passed is False:
                 notes.print(f"FAILED {finding.part} {finding.name}: {finding.detail}", style="bold red", markup=False)
             yield finding
-        notes.print(f"{name}: {perf_counter() - start:.0f} s")
+        notes.print(f"{name}: done after {perf_counter() - start:.0f} s")
+
+
+Jobs = Sequence[tuple[str, Setting]]
+
+
+def one_by_one(jobs: Jobs) -> Iterator[tuple[str, Iterable[Finding]]]:
+    """Each part's name and findings; a part that breaks is a failed check, and the others still run."""
+    for name, setting in jobs:
+        yield name, _guarded(name, PARTS[name], setting)
+
+
+def together(jobs: Jobs) -> Iterator[tuple[str, Iterable[Finding]]]:
+    """`one_by_one`, every part in a process of its own, so that one which loses the device loses it alone."""
+    workers = max(1, (os.cpu_count() or 1) // THREADS)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
+        names = {pool.submit(_alone, *job): job[0] for job in jobs}
+        for done in as_completed(names):
+            error = done.exception()
+            yield names[done], done.result() if error is None else [_broken(names[done], error)]
+
+
+def _alone(name: str, setting: Setting) -> list[Finding]:
+    torch.set_num_threads(THREADS)
+    return list(_guarded(name, PARTS[name], setting))
 
 
 @app.command(hidden=True)
@@ -84,12 +116,15 @@ def setting_of(dry: bool) -> Setting:
 
 
 def _guarded(name: str, run: Callable[[Setting], Iterator[Finding]], setting: Setting) -> Iterator[Finding]:
-    """A part that breaks is a failed check, and the others still run."""
     try:
         with torch.inference_mode():
             yield from run(setting)
     except Exception as error:
-        yield Finding(name, "broke off", False, f"{type(error).__name__}: {str(error)[:300]}")
+        yield _broken(name, error)
+
+
+def _broken(name: str, error: BaseException) -> Finding:
+    return Finding(name, "broke off", False, f"{type(error).__name__}: {str(error)[:300]}")
 
 
 def facts(setting: Setting) -> dict[str, Any]:

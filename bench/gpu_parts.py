@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -67,10 +68,20 @@ class Setting:
     rows: tuple[int, ...]
     long_run: int
     dry: bool
+    captured: tuple[str, ...] = tuple(CAPTURED)
 
     def models(self) -> list[tuple[str, torch.dtype]]:
         """The models whole passes are made with: the smallest shape in every dtype, the others in the first."""
         return [(self.shapes[0], dtype) for dtype in self.dtypes] + [(s, self.dtypes[0]) for s in self.shapes[1:]]
+
+    def split(self, part: str) -> list[Setting]:
+        """Settings that together make up this one, for a part that may run in several processes."""
+        if part == "graphs":
+            return [replace(self, captured=(shape,)) for shape in self.captured]
+        if part not in ("ops", "rows", "exact"):
+            return [self]
+        models = list(product(self.shapes, self.dtypes)) if part == "ops" else self.models()
+        return [replace(self, shapes=(shape,), dtypes=(dtype,)) for shape, dtype in models]
 
     def config(self, shape: str) -> ModelConfig:
         """The configuration of a named shape, of which a dry run has only a few layers."""
@@ -132,23 +143,27 @@ def exactness(setting: Setting) -> Iterator[Finding]:
     """SWIFT gives the tokens of plain decoding, greedy and sampled, alone and in a batch."""
     for shape, dtype in setting.models():
         yield _exact(engine_of(shape, dtype, setting), f"{shape} {_name(dtype)}", setting)
+
+
+def demo(setting: Setting) -> Iterator[Finding]:
+    """The same of real weights, where they are installed."""
+    try:
+        folder = demo_folder()
+    except SkipjackError as error:
+        yield Finding("demo", "exact", None, str(error))
+        return
     if not setting.dry:
-        try:
-            folder = demo_folder()
-        except SkipjackError as error:
-            yield Finding("exact", "demo", None, str(error))
-            return
-        with Engine.load(folder, device="cuda", cache_tokens=16384) as demo:
-            yield _exact(demo, "demo", setting)
+        with Engine.load(folder, device="cuda", cache_tokens=16384) as engine:
+            yield replace(_exact(engine, "exact", setting), part="demo")
 
 
 def graphs(setting: Setting) -> Iterator[Finding]:
     """Rounds captured as graphs give the tokens of those the host steers; a dry run captures nothing."""
-    for shape, methods in CAPTURED.items():
+    for shape in setting.captured:
         config = ModelConfig.parse(synthetic_config(shape), shape)
         weights = synthetic_weights(config, 1, setting.dtypes[0], device=setting.device)
         backend = "torch" if setting.dry else "triton"
-        for method in methods:
+        for method in CAPTURED[shape]:
             host, device = (Engine(config, weights, method=method, backend=backend, graphs=on) for on in (False, True))
             different = rounds = captured = 0
             with host, device:
@@ -208,6 +223,7 @@ PARTS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
     "ops": ops,
     "rows": invariance,
     "exact": exactness,
+    "demo": demo,
     "race": races,
     "compile": compilations,
     "graphs": graphs,

@@ -11,9 +11,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from typer.testing import CliRunner
 
-from skipjack.bench import gpu, gpu_parts, targets
+from skipjack.bench import gpu, gpu_check, gpu_parts, targets
 from skipjack.bench.gpu_methods import of_decode, of_peers
-from skipjack.bench.gpu_parts import DRY, Finding, Setting
+from skipjack.bench.gpu_parts import DRY, GPU, Finding, Setting
 from skipjack.bench.gpu_speed import of_steps
 from skipjack.bench.step import Figure
 from skipjack.bench.targets import Measurement, best, judge, of
@@ -139,16 +139,16 @@ def test_no_speed_beside_a_wrong_result(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_captured_rounds_are_held_against_those_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_parts, "CAPTURED", {"tiny-dmtd": ("dmtd",)})
-    (finding,) = gpu_parts.graphs(DRY)
+    monkeypatch.setitem(gpu_parts.CAPTURED, "tiny-dmtd", ("dmtd",))
+    (finding,) = gpu_parts.graphs(replace(DRY, captured=("tiny-dmtd",)))
     assert (finding.name, finding.passed) == ("tiny-dmtd dmtd", True)
 
 
 def test_captured_rounds_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_parts, "CAPTURED", {"tiny": ("unified:speedup=2",)})
+    monkeypatch.setitem(gpu_parts.CAPTURED, "tiny", ("unified:speedup=2",))
     step = PlannedSteps.step
     monkeypatch.setattr(PlannedSteps, "step", lambda *given: (-step(*given)[0], step(*given)[1]))
-    (finding,) = gpu_parts.graphs(DRY)
+    (finding,) = gpu_parts.graphs(replace(DRY, captured=("tiny",)))
     assert not finding.passed
     assert "6 continuations differ" in finding.detail
 
@@ -164,6 +164,20 @@ def test_steps_run_dry_through_the_interpreter(monkeypatch: pytest.MonkeyPatch, 
     assert {row["note"] for row in result["rows"] if row["id"] == "T6" and row["case"] == "8b"} == {
         "dry run, not measured"
     }
+
+
+def test_parts_of_a_check_make_up_the_whole() -> None:
+    cases = {(shape, dtype) for own in GPU.split("ops") for shape in own.shapes for dtype in own.dtypes}
+    assert cases == {(shape, dtype) for shape in GPU.shapes for dtype in GPU.dtypes}
+    assert [model for own in GPU.split("rows") for model in own.models()] == GPU.models()
+    assert [shape for own in GPU.split("graphs") for shape in own.captured] == list(gpu_parts.CAPTURED)
+    assert GPU.split("race") == [GPU]
+
+
+def test_parts_run_in_processes_of_their_own_and_one_that_breaks_fails_alone() -> None:
+    (name, findings), (other, lost) = sorted(gpu_check.together([("compile", DRY), ("rows", GPU)]))
+    assert (name, [finding.detail for finding in findings]) == ("compile", ["the interpreter compiles nothing"])
+    assert (other, [finding.passed for finding in lost]) == ("rows", [False])
 
 
 def test_parts_have_numbers_names_and_a_script() -> None:
