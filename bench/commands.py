@@ -44,6 +44,9 @@ def peers(
     compile_mode: Annotated[
         str, typer.Option(help="torch.compile's mode for the decode loop; auto: max-autotune on a GPU, else default.")
     ] = "auto",
+    peer: Annotated[
+        list[str] | None, typer.Option(help="Measure only peers whose names contain this; repeatable.")
+    ] = None,
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:
@@ -61,7 +64,7 @@ def peers(
             layers, on_gpu = engine.config.num_layers, "triton" in engine.backend
             mode = compile_mode if compile_mode != "auto" else "max-autotune" if on_gpu else "default"
             setting = Setting(exit_layer or max(1, 2 * layers // 3), num_draft_tokens, mode)
-            contest = Contest(folder, engine, chosen, setting, max_tokens)
+            contest = Contest(folder, engine, chosen, setting, max_tokens, peer or ())
             agreements = contest.agree(notes)
         del contest
         result: dict[str, Any] = {"agreement": [asdict(agreement) for agreement in agreements]}
@@ -70,7 +73,7 @@ def peers(
             notes(json.dumps(result))
             raise typer.Exit(1)
         with Engine.load(folder, device=device, dtype=dtype) as engine:
-            contest = Contest(folder, engine, chosen, setting, max_tokens)
+            contest = Contest(folder, engine, chosen, setting, max_tokens, peer or ())
             rows, lines = contest.measure(agreements, notes)
             result |= header("peers", engine, model)
     result |= {

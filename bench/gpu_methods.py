@@ -61,6 +61,7 @@ def _peers(setting: Setting, seconds: Mapping[str, int]) -> Found:
         tiny = ["--dtype", "float32", "--max-tokens", "4", "--compile-mode", "eager", "--device", "cpu"]
         full = ["--dtype", "bfloat16", "--max-tokens", "128"]
         model = ["peers", f"synthetic:{shape}:0.3", "--per-category", "1", "--category", "writing"]
+        model += [part for start in PEERS.values() for part in ("--peer", start)]
         yield from of_peers(label, *_bench([*model, *(tiny if setting.dry else full)], seconds[label]))
 
 

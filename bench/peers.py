@@ -96,14 +96,26 @@ def folder_of(model: str) -> Generator[Path]:
 
 
 class Contest:
-    """The peers of one loaded model, readied one by one; one that breaks is noted with its reason."""
+    """The peers of one loaded model, readied one by one; one that breaks is noted with its reason.
 
-    def __init__(self, folder: Path, engine: Engine, prompts: Sequence[Prompt], setting: Setting, count: int) -> None:
-        self._engine, self._count = engine, count
+    Only those whose names contain one of `only` are measured, all without any; `PLAIN` has to agree in any case.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        setting: Setting,
+        count: int,
+        only: Sequence[str] = (),
+    ) -> None:
+        self._engine, self._count, self._only = engine, count, only
         self._categories, self._prompts = [prompt.category for prompt in prompts], [_ids(engine, p) for p in prompts]
         self._model = load_model(folder, engine.dtype, engine._loaded()[0].device)
         longest = max(len(ids) for ids in self._prompts)
-        self._makers = peers(self._model, setting, -(-(longest + count) // 64) * 64)
+        makers = peers(self._model, setting, -(-(longest + count) // 64) * 64)
+        self._makers = {name: make for name, make in makers.items() if name == PLAIN or self._wanted(name)}
         self._ours = [self._skipjack(ids) for ids in self._prompts]
 
     @property
@@ -132,7 +144,7 @@ class Contest:
         """Speeds of the peers whose ids agreed; the others keep their reason."""
         rows: list[Row] = []
         lines: list[Line] = []
-        for agreement in agreements:
+        for agreement in filter(lambda agreement: self._wanted(agreement.peer), agreements):
             own: list[Row] = []
             reason = agreement.reason
             if reason is None:
@@ -145,6 +157,9 @@ class Contest:
             rows += own
             lines.append(_line(agreement, reason, own))
         return rows, lines
+
+    def _wanted(self, name: str) -> bool:
+        return not self._only or any(part in name for part in self._only)
 
     def _ready(self, name: str) -> tuple[Generate | None, list[list[int]], str | None]:
         """A peer that has generated for every prompt, longest first; or the reason why it cannot."""

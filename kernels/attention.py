@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import launch
 from .attention_index import Index, TritonIndex
-from .primitives import dot, start_dependents, wait_for_producers
+from .primitives import dot, wait_for_producers
 from .row_groups import row_groups
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -148,7 +148,6 @@ def _attend_kernel(  # noqa: PLR0915
     q [rows, HEADS, D]; k, v [pages, HEADS / GROUP, BLOCK, D]; partial float32 [splits, rows, HEADS, D]; state float32
     [splits, rows, HEADS, 2], maximum and sum; arrivals int32 [row groups, HEADS / GROUP], zero before and after.
     """
-    start_dependents(PDL)
     M: tl.constexpr = GROUP_ROWS * GROUP_PADDED
     pid_group, pid_kv, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_d = tl.arange(0, D_PADDED)
@@ -157,9 +156,10 @@ def _attend_kernel(  # noqa: PLR0915
     wait_for_producers(PDL)
 
     count = tl.load(count_ptr + pid_group)
+    first = tl.load(first_ptr + pid_group).to(tl.int64)
     if count == 0:
         return
-    first = tl.load(first_ptr + pid_group).to(tl.int64)
+    sequence = tl.load(sequence_ptr + first)
     mask_m = (offs_row < count) & (tl.arange(0, M) % GROUP_PADDED < GROUP)
     if active_ptr is not None:
         mask_m = mask_m & (tl.load(active_ptr + first + offs_row, mask=mask_m, other=0) != 0)
@@ -181,7 +181,7 @@ def _attend_kernel(  # noqa: PLR0915
     q = tl.load(q_ptr + (offs_row * stride_q_row + offs_head * stride_q_head)[:, None] + offs_d[None, :], mask, 0.0)
     keys_ptr += pid_kv.to(tl.int64) * stride_head
     values_ptr += pid_kv.to(tl.int64) * stride_head
-    table_ptr += tl.load(sequence_ptr + first) * stride_table
+    table_ptr += sequence * stride_table
     slope = None
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + offs_head, mask=mask_m, other=0.0) * LOG2_E

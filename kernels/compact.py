@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import start_dependents, wait_for_producers
+from .primitives import wait_for_producers
 
 
 @triton.jit(do_not_specialize=["stride_table", "k"])
@@ -32,7 +32,6 @@ def _compact_kernel(
 
     keys, values [L, pages, kv_heads, P, D]; table [S, W]; path [S, k + 1]; accepted, length [S].
     """
-    start_dependents(PDL)
     pid_s = tl.program_id(0).to(tl.int64)
     pid_layer = tl.program_id(1).to(tl.int64)
     pid_head = tl.program_id(2).to(tl.int64)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import start_dependents, wait_for_producers
+from .primitives import wait_for_producers
 from .values import Entry, Rope, Slots
 
 
@@ -49,7 +49,6 @@ def _enter_kernel(
     token [S, K]; first, count int64, alive bool [S]; table int64 [S, pages]; embedding [V, H]; cos, sin [positions, D];
     outputs [R], [R, H], [R, D]: sequence -1, position, page and token 0 for rows that are not real.
     """
-    start_dependents(PDL)
     pid_r = tl.program_id(0).to(tl.int64)
     offs_h = tl.arange(0, BLOCK_H)
     offs_d = tl.arange(0, BLOCK_D)

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import start_dependents, wait_for_producers
+from .primitives import wait_for_producers
 from .products import row_product, weight_tile
 from .qkv import head_halves, pair_rows, store_halves
 from .values import Norm, Rope, RowMap, Slots, Stack
@@ -56,7 +56,6 @@ def _fill_kv_kernel(
     PDL: tl.constexpr,
 ):
     """k, v = norm(x[row])·Wᵀ + bias; RMSNorm of k over D; rotation; to the slots of row [L, count] in every layer."""
-    start_dependents(PDL)
     BLOCKS: tl.constexpr = (D // 2 + PAIRS - 1) // PAIRS
     pid_block = tl.program_id(1)
     layer = tl.program_id(2).to(tl.int64)
@@ -80,7 +79,7 @@ def _fill_kv_kernel(
         w_ptr,
         offs_w,
         mask_w,
-        weight_tile(w_ptr, offs_w, mask_w, BLOCK_K),
+        weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K),
         norm_ptr + layer * stride_norm,
         None if norm_bias_ptr is None else norm_bias_ptr + layer * stride_norm_bias,
         eps,

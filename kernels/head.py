@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import ordered_sum, start_dependents, wait_for_producers
+from .primitives import ordered_sum, wait_for_producers
 from .products import row_product, weight_tile
 from .values import Matrix, Norm, Prediction
 
@@ -65,7 +65,6 @@ def _head_kernel(
 
     x [R, K]; W [V, K_PADDED]; active bool [R]; candidate int64 [R, KEPT, blocks]; log_sum_exp float32 [R, blocks].
     """
-    start_dependents(PDL)
     offs_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     pid_n = tl.program_id(1).to(tl.int64)
     blocks = tl.num_programs(1)
@@ -73,14 +72,14 @@ def _head_kernel(
     mask_w = offs_w < V
     mask_r = offs_r < rows
     if active_ptr is None:
-        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, BLOCK_K)
+        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K)
         wait_for_producers(PDL)
     else:
         wait_for_producers(PDL)
         active = tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0
         if tl.max(active.to(tl.int32), axis=0) == 0:
             return
-        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, BLOCK_K)
+        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K)
     y = row_product(
         x_ptr,
         offs_r * stride_x,
@@ -134,7 +133,6 @@ def _merge_kernel(
     are not get nothing; token, value [R, TOP_K]; log_sum_exp [R]. Lane i of LANES holds the highest candidate not yet
     taken of blocks i, i + LANES, …
     """
-    start_dependents(PDL)
     pid_row = tl.program_id(0).to(tl.int64)
     offs_lane = tl.arange(0, LANES)
     candidate_ptr += pid_row * KEPT * BLOCKS
@@ -221,7 +219,7 @@ def head(
         BLOCK_K=rule.block_k,
         ROWS=rule.rows,
         PDL=launch.dependent(arch),
-        **launch.options(rule.warps, rule.stages),
+        **launch.options(rule.warps, rule.stages, launch.PRODUCT_REGISTERS),
     )
     merge = launch.merge_rule(blocks, kept, arch)
     _merge_kernel[(rows,)](

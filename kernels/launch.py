@@ -24,13 +24,13 @@ ROW_MAP_BLOCK = 1024
 
 LARGE_WEIGHT = 8192
 PROCESSORS = 132
-STEP_BYTES = 8192
+STEP_BYTES = 32 * 1024
+LONG_WEIGHT = 8
 FLIGHT_BYTES = 72 * 1024
 SHARED_BYTES = 99 * 1024
 PRODUCT_REGISTERS = 255
 ENOUGH_PROGRAMS = 96
 STREAMED_ROWS = 64
-STREAMED_SUMS = 2048
 CACHE_LINE = 128
 LINES_AT_ONCE = 8
 
@@ -84,52 +84,57 @@ def product_rule(weight_rows: int, columns: int, rows: int, tile: int | None, it
 
     block_n and block_k, which fix the order of a sum, depend on the weight and the tile alone. `rows`, the activations
     one program takes, does not round: columns of one instruction are independent. The interpreter's products are not,
-    so there it is the tile. Tiles of 8 stream the weight, 8 KiB a step, with steps enough in flight for all programs
-    of a processor to have some 72 KiB. Wider tiles compute: larger blocks and shorter steps. Without a tile blocks
-    follow the rows (`_fast_blocks`) where there are more than eight of 16 bits.
+    so there it is the tile. Tiles of 8 stream the weight, wider ones compute.
     """
     width = padded(columns)
-    if tile is None and rows > 8 and itemsize < 4:
-        block_n, longest, wide = _fast_blocks(weight_rows, rows, itemsize)
+    if arch == 0:
+        return ProductRule(64, _dividing(width, 128), tile or min(64, max(8, _power(rows))), warps=4, stages=1)
+    if tile_of(rows, tile) <= 8:
+        return _streamed(weight_rows, width, rows, itemsize, large=weight_rows >= LARGE_WEIGHT)
+    return _computed(weight_rows, width, rows, tile, itemsize)
+
+
+def _streamed(weight_rows: int, width: int, rows: int, itemsize: int, *, large: bool) -> ProductRule:
+    """Steps so long that one or two programs keep a processor's share of the memory busy.
+
+    With the room in shared memory that they take, programs of the next kernel, which start while these run, spread over
+    all processors. The last step of a small weight may reach past its width.
+    """
+    block_n = 32 if large else 16
+    longest = (STEP_BYTES if itemsize < 4 else STEP_BYTES // 4) // (block_n * itemsize)
+    block_k = _dividing(width, longest) if large or itemsize == 4 else min(longest, _power(width))
+    wide = min(16, max(8, _power(rows)))
+    steps, alone = -(-width // block_k), weight_rows <= block_n * PROCESSORS
+    buffers = (2 if alone or steps >= LONG_WEIGHT else 1) * STEP_BYTES // (block_n * block_k * itemsize)
+    room = SHARED_BYTES // ((block_n + wide) * block_k * itemsize)
+    stages = 1 + max(1, min(buffers, room, steps - 1, 3))
+    return ProductRule(block_n, block_k, wide, 4 if wide <= 8 else 8, stages)
+
+
+def _computed(weight_rows: int, width: int, rows: int, tile: int | None, itemsize: int) -> ProductRule:
+    """Large blocks and short steps; without a tile as wide as leaves most processors a program.
+
+    For every byte of weights the programs together read ⌈rows ÷ wide⌉ bytes of weights and rows ÷ block_n bytes of
+    activations: both shrink as blocks widen.
+    """
+    if itemsize == 4:
+        block_n, longest, wide = 32, 16, tile_of(rows, tile)
+    elif tile is None:
+        sizes = ((128, 128), (128, 64), (64, 128), (64, 64))
+        enough = (s for s in sizes if -(-weight_rows // s[0]) * -(-rows // s[1]) >= ENOUGH_PROGRAMS)
+        (block_n, wide), longest = next(enough, sizes[-1]), 32
     else:
-        block_n, longest, wide = _exact_blocks(weight_rows, rows, tile_of(rows, tile), itemsize)
-    if arch == 0:
-        block_n, longest, wide = 64, 128, tile or min(64, max(8, _power(rows)))
-    block_k = next(block for block in (longest, 64, 32, 16) if block <= longest and width % block == 0)
-    if arch == 0:
-        return ProductRule(block_n, block_k, wide, warps=4, stages=1)
+        block_n, longest, wide = 128 if weight_rows >= LARGE_WEIGHT else 64, 32, tile
+    block_k = _dividing(width, longest)
     resident = -(-weight_rows // (block_n * PROCESSORS))
     steps = max(3, -(-FLIGHT_BYTES // (block_n * block_k * itemsize * resident)))
     room = SHARED_BYTES // ((block_n + wide) * block_k * itemsize)
     return ProductRule(block_n, block_k, wide, 8 if block_n * wide > 128 * 64 else 4, stages=min(steps + 1, room, 8))
 
 
-def _exact_blocks(weight_rows: int, rows: int, tile: int, itemsize: int) -> tuple[int, int, int]:
-    """Weight rows, columns at most, and rows of activations of a step."""
-    large = weight_rows >= LARGE_WEIGHT
-    if tile <= 8:
-        block_n = 32 if large else 16
-        return block_n, STEP_BYTES // (block_n * itemsize), min(64 // itemsize, max(8, _power(rows)))
-    if itemsize == 4:
-        return 32, 16, tile
-    return 128 if large else 64, 32, tile
-
-
-def _fast_blocks(weight_rows: int, rows: int, itemsize: int) -> tuple[int, int, int]:
-    """`_exact_blocks` for more than eight rows: as wide as leaves most processors a program.
-
-    For every byte of weights the programs together read ⌈rows ÷ wide⌉ bytes of weights and rows ÷ block_n bytes of
-    activations: with one row the first is all, with many the second is most, and both shrink as blocks widen.
-    """
-    if rows <= STREAMED_ROWS:
-        wide = _power(rows)
-        fits = (n for n in (64, 32) if weight_rows >= n * ENOUGH_PROGRAMS and n * wide <= STREAMED_SUMS)
-        block_n = next(fits, 16)
-        return block_n, min(STEP_BYTES // (block_n * itemsize), 4096 // wide), wide
-    sizes = ((128, 128), (128, 64), (64, 128), (64, 64))
-    enough = (s for s in sizes if -(-weight_rows // s[0]) * -(-rows // s[1]) >= ENOUGH_PROGRAMS)
-    block_n, wide = next(enough, sizes[-1])
-    return block_n, 32, wide
+def _dividing(width: int, longest: int) -> int:
+    """The longest step, a power of two, that divides a weight's columns, a multiple of 16."""
+    return next(block for block in (longest, 64, 32, 16) if block <= longest and width % block == 0)
 
 
 def _power(rows: int) -> int:
@@ -146,11 +151,11 @@ def head_rule(
     head_dim: int, whole: bool, weight_rows: int, columns: int, rows: int, tile: int | None, itemsize: int, arch: int
 ) -> ProductRule:
     """`product_rule` for weight rows of one head in block_n / 2 pairs half a head apart; `whole`: all its pairs."""
-    tile = tile_of(rows, tile)
+    tile, width = tile_of(rows, tile), padded(columns)
     rule = product_rule(weight_rows, columns, rows, tile, itemsize, arch)
-    pairs = max(8, 1 << (head_dim // 2 - 1).bit_length())
     if arch and tile <= 8:
-        rule = rule._replace(rows=min(rule.rows, 16))
+        rule = _streamed(weight_rows, width, tile, itemsize, large=width % 512 == 0)
+    pairs = max(8, 1 << (head_dim // 2 - 1).bit_length())
     if not whole:
         return rule._replace(block_n=min(rule.block_n, 2 * pairs))
     block_k = min(rule.block_k, 128 // itemsize)
@@ -160,8 +165,13 @@ def head_rule(
 
 
 def route_rule(weight_rows: int, columns: int, rows: int, tile: int | None, itemsize: int, arch: int) -> ProductRule:
-    """`product_rule` in the narrowest blocks: a router has few weight rows, and few programs stream them."""
-    return product_rule(weight_rows, columns, rows, tile_of(rows, tile), itemsize, arch)._replace(block_n=16)
+    """`product_rule` in the narrowest blocks: a router has few weight rows, and few programs stream them.
+
+    One rule for all numbers of rows: the kernel sums over its columns in an order that follows the launch.
+    """
+    tile = tile_of(rows, tile)
+    rule = product_rule(weight_rows, columns, min(rows, tile), tile, itemsize, arch)
+    return rule._replace(block_n=16, block_k=min(rule.block_k, 512))
 
 
 def attention_rule(head_dim: int, group: int, tile: int, itemsize: int, arch: int) -> AttentionRule:

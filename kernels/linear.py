@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import launch
-from .primitives import gelu_tanh, silu, start_dependents, wait_for_producers
+from .primitives import gelu_tanh, silu, wait_for_producers
 from .products import halves, prefetch_weight, row_product, weight_tile
 from .values import Matrix, Norm, Split, Stack
 
@@ -69,7 +69,6 @@ def _linear_kernel(
     x [R, K]; W [N, K_PADDED]; norm, norm_bias [K]; bias [N]; scale float32 [R]; active bool [R]; residual, out [R, N],
     with "silu_gate" [R, N/2].
     """
-    start_dependents(PDL)
     GATED: tl.constexpr = ACTIVATION == "silu_gate"
     BLOCK: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     OUT: tl.constexpr = N // 2 if GATED else N
@@ -82,7 +81,7 @@ def _linear_kernel(
     mask_r = offs_r < rows
     mask_out = mask_r
     if active_ptr is None:
-        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, BLOCK_K)
+        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K)
         if PREFETCHED > 0:
             prefetch_weight(w_ptr, offs_w * K_PADDED, mask_w, PREFETCHED)
         wait_for_producers(PDL)
@@ -91,7 +90,7 @@ def _linear_kernel(
         mask_out = mask_r & (tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0)
         if tl.max(mask_out.to(tl.int32), axis=0) == 0:
             return
-        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, BLOCK_K)
+        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K)
     y = row_product(
         x_ptr,
         offs_r * stride_x,

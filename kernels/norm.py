@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import start_dependents, wait_for_producers
+from .primitives import wait_for_producers
 from .values import Norm
 
 
@@ -23,7 +23,6 @@ def _normalise_kernel(
     PDL: tl.constexpr,
 ):
     """w·x/√(mean x² + eps); with bias w·(x − mean)/√(var + eps) + b. [R, H] → [R, H]."""
-    start_dependents(PDL)
     pid_row = tl.program_id(0).to(tl.int64)
     offs_h = tl.arange(0, BLOCK_H)
     mask_h = offs_h < H

@@ -30,17 +30,15 @@ def ordered_sum(x):
 
 
 @triton.jit
-def start_dependents(PDL: tl.constexpr):
-    """Let the next kernel of the chain be scheduled; the first statement of every kernel."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def wait_for_producers(PDL: tl.constexpr):
-    """Everything earlier kernels wrote is visible after this; before every dependent load, every store, every exit."""
+    """Everything earlier kernels wrote is visible after this; before every dependent load, every store, every exit.
+
+    Only then may the kernel after this one be scheduled. Let in at once, several kernels would wait on the
+    multiprocessors side by side, and those that come late find room on few of them.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

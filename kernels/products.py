@@ -52,12 +52,28 @@ def weight_tile(
     w_ptr,
     offs_w,
     mask_w,
+    K_PADDED: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """The first BLOCK_K columns of the weight rows at offs_w [BLOCK_N]: the loads to have in flight early."""
     rows, columns = _left(offs_w, _columns(BLOCK_K))
-    mask, _ = _left(mask_w, _columns(BLOCK_K))
-    return tl.load(w_ptr + rows + columns, mask=mask, other=0.0)
+    return _weight(w_ptr + rows + columns, _columns(BLOCK_K), mask_w, 0, K_PADDED, BLOCK_K)
+
+
+@triton.jit
+def _weight(
+    w_ptrs,
+    offs_k,
+    mask_w,
+    k,
+    K_PADDED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The step of W at column k as the product's left operand."""
+    mask, mask_k = _left(mask_w, k + offs_k < K_PADDED)
+    if K_PADDED % BLOCK_K != 0:
+        mask = mask & mask_k
+    return tl.load(w_ptrs + k, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -94,8 +110,8 @@ def row_product(
 ):
     """W·norm(x)ᵀ → float32 [BLOCK_N, ROWS]; the norm is left out where norm_ptr is None.
 
-    x [rows, K] at offs_x int64 [ROWS]; W [·, K_PADDED], zero past K, at offs_w int64 [BLOCK_N]; BLOCK_K divides
-    K_PADDED; first = weight_tile(…). RMSNorm's 1/√(mean x² + eps) scales the sums at the end, so x is read once; in
+    x [rows, K] at offs_x int64 [ROWS]; W [·, K_PADDED], zero past K, at offs_w int64 [BLOCK_N]; first =
+    weight_tile(…). RMSNorm's 1/√(mean x² + eps) scales the sums at the end, so x is read once; in
     float16, where w·x might overflow before it, and for LayerNorm (norm_bias_ptr given), statistics come first.
     """
     offs_k = _columns(BLOCK_K)
@@ -104,7 +120,6 @@ def row_product(
     x_ptrs = x_ptr + rows + columns
     rows, columns = _left(offs_w, offs_k)
     w_ptrs = w_ptr + rows + columns
-    mask, _ = _left(mask_w, offs_k)
     STATISTICS_FIRST: tl.constexpr = norm_ptr is not None and (
         norm_bias_ptr is not None or x_ptr.dtype.element_ty == tl.float16
     )
@@ -115,12 +130,12 @@ def row_product(
 
     squares = tl.zeros(x_ptrs.shape, tl.float32)
     acc = tl.zeros((PARTS, BLOCK_N, ROWS) if PARTS > 1 else (BLOCK_N, ROWS), tl.float32)
-    operand, squares = _operand(x_ptrs, offs_k, mask_x, norm_ptr, norm_bias_ptr, mean, scale, squares, 0, K, K_PADDED)
+    operand, squares = _operand(x_ptrs, offs_k, mask_x, norm_ptr, norm_bias_ptr, mean, scale, squares, 0, K, BLOCK_K)
     acc = dot(first, operand, acc)
     for k in range(BLOCK_K, K_PADDED, BLOCK_K):
-        w = tl.load(w_ptrs + k, mask=mask, other=0.0)
+        w = _weight(w_ptrs, offs_k, mask_w, k, K_PADDED, BLOCK_K)
         operand, squares = _operand(
-            x_ptrs, offs_k, mask_x, norm_ptr, norm_bias_ptr, mean, scale, squares, k, K, K_PADDED
+            x_ptrs, offs_k, mask_x, norm_ptr, norm_bias_ptr, mean, scale, squares, k, K, BLOCK_K
         )
         acc = dot(w, operand, acc)
     if PARTS > 1:
@@ -153,10 +168,10 @@ def _operand(
     squares,
     k,
     K: tl.constexpr,
-    K_PADDED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """The step of x at column k as the product's right operand, and the running sum of squares."""
-    x = _step(x_ptrs, offs_k, mask_x, k, K, K_PADDED)
+    x = _step(x_ptrs, offs_k, mask_x, k, K, BLOCK_K)
     if norm_ptr is not None:
         wide = x.to(tl.float32)
         mask_k = k + offs_k < K
@@ -178,10 +193,10 @@ def _step(
     mask_x,
     k,
     K: tl.constexpr,
-    K_PADDED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     mask, mask_k = _right(mask_x, k + offs_k < K)
-    if K != K_PADDED:
+    if K % BLOCK_K != 0:
         mask = mask & mask_k
     return tl.load(x_ptrs + k, mask=mask, other=0.0)
 
@@ -203,11 +218,11 @@ def _statistics(
     if norm_bias_ptr is not None:
         total = tl.zeros(x_ptrs.shape, tl.float32)
         for k in range(0, K_PADDED, BLOCK_K):
-            total += _step(x_ptrs, offs_k, mask_x, k, K, K_PADDED).to(tl.float32)
+            total += _step(x_ptrs, offs_k, mask_x, k, K, BLOCK_K).to(tl.float32)
         mean = ordered_sum(tl.reshape(total, (BLOCK_K, ROWS))) / K
     squares = tl.zeros(x_ptrs.shape, tl.float32)
     for k in range(0, K_PADDED, BLOCK_K):
-        x = _step(x_ptrs, offs_k, mask_x, k, K, K_PADDED).to(tl.float32)
+        x = _step(x_ptrs, offs_k, mask_x, k, K, BLOCK_K).to(tl.float32)
         centre, mask_k = _right(mean, k + offs_k < K)
         centred = tl.where(mask_k, x - centre, 0.0)
         squares = tl.fma(centred, centred, squares)

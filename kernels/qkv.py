@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import ordered_sum, start_dependents, wait_for_producers
+from .primitives import ordered_sum, wait_for_producers
 from .products import halves, row_product, weight_tile
 from .values import Matrix, Norm, Rope, Slots, Split
 
@@ -124,7 +124,6 @@ def _qkv_rope_append_kernel(
     PDL: tl.constexpr,
 ):
     """q, k, v = norm(x)·Wᵀ + bias; RMSNorm of q and k over D; rotation; q [rows, HEADS, D], k, v to their slots."""
-    start_dependents(PDL)
     BLOCKS: tl.constexpr = (D // 2 + PAIRS - 1) // PAIRS
     pid_block = tl.program_id(1)
     head = pid_block // BLOCKS
@@ -137,7 +136,7 @@ def _qkv_rope_append_kernel(
     mask_r = offs_r < rows
     mask_out = mask_r
     if active_ptr is None and write_ptr is None:
-        first = weight_tile(w_ptr, offs_w, mask_w, BLOCK_K)
+        first = weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K)
         wait_for_producers(PDL)
     else:
         wait_for_producers(PDL)
@@ -148,7 +147,7 @@ def _qkv_rope_append_kernel(
             mask_out = mask_r & (tl.load(write_ptr + offs_r, mask=mask_r, other=0) != 0)
         if tl.max(mask_out.to(tl.int32), axis=0) == 0:
             return
-        first = weight_tile(w_ptr, offs_w, mask_w, BLOCK_K)
+        first = weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K)
 
     acc = row_product(
         x_ptr,
@@ -274,6 +273,6 @@ def qkv_rope_append(
         BLOCK_K=rule.block_k,
         ROWS=rule.rows,
         PDL=launch.dependent(arch),
-        **launch.options(rule.warps, rule.stages),
+        **launch.options(rule.warps, rule.stages, launch.PRODUCT_REGISTERS),
     )
     return q

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import start_dependents, wait_for_producers
+from .primitives import wait_for_producers
 from .residual import draw, keep, place_of, probability, take, total_of
 from .values import Verdict
 from .warping import mass, peak, threshold_of, uniform
@@ -32,7 +32,6 @@ def _warping_kernel(
     scores [S, n, V]; temperature, top_k, top_p, min_p [S]; warping float32 [S, n, 3]; best int32 [S, n]: the argmax at
     temperature 0, else −1.
     """
-    start_dependents(PDL)
     pid_s = tl.program_id(0).to(tl.int64)
     pid_n = tl.program_id(1).to(tl.int64)
     row = pid_s * tl.num_programs(1) + pid_n
@@ -91,7 +90,6 @@ def _rejection_kernel(  # noqa: PLR0915
     them; draft_ids int64 [V_DRAFT] or None; draft, parent int64 [S, k]; residual float32 [S, 2, V]: p in turn, read
     from one and written to the other; others float32 [S, V_DRAFT]: q; path int64 [S, k + 1]; the rest [S].
     """
-    start_dependents(PDL)
     pid_s = tl.program_id(0).to(tl.int64)
     residual_ptr += pid_s * 2 * V
     others_ptr += pid_s * V_DRAFT

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import start_dependents, wait_for_producers
+from .primitives import wait_for_producers
 from .values import Drafted
 
 BLOCK = 32
@@ -32,7 +32,6 @@ def _extend_kernel(
     PDL: tl.constexpr,
 ):
     """count + going; going and count < room and exp(value − log_sum_exp) ≥ threshold; the token, or 0: [S] each."""
-    start_dependents(PDL)
     offs = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     mask = offs < sequences
     wait_for_producers(PDL)
@@ -105,7 +104,6 @@ def _commit_kernel(
 
     report [S, k + 3]: accepted, -1 where nothing was left, count, token, draft; the rest [S]; draft [S, k]; all int64.
     """
-    start_dependents(PDL)
     pid_s = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, NODES)
     mask = offs < k

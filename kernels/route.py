@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import sigmoid, start_dependents, tanh, wait_for_producers
+from .primitives import sigmoid, tanh, wait_for_producers
 from .products import row_product, weight_tile
 from .values import Norm, Route, Router, RowMap
 
@@ -23,7 +23,6 @@ def _row_map_kernel(
     PDL: tl.constexpr,
 ):
     """row [L, rows] = positions of active [L, rows], ascending, then −1; count [L]."""
-    start_dependents(PDL)
     layer = tl.program_id(0).to(tl.int64)
     active_ptr += layer * stride_layer
     row_ptr += layer * rows
@@ -98,13 +97,12 @@ def _route_kernel(
     x [rows, K]; W [N, K_PADDED]; code float32 [tiles, ROWS, N] and arrived [tiles], zero, are scratch: the last program
     of a tile of rows finds the whole code there.
     """
-    start_dependents(PDL)
     pid_r = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     offs_w = offs_n.to(tl.int64) * K_PADDED
     offs_r = pid_r * ROWS + tl.arange(0, ROWS)
-    first = weight_tile(w_ptr, offs_w, mask_n, BLOCK_K)
+    first = weight_tile(w_ptr, offs_w, mask_n, K_PADDED, BLOCK_K)
     wait_for_producers(PDL)
     code = row_product(
         x_ptr,
@@ -191,6 +189,6 @@ def route(
         BLOCK_R=min(4, rule.rows),
         BLOCK_CODE=triton.next_power_of_2(width),
         PDL=launch.dependent(arch),
-        **launch.options(rule.warps, rule.stages),
+        **launch.options(rule.warps, rule.stages, launch.PRODUCT_REGISTERS),
     )
     return Route(weight, rest, run, skip)

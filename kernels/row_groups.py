@@ -6,7 +6,7 @@ import triton.language as tl
 
 from . import launch
 from .attention_index import RowGroups, TritonIndex
-from .primitives import start_dependents, wait_for_producers
+from .primitives import wait_for_producers
 
 
 def row_groups(index: TritonIndex, rows: int) -> RowGroups:
@@ -46,7 +46,6 @@ def _row_groups_kernel(
 
     The n-th sequence of the pass owns groups from (its first row + n·(GROUP_ROWS − 1)) // GROUP_ROWS on.
     """
-    start_dependents(PDL)
     pid_sequence = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
     wait_for_producers(PDL)

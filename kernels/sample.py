@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import start_dependents, wait_for_producers
+from .primitives import wait_for_producers
 from .warping import log, lowest_of_best, peak, threshold_of, uniform
 
 
@@ -32,7 +32,6 @@ def _sample_kernel(
     At temperature 0 those of x. scores [R, V]; temperature, top_p, min_p float32 [R]; top_k, seed, position int64 [R];
     token int64 [R, COUNT].
     """
-    start_dependents(PDL)
     pid_row = tl.program_id(0).to(tl.int64)
     row_ptr = scores_ptr + pid_row * stride_scores
     token_ptr += pid_row * COUNT

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import start_dependents, wait_for_producers
+from .primitives import wait_for_producers
 from .rejection import empty_verdict, rows_of, verify_rejection
 from .values import Verdict
 
@@ -37,7 +37,6 @@ def _verify_kernel(
 
     target [S, k + 1]; draft, parent [S, k], parent None for a chain; path [S, k + 1]; the rest [S]; all int64.
     """
-    start_dependents(PDL)
     pid_s = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, NODES)
     wait_for_producers(PDL)

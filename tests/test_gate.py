@@ -21,7 +21,7 @@ import triton.language as tl
 from skipjack.bench import gate, order, sass
 from skipjack.bench.gate_checks import Case, Finding, Launch, Meaning, beside_next, disagreements, failures
 from skipjack.kernels import launch
-from skipjack.kernels.primitives import dot, prefetch, start_dependents, wait_for_producers
+from skipjack.kernels.primitives import dot, prefetch, wait_for_producers
 from skipjack.runtime.errors import ConfigError
 
 SAMPLE = 36
@@ -43,9 +43,8 @@ def _product_kernel(
 ):
     """W·xᵀ → out: x [ROWS, K], W [N, K], out [ROWS, N]; FAULT breaks one rule."""
     PDL: tl.constexpr = FAULT != "no chain"
-    if FAULT == "late start":
-        tl.store(out_ptr, 0.0)
-    start_dependents(PDL)
+    if FAULT == "early start":
+        tl.extra.cuda.gdc_launch_dependents()
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, K)
     offs_r = tl.arange(0, ROWS)
@@ -137,7 +136,7 @@ VARIANTS: dict[str, tuple[dict[str, object], Meaning, str | None]] = {
     "other prefetch meant": ({}, replace(MEANT, prefetch=(4, "BLOCK_N", "K")), "loads before the wait"),
     "early store": ({"fault": "early store"}, MEANT, "stores before the wait"),
     "early end": ({"fault": "early end"}, MEANT, "may end before the wait"),
-    "late start": ({"fault": "late start"}, MEANT, "before the dependents are started"),
+    "early start": ({"fault": "early start"}, MEANT, "dependents are started before the wait"),
     "prefetched": ({"prefetched": COLUMNS}, MEANT, None),
     "no prefetch": ({"prefetched": COLUMNS, "fault": "no prefetch"}, MEANT, "asked for nothing before the wait"),
     "no chain": ({"fault": "no chain"}, MEANT, "no PREEXIT"),
