@@ -208,7 +208,7 @@ def test_a_mask_changes_no_bit_of_the_rows_it_keeps() -> None:
 
 @pytest.mark.parametrize(
     ("head_dim", "whole", "weight_rows", "block_n"),
-    [(64, False, 960, 16), (128, False, 6144, 16), (128, True, 6144, 128), (12, False, 6144, 16), (80, True, 960, 128)],
+    [(64, False, 960, 32), (128, False, 6144, 32), (128, True, 6144, 128), (12, False, 6144, 16), (80, True, 960, 128)],
 )
 def test_head_rule_holds_pairs_of_one_head(head_dim: int, whole: bool, weight_rows: int, block_n: int) -> None:
     rules = [launch.head_rule(head_dim, whole, weight_rows, 4096, rows, 8, 2, 90) for rows in (1, 8, 16)]

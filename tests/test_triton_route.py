@@ -175,5 +175,4 @@ def test_row_map_gathers_active_rows_in_order(op: object, rows: int) -> None:
 @pytest.mark.parametrize("columns", [576, 2048, 4096, 40])
 def test_route_rule_fixes_the_order_of_a_sum(columns: int, itemsize: int) -> None:
     rules = [launch.route_rule(columns // 16, columns, rows, 8, itemsize, 90) for rows in (1, 8, 16, 32, 64)]
-    assert len({(rule.block_n, rule.block_k) for rule in rules}) == 1
-    assert launch.padded(columns) % rules[0].block_k == 0
+    assert len(set(rules)) == 1

@@ -293,7 +293,7 @@ def test_there_was_a_search_that_could_have_compiled(name: str) -> None:
 def test_a_strict_engine_refuses_to_compile_and_says_what() -> None:
     result = found()["refusal"]
     assert result["kind"] == "CompilationError"
-    assert result["message"].startswith("_qkv_rope_append_kernel: ")
+    assert result["message"].startswith("_linear_kernel: ")
     assert "ROWS=16" in result["message"]
     assert "x_ptr: *bf16%16" in result["message"]
     assert result["compiled"] == 0
