@@ -25,6 +25,7 @@ ROW_MAP_BLOCK = 1024
 LARGE_WEIGHT = 8192
 PROCESSORS = 132
 STEP_BYTES = 32 * 1024
+LONG_STEP_ROWS = 16
 LONG_WEIGHT = 8
 FLIGHT_BYTES = 72 * 1024
 SHARED_BYTES = 99 * 1024
@@ -90,25 +91,27 @@ def product_rule(weight_rows: int, columns: int, rows: int, tile: int | None, it
     if arch == 0:
         return ProductRule(64, _dividing(width, 128), tile or min(64, max(8, _power(rows))), warps=4, stages=1)
     if tile_of(rows, tile) <= 8:
-        return _streamed(weight_rows, width, rows, itemsize, large=weight_rows >= LARGE_WEIGHT)
+        short = itemsize == 4 or (tile is None and rows > LONG_STEP_ROWS)
+        return _streamed(weight_rows, width, rows, itemsize, large=weight_rows >= LARGE_WEIGHT, short=short)
     return _computed(weight_rows, width, rows, tile, itemsize)
 
 
-def _streamed(weight_rows: int, width: int, rows: int, itemsize: int, *, large: bool) -> ProductRule:
+def _streamed(weight_rows: int, width: int, rows: int, itemsize: int, *, large: bool, short: bool) -> ProductRule:
     """Steps so long that one or two programs keep a processor's share of the memory busy.
 
     With the room in shared memory that they take, programs of the next kernel, which start while these run, spread over
-    all processors. The last step of a small weight may reach past its width.
+    all processors. The last step of a small weight may reach past its width. Registers hold a long step against
+    LONG_STEP_ROWS rows; `short` steps leave room for more of 16 bits, or for float32.
     """
     block_n = 32 if large else 16
-    longest = (STEP_BYTES if itemsize < 4 else STEP_BYTES // 4) // (block_n * itemsize)
-    block_k = _dividing(width, longest) if large or itemsize == 4 else min(longest, _power(width))
-    wide = min(16, max(8, _power(rows)))
+    longest = (STEP_BYTES // 4 if short else STEP_BYTES) // (block_n * itemsize)
+    block_k = _dividing(width, longest) if large or short else min(longest, _power(width))
+    wide = min(64 // itemsize if short else LONG_STEP_ROWS, max(8, _power(rows)))
     steps, alone = -(-width // block_k), weight_rows <= block_n * PROCESSORS
     buffers = (2 if alone or steps >= LONG_WEIGHT else 1) * STEP_BYTES // (block_n * block_k * itemsize)
     room = SHARED_BYTES // ((block_n + wide) * block_k * itemsize)
     stages = 1 + max(1, min(buffers, room, steps - 1, 3))
-    return ProductRule(block_n, block_k, wide, 4 if wide <= 8 else 8, stages)
+    return ProductRule(block_n, block_k, wide, 4 if short or wide <= 8 else 8, stages)
 
 
 def _computed(weight_rows: int, width: int, rows: int, tile: int | None, itemsize: int) -> ProductRule:
@@ -154,7 +157,7 @@ def head_rule(
     tile, width = tile_of(rows, tile), padded(columns)
     rule = product_rule(weight_rows, columns, rows, tile, itemsize, arch)
     if arch and tile <= 8:
-        rule = _streamed(weight_rows, width, tile, itemsize, large=width % 512 == 0)
+        rule = _streamed(weight_rows, width, tile, itemsize, large=width % 512 == 0, short=itemsize == 4)
     pairs = max(8, 1 << (head_dim // 2 - 1).bit_length())
     if not whole:
         return rule._replace(block_n=min(rule.block_n, 2 * pairs))

@@ -286,7 +286,7 @@ def moved(rule: launch.ProductRule, rows: int) -> float:
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("model", MODELS)
-def test_fast_rules_are_wider_for_prompts_and_leave_work_for_every_processor(model: str, arch: int) -> None:
+def test_fast_rules_move_no_more_and_leave_work_for_every_processor(model: str, arch: int) -> None:
     for weight_rows, columns in matrices(model):
         for rows in (1, 3, 8, 9, 16, 17, 33, 64, 65, 100, 144, 512, 1024):
             exact = launch.product_rule(weight_rows, columns, rows, 8 if rows <= 64 else 64, 2, arch)
@@ -294,13 +294,13 @@ def test_fast_rules_are_wider_for_prompts_and_leave_work_for_every_processor(mod
             assert launch.product_rule(weight_rows, columns, rows, None, 4, arch) == launch.product_rule(
                 weight_rows, columns, rows, launch.tile_of(rows, None), 4, arch
             ), "float32 has no rules of its own"
-            if rows <= 64:
+            if rows <= 16:
                 assert fast == exact
                 continue
             assert moved(fast, rows) <= moved(exact, rows)
             assert launch.padded(columns) % fast.block_k == 0
             assert fast.stages * (fast.block_n + fast.rows) * fast.block_k * 2 <= 99 * 1024
-            assert fast.stages >= 3
+            assert fast.stages >= 2
             programs = -(-weight_rows // fast.block_n) * -(-rows // fast.rows)
             assert programs >= launch.ENOUGH_PROGRAMS or fast.block_n == exact.block_n
 
