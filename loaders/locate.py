@@ -24,6 +24,9 @@ def check_name(model: str | Path) -> None:
         raise ConfigError(
             f'MODEL: expected a model folder, "{DEMO}" or a hub id org/name, got {str(model)!r}, which is not a folder'
         )
+    parent, _, name = str(model).partition("/")
+    if "@" not in name and os.path.isdir(parent):
+        raise ConfigError(f"MODEL: {parent} is a folder without {name}; on the hub it is {model}@main")
     if importlib.util.find_spec("huggingface_hub") is None:
         raise ConfigError(
             f'MODEL: expected a model folder or "{DEMO}", got {str(model)!r}, which is not a folder; '

@@ -212,6 +212,17 @@ def test_without_the_client_a_hub_id_says_what_is_missing(
         assert message in capsys.readouterr().err
 
 
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(
+    stand_in: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"org is a folder without single; on the hub it is org/single@main"):
+        locate.locate("org/single")
+    assert stand_in.fetched() == []
+    assert locate.locate("org/single@main").is_dir()
+
+
 def test_the_command_line_takes_hub_ids(stand_in: Hub, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", "from skipjack.runtime.cli import main; main()", "inspect", "org/single", "--json"],
