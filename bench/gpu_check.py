@@ -11,11 +11,11 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import torch
 import typer
@@ -29,6 +29,8 @@ from .record import write
 
 # Of a process that checks beside others.
 THREADS = 2
+
+Result = TypeVar("Result")
 
 app = typer.Typer(add_completion=False)
 
@@ -79,13 +81,17 @@ def one_by_one(jobs: Jobs) -> Iterator[tuple[str, Iterable[Finding]]]:
 
 def together(jobs: Jobs) -> Iterator[tuple[str, Iterable[Finding]]]:
     """`one_by_one`, every part in a process of its own, so that one which loses the device loses it alone."""
-    workers = max(1, (os.cpu_count() or 1) // THREADS)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
-        names = {pool.submit(_alone, *job): job[0] for job in jobs}
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // THREADS)) as pool:
+        names = {pool.submit(apart, _alone, *job): job[0] for job in jobs}
         for done in as_completed(names):
             error = done.exception()
             yield names[done], done.result() if error is None else [_broken(names[done], error)]
+
+
+def apart(function: Callable[..., Result], *arguments: object) -> Result:
+    """The result of a function that runs in a process of its own, which ends with it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def _alone(name: str, setting: Setting) -> list[Finding]:
