@@ -11,11 +11,11 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import torch
 import typer
@@ -69,6 +69,8 @@ def run(setting: Setting, names: Iterable[str]) -> Iterator[Finding]:
 
 
 Jobs = Sequence[tuple[str, Setting]]
+Job = TypeVar("Job", bound=tuple[Any, ...])
+Result = TypeVar("Result")
 
 
 def one_by_one(jobs: Jobs) -> Iterator[tuple[str, Iterable[Finding]]]:
@@ -79,13 +81,23 @@ def one_by_one(jobs: Jobs) -> Iterator[tuple[str, Iterable[Finding]]]:
 
 def together(jobs: Jobs) -> Iterator[tuple[str, Iterable[Finding]]]:
     """`one_by_one`, every part in a process of its own, so that one which loses the device loses it alone."""
-    workers = max(1, (os.cpu_count() or 1) // THREADS)
+    for (name, _), done in in_processes(_alone, jobs):
+        error = done.exception()
+        yield name, done.result() if error is None else [_broken(name, error)]
+
+
+def in_processes(run: Callable[..., Result], jobs: Iterable[Job]) -> Iterator[tuple[Job, Future[Result]]]:
+    """`run` with each job's arguments, in a process of its own, several at once; as they are done."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
-        names = {pool.submit(_alone, *job): job[0] for job in jobs}
-        for done in as_completed(names):
-            error = done.exception()
-            yield names[done], done.result() if error is None else [_broken(names[done], error)]
+
+    def alone(job: Job) -> Result:
+        with ProcessPoolExecutor(1, mp_context=spawn) as process:
+            return process.submit(run, *job).result()
+
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // THREADS)) as threads:
+        futures = {threads.submit(alone, job): job for job in jobs}
+        for done in as_completed(futures):
+            yield futures[done], done
 
 
 def _alone(name: str, setting: Setting) -> list[Finding]:
