@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import gpu_methods, gpu_parts, gpu_speed, step
+from . import gpu_methods, gpu_parts, gpu_speed, rules, step
 from .gpu_check import facts, run, setting_of
 from .gpu_check import show as show_findings
 from .gpu_parts import Finding, Setting
@@ -76,6 +76,7 @@ PARTS: dict[str, Part] = {
         "lossy methods", ("T15", "T16", "T17"), _each(gpu_speed.unified, gpu_methods.routed, gpu_methods.cycles)
     ),
     "large-peers": Part("other libraries, 8b", ("T12", "T13"), gpu_methods.large_peers, checked=False),
+    "rules": Part("launch rules", (), rules.fastest, checked=False),
 }
 
 

@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -29,8 +29,6 @@ from .record import write
 
 # Of a process that checks beside others.
 THREADS = 2
-
-Result = TypeVar("Result")
 
 app = typer.Typer(add_completion=False)
 
@@ -71,6 +69,8 @@ def run(setting: Setting, names: Iterable[str]) -> Iterator[Finding]:
 
 
 Jobs = Sequence[tuple[str, Setting]]
+Job = TypeVar("Job", bound=tuple[Any, ...])
+Result = TypeVar("Result")
 
 
 def one_by_one(jobs: Jobs) -> Iterator[tuple[str, Iterable[Finding]]]:
@@ -81,17 +81,23 @@ def one_by_one(jobs: Jobs) -> Iterator[tuple[str, Iterable[Finding]]]:
 
 def together(jobs: Jobs) -> Iterator[tuple[str, Iterable[Finding]]]:
     """`one_by_one`, every part in a process of its own, so that one which loses the device loses it alone."""
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // THREADS)) as pool:
-        names = {pool.submit(apart, _alone, *job): job[0] for job in jobs}
-        for done in as_completed(names):
-            error = done.exception()
-            yield names[done], done.result() if error is None else [_broken(names[done], error)]
+    for (name, _), done in in_processes(_alone, jobs):
+        error = done.exception()
+        yield name, done.result() if error is None else [_broken(name, error)]
 
 
-def apart(function: Callable[..., Result], *arguments: object) -> Result:
-    """The result of a function that runs in a process of its own, which ends with it."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(function, *arguments).result()
+def in_processes(run: Callable[..., Result], jobs: Iterable[Job]) -> Iterator[tuple[Job, Future[Result]]]:
+    """`run` with each job's arguments, in a process of its own, several at once; as they are done."""
+    spawn = multiprocessing.get_context("spawn")
+
+    def alone(job: Job) -> Result:
+        with ProcessPoolExecutor(1, mp_context=spawn) as process:
+            return process.submit(run, *job).result()
+
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // THREADS)) as threads:
+        futures = {threads.submit(alone, job): job for job in jobs}
+        for done in as_completed(futures):
+            yield futures[done], done
 
 
 def _alone(name: str, setting: Setting) -> list[Finding]:

@@ -62,10 +62,11 @@ class Bed(NamedTuple):
     context: int
 
     @staticmethod
-    def of(shape: str, device: torch.device, dry: bool) -> Bed:
-        """Random weights: bfloat16, float32 in a dry run."""
+    def of(shape: str, device: torch.device, dry: bool, layers: int | None = None) -> Bed:
+        """Random weights, bfloat16, float32 in a dry run; of `layers` layers where that is given."""
         context = DRY_CONTEXT if dry else CONTEXT
-        config = ModelConfig.parse(synthetic_config(shape) | (DRY_FIELDS if dry else {}), shape)
+        fields = synthetic_config(shape) | (DRY_FIELDS if dry else {})
+        config = ModelConfig.parse(fields | ({"num_hidden_layers": layers} if layers else {}), shape)
         weights = synthetic_weights(config, 0, torch.float32 if dry else torch.bfloat16, device=device)
         model = Model(config, weights, select("triton"))
         cache = model.new_cache(-(-(context + max(ROWS)) // model.ops.page_size) + 1)
@@ -153,7 +154,7 @@ def bubble_per_layer(seconds: float, read: int, bandwidth: float, layers: int) -
     return (seconds - read / bandwidth) / layers
 
 
-class _Launch(NamedTuple):
+class Launch(NamedTuple):
     """One kernel for layer i, the bytes it cannot avoid, and the layers there are."""
 
     run: Callable[[int], object]
@@ -163,9 +164,9 @@ class _Launch(NamedTuple):
 
 def _kernels(clock: Clock, bed: Bed, copy: float | None) -> Iterator[Figure]:
     for count in ROWS[:2]:
-        for name, launch in _launches(bed, count).items():
+        for name, launch in launches(bed, count).items():
 
-            def loop(launch: _Launch = launch) -> None:
+            def loop(launch: Launch = launch) -> None:
                 for i in range(launch.layers):
                     launch.run(i)
 
@@ -174,7 +175,7 @@ def _kernels(clock: Clock, bed: Bed, copy: float | None) -> Iterator[Figure]:
             yield Figure(name, bed.shape, count, *times, launch.bytes, launch.bytes * launch.layers, share)
 
 
-def _launches(bed: Bed, count: int) -> dict[str, _Launch]:
+def launches(bed: Bed, count: int) -> dict[str, Launch]:
     """The kernels of a layer, and the head, for `count` rows after a context."""
     model, cache = bed.model, bed.cache
     config, ops, tile, layers = model.config, model.ops, model.ops.decode_tile, model.layers
@@ -216,12 +217,12 @@ def _launches(bed: Bed, count: int) -> dict[str, _Launch]:
 
     number, first = config.num_layers, layers[0]
     return {
-        "qkv": _Launch(qkv, size(first.qkv), number),
-        "attend": _Launch(attend, kv_bytes(model, bed.context) // number, number),
-        "output": _Launch(output, size(first.output), number),
-        "up": _Launch(up, size(first.up), number),
-        "down": _Launch(down, size(first.down), number),
-        "head": _Launch(head, config.vocab_size * config.hidden_size * x.element_size(), 1),
+        "qkv": Launch(qkv, size(first.qkv), number),
+        "attend": Launch(attend, kv_bytes(model, bed.context) // number, number),
+        "output": Launch(output, size(first.output), number),
+        "up": Launch(up, size(first.up), number),
+        "down": Launch(down, size(first.down), number),
+        "head": Launch(head, config.vocab_size * config.hidden_size * x.element_size(), 1),
     }
 
 
@@ -238,14 +239,14 @@ class Clock:
     def bandwidth(self) -> dict[str, float]:
         return {} if self.dry else bandwidth(self.device)
 
-    def times(self, function: Callable[[], Any], calls: int = 1) -> Times:
+    def times(self, function: Callable[[], Any], calls: int = 1, samples: int = SAMPLES) -> Times:
         """Seconds of one of the `calls` that `function` makes."""
         if self.dry:
             with torch.inference_mode():
                 function()
             return None, None, None
         sample = sampler(function, self.device, calls=calls)
-        spread = Spread.of(sample() for _ in range(SAMPLES))
+        spread = Spread.of(sample() for _ in range(samples))
         return spread.median, spread.p10, spread.p90
 
 

@@ -1,0 +1,217 @@
+"""The fastest launch parameters of the decode kernels on the GPU at hand, to make rules of `kernels/launch.py` from.
+
+They are looked for in the chain: a pass of one row through a few layers as one captured graph. Kernels overlap there,
+so that what is fastest alone may not be. Kernel after kernel is launched by each of its candidates in turn and keeps
+the fastest while those after it have theirs; the head, of which a pass has one, is timed alone.
+
+A rule fixes the order of sums, and so the bits of a model's output. To change one is to change the numerics of every
+row alike, and `make gpu-check` comes after: nothing here looks at a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import product, starmap
+from typing import Any, NamedTuple
+
+import torch
+
+from ..kernels import launch
+from ..runtime.model import Model
+from .gpu_check import in_processes
+from .gpu_parts import Setting
+from .step import ROWS, SAMPLES, Bed, Clock, Figure, Times, launches
+from .targets import SHAPES
+
+# Enough for their weights to exceed the L2 cache several times, where the shape allows it.
+LAYERS = {"135m": 10, "1b": 8, "8b": 4}
+UNTIMED_LAYERS = 2
+FEW_SAMPLES = 5
+CHAIN = ("qkv", "attend", "output", "up", "down")
+KERNELS = (*CHAIN, "head")
+
+
+class Product(NamedTuple):
+    """What replaces a part of `ProductRule`: weight rows and columns of a step, and stages. Its warps stay."""
+
+    block_n: int
+    block_k: int
+    stages: int
+
+
+class Attention(NamedTuple):
+    """What replaces a part of `AttentionRule`: positions of a near split, and warps."""
+
+    split: int
+    warps: int
+
+
+Candidate = Product | Attention
+Chosen = Mapping[str, Candidate]
+
+# fmt: off
+PRODUCTS = tuple(starmap(Product, (
+    (16, 256, 3), (16, 256, 5), (16, 512, 2), (16, 512, 3), (16, 512, 4), (16, 512, 6), (16, 1024, 2), (16, 1024, 3),
+    (32, 128, 5), (32, 256, 3), (32, 256, 5), (32, 512, 2), (32, 512, 3), (64, 128, 3), (64, 256, 3),
+)))
+# fmt: on
+ATTENTIONS = tuple(starmap(Attention, product((64, 128), (4, 8))))
+DRY_PRODUCTS, DRY_ATTENTIONS = (Product(16, 32, 2),), (Attention(64, 4),)
+
+
+class Timed(NamedTuple):
+    """What is timed, how often it calls what a figure is for, and the bytes one of these cannot avoid."""
+
+    run: Callable[[], object]
+    calls: int
+    bytes: int
+
+
+def fastest(setting: Setting) -> Iterator[Figure]:
+    """The time of every candidate for every shape; then the chain and whole steps, by the rules in use and as kept."""
+    shapes, clock = setting.named(SHAPES), Clock(setting.device, setting.dry)
+    if not setting.dry:
+        for _ in in_processes(compile_candidates, list(product(shapes.values(), KERNELS, (setting,)))):
+            pass  # What does not compile is noted where it is timed.
+    for label, shape in shapes.items():
+        bed = Bed.of(shape, setting.device, setting.dry, UNTIMED_LAYERS if setting.dry else LAYERS[label])
+        kept: dict[str, Candidate] = {}
+        yield from descend(clock, bed, kept)
+        usual, chain = _compared(clock, bed, "chain", 1, _chain(bed), kept)
+        yield usual
+        yield replace(chain, note="; ".join([chain.note, *(f"{kernel} {_name(own)}" for kernel, own in kept.items())]))
+        bed = Bed.of(shape, setting.device, setting.dry)
+        for count in ROWS:
+            yield from _compared(clock, bed, "step", count, Timed(bed.step(count), 1, bed.step_bytes), kept)
+
+
+def compile_candidates(shape: str, kernel: str, setting: Setting) -> None:
+    """Fill Triton's cache with a kernel by the rule in use, and for one row by every candidate."""
+    with torch.inference_mode():
+        bed = Bed.of(shape, setting.device, setting.dry, UNTIMED_LAYERS)
+        for count in ROWS:
+            launches(bed, count)[kernel].run(0)
+        one = launches(bed, 1)[kernel]
+        for candidate in candidates(bed.model, kernel, setting.dry):
+            with suppress(Exception), replaced(bed.model, {kernel: candidate}):
+                one.run(0)
+
+
+def descend(clock: Clock, bed: Bed, kept: dict[str, Candidate]) -> Iterator[Figure]:
+    """The time of every candidate beside those kept so far; `kept` receives what is faster than the rule in use."""
+    for kernel in KERNELS:
+        timed = _head(bed) if kernel == "head" else _chain(bed)
+        name = f"rule, {kernel} {_name(in_use(bed.model, kernel))}"
+        usual = best = _figure(clock, bed, name, 1, timed, kept, FEW_SAMPLES)
+        yield usual
+        for candidate in candidates(bed.model, kernel, clock.dry):
+            name, chosen = f"rule, {kernel} {_name(candidate)}", kept | {kernel: candidate}
+            figure = _figure(clock, bed, name, 1, timed, chosen, FEW_SAMPLES, usual)
+            if figure.median is not None and best.median is not None and figure.median < best.median:
+                best, kept[kernel] = figure, candidate
+            yield figure
+
+
+def candidates(model: Model, kernel: str, dry: bool) -> list[Candidate]:
+    """What a kernel is tried with beside the rule in use; a weight is not tried with more than its columns fill."""
+    every: list[Candidate] = list(DRY_ATTENTIONS if dry else ATTENTIONS)
+    if kernel != "attend":
+        columns = _weights(model)[kernel][1]
+        every = [c for c in (DRY_PRODUCTS if dry else PRODUCTS) if _filled(c, columns)]
+    return [candidate for candidate in every if candidate != in_use(model, kernel)]
+
+
+def in_use(model: Model, kernel: str) -> Candidate:
+    """What the rule in the code says for one row."""
+    config, tile, size, arch = model.config, model.tile(1), model.dtype.itemsize, launch.architecture()
+    if kernel == "attend":
+        group = config.num_heads // config.num_kv_heads
+        rule = launch.attention_rule(config.head_dim, group, launch.tile_of(1, tile), size, arch)
+        return Attention(rule.split, rule.warps)
+    given = (*_weights(model)[kernel], 1, tile, size, arch)
+    rule = launch.product_rule(*given)
+    if kernel == "qkv":
+        rule = launch.head_rule(config.head_dim, config.qk_norm, *given)
+    return Product(rule.block_n, rule.block_k, rule.stages)
+
+
+@contextmanager
+def replaced(model: Model, chosen: Chosen) -> Generator[None]:
+    """Launch these kernels by these candidates and the others by the rules in use; weights are known by their shape."""
+    usual = launch.product_rule, launch.head_rule, launch.attention_rule
+    weights, fields = _weights(model), {kernel: candidate._asdict() for kernel, candidate in chosen.items()}
+    own = {weights[kernel]: given for kernel, given in fields.items() if kernel in weights}
+
+    def product_rule(*given: Any) -> launch.ProductRule:
+        return usual[0](*given)._replace(**own.get(given[:2], {}))
+
+    def head_rule(*given: Any) -> launch.ProductRule:
+        return usual[1](*given)._replace(**own.get(given[2:4], {}))
+
+    def attention_rule(*given: Any) -> launch.AttentionRule:
+        return usual[2](*given)._replace(**fields.get("attend", {}))
+
+    launch.product_rule, launch.head_rule, launch.attention_rule = product_rule, head_rule, attention_rule
+    try:
+        yield
+    finally:
+        launch.product_rule, launch.head_rule, launch.attention_rule = usual
+
+
+def _filled(candidate: Product, columns: int) -> bool:
+    return candidate.block_k < 2 * columns and candidate.stages <= -(-columns // candidate.block_k)
+
+
+def _weights(model: Model) -> dict[str, tuple[int, int]]:
+    """Rows and columns of every product's weight."""
+    layer, config = model.layers[0], model.config
+    own = {"qkv": layer.qkv, "output": layer.output, "up": layer.up, "down": layer.down}
+    shapes = {kernel: (weight.rows, weight.columns) for kernel, weight in own.items()}
+    return shapes | {"head": (config.vocab_size, config.hidden_size)}
+
+
+def _chain(bed: Bed) -> Timed:
+    rows, model, own = bed.rows(1), bed.model, launches(bed, 1)
+    run = lambda: model.forward(rows, bed.cache, model.full)  # noqa: E731
+    return Timed(run, model.config.num_layers, sum(own[kernel].bytes for kernel in CHAIN))
+
+
+def _head(bed: Bed) -> Timed:
+    head = launches(bed, 1)["head"]
+    return Timed(lambda: head.run(0), 1, head.bytes)
+
+
+def _compared(clock: Clock, bed: Bed, what: str, rows: int, timed: Timed, kept: Chosen) -> tuple[Figure, Figure]:
+    usual = _figure(clock, bed, f"{what}, rules in use", rows, timed, {}, SAMPLES)
+    return usual, _figure(clock, bed, f"{what}, rules kept", rows, timed, kept, SAMPLES, usual)
+
+
+def _figure(
+    clock: Clock,
+    bed: Bed,
+    name: str,
+    rows: int,
+    timed: Timed,
+    chosen: Chosen,
+    samples: int,
+    usual: Figure | None = None,
+) -> Figure:
+    """By these candidates; beside `usual` they may fail: some do not compile, or want too much shared memory."""
+    try:
+        with replaced(bed.model, chosen):
+            times = clock.times(timed.run, timed.calls, samples)
+    except Exception as error:
+        if usual is None:
+            raise
+        times: Times = (None, None, None)
+        note = f"does not run: {type(error).__name__}: {str(error)[:200]}"
+    else:
+        over = usual and usual.median and times[0] and times[0] / usual.median
+        note = "in use" if usual is None else f"÷ rule in use {over:.3f}" if over else ""
+    return Figure(name, bed.shape, rows, *times, timed.bytes, timed.bytes * timed.calls, None, note)
+
+
+def _name(candidate: Candidate) -> str:
+    return "x".join(map(str, candidate))
