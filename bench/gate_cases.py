@@ -55,6 +55,7 @@ class Shape(NamedTuple):
     head_dim: int
     vocab: int
     qk_norm: bool = False
+    layer_norm: bool = False
 
 
 SHAPES = (
@@ -62,10 +63,12 @@ SHAPES = (
     Shape("Llama-3.2-1B", 2048, 8192, 32, 8, 64, 128256),
     Shape("Llama-3-8B", 4096, 14336, 32, 8, 128, 128256),
     Shape("Qwen3-4B", 2560, 9728, 32, 8, 128, 151936, qk_norm=True),
+    Shape("BLOOM-1b7", 2048, 4096, 16, 16, 128, 250880, layer_norm=True),
 )
 PASSES = ((1, TRITON.decode_tile), (8, TRITON.decode_tile), (16, TRITON.decode_tile), (64, TRITON.prefill_tile))
 FAST_PASSES = ((16, None), (64, None), (512, None))
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# The first shapes of each: float16 has rules of its own where a norm takes several steps.
+DTYPES = {torch.bfloat16: len(SHAPES), torch.float16: 2, torch.float32: 1}
 
 LAYER = ("qkv", "attention", "output", "gate and up", "down")
 CONTEXT = 512
@@ -85,11 +88,11 @@ class Step(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """Every case: all shapes in bfloat16, the first also in float16 and float32, whose rules are never others."""
+    """Every case: all shapes in bfloat16, the first ones also in float16 and float32."""
     return [
         case
-        for dtype in DTYPES
-        for shape in (SHAPES if dtype == torch.bfloat16 else SHAPES[:1])
+        for dtype, count in DTYPES.items()
+        for shape in SHAPES[:count]
         for rows, tile in (*PASSES, *(FAST_PASSES if dtype != torch.float32 else ()))
         for case in Pass(shape, rows, tile, dtype).cases()
     ]
@@ -130,7 +133,7 @@ class Pass:
 
     def _layer(self) -> Iterator[Step]:
         s = self.shape
-        norm = Norm(self.tensor(s.hidden), None, EPS)
+        norm = self.norm()
         x, attended, gated = (self.tensor(self.rows, n) for n in (s.hidden, s.heads * s.head_dim, s.inner))
         yield self._qkv("qkv")
         yield self._attend("attention")
@@ -158,7 +161,7 @@ class Pass:
 
     def _head(self) -> Iterator[Step]:
         s = self.shape
-        x, norm = self.tensor(self.rows, s.hidden), Norm(self.tensor(s.hidden), None, EPS)
+        x, norm = self.tensor(self.rows, s.hidden), self.norm()
         weight, tile = self.matrix(s.vocab, s.hidden), self.tile
         yield Step("normalise", "norm", 0, lambda: TRITON.normalise(x, norm))
         if self.prefill:
@@ -177,7 +180,7 @@ class Pass:
 
     def _routing(self) -> Iterator[Step]:
         s, tile = self.shape, self.tile
-        x, norm = self.tensor(self.rows, s.hidden), Norm(self.tensor(s.hidden), None, EPS)
+        x, norm = self.tensor(self.rows, s.hidden), self.norm()
         narrow = s.hidden // 16
         encoder = self.matrix(narrow, s.hidden)
         router = Router(encoder, self.tensor(narrow), self.tensor(narrow, dtype=torch.float32))
@@ -187,7 +190,7 @@ class Pass:
 
         width = s.heads + 2 * s.kv_heads
         stack = TRITON.prepare_stack(self.tensor(LAYERS, width * s.head_dim, s.hidden))
-        norms = Norm(self.tensor(LAYERS, s.hidden), None, EPS)
+        norms = self.norm(LAYERS)
         k_norm = self.tensor(LAYERS, s.head_dim) if s.qk_norm else None
         rows = RowMap(self.tensor(LAYERS, self.rows, dtype=torch.int32), self.tensor(LAYERS, dtype=torch.int32))
         rotated = self.tensor(LAYERS, dtype=torch.bool)
@@ -257,7 +260,7 @@ class Pass:
 
     def _qkv(self, label: str, **options: object) -> Step:
         s = self.shape
-        x, norm = self.tensor(self.rows, s.hidden), Norm(self.tensor(s.hidden), None, EPS)
+        x, norm = self.tensor(self.rows, s.hidden), self.norm()
         weight = self.matrix((s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden)
         head_norm = self.tensor(s.head_dim) if s.qk_norm else None
         inputs = (x, norm, weight, None, head_norm, head_norm, self.rope(), *self.cache_pair(), self.slots())
@@ -284,6 +287,10 @@ class Pass:
 
     def tensor(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(sizes, dtype=dtype or self.dtype, device="meta")
+
+    def norm(self, *layers: int) -> Norm:
+        sizes = *layers, self.shape.hidden
+        return Norm(self.tensor(*sizes), self.tensor(*sizes) if self.shape.layer_norm else None, EPS)
 
     def ids(self, *sizes: int) -> Tensor:
         return self.tensor(*sizes, dtype=torch.int64)

@@ -142,6 +142,9 @@ def _chain(code: MachineCode, meaning: Meaning, launch: Launch) -> Iterable[str]
     early = code.before("ACQBULK")
     if starts := [i for i in early if i.base == "PREEXIT"]:
         yield f"the dependents are started before the wait: {_some(starts)}"
+    # A load may be moved ahead of the start by the assembler; work may not.
+    if late := [i for i in code.before("PREEXIT") if (i.is_store or i.is_mma) and i not in early]:
+        yield f"the dependents are started late: {_some(late)}"
     if stores := [i for i in early if i.is_store]:
         yield f"stores before the wait: {_some(stores)}"
     if ends := [i for i in early if i.is_end]:

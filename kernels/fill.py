@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import launch
 from .primitives import wait_for_producers
-from .products import row_product, weight_tile
+from .products import row_product, statistics_first, weight_tile
 from .qkv import head_halves, pair_rows, store_halves
 from .values import Norm, Rope, RowMap, Slots, Stack
 
@@ -151,7 +151,10 @@ def fill_kv(
     layers, mapped = rows.row.shape
     _, _, kv_heads, _, head_dim = keys.shape
     arch = launch.architecture()
-    rule = launch.head_rule(head_dim, k_norm is not None, weight[0].rows, columns, mapped, tile, x.element_size(), arch)
+    short, itemsize = statistics_first(norm, x.dtype), x.element_size()
+    rule = launch.head_rule(
+        head_dim, k_norm is not None, weight[0].rows, columns, mapped, tile, itemsize, arch, short=short
+    )
     pairs = rule.block_n // 2
     grid = (triton.cdiv(mapped, rule.rows), 2 * kv_heads * triton.cdiv(head_dim // 2, pairs), layers)
     _fill_kv_kernel[grid](

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import launch
 from .primitives import ordered_sum, wait_for_producers
-from .products import row_product, weight_tile
+from .products import row_product, statistics_first, weight_tile
 from .values import Matrix, Norm, Prediction
 
 _NONE: tl.constexpr = tl.constexpr(-(2**63))
@@ -191,7 +191,8 @@ def head(
     x = x if x.stride(1) == 1 else x.contiguous()
     active = None if active is None else active.contiguous()
     arch = launch.architecture()
-    rule = launch.product_rule(vocabulary, weight.columns, rows, tile, x.element_size(), arch)
+    short = statistics_first(norm, x.dtype)
+    rule = launch.product_rule(vocabulary, weight.columns, rows, tile, x.element_size(), arch, short=short)
     blocks = triton.cdiv(vocabulary, rule.block_n)
     taken = 1 if top_k is None else min(top_k, vocabulary)
     kept = min(taken, rule.block_n)

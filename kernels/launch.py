@@ -80,18 +80,21 @@ def padded(columns: int) -> int:
     return -(-columns // 16) * 16
 
 
-def product_rule(weight_rows: int, columns: int, rows: int, tile: int | None, itemsize: int, arch: int) -> ProductRule:
+def product_rule(
+    weight_rows: int, columns: int, rows: int, tile: int | None, itemsize: int, arch: int, *, short: bool = False
+) -> ProductRule:
     """The rule of `row_product` for a weight [weight_rows, columns] against passes of `rows` rows in tiles of `tile`.
 
     block_n and block_k, which fix the order of a sum, depend on the weight and the tile alone. `rows`, the activations
     one program takes, does not round: columns of one instruction are independent. The interpreter's products are not,
-    so there it is the tile. Tiles of 8 stream the weight, wider ones compute.
+    so there it is the tile. Tiles of 8 stream the weight, wider ones compute. `short`: a loop for the norm's statistics
+    comes before the product's, and registers hold no long step in both.
     """
     width = padded(columns)
     if arch == 0:
         return ProductRule(64, _dividing(width, 128), tile or min(64, max(8, _power(rows))), warps=4, stages=1)
     if tile_of(rows, tile) <= 8:
-        short = itemsize == 4 or (tile is None and rows > LONG_STEP_ROWS)
+        short = short or itemsize == 4 or (tile is None and rows > LONG_STEP_ROWS)
         return _streamed(weight_rows, width, rows, itemsize, large=weight_rows >= LARGE_WEIGHT, short=short)
     return _computed(weight_rows, width, rows, tile, itemsize)
 
@@ -137,7 +140,7 @@ def _computed(weight_rows: int, width: int, rows: int, tile: int | None, itemsiz
 
 def _dividing(width: int, longest: int) -> int:
     """The longest step, a power of two, that divides a weight's columns, a multiple of 16."""
-    return next(block for block in (longest, 64, 32, 16) if block <= longest and width % block == 0)
+    return min(longest, width & -width)
 
 
 def _power(rows: int) -> int:
@@ -151,13 +154,26 @@ def tile_of(rows: int, tile: int | None) -> int:
 
 
 def head_rule(
-    head_dim: int, whole: bool, weight_rows: int, columns: int, rows: int, tile: int | None, itemsize: int, arch: int
+    head_dim: int,
+    whole: bool,
+    weight_rows: int,
+    columns: int,
+    rows: int,
+    tile: int | None,
+    itemsize: int,
+    arch: int,
+    *,
+    short: bool = False,
 ) -> ProductRule:
-    """`product_rule` for weight rows of one head in block_n / 2 pairs half a head apart; `whole`: all its pairs."""
+    """`product_rule` for weight rows of one head in block_n / 2 pairs half a head apart; `whole`: all its pairs.
+
+    Tiles of 8 take no more rows a program: what the rotation holds leaves no registers for them.
+    """
     tile, width = tile_of(rows, tile), padded(columns)
-    rule = product_rule(weight_rows, columns, rows, tile, itemsize, arch)
+    rule = product_rule(weight_rows, columns, rows, tile, itemsize, arch, short=short)
     if arch and tile <= 8:
-        rule = _streamed(weight_rows, width, tile, itemsize, large=width % 512 == 0, short=itemsize == 4)
+        large = width % 512 == 0
+        rule = _streamed(weight_rows, width, tile, itemsize, large=large, short=short or itemsize == 4)
     pairs = max(8, 1 << (head_dim // 2 - 1).bit_length())
     if not whole:
         return rule._replace(block_n=min(rule.block_n, 2 * pairs))
@@ -167,13 +183,15 @@ def head_rule(
     return rule._replace(block_n=2 * pairs, block_k=block_k, rows=wide, stages=min(room, 8) if arch else 1)
 
 
-def route_rule(weight_rows: int, columns: int, rows: int, tile: int | None, itemsize: int, arch: int) -> ProductRule:
+def route_rule(
+    weight_rows: int, columns: int, rows: int, tile: int | None, itemsize: int, arch: int, *, short: bool = False
+) -> ProductRule:
     """`product_rule` in the narrowest blocks: a router has few weight rows, and few programs stream them.
 
     One rule for all numbers of rows: the kernel sums over its columns in an order that follows the launch.
     """
     tile = tile_of(rows, tile)
-    rule = product_rule(weight_rows, columns, min(rows, tile), tile, itemsize, arch)
+    rule = product_rule(weight_rows, columns, min(rows, tile), tile, itemsize, arch, short=short)
     return rule._replace(block_n=16, block_k=min(rule.block_k, 512))
 
 

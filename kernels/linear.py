@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from . import launch
 from .primitives import gelu_tanh, silu, wait_for_producers
-from .products import halves, prefetch_weight, row_product, weight_tile
+from .products import halves, prefetch_weight, row_product, statistics_first, weight_tile
 from .values import Matrix, Norm, Split, Stack
 
 
@@ -152,7 +152,8 @@ def linear(
     width = weight.rows // 2 if activation == "silu_gate" else weight.rows
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device) if residual is None else residual
     arch = launch.architecture()
-    rule = launch.product_rule(weight.rows, weight.columns, rows, tile, x.element_size(), arch)
+    short = statistics_first(norm, x.dtype)
+    rule = launch.product_rule(weight.rows, weight.columns, rows, tile, x.element_size(), arch, short=short)
     block = rule.block_n // 2 if activation == "silu_gate" else rule.block_n
     _linear_kernel[(triton.cdiv(rows, rule.rows), triton.cdiv(width, block))](
         x,

@@ -9,14 +9,21 @@ the choice could follow the number of rows. No offset or mask given here may com
 bool: the compiler takes the narrowest load behind an operand as its width, and sums the columns in another order.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from . import launch
 from .primitives import dot, ordered_sum, prefetch
+from .values import Norm
 
 CACHE_LINE: tl.constexpr = tl.constexpr(launch.CACHE_LINE)
 LINES_AT_ONCE: tl.constexpr = tl.constexpr(launch.LINES_AT_ONCE)
+
+
+def statistics_first(norm: Norm | None, dtype: torch.dtype) -> bool:
+    """Whether `row_product` reads activations of that dtype once for their statistics before it multiplies them."""
+    return norm is not None and (norm.bias is not None or dtype == torch.float16)
 
 
 @triton.jit
@@ -110,9 +117,10 @@ def row_product(
 ):
     """W·norm(x)ᵀ → float32 [BLOCK_N, ROWS]; the norm is left out where norm_ptr is None.
 
-    x [rows, K] at offs_x int64 [ROWS]; W [·, K_PADDED], zero past K, at offs_w int64 [BLOCK_N]; first =
-    weight_tile(…). RMSNorm's 1/√(mean x² + eps) scales the sums at the end, so x is read once; in
-    float16, where w·x might overflow before it, and for LayerNorm (norm_bias_ptr given), statistics come first.
+    x [rows, K] at offs_x int64 [ROWS]; W [·, K_PADDED], zero past K, at offs_w int64 [BLOCK_N]; BLOCK_K a power of two,
+    whose last step reads nothing past K_PADDED; first = weight_tile(…). RMSNorm's 1/√(mean x² + eps) scales the sums at
+    the end, so x is read once; in float16, where w·x might overflow before it, and for LayerNorm (norm_bias_ptr given),
+    statistics come first (`statistics_first`).
     """
     offs_k = _columns(BLOCK_K)
     PARTS: tl.constexpr = 4 if BLOCK_K >= 64 else 1

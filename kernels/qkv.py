@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import launch
 from .primitives import ordered_sum, wait_for_producers
-from .products import halves, row_product, weight_tile
+from .products import halves, row_product, statistics_first, weight_tile
 from .values import Matrix, Norm, Rope, Slots, Split
 
 
@@ -232,7 +232,8 @@ def qkv_rope_append(
     _, kv_heads, _, head_dim = keys.shape
     normed = q_norm is not None and k_norm is not None
     arch = launch.architecture()
-    rule = launch.head_rule(head_dim, normed, weight.rows, columns, rows, tile, x.element_size(), arch)
+    short = statistics_first(norm, x.dtype)
+    rule = launch.head_rule(head_dim, normed, weight.rows, columns, rows, tile, x.element_size(), arch, short=short)
     pairs = rule.block_n // 2
     q = torch.empty(rows, heads, head_dim, dtype=x.dtype, device=x.device)
     blocks = triton.cdiv(head_dim // 2, pairs)

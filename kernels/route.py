@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import launch
 from .primitives import sigmoid, tanh, wait_for_producers
-from .products import row_product, weight_tile
+from .products import row_product, statistics_first, weight_tile
 from .values import Norm, Route, Router, RowMap
 
 
@@ -156,7 +156,8 @@ def route(
     rows, columns = x.shape
     width = router.encoder.rows
     arch = launch.architecture()
-    rule = launch.route_rule(width, columns, rows, tile, x.element_size(), arch)
+    short = statistics_first(norm, x.dtype)
+    rule = launch.route_rule(width, columns, rows, tile, x.element_size(), arch, short=short)
     tiles = triton.cdiv(rows, rule.rows)
     code = torch.empty((tiles, rule.rows, width), dtype=torch.float32, device=x.device)
     arrived = torch.zeros(tiles, dtype=torch.int32, device=x.device)

@@ -57,7 +57,10 @@ def _product_kernel(
     w = tl.load(w_ptr + offs_n[:, None] * K * STRIDE + offs_k[None, :] * STRIDE)
     if PREFETCHED > 0 and FAULT != "no prefetch":
         prefetch(w_ptr + offs_n * K)
-    wait_for_producers(PDL)
+    if FAULT == "late start":
+        tl.extra.cuda.gdc_wait()
+    else:
+        wait_for_producers(PDL)
     if FAULT != "early load":
         x = tl.load(x_ptr + offs_r[None, :] * K + offs_k[:, None])
     if FAULT == "no product":
@@ -67,6 +70,8 @@ def _product_kernel(
     else:
         y = dot(w, x, tl.zeros((BLOCK_N, ROWS), tl.float32))
     tl.store(out_ptr + offs_r[None, :] * N + offs_n[:, None], y.to(out_ptr.dtype.element_ty))
+    if FAULT == "late start":
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 MEANT = Meaning(streams=r"\bw_ptr \+", mma=True, prefetch=("BLOCK_N", "K"))
@@ -137,6 +142,7 @@ VARIANTS: dict[str, tuple[dict[str, object], Meaning, str | None]] = {
     "early store": ({"fault": "early store"}, MEANT, "stores before the wait"),
     "early end": ({"fault": "early end"}, MEANT, "may end before the wait"),
     "early start": ({"fault": "early start"}, MEANT, "dependents are started before the wait"),
+    "late start": ({"fault": "late start"}, MEANT, "the dependents are started late"),
     "prefetched": ({"prefetched": COLUMNS}, MEANT, None),
     "no prefetch": ({"prefetched": COLUMNS, "fault": "no prefetch"}, MEANT, "asked for nothing before the wait"),
     "no chain": ({"fault": "no chain"}, MEANT, "no PREEXIT"),
