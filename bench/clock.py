@@ -77,8 +77,9 @@ def bandwidth(device: torch.device, size: int | None = None) -> dict[str, float]
     size = size or (DEVICE_BYTES if device.type == "cuda" else HOST_BYTES)
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    # A kernel's copy: the copy engine, which `copy_` takes, is a fifth slower on an H100.
-    copy = sampler(lambda: torch.add(source, 1.0, out=target), device)
+    # On a GPU a kernel's copy: `copy_` takes the copy engine, which is slower (bench/results/gpu-h100/second.jsonl).
+    on_gpu = device.type == "cuda"
+    copy = sampler(lambda: torch.add(source, 1.0, out=target) if on_gpu else target.copy_(source), device)
     read = sampler(lambda: torch.amax(source), device)
     samples = paired({"copy": copy, "read": read}, 5)
     size = source.numel() * source.element_size()

@@ -79,6 +79,7 @@ def peers(
     result |= {
         "transformers": transformers,
         "max_tokens": max_tokens,
+        "only": peer or [],
         "summary": [asdict(line) for line in lines],
         "rows": [asdict(row) for row in rows],
     }

@@ -27,8 +27,9 @@ from . import machine
 from .gpu_parts import DRY, GPU, PARTS, Finding, Setting, long_run
 from .record import write
 
-# Of a process that checks beside others.
+# Of a process that checks beside others, and how many of these share a GPU's memory.
 THREADS = 2
+PROCESSES = 8
 
 app = typer.Typer(add_completion=False)
 
@@ -56,7 +57,7 @@ def check(
 
 
 def run(setting: Setting, names: Iterable[str]) -> Iterator[Finding]:
-    """The findings of these parts, of which a GPU makes several at once: nothing here is timed."""
+    """The findings of these parts, of which a GPU makes several at once: no time among them is a speed."""
     jobs = [(name, own) for name in names for own in ([setting] if setting.dry else setting.split(name))]
     notes = Console(stderr=True, highlight=False)
     start = perf_counter()
@@ -94,7 +95,7 @@ def in_processes(run: Callable[..., Result], jobs: Iterable[Job]) -> Iterator[tu
         with ProcessPoolExecutor(1, mp_context=spawn) as process:
             return process.submit(run, *job).result()
 
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // THREADS)) as threads:
+    with ThreadPoolExecutor(max(1, min(PROCESSES, (os.cpu_count() or 1) // THREADS))) as threads:
         futures = {threads.submit(alone, job): job for job in jobs}
         for done in as_completed(futures):
             yield futures[done], done

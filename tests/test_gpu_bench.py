@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,9 +176,17 @@ def test_parts_of_a_check_make_up_the_whole() -> None:
 
 
 def test_parts_run_in_processes_of_their_own_and_one_that_breaks_fails_alone() -> None:
-    (name, findings), (other, lost) = sorted(gpu_check.together([("compile", DRY), ("rows", GPU)]))
+    nowhere = replace(DRY, shapes=("no such shape",))
+    (name, findings), (other, lost) = sorted(gpu_check.together([("compile", DRY), ("rows", nowhere)]))
     assert (name, [finding.detail for finding in findings]) == ("compile", ["the interpreter compiles nothing"])
     assert (other, [finding.passed for finding in lost]) == ("rows", [False])
+
+
+def test_a_process_that_dies_takes_no_other_with_it() -> None:
+    jobs = [("__import__('os')._exit(1)",), ("1 + 1",)]
+    done = {job: future for job, future in gpu_check.in_processes(eval, jobs)}
+    assert isinstance(done[jobs[0]].exception(), BrokenProcessPool)
+    assert done[jobs[1]].result() == 2
 
 
 def test_parts_have_numbers_names_and_a_script() -> None:

@@ -14,6 +14,7 @@ from skipjack.bench.peer_loops import PLAIN, Setting, load_model
 from skipjack.bench.prompts import Prompt
 from skipjack.loaders.synthetic import write_synthetic
 from skipjack.runtime import cli
+from skipjack.runtime.errors import RequestError
 
 pytest.importorskip("transformers")
 PROMPTS = [Prompt("qa", "Why is the sea salt?"), Prompt("qa", "Name three oceans.")]
@@ -86,6 +87,16 @@ def test_an_option_this_transformers_lacks_is_named(
     monkeypatch.setattr(config, "__init__", without)
     run, _, reason = contest._ready("transformers assistant_early_exit=4")
     assert (run, reason) == (None, "this transformers has no assistant_early_exit")
+
+
+def test_only_the_peers_asked_for_are_measured(folder: Path, engine: Engine) -> None:
+    contest = peers.Contest(folder, engine, PROMPTS[:1], EAGER, 4, ["lookup", "torch.compile loop"])
+    lookup, loop = (name for name in contest.names if name != PLAIN)
+    agreements = contest.agree(lambda _: None)
+    assert [agreement.peer for agreement in agreements] == [PLAIN, lookup, loop]
+    assert [line.peer for line in contest.measure(agreements, lambda _: None)[1]] == [lookup, loop]
+    with pytest.raises(RequestError, match=r"--peer: expected a part of one of transformers generate, .*, got vllm"):
+        peers.Contest(folder, engine, PROMPTS[:1], EAGER, 4, ["lookup", "vllm"])
 
 
 def test_a_peer_with_other_tokens_gets_no_speed(folder: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
