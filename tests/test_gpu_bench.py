@@ -184,7 +184,7 @@ def test_parts_run_in_processes_of_their_own_and_one_that_breaks_fails_alone() -
 
 def test_a_process_that_dies_takes_no_other_with_it() -> None:
     jobs = [("__import__('os')._exit(1)",), ("1 + 1",)]
-    done = {job: future for job, future in gpu_check.in_processes(eval, jobs)}
+    done = dict(gpu_check.in_processes(eval, jobs))
     assert isinstance(done[jobs[0]].exception(), BrokenProcessPool)
     assert done[jobs[1]].result() == 2
 
