@@ -144,11 +144,11 @@ def replaced(model: Model, chosen: Chosen) -> Generator[None]:
     weights, fields = _weights(model), {kernel: candidate._asdict() for kernel, candidate in chosen.items()}
     own = {weights[kernel]: given for kernel, given in fields.items() if kernel in weights}
 
-    def product_rule(*given: Any) -> launch.ProductRule:
-        return usual[0](*given)._replace(**own.get(given[:2], {}))
+    def product_rule(*given: Any, **options: Any) -> launch.ProductRule:
+        return usual[0](*given, **options)._replace(**own.get(given[:2], {}))
 
-    def head_rule(*given: Any) -> launch.ProductRule:
-        return usual[1](*given)._replace(**own.get(given[2:4], {}))
+    def head_rule(*given: Any, **options: Any) -> launch.ProductRule:
+        return usual[1](*given, **options)._replace(**own.get(given[2:4], {}))
 
     def attention_rule(*given: Any) -> launch.AttentionRule:
         return usual[2](*given)._replace(**fields.get("attend", {}))

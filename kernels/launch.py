@@ -274,8 +274,8 @@ def dependent(arch: int) -> bool:
 def prefetched_columns(weight_rows: int, columns: int, itemsize: int, arch: int) -> int:
     """Columns of each weight row that a product asks the L2 cache for before it waits for the kernel before it.
 
-    None unless SKIPJACK_PREFETCH_MIB gives the bytes of a weight that may be: off until a GPU has shown that it pays,
-    and of use only where a kernel waits. Attention reads little and takes long; the product after it is what gains.
+    None unless SKIPJACK_PREFETCH_MIB gives the bytes of a weight that may be: off, as on an H100 it did not pay, and of
+    use only where a kernel waits. Attention reads little and takes long; the product after it is what could gain.
     """
     if not (PREFETCH_BYTES and _nvidia() and dependent(arch)):
         return 0

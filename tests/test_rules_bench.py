@@ -102,8 +102,8 @@ def test_what_is_in_use_is_what_launchers_are_told(bed: Bed, monkeypatch: pytest
     def heard(name: str, kind: type[Candidate], weight: slice | None) -> None:
         usual = getattr(launch, name)
 
-        def rule(*given: Any) -> Any:
-            found = usual(*given)
+        def rule(*given: Any, **options: Any) -> Any:
+            found = usual(*given, **options)
             told[given[weight] if weight else None] = kind(*(getattr(found, field) for field in kind._fields))
             return found
 

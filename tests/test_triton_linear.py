@@ -317,7 +317,9 @@ def test_the_last_step_may_reach_past_the_weight(
 ) -> None:
     """Weights lie in memory of other values, so that a column too many is not a zero."""
     rule = launch.product_rule
-    monkeypatch.setattr(launch, "product_rule", lambda *given: rule(*given)._replace(block_k=block_k))
+    monkeypatch.setattr(
+        launch, "product_rule", lambda *given, **options: rule(*given, **options)._replace(block_k=block_k)
+    )
     rows, columns, outputs = 9, 80, 33
     x = (torch.randn(rows, columns) + 0.5).to(dtype)
     around = torch.full((outputs + 4, columns), 1e4, dtype=dtype)
