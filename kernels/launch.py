@@ -192,7 +192,7 @@ def route_rule(
     """
     tile = tile_of(rows, tile)
     rule = product_rule(weight_rows, columns, min(rows, tile), tile, itemsize, arch, short=short)
-    return rule._replace(block_n=16, block_k=min(rule.block_k, 512))
+    return rule._replace(block_n=16, block_k=min(rule.block_k, 128 if short else 512))
 
 
 def attention_rule(head_dim: int, group: int, tile: int, itemsize: int, arch: int) -> AttentionRule:
