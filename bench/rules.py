@@ -174,7 +174,10 @@ def _weights(model: Model) -> dict[str, tuple[int, int]]:
 
 def _chain(bed: Bed) -> Timed:
     rows, model, own = bed.rows(1), bed.model, launches(bed, 1)
-    run = lambda: model.forward(rows, bed.cache, model.full)  # noqa: E731
+
+    def run() -> object:
+        return model.forward(rows, bed.cache, model.full)
+
     return Timed(run, model.config.num_layers, sum(own[kernel].bytes for kernel in CHAIN))
 
 
