@@ -70,7 +70,7 @@ class Point:
     @property
     def tile(self) -> int | None:
         """The tile the engine takes for so many rows."""
-        return self.ops.narrow_tile if self.rows <= self.ops.narrow_tile else self.ops.decode_tile
+        return next((tile for tile in self.ops.tiles if tile >= self.rows), self.ops.tiles[-1])
 
     @property
     def pages(self) -> int:

@@ -15,6 +15,8 @@ ONE_THREAD = 16384
 
 def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function` of every element of `x`, any shape; independent of the element's place and of the thread count."""
+    if x.shape[-1] % VECTOR == 0 and x.numel() <= ONE_THREAD and x.stride(-1) == 1:
+        return function(x)
     flat = x.reshape(-1)
     padding = -flat.numel() % VECTOR
     if padding:

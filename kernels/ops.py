@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import narrow, packed, reference, reference_rounds, reference_routes, reference_verify
+from . import packed, reference, reference_rounds, reference_routes, reference_verify, tiles
 from .attention_index import AttentionIndex, Index
 from .values import Drafted, Entry, Heads, Matrix, Prediction, Route, RowMap, Split, Stack, Verdict
 
@@ -19,8 +19,8 @@ class Ops:
     """The operations of one backend and the sizes that fix its rounding.
 
     With `numerics` "exact" a row's bits do not depend on the rows beside it: `decode_tile` and `prefill_tile` are the
-    rows every product of a decode or prefill pass is padded to; a decode pass of at most `narrow_tile` rows may be
-    padded to those where `rounds_alike` finds that they come out the same. Kernels that leave rows out of a tile by
+    rows every product of a decode or prefill pass is padded to; a decode pass may be padded to one of `other_tiles`
+    where `rounds_alike` finds that rows come out of it the same. Kernels that leave rows out of a tile by
     themselves need no padding (`pads` False). With "fast" there are no tiles, and the order of a sum may follow the
     number of rows and the context. `page_size` is the number of slots in a cache page, one block of the attention's
     reduction.
@@ -30,13 +30,13 @@ class Ops:
     numerics: str
     describe: Callable[[torch.dtype], str]
     decode_tile: int | None
-    narrow_tile: int
+    other_tiles: tuple[int, ...]
     prefill_tile: int | None
     pads: bool
     page_size: int
     prepare: Callable[[Tensor], Matrix]
     prepare_stack: Callable[[Tensor], Stack]
-    rounds_alike: Callable[[list[Matrix], Heads, torch.dtype], bool]
+    rounds_alike: Callable[[list[Matrix], Heads, torch.dtype, int], bool]
     take_rows: Callable[[Matrix, Tensor], Matrix]
     prepare_split: Callable[[Tensor, int], Matrix | Split]
     index: Callable[..., Index]
@@ -57,10 +57,16 @@ class Ops:
     extend: Callable[..., Drafted]
     commit: Callable[..., None]
 
-    def description(self, dtype: torch.dtype, narrow: bool = False) -> str:
-        """The backend and the path its products take, for people; `narrow`: whether it takes narrow tiles."""
-        tiles = f", tiles of {self.narrow_tile} and {self.decode_tile} rows" if narrow else ""
-        return f"{self.name} ({self.describe(dtype)}{tiles})"
+    def description(self, dtype: torch.dtype, tiles: tuple[int, ...] = ()) -> str:
+        """The backend and the path its products take, for people; `tiles`: those it takes, where there are several."""
+        *some, last = map(str, tiles or (0,))
+        several = f", tiles of {', '.join(some)} and {last} rows" if some else ""
+        return f"{self.name} ({self.describe(dtype)}{several})"
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Every tile a decode pass may have, ascending; none with fast numerics."""
+        return () if self.decode_tile is None else tuple(sorted((self.decode_tile, *self.other_tiles)))
 
     def filled(self, rows: int, tile: int | None) -> int:
         """The rows of a pass over `rows` rows in tiles of `tile`, those that only fill the last tile included."""
@@ -75,14 +81,14 @@ TORCH = Ops(
     name="torch",
     numerics="exact",
     describe=lambda dtype: f"{'oneDNN packed' if packed.available(dtype) else 'plain'} products",
-    decode_tile=narrow.FULL,
-    narrow_tile=narrow.NARROW,
+    decode_tile=tiles.FULL,
+    other_tiles=tiles.OTHERS,
     prefill_tile=64,
     pads=True,
-    page_size=narrow.PAGE,
+    page_size=tiles.PAGE,
     prepare=reference.prepare,
     prepare_stack=reference.prepare_stack,
-    rounds_alike=narrow.rounds_alike,
+    rounds_alike=tiles.rounds_alike,
     take_rows=packed.take_rows,
     prepare_split=reference.prepare_split,
     index=AttentionIndex,

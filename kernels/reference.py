@@ -7,6 +7,7 @@ and a row's rounding may follow their number. Notation: R rows, H hidden size, D
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import cast
 
 import torch
@@ -42,10 +43,15 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
     if norm.bias is not None:
         return functional.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
     # `functional.rms_norm` calls twice as many operators.
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     length = _length(wide, dim=-1, keepdim=True)
-    scale = length.square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()
+    scale = torch.addcmul(_scalar(norm.eps, wide.dtype), length, length, value=1 / x.shape[-1]).rsqrt_()
     return (wide * scale).mul_(norm.weight).to(x.dtype)
+
+
+@cache
+def _scalar(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype)
 
 
 def linear(
@@ -133,7 +139,8 @@ def qkv_rope_append(
         q = _head_norm(qk[:, :heads], q_norm, norm.eps, tile)
         qk = torch.cat([q, _head_norm(qk[:, heads:], k_norm, norm.eps, tile)], dim=1)
     if rope is not None:
-        qk = (qk * rope.cos + torch.roll(qk, head_dim // 2, -1) * rope.sin).to(x.dtype)
+        wide = qk if qk.dtype == torch.float64 else qk.float()
+        qk = (wide * rope.cos).add_(torch.roll(wide, head_dim // 2, -1).mul_(rope.sin)).to(x.dtype)
     q, k = qk.narrow(1, 0, heads), qk.narrow(1, heads, kv_heads)
     page, offset = slots
     if write is not None:

@@ -29,7 +29,7 @@ def _describe(dtype: torch.dtype) -> str:
     return f"{triton.__version__}, sm_{arch}{', dependent launch' if launch.dependent(arch) else ''}"
 
 
-def rounds_alike(weights: list[Matrix], heads: Heads, dtype: torch.dtype) -> bool:
+def rounds_alike(weights: list[Matrix], heads: Heads, dtype: torch.dtype, tile: int) -> bool:
     """There is one tile: eight rows of activations are one instruction of the matrix units."""
     return True
 
@@ -39,7 +39,7 @@ TRITON = Ops(
     numerics="exact",
     describe=_describe,
     decode_tile=8,
-    narrow_tile=8,
+    other_tiles=(),
     prefill_tile=64,
     pads=False,
     page_size=64,

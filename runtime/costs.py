@@ -21,27 +21,26 @@ PROBED_ROWS = 8
 class Costs:
     """Seconds of a pass as a function of its rows and sub-layers, for one machine.
 
-    A pass reads its weights once for every tile of `tile` rows, or is taken to: `full` is the whole model for one row,
-    head included, `per_row` what each further row of a tile adds, `per_tile` what each further tile adds, `wide` what a
-    pass of more than `narrow` rows pays for not being a narrow tile, `fixed` the part that no skipped sub-layer saves.
-    `pace` is how much slower than calibrated passes have been lately.
+    A pass reads its weights once for every tile, or is taken to: `full` is the whole model for one row, head included,
+    `tiles` what a pass in one tile of so many rows takes beyond that, ascending, `per_row` what each further row of a
+    tile adds, `per_tile` what each further tile of the largest size adds, `fixed` the part that no skipped sub-layer
+    saves. `pace` is how much slower than calibrated passes have been lately.
     """
 
     sublayers: int
-    tile: int
     full: float
+    tiles: tuple[tuple[int, float], ...]
     per_tile: float
     fixed: float
     per_row: float = 0.0
-    narrow: int = 0
-    wide: float = 0.0
     pace: float = 1.0
 
     def verify(self, rows: int) -> float:
         """A full pass over `rows` rows; plain decoding is one over a row a sequence."""
-        tiles = -(-rows // self.tile)
-        first = self.full + (self.wide if rows > self.narrow else 0.0)
-        return self.pace * (first + self.per_tile * (tiles - 1) + self.per_row * (rows - tiles))
+        largest, most = self.tiles[-1]
+        count = -(-rows // largest)
+        first = self.full + next((extra for size, extra in self.tiles if rows <= size), most)
+        return self.pace * (first + self.per_tile * (count - 1) + self.per_row * (rows - count))
 
     def draft(self, plan: LayerPlan, rows: int) -> float:
         """A draft pass of `plan` over `rows` rows."""
@@ -65,9 +64,9 @@ def calibrate(model: Model, cache: KVCache, clock: Clock = perf_counter) -> Cost
     Raises:
         CapacityError: the cache has no page free to try on.
     """
-    tile, layers = model.ops.decode_tile or PROBED_ROWS, model.config.num_layers
-    narrow = model.tile(1) or tile
-    pages = cache.reserve(4 * tile)
+    sizes, layers = model.tiles or (PROBED_ROWS,), model.config.num_layers
+    smallest, largest = sizes[0], sizes[-1]
+    pages = cache.reserve(2 * largest)
 
     def once(rows: int, plan: LayerPlan) -> float:
         start = clock()
@@ -76,19 +75,21 @@ def calibrate(model: Model, cache: KVCache, clock: Clock = perf_counter) -> Cost
         return clock() - start
 
     half = model.full.early_exit(max(1, layers // 2))
-    passes = ((1, model.full), (narrow, model.full), (tile, model.full), (2 * tile, model.full), (1, half))
+    passes = [(1, half), *((rows, model.full) for rows in (1, *sizes, 2 * largest))]
     try:
         # In turns, so that a machine that is busy for a while slows all of them.
         turns = [[once(rows, plan) for rows, plan in passes] for _ in range(REPEATS + 1)][1:]
     finally:
         cache.release(pages)
-    full, few, one, two, some = (min(times) for times in zip(*turns, strict=True))
+    some, full, *filled, two = (min(times) for times in zip(*turns, strict=True))
     share = max(1, layers // 2) / layers
     fixed = full if share == 1 else (some - share * full) / (1 - share)
-    per_row = max(0.0, few - full) / max(1, narrow - 1)
-    wide = max(0.0, one - full - per_row * (tile - 1))
-    per_tile = max(0.0, two - full - wide - per_row * (2 * tile - 2))
-    return Costs(2 * layers, tile, full, per_tile, min(max(fixed, 0.0), full), per_row, narrow, wide)
+    per_row = max(0.0, filled[0] - full) / max(1, smallest - 1)
+    tiles = tuple(
+        (size, max(0.0, seconds - full - per_row * (size - 1))) for size, seconds in zip(sizes, filled, strict=True)
+    )
+    per_tile = max(0.0, two - full - tiles[-1][1] - per_row * (2 * largest - 2))
+    return Costs(2 * layers, full, tiles, per_tile, min(max(fixed, 0.0), full), per_row)
 
 
 def head_layers(config: ModelConfig) -> float:

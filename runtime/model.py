@@ -77,7 +77,7 @@ class Model:
         self._rotary = RotaryTable(config, self.device) if any(config.rope_layers) else None
         self._slopes = alibi_slopes(config.num_heads).to(self.device) if config.alibi else None
         self._vocabularies: dict[int, Vocabulary] = {}
-        self._narrow: dict[int, bool] = {}
+        self._tiles: dict[int, tuple[int, ...]] = {}
         self._activation = "silu_gate" if config.gated else config.activation
 
     def new_cache(self, pages: int) -> KVCache:
@@ -94,20 +94,26 @@ class Model:
         )
 
     def tile(self, rows: int) -> int | None:
-        """The rows a decode pass of `rows` rows is padded to in its last tile: one that leaves every row its bits."""
-        ops, threads = self.ops, torch.get_num_threads()
-        if ops.decode_tile is None or rows > ops.narrow_tile:
-            return ops.decode_tile
-        if threads not in self._narrow:
-            config = self.config
-            heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
-            self._narrow[threads] = ops.rounds_alike([*matrices(self.layers), self._head], heads, self.dtype)
-        return ops.narrow_tile if self._narrow[threads] else ops.decode_tile
+        """The tile of a decode pass of `rows` rows: the smallest that holds them, or the largest there is."""
+        return next((tile for tile in self.tiles if tile >= rows), self.tiles[-1]) if self.tiles else None
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """The tiles a decode pass may have on this machine, ascending: those that leave every row its bits."""
+        ops, config, threads = self.ops, self.config, torch.get_num_threads()
+        if threads not in self._tiles:
+            heads, weights = Heads(config.num_heads, config.num_kv_heads, config.head_dim), matrices(self.layers)
+            self._tiles[threads] = tuple(
+                tile
+                for tile in ops.tiles
+                if tile == ops.decode_tile or ops.rounds_alike([*weights, self._head], heads, self.dtype, tile)
+            )
+        return self._tiles[threads]
 
     @property
     def backend(self) -> str:
         """The op table in use and the path its products take, for people."""
-        return self.ops.description(self.dtype, narrow=self.tile(1) != self.ops.decode_tile)
+        return self.ops.description(self.dtype, self.tiles)
 
     def forward(
         self,
@@ -155,7 +161,9 @@ class Model:
         if isinstance(rows, Chains):
             return self._enter(rows, cache, kept)
         rows = rows.padded(self.ops.filled(len(rows), rows.tile))
-        index = self._index(rows, rows.position, cache)
+        # Who shares a sequence is not known here: attention takes no wider tile, to be padded for each of them.
+        tile = min(rows.tile, self.ops.decode_tile or rows.tile) if rows.tile in self.tiles else rows.tile
+        index = self._index(rows, rows.position, cache, tile)
         slots, real = Slots(*rows.slots(cache.page_size)), rows.sequence >= 0
         return Pass(rows, slots, index, self.rotations(rows, cache), real, {}, kept)
 
@@ -176,7 +184,7 @@ class Model:
         active = chains.active(entry.real)
         active = None if active is None else active.expand(2 * self.config.num_layers, -1)
         laid = Rows(entry.token, entry.position, entry.sequence, chains.block_table, chains.tile, active=active)
-        index = self._index(laid, laid.position, cache)
+        index = self._index(laid, laid.position, cache, self.tile(chains.token.shape[1]))
         return Pass(laid, entry.slots, index, entry.rope, entry.real, {}, kept, entry.x)
 
     def embed(self, laid: Pass) -> Tensor:
@@ -277,9 +285,9 @@ class Model:
         tile = tile or self.tile(len(x))
         return self.ops.head(x, self._norm, head, tile=tile, top_k=top_k, ids=ids, active=active)
 
-    def _index(self, rows: Rows, position: Tensor, cache: KVCache) -> Index:
+    def _index(self, rows: Rows, position: Tensor, cache: KVCache, tile: int | None) -> Index:
         return self.ops.index(
-            rows.sequence, position, rows.block_table, page_size=cache.page_size, tile=rows.tile, tree=rows.tree
+            rows.sequence, position, rows.block_table, page_size=cache.page_size, tile=tile, tree=rows.tree
         )
 
     def _route(self, number: int, routed: Routed, x: Tensor, laid: Pass, active: Tensor | None) -> Route:
@@ -304,7 +312,7 @@ class Model:
             if laid.kept is not None:
                 write, position = active, compacted(laid.rows, active, laid.kept[layer.routed.place])
                 slots = Slots(*replace(laid.rows, slot=position).slots(cache.page_size))
-                index = self._index(laid.rows, position, cache)
+                index = self._index(laid.rows, position, cache, index.tile)
         q = self.ops.qkv_rope_append(
             x,
             layer.attention_norm,

@@ -19,7 +19,7 @@ from skipjack.runtime.plan import LayerPlan
 from skipjack.runtime.sequence import Sequence
 
 PROMPTS = [[5, 9, 200, 31], [7] * 3, list(range(20, 90))]
-COSTS = Costs(sublayers=16, tile=8, full=1.0, per_tile=0.8, fixed=0.2)
+COSTS = Costs(sublayers=16, full=1.0, tiles=((8, 0.0),), per_tile=0.8, fixed=0.2)
 NOTHING = Guess(0, [], [])
 
 
@@ -47,7 +47,7 @@ def test_costs_of_a_pass_are_read_off_a_clock_of_known_speed(synthetic: Callable
     now, forward, predict = [0.0], model.forward, model.predict
 
     def timed(rows: object, kv: object, plan: LayerPlan) -> object:
-        now[0] += plan.layers_kept * -(-len(rows) // model.ops.decode_tile) + 0.1 * len(rows)
+        now[0] += plan.layers_kept * -(-len(rows) // model.tile(len(rows))) + 0.1 * len(rows)
         return forward(rows, kv, plan)
 
     def head(x: object) -> object:
@@ -61,7 +61,8 @@ def test_costs_of_a_pass_are_read_off_a_clock_of_known_speed(synthetic: Callable
     finally:
         del model.forward, model.predict
     assert (costs.full, costs.per_tile, costs.fixed, costs.per_row) == pytest.approx((10.0, 8.1, 2.0, 0.1))
-    assert [costs.verify(rows) for rows in (1, 8, 9, 16)] == pytest.approx([10.0, 10.7, 18.8, 19.5])
+    assert costs.tiles == tuple((size, pytest.approx(0.0)) for size in model.tiles)
+    assert [costs.verify(rows) for rows in (1, 8, 16, 17, 32)] == pytest.approx([10.0, 10.7, 11.5, 19.6, 21.1])
     assert costs.draft(model.full.early_exit(2), 1) == pytest.approx(4.0)
     assert cache.free_pages == cache.total_pages
 

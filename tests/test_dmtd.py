@@ -364,7 +364,7 @@ def test_bench_shows_measure_prediction_and_bound(
 
 def test_the_cost_models_prediction() -> None:
     """Full passes take 10, of which 2 whatever is skipped; a second tile of rows adds 6."""
-    costs = Costs(sublayers=16, tile=8, full=10.0, per_tile=6.0, fixed=2.0)
+    costs = Costs(sublayers=16, full=10.0, tiles=((8, 0.0),), per_tile=6.0, fixed=2.0)
     method = registry.parse("dmtd").build(parsed())
     assert isinstance(method, DirectMultiToken)
     assert cycles.predict(costs, method, 1) == pytest.approx(4 * 10 / (4 * (2 + 8 / 4) + 8 * 6 / 8))

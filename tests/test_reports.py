@@ -163,7 +163,7 @@ def test_a_projection_is_the_formula() -> None:
 
 
 def test_calibrated_costs_survive_their_result_file() -> None:
-    calibrated = Costs(sublayers=16, tile=8, full=0.010, per_tile=0.004, fixed=0.002)
+    calibrated = Costs(sublayers=16, full=0.010, tiles=((8, 0.0),), per_tile=0.004, fixed=0.002)
     costs = project.costs_from(calibrated, "m")
     assert costs.draft(0.5) == pytest.approx(0.006)
     assert (costs.verify(8), costs.verify(9)) == (0.010, pytest.approx(0.014))
