@@ -40,6 +40,10 @@ class Draft(NamedTuple):
     confidence: Tensor | None = None
     record: bool = False
 
+    def within(self, room: Tensor) -> Draft:
+        """Without the tokens past `room` int64 [S], for which a sequence has no place."""
+        return self._replace(length=torch.minimum(self.length, room.clamp(min=0)))
+
 
 class Lineage(NamedTuple):
     """Where the rows of a draft tree stand: depth int64 [S, K]; path int64 [S, K, D], the rows from row 0 down to each.

@@ -167,6 +167,8 @@ class Graphs:
         self.give(graph)
 
     def give(self, graph: RoundGraph) -> None:
+        """Keep a graph for later. Nothing runs in it until then: its pages will be others'."""
+        graph.state.left.zero_()
         self._idle[graph.key].append(graph)
 
     def has(self, recipe: Recipe, sequences: list[Sequence]) -> bool:

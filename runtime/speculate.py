@@ -29,10 +29,10 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
     the keys and values of all those rows: a tree's accepted ones move together, and not counting the rejected ones is
     the whole rollback.
     """
-    start, phase, plan = perf_counter(), method.phase(), method.plan
+    start = perf_counter()
     batch = Batch.of(sequences, model.ops.decode_tile, model.device)
-    draft = method.propose(model, cache, batch)
-    drafted = perf_counter()
+    draft = method.propose(model, cache, batch).within(batch.room)
+    drafted, phase, plan = perf_counter(), method.phase(), method.plan
 
     path = torch.cat([batch.last[:, None], draft.tokens], dim=1)
     lineage = None if draft.parent is None else Lineage.of(draft.parent)

@@ -1,6 +1,7 @@
 """Rounds on the device alone: the tokens and counts of rounds the host steers, and nothing asked of the host."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -129,6 +130,21 @@ def test_a_stream_closed_early_leaves_its_graph_to_the_next(device: Engine) -> N
         assert cache.free_pages == cache.total_pages
     assert device.generate(PROMPTS[0], params, method=FIXED).token_ids == expected
     assert pool.captured == captured
+
+
+def test_a_graph_that_was_given_back_writes_to_nobodys_pages(device: Engine) -> None:
+    """Its sequence ended before its tokens were used up, and a warm-up runs every graph there is."""
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    said = device.generate(PROMPTS[0], params, method=FIXED).token_ids
+    stopped = device.generate(PROMPTS[0], replace(params, stop_token_ids=(said[3],)), method=FIXED)
+    assert (stopped.finish_reason, len(stopped.token_ids) < 60) == ("stop", True)
+    assert device._graphs is not None
+    assert all(not graph.state.left.any() for graphs in device._graphs._idle.values() for graph in graphs)
+    expected = device.generate(PROMPTS[2], params, method="swift:tree=true").token_ids
+    stream = device.stream(PROMPTS[2], params, method="swift:tree=true")
+    got = list(next(stream).token_ids)
+    device.warm_up(FIXED, sequences=1, context=80)
+    assert got + [token for chunk in stream for token in chunk.token_ids] == expected
 
 
 def test_requests_at_the_same_time_have_graphs_of_their_own(device: Engine) -> None:

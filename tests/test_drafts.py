@@ -1,0 +1,78 @@
+"""A round with the draft of any method: one that is too long, and one that is drafted another way than the last."""
+
+import pytest
+import torch
+
+from skipjack import Engine, SamplingParams
+from skipjack.loaders.config import ModelConfig
+from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
+from skipjack.runtime.batch import Batch, Draft
+from skipjack.runtime.cache import KVCache
+from skipjack.runtime.methods.base import Method, no_draft
+from skipjack.runtime.model import Model
+from skipjack.runtime.plan import LayerPlan
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
+    return Engine(config, synthetic_weights(config, 0, torch.float32, 0.1), cache_tokens=512)
+
+
+def drafting_by(engine: Engine, monkeypatch: pytest.MonkeyPatch, method: Method) -> None:
+    monkeypatch.setattr(engine, "_method", lambda spec: method)
+
+
+class Echo(Method):
+    """Drafts its last token over and over, without asking how many there is room for."""
+
+    name = "echo"
+
+    def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
+        return Draft(batch.last[:, None].expand(-1, 16).contiguous(), torch.full_like(batch.length, 16))
+
+
+class InTurns(Method):
+    """A draft by half of the layers, then a round without one, then the draft again."""
+
+    name = "in turns"
+    half = LayerPlan.full(8).early_exit(4)
+
+    def __init__(self) -> None:
+        super().__init__(None, 8)
+        self.skips = False
+
+    @property
+    def plan(self) -> LayerPlan:
+        return self.half if self.skips else self._full
+
+    def phase(self) -> str:
+        return "skip" if self.skips else "plain"
+
+    def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
+        self.skips = not self.skips
+        return Draft(batch.last[:, None], torch.ones_like(batch.length)) if self.skips else no_draft(batch)
+
+
+@pytest.mark.parametrize("count", [1, 2, 248])
+def test_a_draft_longer_than_there_is_room_for_is_cut(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """With 248 tokens the sequence ends with its page: what lies after belongs to others."""
+    prompts = [[7] * 8, list(range(20, 28))]
+    params = SamplingParams(max_tokens=count, ignore_eos=True)
+    expected = [output.token_ids for output in engine.generate(prompts, params)]
+    drafting_by(engine, monkeypatch, Echo(None, 8))
+    outputs = engine.generate(prompts, params)
+    assert [output.token_ids for output in outputs] == expected
+    # A round's last token is not drafted.
+    assert all(len(output.stats.drafted_per_position) <= min(16, count - 1) for output in outputs)
+
+
+def test_a_round_is_booked_by_how_it_was_drafted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = InTurns()
+    drafting_by(engine, monkeypatch, method)
+    output = engine.generate([5, 9, 11], SamplingParams(max_tokens=9, ignore_eos=True))
+    rounds = output.stats.rounds
+    assert output.stats.executed_skips == -(-rounds // 2) * method.half.skipped
+    assert [phase[0] for phase in output.stats.phases[:2]] == ["skip", "plain"]
