@@ -17,7 +17,7 @@ from ..runtime.plan import LayerPlan
 from ..runtime.request import SamplingParams, Stats
 from .clock import Sampler, Spread, denominator, paired, sampler
 from .forced_acceptance import forced_acceptance
-from .passes import fill, first_layers, pass_bytes, rows_after, step
+from .passes import chain_after, fill, first_layers, pass_bytes, step
 from .shares import Share, shares
 
 PLAIN = "autoregressive"
@@ -145,10 +145,10 @@ def measure_passes(engine: Engine, setting: Setting, bandwidth: dict[str, float]
     with torch.inference_mode():
         pages = fill(cache, setting.context + max(setting.rows))
         try:
-            one = rows_after(model, pages, setting.context, 1)
+            one = chain_after(model, pages, setting.context, 1)
             functions = {
                 ("verify", rows, layers): step(
-                    model, cache, rows_after(model, pages, setting.context, rows), model.full
+                    model, cache, chain_after(model, pages, setting.context, rows), model.full
                 )
                 for rows in sorted({1, *setting.rows})
             } | {("draft", 1, count): step(model, cache, one, first_layers(model, count)) for count in kept}
@@ -229,7 +229,7 @@ def measure_operators(engine: Engine, setting: Setting) -> list[Share]:
     with torch.inference_mode():
         pages = fill(cache, setting.context + 1)
         try:
-            return shares(step(model, cache, rows_after(model, pages, setting.context, 1), model.full))
+            return shares(step(model, cache, chain_after(model, pages, setting.context, 1), model.full))
         finally:
             cache.release(pages)
 
@@ -240,8 +240,8 @@ def _passes_of_a_round(engine: Engine, plan: LayerPlan, k: int, setting: Setting
     with torch.inference_mode():
         pages = fill(cache, setting.context + k + 1)
         try:
-            draft = step(model, cache, rows_after(model, pages, setting.context, 1), plan)
-            verify = step(model, cache, rows_after(model, pages, setting.context, k + 1), model.full)
+            draft = step(model, cache, chain_after(model, pages, setting.context, 1), plan)
+            verify = step(model, cache, chain_after(model, pages, setting.context, k + 1), model.full)
             device = model.device
             taken = paired({"draft": sampler(draft, device), "verify": sampler(verify, device)}, setting.pairs)
         finally:

@@ -20,6 +20,7 @@ from .gate_checks import Case, Meaning
 WEIGHT = r"\bw_ptrs? \+"
 CACHE = r"\b(keys|values)_ptr \+"
 SCORES = r"\brow_ptr \+ start\b"
+ROWS = r"\b(sequence|position|active|table)_ptr \+"
 TILE = ("BLOCK_N", "BLOCK_K")
 
 KERNELS = {
@@ -28,7 +29,7 @@ KERNELS = {
     "_linear_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=TILE),
     "_qkv_rope_append_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=(2, "PAIRS", "BLOCK_K")),
     "_row_groups_kernel": Meaning(),
-    "_attend_kernel": Meaning(streams=CACHE, mma=True),
+    "_attend_kernel": Meaning(streams=CACHE, mma=True, known=ROWS),
     "_head_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=TILE),
     "_merge_kernel": Meaning(),
     "_row_map_kernel": Meaning(),
@@ -136,7 +137,7 @@ class Pass:
         norm = self.norm()
         x, attended, gated = (self.tensor(self.rows, n) for n in (s.hidden, s.heads * s.head_dim, s.inner))
         yield self._qkv("qkv")
-        yield self._attend("attention")
+        yield self._attend("attention", chains=not self.prefill)
         yield self._linear("output", attended, self.matrix(s.hidden, s.heads * s.head_dim), residual=x)
         gate_up = self.matrix(2 * s.inner, s.hidden)
         yield self._linear("gate and up", x, gate_up, norm=norm, activation="silu_gate")
@@ -151,13 +152,14 @@ class Pass:
             output = self._linear("output, prefetched", x, self.matrix(s.hidden, s.hidden), residual=x)
             yield output._replace(launch=partial(_prefetching, output.launch))
         yield self._qkv("qkv, masked", active=active, write=active)
-        yield self._attend("attention, masked", active=active)
+        yield self._attend("attention, masked", active=active, chains=not self.prefill)
         scale = self.tensor(self.rows, dtype=torch.float32)
         down = self.matrix(s.hidden, s.inner)
         yield self._linear("down, masked", gated, down, residual=x, scale=scale, active=active)
         if not self.prefill:
             tree = Tree(self.ids(self.rows), self.ids(self.rows, DRAFTED + 1))
             yield self._attend("attention, tree", tree=tree)
+            yield self._attend("attention, rows")
 
     def _head(self) -> Iterator[Step]:
         s = self.shape
@@ -272,14 +274,22 @@ class Pass:
             masked=bool(options),
         )
 
-    def _attend(self, label: str, tree: Tree | None = None, active: Tensor | None = None) -> Step:
+    def _attend(
+        self, label: str, tree: Tree | None = None, active: Tensor | None = None, *, chains: bool = False
+    ) -> Step:
         s = self.shape
         q = self.tensor(self.rows, s.heads, s.head_dim)
         keys, values = self.cache_pair()
         table = self.ids(self.sequences, CONTEXT // TRITON.page_size)
-        paging = {"page_size": TRITON.page_size, "tile": self.tile}
+        width = self.rows // self.sequences if chains else None
         index = TRITON.index(
-            self.ids(self.rows), self.ids(self.rows), table, **paging, **({"tree": tree} if tree else {})
+            self.ids(self.rows),
+            self.ids(self.rows),
+            table,
+            page_size=TRITON.page_size,
+            tile=self.tile,
+            tree=tree,
+            width=width,
         )
         read = 2 * self.sequences * CONTEXT * s.kv_heads * s.head_dim * self.dtype.itemsize
         scale = s.head_dim**-0.5

@@ -25,13 +25,15 @@ class Meaning:
 
     streams: pattern of the source lines whose loads must all be 128 bits wide, None if there are none. mma: products
     of 16-bit operands run on the matrix units. prefetch: constexprs and numbers whose product is how many streamed
-    elements a program asks for before it waits for the kernel before it; empty: none may. waits: it is part of the
+    elements a program asks for before it waits for the kernel before it; empty: none may. known: pattern of the source
+    lines of what was written earlier than by that kernel, and may be read before the wait too. waits: it is part of the
     chain of dependent launches.
     """
 
     streams: str | None = None
     mma: bool = False
     prefetch: tuple[str | int, ...] = ()
+    known: str | None = None
     waits: bool = True
 
 
@@ -151,7 +153,7 @@ def _chain(code: MachineCode, meaning: Meaning, launch: Launch) -> Iterable[str]
         yield f"the kernel may end before the wait: {_some(ends)}"
     if launch.constexprs.get("PREFETCHED") and not any(i.base == PREFETCH for i in early):
         yield "the L2 cache is asked for nothing before the wait"
-    loads = [i for i in early if i.is_load]
+    loads = [i for i in early if i.is_load and not (meaning.known and re.search(meaning.known, i.source))]
     if foreign := [i for i in loads if not meaning.prefetch or not _streamed(i, meaning)]:
         yield f"dependent loads before the wait: {_some(foreign)}"
     elif meaning.prefetch:

@@ -176,7 +176,7 @@ def attend(p: Point) -> Launch:
     heads, kv_heads, head_dim, _ = _heads(p)
     q, (keys, values) = p.randn(p.rows, heads, head_dim), p.caches()
     table, at = p.arange(p.pages)[None], p.arange(p.rows, p.context)
-    index = p.ops.index(torch.zeros_like(at), at, table, page_size=p.ops.page_size, tile=p.tile)
+    index = p.ops.index(torch.zeros_like(at), at, table, page_size=p.ops.page_size, tile=p.tile, width=p.rows)
     end = p.context + p.rows
     k, v = (cache.transpose(0, 1).reshape(1, kv_heads, -1, head_dim)[:, :, :end] for cache in (keys, values))
     mask = p.arange(end) <= at[:, None]

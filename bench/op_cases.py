@@ -112,7 +112,7 @@ def qkv(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outputs
 
 
 def attention(side: Side, config: ModelConfig, rows: int, tile: int | None, context: int = 1000) -> Outputs:
-    """One sequence whose last rows attend to `context` positions; plain, windowed, ALiBi, and as nodes of a tree."""
+    """One sequence whose last rows attend to `context` positions; plain, as a chain, windowed, ALiBi, as a tree."""
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     last = context + rows
     pages = math.ceil(last / PAGE)
@@ -121,8 +121,11 @@ def attention(side: Side, config: ModelConfig, rows: int, tile: int | None, cont
     table = torch.randperm(pages, generator=torch.Generator().manual_seed(4))[None] + 1
     sequence, position = torch.zeros(rows, dtype=torch.int64), torch.arange(context, last)
 
-    def attend(at: Tensor, tree: Tree | None = None, window: int | None = None, alibi: bool = False) -> Tensor:
-        index = side.ops.index(side.put(sequence), side.put(at), side.put(table), page_size=PAGE, tile=tile, tree=tree)
+    def attend(
+        at: Tensor, tree: Tree | None = None, window: int | None = None, alibi: bool = False, width: int | None = None
+    ) -> Tensor:
+        laid = side.put(sequence), side.put(at), side.put(table)
+        index = side.ops.index(*laid, page_size=PAGE, tile=tile, tree=tree, width=width)
         slopes = side.put(2.0 ** -torch.arange(1, heads + 1).float()) if alibi else None
         return side.ops.attend(q, keys, values, index, scale=head_dim**-0.5, window=window, slopes=slopes)
 
@@ -131,6 +134,7 @@ def attention(side: Side, config: ModelConfig, rows: int, tile: int | None, cont
     tree = Tree(side.put(torch.full((rows,), context)), side.put(slot))
     return {
         "causal": attend(position),
+        "chain": attend(position, width=rows),
         "window": attend(position, window=300),
         "alibi": attend(position, alibi=True),
         "tree": attend(context + (torch.arange(rows) > 0).long(), tree),

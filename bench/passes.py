@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from ..loaders.config import ModelConfig
 from ..runtime.cache import KVCache
 from ..runtime.model import Model
 from ..runtime.plan import LayerPlan
-from ..runtime.rows import Rows, one_sequence
+from ..runtime.rows import Chains
 
 
 def fill(cache: KVCache, tokens: int) -> list[int]:
@@ -25,12 +27,14 @@ def fill(cache: KVCache, tokens: int) -> list[int]:
     return pages
 
 
-def rows_after(model: Model, pages: list[int], context: int, count: int) -> Rows:
-    """Rows of `count` consecutive tokens at position `context`."""
-    return one_sequence(list(range(3, 3 + count)), context, pages, model.ops.decode_tile, model.device)
+def chain_after(model: Model, pages: list[int], context: int, count: int) -> Chains:
+    """`count` consecutive tokens of one sequence from position `context`, as a round has them."""
+    token = torch.arange(3, 3 + count, device=model.device)[None]
+    first, table = (torch.tensor(value, device=model.device) for value in ([context], [pages]))
+    return Chains(token, first, None, None, table, model.ops.decode_tile)
 
 
-def step(model: Model, cache: KVCache, rows: Rows, plan: LayerPlan) -> Callable[[], object]:
+def step(model: Model, cache: KVCache, rows: Chains, plan: LayerPlan) -> Callable[[], object]:
     """The pass of `plan` over `rows`, and the head."""
     return lambda: model.predict(model.forward(rows, cache, plan))
 

@@ -25,8 +25,10 @@ from ..loaders.weights import Weights
 from ..runtime.cache import KVCache
 from ..runtime.model import Model
 from ..runtime.plan import LayerPlan
-from ..runtime.rows import Rows, one_sequence
+from ..runtime.rows import Chains
 from .clock import Spread, bandwidth, sampler
+from .passes import chain_after
+from .passes import step as pass_of
 
 CONTEXT, DRY_CONTEXT = 512, 16
 DRY_FIELDS = {"num_hidden_layers": 5, "vocab_size": 256}
@@ -75,15 +77,13 @@ class Bed(NamedTuple):
             tensor[:, pages] = torch.randn_like(tensor[:, pages])
         return Bed(shape, model, weights, cache, pages, context)
 
-    def rows(self, count: int) -> Rows:
-        """`count` new rows of the one sequence, after its context."""
-        first, tile = self.context, self.model.ops.decode_tile
-        return one_sequence(list(range(3, 3 + count)), first, self.pages, tile, self.model.device)
+    def chain(self, count: int) -> Chains:
+        """`count` new tokens of the one sequence, after its context."""
+        return chain_after(self.model, self.pages, self.context, count)
 
     def step(self, count: int, plan: LayerPlan | None = None) -> Callable[[], object]:
         """A pass of `count` rows with its head."""
-        rows, plan = self.rows(count), plan or self.model.full
-        return lambda: self.model.predict(self.model.forward(rows, self.cache, plan))
+        return pass_of(self.model, self.cache, self.chain(count), plan or self.model.full)
 
     @property
     def step_bytes(self) -> int:
@@ -179,9 +179,9 @@ def launches(bed: Bed, count: int) -> dict[str, Launch]:
     """The kernels of a layer, and the head, for `count` rows after a context."""
     model, cache = bed.model, bed.cache
     config, ops, tile, layers = model.config, model.ops, model.ops.decode_tile, model.layers
-    rows = bed.rows(count)
+    rows = bed.chain(count).spread()
     slots = Slots(*rows.slots(cache.page_size))
-    index = ops.index(rows.sequence, rows.position, rows.block_table, page_size=cache.page_size, tile=tile)
+    index = ops.index(rows.sequence, rows.position, rows.block_table, page_size=cache.page_size, tile=tile, width=count)
     rope = model.rotations(rows, cache)
 
     def randn(*shape: int) -> Tensor:

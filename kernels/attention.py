@@ -39,7 +39,8 @@ def attend(
 
     q [R, heads, D]; keys, values [pages, kv_heads, P, D] of equal strides; slopes float32 [heads] for ALiBi; `window`:
     a row sees itself and the window − 1 positions before it. Returns [R, heads·D], undefined for rows of no sequence
-    and rows that are not `active` bool [R]. Raises TypeError for an index of another backend.
+    and rows that are not `active` bool [R]. Raises TypeError for an index of another backend. The kernel launched just
+    before must have written neither the index nor `active`: with rows of equal `width` both are read before it ends.
     """
     if not isinstance(index, TritonIndex):
         raise TypeError(f"index: expected TritonIndex, got {type(index).__name__}")
@@ -52,20 +53,21 @@ def attend(
     arch = launch.architecture()
     tile = launch.tile_of(rows, index.tile)
     rule = launch.attention_rule(head_dim, group, tile, q.element_size(), arch)
-    groups = row_groups(index, rule.rows)
+    groups = row_groups(index, rule.rows) if index.width is None else None
+    bound = groups.bound if groups else index.block_table.shape[0] * triton.cdiv(index.width or 1, rule.rows)
     splits = launch.attention_splits(index.capacity, rule.split)
-    tiles, scratch_bytes = groups.bound * kv_heads, 4 * splits * q.numel()
+    tiles, scratch_bytes = bound * kv_heads, 4 * splits * q.numel()
     in_order = launch.attention_in_order(tiles, scratch_bytes)
     programs = launch.attention_programs(tiles, splits, scratch_bytes)
     scratch = (None, None, None) if in_order else index.scratch(tiles, splits, heads, head_dim)
     tree = index.tree
-    _attend_kernel[(groups.bound, kv_heads, programs)](
+    _attend_kernel[(bound, kv_heads, programs)](
         q,
         keys,
         values,
         out,
-        groups.first,
-        groups.count,
+        groups.first if groups else None,
+        groups.count if groups else None,
         index.sequence,
         index.position,
         index.block_table,
@@ -82,6 +84,7 @@ def attend(
         index.block_table.stride(0),
         0 if tree is None else tree.slot.stride(0),
         rows,
+        index.width or 0,
         scale * LOG2_E.value,
         window,
         HEADS=heads,
@@ -101,7 +104,7 @@ def attend(
 
 
 @triton.jit(
-    do_not_specialize=["stride_table", "stride_node", "rows", "window"],
+    do_not_specialize=["stride_table", "stride_node", "rows", "width", "window"],
     do_not_specialize_on_alignment=["active_ptr"],
 )
 def _attend_kernel(  # noqa: PLR0915
@@ -129,6 +132,7 @@ def _attend_kernel(  # noqa: PLR0915
     stride_table,
     stride_node,
     rows,
+    width,
     scale,
     window,
     HEADS: tl.constexpr,
@@ -147,33 +151,44 @@ def _attend_kernel(  # noqa: PLR0915
 
     q [rows, HEADS, D]; k, v [pages, HEADS / GROUP, BLOCK, D]; partial float32 [splits, rows, HEADS, D]; state float32
     [splits, rows, HEADS, 2], maximum and sum; arrivals int32 [row groups, HEADS / GROUP], zero before and after.
+    Row groups are given by first and count int32, or every sequence has `width` rows.
     """
     M: tl.constexpr = GROUP_ROWS * GROUP_PADDED
     pid_group, pid_kv, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_d = tl.arange(0, D_PADDED)
     offs_row = tl.arange(0, M) // GROUP_PADDED
     offs_head = pid_kv * GROUP + tl.arange(0, M) % GROUP_PADDED
-    wait_for_producers(PDL)
-
-    count = tl.load(count_ptr + pid_group)
-    first = tl.load(first_ptr + pid_group).to(tl.int64)
-    if count == 0:
-        return
-    sequence = tl.load(sequence_ptr + first)
-    mask_m = (offs_row < count) & (tl.arange(0, M) % GROUP_PADDED < GROUP)
+    mask_m = tl.arange(0, M) % GROUP_PADDED < GROUP
+    if first_ptr is None:
+        parts = (width + GROUP_ROWS - 1) // GROUP_ROWS
+        part = pid_group % parts * GROUP_ROWS
+        first = (pid_group // parts).to(tl.int64) * width + part
+        count = tl.minimum(width - part, GROUP_ROWS)
+    else:
+        wait_for_producers(PDL)
+        first = tl.load(first_ptr + pid_group).to(tl.int64)
+        count = tl.load(count_ptr + pid_group)
+    mask_m = mask_m & (offs_row < count)
+    owner = tl.load(sequence_ptr + first + offs_row, mask=mask_m, other=-1, cache_modifier=".cg")
+    position = tl.load(position_ptr + first + offs_row, mask=mask_m, other=-1, cache_modifier=".cg")
+    mask_m = mask_m & (owner >= 0)
     if active_ptr is not None:
-        mask_m = mask_m & (tl.load(active_ptr + first + offs_row, mask=mask_m, other=0) != 0)
-    position = tl.load(position_ptr + first + offs_row, mask=mask_m, other=-1).to(tl.int32)
+        active = tl.load(active_ptr + first + offs_row, mask=mask_m, other=0, cache_modifier=".cg")
+        mask_m = mask_m & (active != 0)
+    position = tl.where(mask_m, position, -1).to(tl.int32)
     last = tl.max(position, axis=0)
-    if last < 0:
-        return
     oldest = last * 0
     if window is not None:
         oldest = tl.maximum(tl.min(tl.where(mask_m, position, last), axis=0) - window + 1, 0)
     length = _split_length(last, SPLIT, EVEN)
     first_split = _split_of(oldest, length, EVEN)
     splits = _split_of(last, length, EVEN) + 1 - first_split
-    if pid_split >= splits:
+    table_ptr += tl.max(owner, axis=0) * stride_table
+    pages = _pages(table_ptr, first_split + pid_split, length, oldest, last, BLOCK, SPLIT, EVEN)
+    if first_ptr is None:
+        # Where rows stand was known before the kernel that is waited for: that wrote queries and the newest keys.
+        wait_for_producers(PDL)
+    if last < 0 or pid_split >= splits:
         return
 
     mask = mask_m[:, None] & (offs_d < D)[None, :]
@@ -181,7 +196,6 @@ def _attend_kernel(  # noqa: PLR0915
     q = tl.load(q_ptr + (offs_row * stride_q_row + offs_head * stride_q_head)[:, None] + offs_d[None, :], mask, 0.0)
     keys_ptr += pid_kv.to(tl.int64) * stride_head
     values_ptr += pid_kv.to(tl.int64) * stride_head
-    table_ptr += sequence * stride_table
     slope = None
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + offs_head, mask=mask_m, other=0.0) * LOG2_E
@@ -196,10 +210,8 @@ def _attend_kernel(  # noqa: PLR0915
     stride_split = rows.to(tl.int64) * HEADS
     peak, total, acc = _nothing_seen(M, D_PADDED)
     for split in tl.range(first_split + pid_split, first_split + splits, tl.num_programs(2), disable_licm=True):
-        begin = tl.maximum(_split_begin(split, length, EVEN), oldest) // BLOCK
-        end = tl.minimum(_split_begin(split + 1, length, EVEN) // BLOCK, last // BLOCK + 1)
+        begin, end = _blocks(split, length, oldest, last, BLOCK, EVEN)
         offs_page = begin + tl.arange(0, FAR_FACTOR * SPLIT // BLOCK)
-        pages = tl.load(table_ptr + offs_page, mask=offs_page < end, other=0)
         split_peak, split_total, split_acc = _nothing_seen(M, D_PADDED)
         for block in range(begin, tl.minimum(end, shared)):
             page = tl.sum(tl.where(offs_page == block, pages, 0), axis=0) * stride_page
@@ -216,28 +228,38 @@ def _attend_kernel(  # noqa: PLR0915
         if IN_ORDER:
             peak, total, acc = _fold_split(peak, total, acc, split_peak, split_total, split_acc)
         elif splits == 1:
-            peak, total, acc = split_peak, split_total, split_acc
+            _store_mean(out_ptr + first * (HEADS * D), offs_out, split_total, split_acc, mask_m, mask)
         else:
             base = split * stride_split + first * HEADS
             tl.store(partial_ptr + base * D + offs_out, split_acc, mask=mask)
             tl.store(state_ptr + 2 * base + offs_state, split_peak, mask=mask_m)
             tl.store(state_ptr + 2 * base + offs_state + 1, split_total, mask=mask_m)
+        pages = _pages(table_ptr, split + tl.num_programs(2), length, oldest, last, BLOCK, SPLIT, EVEN)
 
-    if not IN_ORDER:  # noqa: SIM102
-        if splits > 1:
-            arrivals_ptr += pid_group * tl.num_programs(1) + pid_kv
-            tl.debug_barrier()
-            if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1 < tl.minimum(splits, tl.num_programs(2)):
-                return
-            tl.store(arrivals_ptr, 0)
-            for split in range(first_split, first_split + splits):
-                base = split * stride_split + first * HEADS
-                split_peak, split_total, split_acc = _load_split(
-                    partial_ptr + base * D, state_ptr + 2 * base, offs_state, offs_out, mask_m, mask
-                )
-                peak, total, acc = _fold_split(peak, total, acc, split_peak, split_total, split_acc)
+    if not IN_ORDER:
+        if splits == 1:
+            return
+        arrivals_ptr += pid_group * tl.num_programs(1) + pid_kv
+        tl.debug_barrier()
+        if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1 < tl.minimum(splits, tl.num_programs(2)):
+            return
+        tl.store(arrivals_ptr, 0)
+        # Sums that came out of the loop above would keep the layout of its products, and each split be turned into it.
+        peak, total, acc = _nothing_seen(M, D_PADDED)
+        for split in range(first_split, first_split + splits):
+            base = split * stride_split + first * HEADS
+            split_peak, split_total, split_acc = _load_split(
+                partial_ptr + base * D, state_ptr + 2 * base, offs_state, offs_out, mask_m, mask
+            )
+            peak, total, acc = _fold_split(peak, total, acc, split_peak, split_total, split_acc)
+    _store_mean(out_ptr + first * (HEADS * D), offs_out, total, acc, mask_m, mask)
+
+
+@triton.jit
+def _store_mean(out_ptr, offs_out, total, acc, mask_m, mask):
+    """The weighted mean of the values."""
     out = acc / tl.where(mask_m, total, 1.0)[:, None]
-    tl.store(out_ptr + first * (HEADS * D) + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -376,6 +398,21 @@ def _split_begin(split, length, EVEN: tl.constexpr):
     else:
         begin = (tl.minimum(split, NEAR_SPLITS) + tl.maximum(split - NEAR_SPLITS, 0) * FAR_FACTOR) * length
     return begin
+
+
+@triton.jit
+def _blocks(split, length, oldest, last, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    """The blocks of a split that hold positions from oldest to last: the first one, and the one after them."""
+    begin = tl.maximum(_split_begin(split, length, EVEN), oldest) // BLOCK
+    return begin, tl.minimum(_split_begin(split + 1, length, EVEN) // BLOCK, last // BLOCK + 1)
+
+
+@triton.jit
+def _pages(table_ptr, split, length, oldest, last, BLOCK: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr):
+    """The pages that `_blocks` lie on, as many as a split can have."""
+    begin, end = _blocks(split, length, oldest, last, BLOCK, EVEN)
+    offs_page = begin + tl.arange(0, FAR_FACTOR * SPLIT // BLOCK)
+    return tl.load(table_ptr + offs_page, mask=offs_page < end, other=0, cache_modifier=".cg")
 
 
 @triton.jit

@@ -16,6 +16,7 @@ class Index(Protocol):
     """The rows of a pass and the pages they read, in the form that one backend's `attend` takes."""
 
     tile: int | None
+    width: int | None
 
 
 class Block(NamedTuple):
@@ -52,7 +53,8 @@ class AttentionIndex:
 
     A pass's rows come sorted by sequence: `sequence` int64 [R] names the row of `block_table` [S, pages] a row belongs
     to (-1 for padding rows), `position` int64 [R] its place in that sequence; `page_size` slots per page. Rows that
-    are nodes of a draft tree find their keys through `tree`.
+    are nodes of a draft tree find their keys through `tree`. `width`: sequence s has the rows from s·width to
+    (s + 1)·width, the real ones first; only kernels need to be told.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class AttentionIndex:
         page_size: int,
         tile: int | None,
         tree: Tree | None = None,
+        width: int | None = None,
     ) -> None:
         self.tile = tile
+        self.width = width
         self._page_size = page_size
         self._tree = tree
         self._groups = [
@@ -168,7 +172,8 @@ class RowGroups(NamedTuple):
 class TritonIndex:
     """The same description of a pass, left on the device, and the scratch memory its attention shares.
 
-    Takes what AttentionIndex takes; pages are the blocks of the reduction, so `page_size` is a power of two.
+    Takes what AttentionIndex takes; pages are the blocks of the reduction, so `page_size` is a power of two. With a
+    `width` the groups of rows need not be looked for.
     """
 
     def __init__(
@@ -180,8 +185,10 @@ class TritonIndex:
         page_size: int,
         tile: int | None,
         tree: Tree | None = None,
+        width: int | None = None,
     ) -> None:
         self.tile = tile
+        self.width = width
         self.page_size = page_size
         self.sequence = sequence.contiguous()
         self.position = position.contiguous()

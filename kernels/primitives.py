@@ -34,7 +34,8 @@ def wait_for_producers(PDL: tl.constexpr):
     """Everything earlier kernels wrote is visible after this; before every dependent load, every store, every exit.
 
     Only then may the kernel after this one be scheduled. Let in at once, several kernels would wait on the
-    multiprocessors side by side, and those that come late find room on few of them.
+    multiprocessors side by side, and those that come late find room on few of them. So all but the last kernel before
+    this one have ended when it starts, and what those wrote may be read before the wait.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()

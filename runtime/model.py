@@ -184,7 +184,8 @@ class Model:
         active = chains.active(entry.real)
         active = None if active is None else active.expand(2 * self.config.num_layers, -1)
         laid = Rows(entry.token, entry.position, entry.sequence, chains.block_table, chains.tile, active=active)
-        index = self._index(laid, laid.position, cache, self.tile(chains.token.shape[1]))
+        width = chains.token.shape[1]
+        index = self._index(laid, laid.position, cache, self.tile(width), width)
         return Pass(laid, entry.slots, index, entry.rope, entry.real, {}, kept, entry.x)
 
     def embed(self, laid: Pass) -> Tensor:
@@ -285,9 +286,15 @@ class Model:
         tile = tile or self.tile(len(x))
         return self.ops.head(x, self._norm, head, tile=tile, top_k=top_k, ids=ids, active=active)
 
-    def _index(self, rows: Rows, position: Tensor, cache: KVCache, tile: int | None) -> Index:
+    def _index(self, rows: Rows, position: Tensor, cache: KVCache, tile: int | None, width: int | None = None) -> Index:
         return self.ops.index(
-            rows.sequence, position, rows.block_table, page_size=cache.page_size, tile=tile, tree=rows.tree
+            rows.sequence,
+            position,
+            rows.block_table,
+            page_size=cache.page_size,
+            tile=tile,
+            tree=rows.tree,
+            width=width,
         )
 
     def _route(self, number: int, routed: Routed, x: Tensor, laid: Pass, active: Tensor | None) -> Route:
@@ -312,7 +319,7 @@ class Model:
             if laid.kept is not None:
                 write, position = active, compacted(laid.rows, active, laid.kept[layer.routed.place])
                 slots = Slots(*replace(laid.rows, slot=position).slots(cache.page_size))
-                index = self._index(laid.rows, position, cache, index.tile)
+                index = self._index(laid.rows, position, cache, index.tile, index.width)
         q = self.ops.qkv_rope_append(
             x,
             layer.attention_norm,
