@@ -6,16 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from skipjack import Engine, SamplingParams
+from skipjack import Engine, LayerPlan, SamplingParams
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import graphs
 from skipjack.runtime.budget import Budget
 from skipjack.runtime.graphs import AHEAD
-from skipjack.runtime.methods import registry
+from skipjack.runtime.methods import dynamic_exit, knapspec, registry
 from skipjack.runtime.methods.base import Method
 from skipjack.runtime.methods.dynamic_exit import DynamicExit
 from skipjack.runtime.methods.knapspec import KnapSpec
+from skipjack.runtime.recipe import Recipe
 from skipjack.runtime.request import Output
 
 PROMPTS = [[5, 9, 11, 300], [7], list(range(20, 50))]
@@ -169,3 +170,24 @@ def test_a_recorded_round_pays_for_what_it_takes_longer() -> None:
     assert budget.round(7.0, recorded=True) == 5.0
     assert budget.seconds == 49.0
     assert budget.round(1.0, recorded=True) == 0.0
+
+
+def test_no_window_is_recorded_before_the_last_one_is_paid_for() -> None:
+    full = LayerPlan.full(8)
+    method = KnapSpec(knapspec.Options(), 8)
+    assert method.recipe([]) is None
+    method._budget.spend(1.0)
+    assert method.recipe([]) == Recipe(full, full)
+    method._budget.round(21.0, recorded=False)
+    assert method.recipe([]) is None
+    assert KnapSpec(knapspec.Options(search_budget=0.0), 8).recipe([]) == Recipe(full, full)
+
+
+def test_exits_are_not_measured_twice_before_it_is_known_what_other_rounds_take() -> None:
+    method = DynamicExit(dynamic_exit.Options(), 8)
+    assert method.recipe([]) is None
+    method._budget.round(1.0, recorded=True)
+    method._learn(torch.ones(7, dtype=torch.bool), torch.ones(7))
+    assert method.recipe([]) is not None
+    method._budget.round(1.0, recorded=False)
+    assert method.recipe([]) is None
