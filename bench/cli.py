@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,8 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..runtime.errors import ConfigError
-from . import profile, routed
+from . import options, profile, routed
 from .baselines_command import baselines
 from .commands import accept, figures, numerics, peers, project, serve, table
 from .decode_cli import decode
@@ -42,40 +40,27 @@ def bench(context: typer.Context) -> None:
 @app.command()
 def exact(
     model: Annotated[str, typer.Argument(metavar="MODEL", help='A model folder, or "demo".')] = "demo",
-    prompts: Annotated[
-        Path | None,
-        typer.Option(envvar="SKIPJACK_PROMPTS", help="JSON lines with category and turns; default: our own."),
-    ] = None,
-    per_category: Annotated[int, typer.Option(min=1, help="Prompts taken of each category.")] = 5,
+    prompts: options.Prompts = None,
+    per_category: options.PerCategory = 5,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each.")] = 64,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    temperature: Annotated[float, typer.Option(help="0 is greedy; above, tokens are drawn with seed 0.")] = 0.0,
+    dtype: options.Dtype = "auto",
+    temperature: options.Temperature = 0.0,
     batch: Annotated[int, typer.Option(min=0, max=16, help="Prompts drafted together; 0 rotates 1, 4, 16.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="Write every row as JSON here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    output: options.Output = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Compare every lossless method with plain decoding token by token; exit 1 if any token differs."""
     from ..runtime.engine import Engine
     from ..runtime.request import SamplingParams
     from .exact import compare, coverage, summary
-    from .prompts import load
     from .record import header, write
     from .rotation import NAMES
 
-    chosen = load(prompts, per_category)
+    chosen, note = options.chosen(prompts, per_category), options.notes()
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
-    notes = Console(stderr=True, highlight=False)
     with Engine.load(model, dtype=dtype) as engine:
-        total = len(chosen) * len(NAMES)
-        notes.print(f"{len(chosen)} prompts x {len(NAMES)} methods, {engine.dtype}, {engine.backend}")
-        done = 0
-
-        def progress(row: object) -> None:
-            nonlocal done
-            done += 1
-            if sys.stderr.isatty() or done % 10 == 0:
-                notes.print(f"{done} of {total}", end="\r" if sys.stderr.isatty() else "\n")
-
+        note(f"{len(chosen)} prompts x {len(NAMES)} methods, {engine.dtype}, {engine.backend}")
+        progress = options.counted(note, len(chosen) * len(NAMES), every=10)
         rows = compare(engine, chosen, params, batch=batch, progress=progress)
         result = {
             **header("exact", engine, model),
@@ -93,7 +78,7 @@ def exact(
     else:
         _show(summary(rows))
     if not all(row.identical for row in rows):
-        notes.print("NOT IDENTICAL to plain decoding", style="bold red")
+        options.alarm("NOT IDENTICAL to plain decoding")
         raise typer.Exit(1)
 
 
@@ -115,47 +100,28 @@ def picture(
 
 @app.command()
 def methods(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help='A model folder, "demo", or synthetic:SHAPE:LATE_SCALE.')
-    ] = "demo",
-    method: Annotated[
-        list[str] | None, typer.Option(metavar="NAME[:key=value,…]", help="Repeatable; default: lookup and auto.")
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(envvar="SKIPJACK_PROMPTS", help="JSON lines with category and turns; default: our own."),
-    ] = None,
-    per_category: Annotated[int, typer.Option(min=1, help="Prompts taken of each category.")] = 5,
-    category: Annotated[list[str] | None, typer.Option(help="Only this category; repeatable.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each.")] = 128,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    output: Annotated[Path | None, typer.Option(help="Write every row as JSON here.")] = None,
+    model: options.Model = "demo",
+    method: options.Methods = None,
+    prompts: options.Prompts = None,
+    per_category: options.PerCategory = 5,
+    category: options.Category = None,
+    max_tokens: options.MaxTokens = 128,
+    dtype: options.Dtype = "auto",
+    output: options.Output = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the speeds as SVG here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Compare methods with plain decoding: speed in pairs, acceptance, the ideal speed-up and what is missing to it."""
+    """Compare methods, by default lookup and auto, with plain decoding: speed in pairs, acceptance, what is missing."""
     from ..runtime.request import SamplingParams
     from . import sheets
     from .methods import compare, load, summary
-    from .prompts import load as load_prompts
     from .record import deliver, header, title
 
-    chosen = load_prompts(prompts, per_category)
-    chosen = [prompt for prompt in chosen if not category or prompt.category in category]
-    if not chosen:
-        raise ConfigError(f"--category: expected categories of the prompts, got {', '.join(category or [])}")
+    chosen, note = options.chosen(prompts, per_category, category), options.notes()
     names = method or ["lookup", "auto"]
-    notes = Console(stderr=True, highlight=False)
     with load(model, dtype) as engine:
-        total = len(chosen) * len(names)
-        notes.print(f"{len(chosen)} prompts x {len(names)} methods, {engine.dtype}, {engine.backend}")
-        done = 0
-
-        def progress(row: object) -> None:
-            nonlocal done
-            done += 1
-            notes.print(f"{done} of {total}", end="\r" if sys.stderr.isatty() else "\n")
-
+        note(f"{len(chosen)} prompts x {len(names)} methods, {engine.dtype}, {engine.backend}")
+        progress = options.counted(note, len(chosen) * len(names))
         rows = compare(engine, names, chosen, SamplingParams(max_tokens=max_tokens), progress)
         result = {
             **header("methods", engine, model),
@@ -164,7 +130,7 @@ def methods(
             "rows": [asdict(row) for row in rows],
         }
     if not all(row.identical for row in rows):
-        notes.print("NOT IDENTICAL to plain decoding: no speed is reported", style="bold red")
+        options.alarm("NOT IDENTICAL to plain decoding: no speed is reported")
         raise typer.Exit(1)
     if picture:
         from .charts import speeds

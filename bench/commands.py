@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from ..runtime.errors import ConfigError, RequestError
-
-if TYPE_CHECKING:
-    from .prompts import Prompt
-    from .record import Sheet
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help='A model folder, "demo", or synthetic:SHAPE:LATE_SCALE.')]
-Methods = Annotated[list[str] | None, typer.Option("--method", metavar="NAME[:key=value,…]", help="Repeatable.")]
-Prompts = Annotated[
-    Path | None, typer.Option(envvar="SKIPJACK_PROMPTS", help="JSON lines with category and turns; default: our own.")
-]
-PerCategory = Annotated[int, typer.Option(min=1, help="Prompts taken of each category.")]
-Category = Annotated[list[str] | None, typer.Option(help="Only this category; repeatable.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Output = Annotated[Path | None, typer.Option(help="Write the result as JSON here.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+from ..runtime.errors import RequestError
+from . import options
 
 
 def peers(
-    model: Model = "demo",
-    prompts: Prompts = None,
-    per_category: PerCategory = 1,
-    category: Category = None,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each prompt.")] = 64,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    model: options.Model = "demo",
+    prompts: options.Prompts = None,
+    per_category: options.PerCategory = 1,
+    category: options.Category = None,
+    max_tokens: options.MaxTokens = 64,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
     exit_layer: Annotated[int, typer.Option(min=0, help="Of assistant_early_exit; 0: two thirds of the layers.")] = 0,
     num_draft_tokens: Annotated[int, typer.Option(min=1, help="Of prompt_lookup_num_tokens.")] = 10,
     compile_mode: Annotated[
@@ -47,17 +29,17 @@ def peers(
     peer: Annotated[
         list[str] | None, typer.Option(help="Measure only peers whose names contain this; repeatable.")
     ] = None,
-    output: Output = None,
-    as_json: AsJson = False,
+    output: options.Output = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Compare plain decoding with transformers' generate and a torch.compile loop: ids in float32 first, then speed."""
     from ..runtime.engine import Engine
     from .peer_loops import PLAIN, Setting, version
     from .peers import Contest, folder_of, trusted
-    from .record import header
+    from .record import deliver, header
     from .sheets import peers as sheet
 
-    chosen, notes = _chosen(prompts, per_category, category), _notes()
+    chosen, notes = options.chosen(prompts, per_category, category), options.notes()
     transformers = version()
     with folder_of(model) as folder:
         with Engine.load(folder, device=device, dtype="float32") as engine:
@@ -69,7 +51,7 @@ def peers(
         del contest
         result: dict[str, Any] = {"agreement": [asdict(agreement) for agreement in agreements]}
         if not trusted(agreements):
-            notes(f"RED: greedy ids are not those of {PLAIN} in float32: no speed is reported")
+            options.alarm(f"RED: greedy ids are not those of {PLAIN} in float32: no speed is reported")
             notes(json.dumps(result))
             raise typer.Exit(1)
         with Engine.load(folder, device=device, dtype=dtype) as engine:
@@ -83,43 +65,35 @@ def peers(
         "summary": [asdict(line) for line in lines],
         "rows": [asdict(row) for row in rows],
     }
-    _finish(result, sheet, output, as_json)
+    deliver(result, sheet, output, as_json)
 
 
 def accept(
-    model: Model = "demo",
-    prompts: Prompts = None,
-    method: Methods = None,
-    per_category: PerCategory = 5,
-    category: Category = None,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each prompt.")] = 128,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 is greedy; above, tokens are drawn with seed 0.")
-    ] = 0.0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    output: Output = None,
+    model: options.Model = "demo",
+    prompts: options.Prompts = None,
+    method: options.Methods = None,
+    per_category: options.PerCategory = 5,
+    category: options.Category = None,
+    max_tokens: options.MaxTokens = 128,
+    temperature: options.Temperature = 0.0,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    output: options.Output = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown here.")] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Acceptance over a prompt file, by method, category and draft depth; no speed."""
     from ..runtime.engine import Engine
     from ..runtime.request import SamplingParams
     from .accept import METHODS, measure, sheet, summary
     from .peers import folder_of
-    from .record import header
+    from .record import deliver, header
 
-    chosen, notes = _chosen(prompts, per_category, category), _notes()
+    chosen, notes = options.chosen(prompts, per_category, category), options.notes()
     names = method or list(METHODS)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
     with folder_of(model) as folder, Engine.load(folder, device=device, dtype=dtype) as engine:
-        total, done = len(names) * len(chosen), 0
-
-        def progress(row: object) -> None:
-            nonlocal done
-            done += 1
-            notes(f"{done} of {total}")
-
+        progress = options.counted(notes, len(names) * len(chosen))
         rows = measure(engine, names, chosen, params, progress)
         result = header("accept", engine, model)
     result |= {
@@ -128,20 +102,20 @@ def accept(
         "summary": [asdict(line) for line in summary(rows)],
         "rows": [asdict(row) for row in rows],
     }
-    _finish(result, sheet, output, as_json, markdown)
+    deliver(result, sheet, output, as_json, markdown)
 
 
 def serve(
-    model: Model = "demo",
-    prompts: Prompts = None,
-    method: Methods = None,
+    model: options.Model = "demo",
+    prompts: options.Prompts = None,
+    method: options.Methods = None,
     concurrency: Annotated[list[int] | None, typer.Option(min=1, max=16, help="Repeatable; default: 1 and 4.")] = None,
     requests: Annotated[int, typer.Option(min=1, max=10000, help="Requests of each run.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each request.")] = 64,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    output: Output = None,
-    as_json: AsJson = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    output: options.Output = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Latency percentiles of the engine embedded in an event loop: first token, between tokens, and the loop itself."""
     from ..runtime.engine import Engine
@@ -149,9 +123,9 @@ def serve(
     from .latency import measure, sheet
     from .peers import folder_of
     from .prompts import source
-    from .record import header
+    from .record import deliver, header
 
-    chosen, notes = _chosen(prompts, requests, None), _notes()
+    chosen, notes = options.chosen(prompts, requests, None), options.notes()
     names, concurrencies = method or ["autoregressive", "lookup", "auto"], concurrency or [1, 4]
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     with folder_of(model) as folder, Engine.load(folder, device=device, dtype=dtype) as engine:
@@ -168,22 +142,22 @@ def serve(
     result |= {"max_tokens": max_tokens, "rows": [asdict(row) for row in rows]}
     wrong = [row.method for row in rows if row.lossless and row.identical < row.requests]
     if wrong:
-        notes(f"NOT IDENTICAL to plain decoding: {', '.join(dict.fromkeys(wrong))}: no latency is reported")
+        options.alarm(f"NOT IDENTICAL to plain decoding: {', '.join(dict.fromkeys(wrong))}: no latency is reported")
         raise typer.Exit(1)
-    _finish(result, sheet, output, as_json)
+    deliver(result, sheet, output, as_json)
 
 
 def numerics(
-    model: Model = "demo",
-    prompts: Prompts = None,
-    method: Methods = None,
-    per_category: PerCategory = 1,
-    category: Category = None,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each prompt.")] = 64,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    output: Output = None,
-    as_json: AsJson = False,
+    model: options.Model = "demo",
+    prompts: options.Prompts = None,
+    method: options.Methods = None,
+    per_category: options.PerCategory = 1,
+    category: options.Category = None,
+    max_tokens: options.MaxTokens = 64,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    output: options.Output = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Compare fast numerics with exact: logits on given text first, then texts and speeds of each method."""
     from ..runtime.engine import Engine
@@ -191,7 +165,7 @@ def numerics(
     from .peers import folder_of
     from .record import deliver, header
 
-    chosen, notes, names = _chosen(prompts, per_category, category), _notes(), method or list(METHODS)
+    chosen, notes, names = options.chosen(prompts, per_category, category), options.notes(), method or list(METHODS)
     with (
         folder_of(model) as folder,
         Engine.load(folder, device=device, dtype=dtype) as exact,
@@ -201,7 +175,7 @@ def numerics(
         result = header("numerics", fast, model)
         result |= {"max_tokens": max_tokens, "gaps": [asdict(gap) for gap in found]}
         if not trusted(found, fast.dtype):
-            notes("RED: the logits differ by more than rounding: no speed is reported")
+            options.alarm("RED: the logits differ by more than rounding: no speed is reported")
             notes(json.dumps(result["gaps"]))
             raise typer.Exit(1)
         rows = compare(exact, fast, names, chosen, max_tokens, lambda row: notes(f"{row.method}, {row.category}"))
@@ -212,10 +186,10 @@ def numerics(
 def project(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Measure its steps now, roughly.")] = None,
     costs: Annotated[Path | None, typer.Option(help="A result of `skipjack bench decode`.")] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    output: Output = None,
-    as_json: AsJson = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    output: options.Output = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """PROJECTION: measured step costs and published acceptance rates, next to the published speed-ups."""
     from ..runtime.costs import calibrate
@@ -223,7 +197,7 @@ def project(
     from .peers import folder_of
     from .project import LABEL, costs_from, costs_of, sheet
     from .project import project as rows_of
-    from .record import header, read
+    from .record import deliver, header, read
 
     if (model is None) == (costs is None):
         raise RequestError("project: expected either MODEL or --costs FILE")
@@ -238,7 +212,7 @@ def project(
             base = header("project", engine, name)
     rows = [asdict(row) for row in rows_of(steps)]
     result = base | {"projection": True, "label": LABEL, "shape": steps.shape, "costs": steps.fields(), "rows": rows}
-    _finish(result, sheet, output, as_json)
+    deliver(result, sheet, output, as_json)
 
 
 def figures(
@@ -248,7 +222,7 @@ def figures(
     """Draw every picture there is a result file for; the others are named with the command that makes their result."""
     from .figures import draw
 
-    notes = _notes()
+    notes = options.notes()
     for path in draw(results, output, notes):
         typer.echo(path)
 
@@ -258,44 +232,3 @@ def table(results: Annotated[list[Path], typer.Argument(help="Result files of `s
     from .figures import table as render
 
     typer.echo(render(results))
-
-
-def _chosen(path: Path | None, per_category: int, categories: Sequence[str] | None) -> list[Prompt]:
-    from .prompts import load
-
-    chosen = [p for p in load(path, per_category) if not categories or p.category in categories]
-    if not chosen:
-        raise ConfigError(f"--category: expected categories of the prompts, got {', '.join(categories or [])}")
-    return chosen
-
-
-def _notes() -> Callable[[str], None]:
-    """Progress on standard error: one line that changes on a terminal, elsewhere a line each."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-    def note(text: str) -> None:
-        end = "\r" if sys.stderr.isatty() else "\n"
-        console.print(f"{text:<78}" if end == "\r" else text, end=end, markup=False)
-
-    return note
-
-
-def _finish(
-    result: dict[str, Any],
-    sheet: Callable[[dict[str, Any]], Sheet],
-    output: Path | None,
-    as_json: bool,
-    markdown: Path | None = None,
-) -> None:
-    from .record import markdown as render
-    from .record import show, write
-
-    if output:
-        write(result, output)
-    if markdown:
-        markdown.write_text(render([sheet(result)]) + "\n", encoding="utf-8")
-    if as_json:
-        typer.echo(json.dumps(result))
-    else:
-        # As it would be read back.
-        show(sheet(json.loads(json.dumps(result))))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from ..runtime.errors import RequestError
+from . import options
 
 DRY_SHAPE = "synthetic:tiny:0.3"
 
@@ -32,11 +32,11 @@ def decode(
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of samples of every pass.")] = 10,
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs of every round.")] = 2,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of a run.")] = 64,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
     backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
-    output: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    output: options.Output = None,
+    as_json: options.AsJson = False,
     dry_run: Annotated[bool, typer.Option(help="Walk the code with a tiny model and few samples; no figures.")] = False,
 ) -> None:
     """Measure passes and rounds against their bytes: verify(K), draft steps, glue, forced acceptance."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from . import options
 
 
 def dmtd(
@@ -18,9 +18,9 @@ def dmtd(
     batch: Annotated[int, typer.Option(min=1, max=16, help="Sequences decoded together.")] = 1,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each.")] = 97,
     pairs: Annotated[int, typer.Option(min=1, help="Pairs measured, after one to warm up.")] = 5,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    output: Annotated[Path | None, typer.Option(help="Write the lines as JSON here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    dtype: options.Dtype = "auto",
+    output: options.Output = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Direct Multi-Token Decoding: measured speed over plain decoding, the cost model's prediction, and the bound."""
     from . import sheets
@@ -28,15 +28,15 @@ def dmtd(
     from .methods import load
     from .record import deliver, header
 
-    notes = Console(stderr=True, highlight=False)
+    note = options.notes()
     with load(model, dtype, "dmtd") as engine:
-        notes.print(f"{model}: {engine.dtype}, {engine.backend}")
-        lines = compare(engine, horizon or (2, 3, 4, 6), batch, max_tokens, pairs, notes.print)
+        note(f"{model}: {engine.dtype}, {engine.backend}")
+        lines = compare(engine, horizon or (2, 3, 4, 6), batch, max_tokens, pairs, note)
         result = {
             **header("dmtd", engine, model),
             "lines": [asdict(line) for line in lines],
         }
     if not all(line.identical for line in lines):
-        notes.print("NOT IDENTICAL to a teacher-forced pass: no speed is reported", style="bold red")
+        options.alarm("NOT IDENTICAL to a teacher-forced pass: no speed is reported")
         raise typer.Exit(1)
     deliver(result, sheets.dmtd, output, as_json)

@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ..runtime import graphs
 from ..runtime.cache import KVCache
@@ -25,6 +23,7 @@ from ..runtime.model import Model
 from ..runtime.recipe import Recipe, Steps
 from ..runtime.request import SamplingParams
 from ..runtime.round import State
+from . import options
 from .clock import Spread
 from .record import Sheet, deliver, header, title, where
 
@@ -120,23 +119,23 @@ def _cells(line: dict[str, Any]) -> tuple[str, ...]:
 
 def host(
     model: Annotated[str, typer.Argument(metavar="MODEL", help='A model folder, "demo", or synthetic:SHAPE.')] = "demo",
-    method: Annotated[list[str] | None, typer.Option(metavar="NAME[:key=value,…]", help="Repeatable.")] = None,
+    method: options.Methods = None,
     sequences: Annotated[
         list[int] | None, typer.Option(min=1, max=16, help="Generated together; repeatable; default 1, 4 and 16.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=2 * SETTLED, help="Rounds of each.")] = 100,
-    output: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    output: options.Output = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """The Python work of a round that the device runs alone, in microseconds."""
     from .methods import load
 
-    notes = Console(stderr=True, highlight=False)
+    note = options.notes()
     with load(model, "auto", device="cpu", graphs=True) as engine:
         lines: list[Line] = []
         for name in method or METHODS:
             for count in sequences or (1, 4, 16):
-                notes.print(f"{name}, {count} sequences", markup=False)
+                note(f"{name}, {count} sequences")
                 lines.append(measure(engine, name, count, rounds))
         result = header("host", engine, model) | {"rounds": rounds, "lines": [asdict(line) for line in lines]}
     deliver(result, sheet, output, as_json)

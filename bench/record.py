@@ -134,15 +134,19 @@ def deliver(
     sheets: Callable[[Any], Sheet | tuple[Sheet, ...]],
     output: Path | None,
     as_json: bool,
+    rendered: Path | None = None,
 ) -> None:
-    """A result to its file where there is one, and to standard output as JSON or as tables."""
+    """A result to its file where there is one, to standard output as JSON or as tables, and as Markdown where asked."""
     if output:
         write(result, output)
+    made = sheets(json.loads(json.dumps(result)))  # As it would be read back.
+    tables = (made,) if isinstance(made, Sheet) else made
+    if rendered:
+        rendered.write_text(markdown(tables) + "\n", encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(result))
         return
-    made = sheets(result)
-    for sheet in (made,) if isinstance(made, Sheet) else made:
+    for sheet in tables:
         show(sheet)
 
 

@@ -10,13 +10,11 @@ import typer
 from rich.console import Console
 
 from ..runtime.errors import RequestError
+from . import options
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A routed model folder, or synthetic:routed-SHAPE:LATE_SCALE.")
 ]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
-Output = Annotated[Path | None, typer.Option(help="Write the result as JSON here.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def layers(
@@ -26,9 +24,9 @@ def layers(
     kv: Annotated[str, typer.Option(help="own or none: what skipped tokens leave in the cache.")] = "own",
     task: Annotated[str, typer.Option(help="The task whose first prompt and answer are drawn.")] = "continue",
     picture: Annotated[Path | None, typer.Option(help="Draw the answer's heat map here, .svg or .png.")] = None,
-    dtype: Dtype = "auto",
-    output: Output = None,
-    as_json: Json = False,
+    dtype: options.Dtype = "auto",
+    output: options.Output = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Count the layers each token uses, by task: mean, variance, and a text from light (few layers) to dark (all)."""
     from . import heat_map, sheets
@@ -69,9 +67,9 @@ def forced(
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each run.")] = 32,
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of runs of each row.")] = 10,
-    dtype: Dtype = "auto",
-    output: Output = None,
-    as_json: Json = False,
+    dtype: options.Dtype = "auto",
+    output: options.Output = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Skip routed layers by command, whatever the routers say: the time it saves beside the bytes it saves."""
     from . import sheets

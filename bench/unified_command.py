@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,51 +12,42 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from . import options
+
 if TYPE_CHECKING:
     from .unified import Batch, Pattern
 
 
 def unified(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help='A model folder, "demo", or synthetic:SHAPE:LATE_SCALE.')
-    ] = "demo",
-    prompts: Annotated[
-        Path | None,
-        typer.Option(envvar="SKIPJACK_PROMPTS", help="JSON lines with category and turns; default: our own."),
-    ] = None,
-    per_category: Annotated[int, typer.Option(min=1, help="Prompts taken of each category.")] = 2,
+    model: options.Model = "demo",
+    prompts: options.Prompts = None,
+    per_category: options.PerCategory = 2,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each continuation.")] = 64,
     pairs: Annotated[int, typer.Option(min=1, help="Timed pairs of each speed-up and batch size.")] = 5,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    output: Annotated[Path | None, typer.Option(help="Write every figure as JSON here.")] = None,
+    dtype: options.Dtype = "auto",
+    output: options.Output = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the figures as SVG here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Unified Layer Skipping: which pattern keeps the text, whether batches agree, and what time is saved."""
     from . import unified as experiments
     from .methods import load
-    from .prompts import load as load_prompts
     from .record import header, show, write
     from .unified_picture import draw, sheet
 
-    chosen = load_prompts(prompts, per_category)
-    notes = Console(stderr=True, highlight=False)
-
-    def progress(text: str) -> None:
-        notes.print(text, end="\r" if sys.stderr.isatty() else "\n")
-
+    chosen, note = options.chosen(prompts, per_category), options.notes()
     with load(model, dtype) as engine:
-        notes.print(f"{len(chosen)} prompts, {max_tokens} tokens each, {engine.dtype}, {engine.backend}")
+        note(f"{len(chosen)} prompts, {max_tokens} tokens each, {engine.dtype}, {engine.backend}")
         start = header("unified", engine, model)
-        patterns = experiments.patterns(engine, chosen, max_tokens, progress)
-        batches = experiments.batches(engine, chosen, max_tokens, progress)
+        patterns = experiments.patterns(engine, chosen, max_tokens, note)
+        batches = experiments.batches(engine, chosen, max_tokens, note)
         if any(line.agreement != 1 for line in patterns if line.pattern == "full"):
-            notes.print("the full model does not agree with itself: no speed is measured", style="bold red")
+            options.alarm("the full model does not agree with itself: no speed is measured")
             raise typer.Exit(1)
         if any(line.identical != line.prompts for line in batches):
-            notes.print("BATCHES DIFFER from their members alone: no speed is measured", style="bold red")
+            options.alarm("BATCHES DIFFER from their members alone: no speed is measured")
             raise typer.Exit(1)
-        scaling = experiments.scaling(engine, chosen, max_tokens, pairs, progress)
+        scaling = experiments.scaling(engine, chosen, max_tokens, pairs, note)
         result = {
             **start,
             "max_tokens": max_tokens,

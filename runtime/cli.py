@@ -91,11 +91,12 @@ def generate(
     backend: options.BackendName = options.Backend.AUTO,
     numerics: options.NumericsName = options.Numerics.EXACT,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
+    warm_up: options.WarmUp = False,
     json: options.Json = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print as it is generated.")] = False,
 ) -> None:
     """Continue a prompt. Without a tokenizer in the folder, prompt and answer are token ids."""
-    from .generate import answer
+    from .generate import answer, warm_up_for
     from .request import SamplingParams
 
     source = options.read_prompt(prompt, prompt_file, prompt_ids)
@@ -110,6 +111,8 @@ def generate(
         ignore_eos=ignore_eos,
     )
     with options.load_engine(model, method, device, dtype, backend, numerics) as engine:
+        if warm_up:
+            warm_up_for(engine, source, params)
         answer(engine, source, params, as_json=json, as_stream=stream)
 
 
@@ -128,10 +131,12 @@ def chat(
     dtype: options.DtypeName = options.Dtype.AUTO,
     backend: options.BackendName = options.Backend.AUTO,
     numerics: options.NumericsName = options.Numerics.EXACT,
+    warm_up: options.WarmUp = False,
 ) -> None:
     """Talk to a model, one message a line. /reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
     from .chat import Chat
     from .errors import TokenizerError
+    from .generate import warm_up_for
     from .request import SamplingParams
 
     params = SamplingParams(
@@ -140,6 +145,8 @@ def chat(
     with options.load_engine(model, method, device, dtype, backend, numerics) as engine:
         if engine.tokenizer is None:
             raise TokenizerError(f"{engine.model_path}: expected tokenizer.json, which chat needs, found none")
+        if warm_up:
+            warm_up_for(engine)
         Chat(engine, params, system).run()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from .prompts import check_params, to_ids
 from .report import print_json, report, report_chunk
 from .terminal import notes, write
 
@@ -21,12 +23,29 @@ def answer(engine: Engine, prompt: str | list[int], params: SamplingParams, *, a
         if not as_json:
             write(",".join(map(str, output.token_ids)) if output.text is None else output.text)
     if as_json:
-        startup = {"load_s": engine.load_s, "compilations": engine.compilations}
+        warmed = asdict(engine.warmed_up) if engine.warmed_up else None
+        startup = {"load_s": engine.load_s, "compilations": engine.compilations, "warm_up": warmed}
         print_json(report(output) | {"startup": startup})
     else:
         write("\n")
         for note in output.stats.notes:
             notes().print(f"{output.stats.method}: {note}", markup=False)
+
+
+def warm_up_for(engine: Engine, prompt: str | list[int] | None = None, params: SamplingParams | None = None) -> None:
+    """Make ready what one request can reach, of any length without a prompt, and say what that took.
+
+    Raises:
+        RequestError: the request cannot be served.
+    """
+    context = None
+    if prompt is not None and params is not None:
+        check_params(params, engine.tokenizer, engine.config)
+        length = len(to_ids(prompt, engine.tokenizer, engine.config)) + params.max_tokens
+        context = min(length, engine.config.max_context)
+    done = engine.warm_up(sequences=1, context=context)
+    took = f"{done.compilations} kernels compiled, {done.graphs} graphs captured, {done.seconds:.1f} s"
+    notes().print(f"warm-up: {took}", markup=False)
 
 
 def _stream(engine: Engine, prompt: str | list[int], params: SamplingParams, *, as_json: bool) -> Output:

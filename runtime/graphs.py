@@ -235,6 +235,7 @@ class Rounds:
         self._plans: deque[LayerPlan] = deque()
         self._mask: LayerPlan | None = None
         self._threshold: float | None = None
+        self._limit: int | None = None
         self._since = 0.0
 
     def advance(self, running: list[Sequence]) -> list[list[Piece]] | None:
@@ -254,7 +255,7 @@ class Rounds:
         self._since = perf_counter()
         if self._graph is None:
             self._graph, self._members = self._graphs.take(recipe, running), list(running)
-            self._mask = self._threshold = None
+            self._mask = self._threshold = self._limit = None
             self._graph.load(running, self._method)
         while self._graph.pending <= AHEAD:
             self._steer(self._graph)
@@ -284,11 +285,14 @@ class Rounds:
         """Tell the device what the method has changed since the last round."""
         draft = self._method.plan
         if graph.recipe.masked and draft != self._mask:
-            graph.state.mask.copy_(torch.tensor(draft.runs, device=self._model.device))
+            graph.state.mask.copy_(torch.tensor(draft.mask, device=self._model.device))
             self._mask = draft
         if graph.recipe.confident and self._method.threshold != self._threshold:
             graph.state.threshold.fill_(self._method.threshold)
             self._threshold = self._method.threshold
+        if graph.recipe.limited and self._method.limit != self._limit:
+            graph.state.limit.fill_(self._method.limit)
+            self._limit = self._method.limit
 
     def _drain(self) -> dict[int, list[Piece]]:
         """Read every round under way and give the graph back."""

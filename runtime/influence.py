@@ -24,7 +24,7 @@ def block_influence(model: Model, texts: list[list[int]], window: int, *, offici
         for first in range(0, len(text), window):
             part = text[first : first + window]
             streams: list[Tensor] = []
-            rows = one_sequence(part, 0, pages, model.ops.prefill_tile, model.device)
+            rows = one_sequence(part, 0, pages, model.ops.prefill_tile, model.device, prompt=len(part))
             model.forward(rows, cache, model.full, streams=streams)
             between = torch.stack(streams[::2])
             if official:

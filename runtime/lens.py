@@ -16,10 +16,9 @@ from .engine import Engine
 from .errors import RequestError
 from .model import Model, Streams
 from .options import parse_ids
-from .prefill import PREFILL_CHUNK
+from .prefill import text_rows
 from .prompts import to_ids
 from .request import SamplingParams
-from .rows import one_sequence
 from .terminal import DRAFT, GENERATED, answers, visible
 
 if TYPE_CHECKING:
@@ -123,25 +122,20 @@ def lens(engine: Engine, ids: list[int], max_tokens: int = 32) -> Lens:
     ids = to_ids(ids, engine.tokenizer, engine.config)
     params = SamplingParams(max_tokens=max_tokens) if max_tokens else None
     generated = engine.generate(ids, params, method="autoregressive").token_ids if params else []
-    decode, prefill = model.ops.decode_tile, model.ops.prefill_tile
-    tile = decode if generated else prefill
-    parts = [(at, ids[at : at + PREFILL_CHUNK], prefill) for at in range(0, len(ids), PREFILL_CHUNK)]
-    continued = generated[:-1]
-    for at in range(0, len(continued), PREFILL_CHUNK):
-        parts.append((len(ids) + at, continued[at : at + PREFILL_CHUNK], decode))
+    tile = model.ops.decode_tile if generated else model.ops.prefill_tile
+    text, start = [*ids, *generated[:-1]], 0
     first = len(ids) - 1 if generated else 0
     readings: list[Reading] = []
     with engine._turn, torch.inference_mode():  # pyright: ignore[reportPrivateUsage]
-        pages = cache.reserve(len(ids) + len(continued))
+        pages = cache.reserve(len(text))
         try:
-            for start, tokens, rows_tile in parts:
+            for rows in text_rows(model, text, len(ids), pages, as_decoded=True):
                 wanted = max(first - start, 0)
-                streams: Streams | None = [] if wanted < len(tokens) else None
-                prompt = len(ids) if start < len(ids) else None
-                rows = one_sequence(tokens, start, pages, rows_tile, model.device, prompt=prompt)
+                streams: Streams | None = [] if wanted < len(rows) else None
                 model.forward(rows, cache, model.full, streams=streams)
                 if streams is not None:
                     readings += _read(model, [x[wanted:] for x in streams[2::2]], start + wanted + 1, tile)
+                start += len(rows)
         finally:
             cache.release(pages)
     return Lens(engine.config.num_layers, len(ids), tuple(readings))

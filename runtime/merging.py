@@ -13,8 +13,7 @@ from torch.nn import functional
 from ..loaders.config import ModelConfig
 from ..loaders.weights import Weights
 from .model import Model
-from .prefill import PREFILL_CHUNK
-from .rows import one_sequence
+from .prefill import text_rows
 
 Build: TypeAlias = Callable[[ModelConfig, Weights], Model]
 RULES = ("paper", "code")
@@ -129,10 +128,7 @@ class Similarity:
     @staticmethod
     def _read(model: Model, cache: Any, text: list[int]) -> Tensor:
         pages = cache.reserve(len(text))
-        parts = [
-            one_sequence(text[first : first + PREFILL_CHUNK], first, pages, model.ops.prefill_tile, model.device)
-            for first in range(0, len(text), PREFILL_CHUNK)
-        ]
+        parts = text_rows(model, text, len(text), pages)
         hidden = torch.cat([model.forward(rows, cache, model.full) for rows in parts])
         cache.release(pages)
         return model.normalised(hidden)

@@ -68,6 +68,9 @@ DeviceName = Annotated[Device, typer.Option(help="Where to run.")]
 BackendName = Annotated[Backend, typer.Option(help="Op table; auto is triton on a GPU, torch on the CPU.")]
 DtypeName = Annotated[Dtype, typer.Option(help="Type of weights and activations; auto is the checkpoint's.")]
 NumericsName = Annotated[Numerics, typer.Option(help="fast gives up equal bits where that saves time.")]
+WarmUp = Annotated[
+    bool, typer.Option("--warm-up", help="First compile every kernel and capture every graph that will be needed.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

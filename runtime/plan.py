@@ -74,6 +74,12 @@ class LayerPlan:
         return tuple(i for i in range(*self.span) if self.runs[i])
 
     @property
+    def mask(self) -> tuple[bool, ...]:
+        """Of each sub-layer of the model whether it runs; one beyond the span does not."""
+        first, end = self.span
+        return tuple(run and first <= i < end for i, run in enumerate(self.runs))
+
+    @property
     def fills(self) -> dict[int, range]:
         """The layers whose keys and values are filled, by the sub-layer before which: one that runs, or the end.
 

@@ -27,14 +27,23 @@ def read(model: Model, cache: KVCache, sequence: Sequence, plan: LayerPlan) -> T
 
 def prompt_rows(model: Model, sequence: Sequence) -> list[Rows]:
     """The rows of a sequence's prompt, in chunks."""
-    return [
-        one_sequence(
-            sequence.prompt[first : first + PREFILL_CHUNK],
-            first,
-            sequence.pages,
-            model.ops.prefill_tile,
-            model.device,
-            prompt=len(sequence.prompt),
-        )
-        for first in range(0, len(sequence.prompt), PREFILL_CHUNK)
-    ]
+    return text_rows(model, sequence.prompt, len(sequence.prompt), sequence.pages)
+
+
+def text_rows(
+    model: Model, text: list[int], prompt: int, pages: list[int], *, start: int = 0, as_decoded: bool = False
+) -> list[Rows]:
+    """The rows of a text from `start` on, in chunks: its first `prompt` tokens are a prompt, the rest was generated.
+
+    Either kind rotates as it did then. All have a prompt's tiles; with `as_decoded` those generated have decoding's.
+    """
+    generated = model.ops.decode_tile if as_decoded else model.ops.prefill_tile
+    rows: list[Rows] = []
+    for first, end, tile, length in (
+        (start, prompt, model.ops.prefill_tile, prompt),
+        (max(start, prompt), len(text), generated, None),
+    ):
+        for at in range(first, end, PREFILL_CHUNK):
+            part = text[at : min(end, at + PREFILL_CHUNK)]
+            rows.append(one_sequence(part, at, pages, tile, model.device, prompt=length))
+    return rows

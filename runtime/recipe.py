@@ -45,9 +45,10 @@ class Steps:
 class Recipe:
     """What fixes the shapes and the kernels of a round.
 
-    The draft has `num_draft_tokens` steps of `plan`. Where the skip set is still being searched for (`masked`), the
-    plan is the whole model and the set lies in `State.mask`, so that changing it changes no launch. `confident`: a
-    draft ends with the first token less probable than `State.threshold`. `reuse`: verification goes on from the
+    The draft has `num_draft_tokens` steps of `plan`. Where the skip set will not stay (`masked`), the plan is the whole
+    model and the set lies in `State.mask`, so that changing it changes no launch; where the draft's length will not
+    (`limited`), it is `State.limit` tokens at most, and the steps beyond launch and exit. `confident`: a draft ends
+    with the first token less probable than `State.threshold`. `reuse`: verification goes on from the
     streams of the draft, whose plan is an early exit. `rejection`: drafts are sampled, with noise of their own, and
     accepted by rejection sampling. Drafts come from the first `vocabulary` tokens, 0 being all.
     With `steps` nothing is drafted: they are a lossy policy's.
@@ -57,6 +58,7 @@ class Recipe:
     plan: LayerPlan
     num_draft_tokens: int = 0
     masked: bool = False
+    limited: bool = False
     confident: bool = False
     reuse: bool = False
     sampled: bool = False

@@ -20,10 +20,10 @@ class State(NamedTuple):
     """What a round reads and what it leaves for the next one; S sequences, of which those with tokens left run.
 
     last, length, prompt int64 [S] as in Batch; left int64 [S] tokens that may still be appended; block_table int64
-    [S, W]; mask bool [2L], the sub-layers that draft; threshold float32 []; sampling, [S] each; memory [S, …], what the
-    recipe's steps remember. The report is int64 [S, k + 3]: accepted (-1: the sequence did not run), drafted, the token
-    after the accepted ones, and the k draft tokens; or [S, steps, 2]: of each step the token and the sub-layers that
-    ran (-1: the sequence did not).
+    [S, W]; mask bool [2L], the sub-layers that draft; threshold float32 []; limit int64 [], the longest draft;
+    sampling, [S] each; memory [S, …], what the recipe's steps remember. The report is int64 [S, k + 3]: accepted (-1:
+    the sequence did not run), drafted, the token after the accepted ones, and the k draft tokens; or [S, steps, 2]: of
+    each step the token and the sub-layers that ran (-1: the sequence did not).
     """
 
     last: Tensor
@@ -33,6 +33,7 @@ class State(NamedTuple):
     block_table: Tensor
     mask: Tensor
     threshold: Tensor
+    limit: Tensor
     sampling: Sampling
     memory: Tensor
     report: Tensor
@@ -55,6 +56,7 @@ class State(NamedTuple):
             zeros(sequences, pages),
             zeros(2 * model.config.num_layers, dtype=torch.bool),
             zeros(dtype=torch.float32),
+            zeros(),
             Sampling(temperature, top_p, min_p, zeros(sequences), zeros(sequences)),
             steps.memory(model, sequences),
             zeros(sequences, *report),
@@ -117,7 +119,8 @@ def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Rec
     count, tokens = torch.zeros_like(batch.length), [batch.last]
     if not steps:
         return Draft(torch.empty(len(batch), 0, dtype=torch.int64, device=batch.device), count)
-    going = batch.room > 0
+    room = torch.minimum(batch.room, state.limit) if recipe.limited else batch.room
+    going = room > 0
     streams, scores = list[Tensor](), list[Tensor]()
     mask = state.mask if recipe.masked else None
     for step in range(steps):
@@ -131,7 +134,7 @@ def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Rec
                 scores.append(torch.where(going[:, None], drawn.logits, 0))
             threshold = state.threshold if confident else None
             count, going, token = model.ops.extend(
-                count, going, batch.room, drawn.token, drawn.value, drawn.log_sum_exp, threshold
+                count, going, room, drawn.token, drawn.value, drawn.log_sum_exp, threshold
             )
             tokens.append(token)
     draft = Draft(torch.stack(tokens[1:], dim=1), count, scores=torch.stack(scores, dim=1) if scores else None)

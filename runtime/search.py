@@ -23,7 +23,8 @@ def matchness(model: Model, cache: KVCache, pages: list[int], tokens: list[int],
     """Share of the last `window` tokens that `plan` predicts, teacher-forced, after the full model's own cache.
 
     One pass over the window on a fork of the sequence: the full model's keys and values before the window are shared,
-    those of the window are the sub-network's own and are thrown away. `tokens` lie in `pages`.
+    those of the window are the sub-network's own and are thrown away. `tokens` lie in `pages`, and more of them were
+    generated than the window has.
     """
     start = len(tokens) - window - 1
     fork = cache.fork(pages, start, len(tokens))

@@ -10,8 +10,8 @@ import torch
 from .engine import Engine
 from .errors import RequestError
 from .methods import registry
+from .prefill import text_rows
 from .request import SamplingParams
-from .rows import one_sequence
 from .search import Search, matchness
 from .skip_sets import SkipSet, config_hash
 
@@ -40,7 +40,12 @@ def tune_swift(
     """
     model, cache = engine._loaded()
     outputs = engine.generate(prompts, SamplingParams(max_tokens=window + 1, ignore_eos=True))
+    # One of a single token, where a prompt all but fills the context, has nothing that a set could predict.
+    outputs = [output for output in outputs if len(output.token_ids) > 1]
+    if not outputs:
+        raise RequestError("tune: expected a prompt that leaves room for two tokens more, got none")
     texts = [[*output.prompt_ids, *output.token_ids] for output in outputs]
+    windows = [len(output.token_ids) - 1 for output in outputs]
     search = Search(engine.config.num_layers, skip_ratio, 1.0, candidates, candidates, seed)
     if not search.size:
         raise RequestError(f"skip_ratio: expected a share of {search.dimensions} sub-layers, got {skip_ratio}: none")
@@ -48,15 +53,15 @@ def tune_swift(
     started = monotonic()
     try:
         with torch.inference_mode():
-            for tokens in texts:
+            for output, tokens in zip(outputs, texts, strict=True):
                 held.append(cache.reserve(len(tokens)))
-                rows = one_sequence(tokens[:-1], 0, held[-1], model.ops.prefill_tile, model.device)
-                model.forward(rows, cache, model.full)
+                for rows in text_rows(model, tokens[:-1], len(output.prompt_ids), held[-1]):
+                    model.forward(rows, cache, model.full)
 
             def score() -> float:
                 plan = candidate.plan if candidate else search.incumbent.plan
-                pairs = zip(held, texts, strict=True)
-                return sum(matchness(model, cache, p, t, min(window, len(t) - 1), plan) for p, t in pairs) / len(texts)
+                scored = zip(held, texts, windows, strict=True)
+                return sum(matchness(model, cache, *one, plan) for one in scored) / len(texts)
 
             candidate = None
             search.remeasure(score())

@@ -139,13 +139,11 @@ class Rehearsal:
     def _capture(self, graphs: Graphs, method: Method) -> None:
         for params in CHOICES[:2]:
             sequence = Sequence(0, 0, [0], params, 0, frozenset(), 1, None)
-            recipe = method.recipe([sequence])
-            if recipe is None:
-                continue
-            recipe = replace(recipe, sampled=sampled([sequence]))
-            for power in range((self._pages - 1).bit_length() + 1):
-                for count in self._counts:
-                    graphs.prepare(recipe, count, 1 << power)
+            for recipe in method.recipes([sequence]):
+                drawn = replace(recipe, sampled=sampled([sequence]))
+                for power in range((self._pages - 1).bit_length() + 1):
+                    for count in self._counts:
+                        graphs.prepare(drawn, count, 1 << power)
 
 
 def refuse(kernel: str, specialised_on: str) -> None:

@@ -3,11 +3,12 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from skipjack import Engine, RequestError, SamplingParams
-from skipjack.bench import exact, rotation
+from skipjack import Engine, RequestError, SamplingParams, SkipjackError
+from skipjack.bench import exact, options, rotation
 from skipjack.bench.prompts import load
 from skipjack.runtime import cli
 
@@ -94,3 +95,20 @@ def test_a_timeline_is_drawn(tmp_path: Path) -> None:
 def test_a_synthetic_model_that_is_not_spelled_out_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["bench", "methods", "synthetic:tiny"]) == 2
     assert "expected synthetic:SHAPE:LATE_SCALE" in capsys.readouterr().err
+
+
+def test_rows_are_counted_where_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    for terminal, expected in ((False, ["3 of 7", "6 of 7"]), (True, [f"{i} of 7" for i in range(1, 8)])):
+        told.clear()
+        monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda terminal=terminal: terminal))
+        progress = options.counted(told.append, 7, every=3)
+        for _ in range(7):
+            progress(None)
+        assert told == expected
+
+
+def test_prompts_that_are_not_there_are_refused() -> None:
+    assert {prompt.category for prompt in options.chosen(None, 2, ["qa"])} == {"qa"}
+    with pytest.raises(SkipjackError, match=r"--category: .*, got nonsense"):
+        options.chosen(None, 2, ["nonsense"])

@@ -13,6 +13,7 @@ import pytest
 from skipjack.runtime import cli
 from skipjack.runtime.errors import RequestError
 from skipjack.runtime.request import Choice, Chunk, Output, Piece, SamplingParams, Stats
+from skipjack.runtime.warm_up import WarmUp
 
 REPORT_FIELDS = {
     "token_ids", "text", "finish_reason", "method", "lossless", "numerics", "backend", "seed",
@@ -28,7 +29,7 @@ NESTED_FIELDS = {
         "drafted_per_position", "accepted_per_position",
     },
     "layers": {"kept", "of", "executed_skips"},
-    "startup": {"load_s", "compilations"},
+    "startup": {"load_s", "compilations", "warm_up"},
 }  # fmt: skip
 WORDS = ["one", " two", " three"]
 
@@ -63,6 +64,8 @@ class FakeEngine:
     tokenizer: object | None = object()
     load_s = 1.5
     compilations = 0
+    warmed_up: WarmUp | None = None
+    config = SimpleNamespace(vocab_size=512, max_context=64)
     interrupt = False
     differ = False
 
@@ -86,6 +89,11 @@ class FakeEngine:
 
     def __exit__(self, *_: object) -> None:
         self.closed = True
+
+    def warm_up(self, *, sequences: int, context: int | None) -> WarmUp:
+        self.warmed_for = sequences, context
+        self.warmed_up = WarmUp(5, 2, 0.25)
+        return self.warmed_up
 
     def _answer(self, method: str | None) -> tuple[Output, list[Piece]]:
         name = method or self.method
@@ -197,6 +205,23 @@ class TestGenerate:
         assert [token for chunk in chunks for token in chunk["token_ids"]] == report["token_ids"]
         assert [chunk["finish_reason"] for chunk in chunks] == [None, None, "length"]
         assert_report(report)
+
+    def test_a_warm_up_is_of_what_the_request_can_reach(self, engine, folder, capsys) -> None:
+        for tokens, context in (("5", 8), ("500", 64)):
+            line = ["generate", folder, "--prompt-ids", "1,2,3", "--max-tokens", tokens, "--json"]
+            assert cli.run([*line, "--warm-up"]) == 0
+            streams = capsys.readouterr()
+            assert engine.made[-1].warmed_for == (1, context)
+            assert streams.err == "warm-up: 5 kernels compiled, 2 graphs captured, 0.2 s\n"
+            assert json.loads(streams.out)["startup"]["warm_up"] == {"compilations": 5, "graphs": 2, "seconds": 0.25}
+            assert cli.run(line) == 0
+            streams = capsys.readouterr()
+            assert streams.err == ""
+            assert json.loads(streams.out)["startup"]["warm_up"] is None
+
+    def test_a_request_that_is_refused_warms_nothing_up(self, engine, folder, capsys) -> None:
+        assert "600" in refusal(capsys, "generate", folder, "--prompt-ids", "1,600", "--warm-up")
+        assert engine.made[0].warmed_up is None
 
     def test_options_reach_the_engine(self, engine, folder) -> None:
         line = "--max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 40 --min-p 0.1 --seed 3 --stop a --stop b"
@@ -357,6 +382,14 @@ class TestChat:
         assert signal.getsignal(signal.SIGINT) is before
         assert capsys.readouterr().out == "one two\none two\n"
         assert [message["content"] for message in engine.made[0].asked[1][0]] == ["hi", "one two", "again"]
+
+    def test_warms_up_for_conversations_of_any_length(self, engine, folder, capsys, monkeypatch) -> None:
+        feed(monkeypatch, b"hi\n")
+        assert cli.run(["chat", folder, "--warm-up"]) == 0
+        assert engine.made[0].warmed_for == (1, None)
+        streams = capsys.readouterr()
+        assert streams.out == "one two three\n"
+        assert streams.err == "warm-up: 5 kernels compiled, 2 graphs captured, 0.2 s\n"
 
     def test_needs_a_tokenizer(self, engine, folder, capsys) -> None:
         engine.tokenizer = None

@@ -62,6 +62,16 @@ def test_a_stream_says_what_the_report_says(line, known, capsys, method) -> None
     assert sum(sum(chunk["drafted"]) for chunk in chunks) <= report["speculative"]["accepted"]
 
 
+@pytest.mark.parametrize("method", ["autoregressive", "swift"])
+def test_a_warm_up_changes_nothing_but_the_wait(line, known, capsys, method) -> None:
+    assert cli.run([*line, "--method", method, "--json", "--warm-up"]) == 0
+    streams = capsys.readouterr()
+    report = json.loads(streams.out)
+    assert report["token_ids"] == known["token_ids"]
+    assert report["startup"]["warm_up"].keys() == {"compilations", "graphs", "seconds"}
+    assert streams.err.startswith("warm-up: 0 kernels compiled, 0 graphs captured"), "the torch table needs neither"
+
+
 def test_ids_are_the_answer_without_a_tokenizer(line, known, capsys) -> None:
     assert cli.run(line) == 0
     assert cli.run([*line, "--stream"]) == 0

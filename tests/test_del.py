@@ -32,7 +32,7 @@ def test_rates_are_how_often_an_early_exit_says_what_the_full_model_says(synthet
     spec = "del:search_budget=1.0,num_draft_tokens=1"
     method = engine._method(registry.parse(spec))
     assert isinstance(method, DynamicExit)
-    method._probe_s = -1e9  # Every round is paid for.
+    method._budget.round(1e9, recorded=False)  # Every later round is paid for.
     model, cache = engine._loaded()
     seen: list[torch.Tensor] = []
     learn = method._learn

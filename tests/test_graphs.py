@@ -179,16 +179,19 @@ def test_a_round_asks_the_host_nothing(questions: Any, sampled: bool) -> None:
     recipes = [
         Recipe(full, full, 2, masked=True, confident=True, sampled=sampled),
         Recipe(full, full.early_exit(1), 2, reuse=True, sampled=sampled),
+        Recipe(full, full, 2, masked=True, limited=True, sampled=sampled),
         *([Recipe(full, full, 2, confident=True, sampled=True, rejection=True)] if sampled else []),
     ]
     for recipe in recipes:
         state = State.empty(model, recipe, 2, 1)
         state.left[0], state.block_table[0, 0] = 9, 1
+        state.limit.fill_(1)
         with questions:
             device_round(model, cache, state, recipe)
         assert questions.asked == []
         accepted, drafted = state.report[0, :2].tolist()
         assert 0 <= accepted <= drafted <= 2
+        assert recipe.confident or drafted == (1 if recipe.limited else 2)
         assert (state.left.tolist(), state.length.tolist()) == ([8 - accepted, 0], [accepted + 1, 0])
         assert state.report[1, 0] == -1, "a place no sequence has does not run"
 

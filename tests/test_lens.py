@@ -71,7 +71,7 @@ def test_the_last_exit_says_what_was_generated(
     whole = lens(engine, prompt, 100)
     assert [token.token_id for token in whole.tokens] == expected
     assert whole.decided[-1] == whole.agrees[-1] == 1.0
-    monkeypatch.setattr("skipjack.runtime.lens.PREFILL_CHUNK", 64)
+    monkeypatch.setattr("skipjack.runtime.prefill.PREFILL_CHUNK", 64)
     assert lens(engine, prompt, 100) == whole
     assert lens(engine, prompt, 0).tokens[-1].position == len(prompt)
     assert engine._loaded()[1].free_pages == free

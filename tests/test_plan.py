@@ -23,6 +23,8 @@ def test_spans() -> None:
     assert plan.early_exit(1).sublayers == (0, 1)
     assert plan.resume(3).sublayers == (6, 7)
     assert plan.without(mlp=[0]).early_exit(2).sublayers == (0, 2, 3)
+    assert plan.without(mlp=[0]).early_exit(2).mask == (True, False, True, True, *[False] * 4)
+    assert plan.resume(3).mask == (*[False] * 6, True, True)
 
 
 @pytest.mark.parametrize(

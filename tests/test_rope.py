@@ -1,15 +1,22 @@
 """The rope scalings yarn and dynamic against transformers; dynamic rows are the same in every batch and draft."""
 
 import json
-from pathlib import Path
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
-from skipjack import Engine, SamplingParams
+from skipjack import Engine, LayerPlan, SamplingParams
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights, write_synthetic
+from skipjack.runtime.influence import block_influence
+from skipjack.runtime.merging import Similarity
+from skipjack.runtime.prefill import text_rows
 from skipjack.runtime.rope import RotaryTable, dynamic_frequencies, inverse_frequencies
+from skipjack.runtime.tune import tune_swift
 
 transformers = pytest.importorskip("transformers")
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
@@ -75,23 +82,96 @@ def stretched() -> Engine:
     return Engine(config, synthetic_weights(config, 0, torch.float32, 0.3))
 
 
-def test_texts_beyond_the_original_context_score_as_in_transformers(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Any]]:
+    """A model whose context is stretched, in ours and in transformers."""
+    folder = tmp_path_factory.mktemp("stretched") / "m"
+    write_synthetic(folder, "tiny-llama", 0, 0.3)
+    (folder / "config.json").write_text(json.dumps(dynamic_fields("tiny-llama")))
+    with Engine.load(folder) as engine:
+        yield engine, transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def decoded(oracle: Any, prompt: list[int], given: list[int]) -> torch.Tensor:
+    """Its logits after every token, float32 [prompt + given, V]: a prompt read at once, then a token at a time."""
+    step = oracle(torch.tensor([prompt]), use_cache=True)
+    logits = [step.logits[0]]
+    for token in given:
+        step = oracle(torch.tensor([[token]]), past_key_values=step.past_key_values, use_cache=True)
+        logits.append(step.logits[0])
+    return torch.cat(logits)
+
+
+def test_texts_beyond_the_original_context_score_as_in_transformers(loaded: tuple[Engine, Any]) -> None:
     """Its cached decoding: a prompt turns by its own length, each later token by the length it makes."""
-    write_synthetic(tmp_path / "m", "tiny-llama", 0, 0.3)
-    (tmp_path / "m" / "config.json").write_text(json.dumps(dynamic_fields("tiny-llama")))
-    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
+    engine, oracle = loaded
     given = [3, 400, 7, 7, 250, 8, 91, 2, 44, 101, 12, 13, 0, 500, 77]
-    with Engine.load(tmp_path / "m") as engine:
-        scores = engine.score(PROMPTS, [given] * 3, method="autoregressive")
+    scores = engine.score(PROMPTS, [given] * 3, method="autoregressive")
     for prompt, scored in zip(PROMPTS, scores, strict=True):
-        with torch.no_grad():
-            step = oracle(torch.tensor([prompt]), use_cache=True)
-            logits = [step.logits[0, -1]]
-            for token in given[:-1]:
-                step = oracle(torch.tensor([[token]]), past_key_values=step.past_key_values, use_cache=True)
-                logits.append(step.logits[0, -1])
-        expected = torch.stack(logits).log_softmax(-1).gather(1, torch.tensor(given)[:, None])[:, 0]
+        logits = decoded(oracle, prompt, given[:-1])[len(prompt) - 1 :]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(given)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(scored.logprobs), expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=len)
+@torch.inference_mode()
+def test_one_pass_over_a_text_turns_it_as_it_was_generated(loaded: tuple[Engine, Any], prompt: list[int]) -> None:
+    engine, oracle = loaded
+    model, cache = engine._loaded()
+    given = [(13 * i) % 500 + 3 for i in range(70)]
+    expected = decoded(oracle, prompt, given)
+    pages = cache.reserve(len(prompt + given))
+    for start in (0, len(prompt) - 3, len(prompt) + 20):
+        parts = text_rows(model, prompt + given, len(prompt), pages, start=start)
+        hidden = torch.cat([model.forward(rows, cache, model.full) for rows in parts])
+        torch.testing.assert_close(model.logits(hidden), expected[start:], atol=2e-3, rtol=0)
+    cache.release(pages)
+
+
+def test_the_whole_model_matches_its_own_text_when_a_set_is_sought(
+    stretched: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("skipjack.runtime.search.initial_plan", LayerPlan.full)
+    found = tune_swift(
+        stretched,
+        [list(range(100, 100 + length)) for length in (30, 90, 150, 220)],
+        window=24,
+        skip_ratio=0.3,
+        candidates=1,
+        seconds=0,
+        seed=0,
+        stop=lambda: False,
+        report=lambda done, best: None,
+    )
+    assert found.score == 1.0
+
+
+@torch.inference_mode()
+def test_a_set_is_scored_on_what_was_generated_alone(stretched: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context that is nearly full has room for few tokens, and the prompt's are nobody's."""
+    monkeypatch.setattr("skipjack.runtime.search.initial_plan", LayerPlan.full)
+    full = stretched.config.max_context
+    texts = [[(7 * i) % 500 + 3 for i in range(full - room)] for room in (1, 2, 9)]
+    fields = {"skip_ratio": 0.3, "candidates": 1, "seconds": 0, "seed": 0}
+    found = tune_swift(stretched, texts, window=24, stop=lambda: False, report=lambda done, best: None, **fields)
+    assert found.score == 1.0
+
+
+@torch.inference_mode()
+def test_calibration_texts_turn_as_prompts(loaded: tuple[Engine, Any]) -> None:
+    engine, oracle = loaded
+    model = engine._loaded()[0]
+    text = [(11 * i) % 500 + 3 for i in range(200)]
+    streams = oracle(torch.tensor([text]), output_hidden_states=True).hidden_states
+    expected = [
+        float((1 - functional.cosine_similarity(a[0].double(), b[0].double(), dim=-1)).sum())
+        for a, b in pairwise(streams)
+    ]
+    influence = block_influence(model, [text], 256, official=True)
+    torch.testing.assert_close(influence, torch.tensor(expected, dtype=torch.float64), atol=2e-4, rtol=0)
+    cache = model.new_cache(4)
+    torch.testing.assert_close(Similarity._read(model, cache, text), streams[-1][0], atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

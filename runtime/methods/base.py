@@ -112,6 +112,11 @@ class Method:
         """How the device runs the next round alone, but for `sampled`; None where the method needs the host for it."""
         return None
 
+    def recipes(self, sequences: list[Sequence]) -> list[Recipe]:
+        """Every recipe that rounds of these sequences may come to, of skip sets those that are known by now."""
+        recipe = self.recipe(sequences)
+        return [recipe] if recipe else []
+
     def memory(self, sequence: Sequence) -> Tensor | None:
         """The tensor, of one shape for every sequence, that the recipe's steps read and change of this one; or None."""
         return None
@@ -120,6 +125,11 @@ class Method:
     def threshold(self) -> float:
         """The probability below which a draft of the device ends."""
         return 0.0
+
+    @property
+    def limit(self) -> int:
+        """The tokens a draft of the device has at most, where its recipe is `limited`."""
+        return self.widest
 
     def phase(self) -> str:
         """What the method is doing, for the timeline of a run."""

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from ..batch import Batch, Draft, Round
+from ..batch import Batch, Draft, Round, Tally
 from ..budget import Budget
 from ..cache import KVCache
 from ..errors import CapacityError, RequestError
 from ..model import Model
 from ..plan import LayerPlan
 from ..programme import Programme, Unit, accepted_tokens, rehearse
+from ..recipe import Recipe
+from ..sequence import Sequence
 from .base import Method, no_draft
-from .drafting import Drafting, acceptance, grow
+from .drafting import Drafting, acceptance, by_mask, grow
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,26 @@ class Clasp(Method):
     def rehearse(self, model: Model, cache: KVCache) -> None:
         rehearse(model, cache)
 
+    def recipe(self, sequences: list[Sequence]) -> Recipe | None:
+        """By the mask: a set is replaced before a graph of its own, which would then be of no use, had paid."""
+        return None if self._due() else by_mask(self._full, self._how, sequences)
+
+    def recipes(self, sequences: list[Sequence]) -> list[Recipe]:
+        return [by_mask(self._full, self._how, sequences)]
+
+    @property
+    def threshold(self) -> float:
+        return self._how.threshold
+
+    def count(self, model: Model, cache: KVCache, tally: Tally) -> float:
+        self._rounds += 1
+        self._budget.round(tally.draft_s + tally.verify_s, recorded=False)
+        return 0.0
+
     def observe(self, model: Model, cache: KVCache, done: Round) -> float:
         """In-context layer optimisation at the sequences' newest accepted tokens, whose streams came free."""
         self._rounds += 1
-        self._budget.earn(done.draft_s + done.verify_s)
+        longer = self._budget.round(done.draft_s + done.verify_s, recorded=done.streams is not None)
         if done.streams is None:
             return 0.0
         start = self._clock()
@@ -115,6 +133,7 @@ class Clasp(Method):
         seconds = self._clock() - start
         self._budget.spend(seconds)
         if programme is not None:
+            self._last_s = seconds + longer
             self._adopt(programme, max(sequence.generated for sequence in done.batch.sequences), seconds)
         return seconds
 
@@ -126,7 +145,7 @@ class Clasp(Method):
     def _adopt(self, programme: Programme, tokens: int, seconds: float) -> None:
         skipped = [sublayer // 2 for sublayer in programme.states[-1].skipped[::2]]
         self._plan = self._full.without(attention=skipped, mlp=skipped)
-        self._rounds, self._last_s = 0, seconds
+        self._rounds = 0
         self._events.append(
             {
                 "kind": "programme",

@@ -13,8 +13,10 @@ from ..cache import KVCache
 from ..errors import RequestError
 from ..model import Model
 from ..plan import LayerPlan
+from ..recipe import Recipe
 from ..sampling import choose
-from .base import no_draft
+from ..sequence import Sequence
+from .base import no_draft, sampled
 
 # Noise stream 0 is the full model's, 1 and 2 are those of the acceptance test and of the draw after it.
 FIRST_DRAFT_STREAM = 3
@@ -37,6 +39,23 @@ class Drafting:
     tree: bool = False
     max_nodes: int = 32
     vocabulary: int = 0
+
+
+def by_mask(full: LayerPlan, how: Drafting, sequences: list[Sequence], *, limited: bool = False) -> Recipe:
+    """How the device drafts chains with sets that are soon replaced: one graph for all of them.
+
+    `limited`: of lengths that are, up to that of `how`.
+    """
+    return Recipe(
+        full,
+        full,
+        how.num_draft_tokens,
+        masked=True,
+        limited=limited,
+        confident=how.threshold > 0,
+        rejection=how.rejection and sampled(sequences),
+        vocabulary=how.vocabulary,
+    )
 
 
 def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Drafting) -> tuple[Draft, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from ...kernels.host import ints
-from ..batch import Batch, Draft, Exit, Round
+from ..batch import Batch, Draft, Exit, Round, Tally
 from ..budget import Budget
 from ..cache import KVCache
 from ..costs import expected_tokens
 from ..errors import RequestError
 from ..model import Model
 from ..plan import LayerPlan
+from ..recipe import Recipe
+from ..sequence import Sequence
 from .base import Method, no_draft
-from .drafting import Drafting, acceptance, grow
+from .drafting import Drafting, acceptance, by_mask, grow
 
 # What a newly seen token weighs in the moving averages, and the rows of a round that are measured at most.
 WEIGHT, ROWS = 0.05, 8
@@ -77,11 +79,11 @@ class DynamicExit(Method):
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """A draft of the chosen length from the chosen exit, ended by a token less sure than those that are missed."""
-        record = self._budget.seconds >= self._probe_s and self._options.search_budget > 0
+        record = self._due()
         if not self._length:
             return no_draft(batch)._replace(record=record)
-        threshold = float(self._agreed[self._exit - 1] + self._missed[self._exit - 1]) / 2
-        draft, states = grow(model, cache, batch, self.plan, Drafting(self._length, threshold, self.rejection))
+        how = replace(self._how, num_draft_tokens=self._length)
+        draft, states = grow(model, cache, batch, self.plan, how)
         if record:
             return draft._replace(record=True)
         reuse = self._options.reuse and states.shape[1] > 0
@@ -91,9 +93,37 @@ class DynamicExit(Method):
         x = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=model.device)
         model.predict(x, tile=model.ops.prefill_tile)
 
+    def recipe(self, sequences: list[Sequence]) -> Recipe | None:
+        """By the mask, an exit being a set like another, so that any exit and length will do; a measurement is the
+        host's.
+
+        Verification is then a full pass, which reads the same weights as one that `reuse`s the draft's streams.
+        """
+        if self._due():
+            return None
+        return (
+            by_mask(self._full, self._how, sequences, limited=True) if self._length else Recipe(self._full, self._full)
+        )
+
+    def recipes(self, sequences: list[Sequence]) -> list[Recipe]:
+        return [Recipe(self._full, self._full), by_mask(self._full, self._how, sequences, limited=True)]
+
+    @property
+    def threshold(self) -> float:
+        """Halfway between the confidence of the tokens that agreed and of those that did not."""
+        return float(self._agreed[self._exit - 1] + self._missed[self._exit - 1]) / 2
+
+    @property
+    def limit(self) -> int:
+        return self._length
+
+    def count(self, model: Model, cache: KVCache, tally: Tally) -> float:
+        self._budget.round(tally.draft_s + tally.verify_s, recorded=False)
+        return 0.0
+
     def observe(self, model: Model, cache: KVCache, done: Round) -> float:
         """Put the streams of a recorded round through the head at every exit, and choose anew."""
-        self._budget.earn(done.draft_s + done.verify_s)
+        longer = self._budget.round(done.draft_s + done.verify_s, recorded=done.streams is not None)
         if done.streams is None:
             return 0.0
         start = perf_counter()
@@ -111,9 +141,19 @@ class DynamicExit(Method):
                     "tokens": max(sequence.generated for sequence in done.batch.sequences),
                 }
             )
-        self._probe_s = perf_counter() - start
-        self._budget.spend(self._probe_s)
-        return self._probe_s
+        seconds = perf_counter() - start
+        self._budget.spend(seconds)
+        self._probe_s = seconds + longer
+        return seconds
+
+    @property
+    def _how(self) -> Drafting:
+        return Drafting(self._options.num_draft_tokens, self.threshold, self.rejection)
+
+    def _due(self) -> bool:
+        """Whether the exits are measured in the next round: not twice before it is known what other rounds take."""
+        affordable = self._budget.seconds >= self._probe_s and self._options.search_budget > 0
+        return affordable and (self._budget.compares or not self._tokens)
 
     def _measure(self, model: Model, done: Round) -> None:
         assert done.streams is not None

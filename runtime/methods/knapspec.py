@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -12,15 +12,17 @@ import torch
 from torch.nn import functional
 
 from ...kernels.host import ints
-from ..batch import Batch, Draft, Round
+from ..batch import Batch, Draft, Round, Tally
 from ..budget import Budget
 from ..cache import KVCache
 from ..errors import CapacityError, RequestError
 from ..model import Model
 from ..plan import LayerPlan
 from ..programme import MAX_ROWS, Programme, Token, Unit, accepted_tokens, lay_states, rehearse
+from ..recipe import Recipe
+from ..sequence import Sequence
 from .base import Method, no_draft
-from .drafting import Drafting, acceptance, grow
+from .drafting import Drafting, acceptance, by_mask, grow
 
 # The tokens of a window, the mean cosine below which a state is dropped, and the largest weight.
 MAX_TOKENS, FLOOR, HEAVIEST = 16, 0.5, 5
@@ -100,6 +102,7 @@ class KnapSpec(Method):
         super().__init__(options, num_layers)
         self.rejection = options.acceptance == "rejection"
         self._options = options
+        self._how = Drafting(options.num_draft_tokens, options.threshold, self.rejection)
         self._clock = clock
         self._choice: Choice | None = None
         self._budget = Budget(options.search_budget)
@@ -127,41 +130,68 @@ class KnapSpec(Method):
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """Confidence-aware drafting, as SWIFT's."""
         draft = no_draft(batch)
-        if self._choice and self._choice.num_draft_tokens:
-            how = Drafting(self._choice.num_draft_tokens, self._options.threshold, self.rejection)
-            draft = grow(model, cache, batch, self._choice.plan, how)[0]
-        return draft._replace(record=self._work is None and self._due())
+        if self.limit:
+            how = replace(self._how, num_draft_tokens=self.limit)
+            draft = grow(model, cache, batch, self.plan, how)[0]
+        return draft._replace(record=self._due())
 
     def rehearse(self, model: Model, cache: KVCache) -> None:
         for x in rehearse(model, cache):
             model.predict(x, tile=model.ops.tile_of(len(x)))
 
+    def recipe(self, sequences: list[Sequence]) -> Recipe | None:
+        """By the mask: sets and lengths are replaced too soon for graphs of their own. A window is the host's."""
+        if self._due():
+            return None
+        return by_mask(self._full, self._how, sequences, limited=True) if self.limit else Recipe(self._full, self._full)
+
+    def recipes(self, sequences: list[Sequence]) -> list[Recipe]:
+        return [Recipe(self._full, self._full), by_mask(self._full, self._how, sequences, limited=True)]
+
+    @property
+    def threshold(self) -> float:
+        return self._how.threshold
+
+    @property
+    def limit(self) -> int:
+        return self._choice.num_draft_tokens if self._choice else 0
+
     def observe(self, model: Model, cache: KVCache, done: Round) -> float:
-        """Gather a window when the next choice is due, then work on it for what the budget allows, at most a round."""
-        seconds = done.draft_s + done.verify_s
-        self._rounds += 1
-        self._budget.earn(seconds)
+        """Gather a window when the next choice is due."""
         if done.streams is not None and self._gathered(done):
             self._tokens, self._window = newest(self._window), []
             self._work = choose_set(model, cache, self._tokens, self._options.num_draft_tokens, self._clock)
             self._spent = self._step_s = 0.0
+        return self._work_on(model, cache, done.tally, recorded=done.streams is not None)
+
+    def count(self, model: Model, cache: KVCache, tally: Tally) -> float:
+        return self._work_on(model, cache, tally, recorded=False)
+
+    def _work_on(self, model: Model, cache: KVCache, tally: Tally, *, recorded: bool) -> float:
+        """Work on the window for what the budget allows, at most a round."""
+        seconds = tally.draft_s + tally.verify_s
+        self._rounds += 1
+        self._budget.round(seconds, recorded=recorded)
         # A sequence that has ended took the keys and values of its tokens with it.
         if self._work and not all(token.pages for token in self._tokens):
             self._work = None
         spent = 0.0
         while self._work and spent < seconds and self._budget.seconds > 0 and self._budget.seconds >= self._step_s:
             start = self._clock()
-            with model.mark("search", len(done.batch), len(self._tokens)):
+            with model.mark("search", len(tally.sequences), len(self._tokens)):
                 choice = self._step(self._work)
             self._step_s = self._clock() - start
             self._budget.spend(self._step_s)
             self._spent += self._step_s
             spent += self._step_s
             if choice:
-                self._adopt(choice, max(sequence.generated for sequence in done.batch.sequences))
+                self._adopt(choice, max(sequence.generated for sequence in tally.sequences))
         return spent
 
     def _due(self) -> bool:
+        """Whether a round has to be recorded: not before those of the last window are paid for."""
+        if self._work or not self._options.search_budget or self._budget.seconds < 0:
+            return False
         return self._choice is None or self._rounds >= self._options.interval
 
     def _gathered(self, done: Round) -> bool:

@@ -1,0 +1,73 @@
+"""The options bench commands share, and what they mean."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from ..runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from .prompts import Prompt
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help='A model folder, "demo", or synthetic:SHAPE:LATE_SCALE.')]
+Methods = Annotated[list[str] | None, typer.Option("--method", metavar="NAME[:key=value,…]", help="Repeatable.")]
+Prompts = Annotated[
+    Path | None, typer.Option(envvar="SKIPJACK_PROMPTS", help="JSON lines with category and turns; default: our own.")
+]
+PerCategory = Annotated[int, typer.Option(min=1, help="Prompts taken of each category.")]
+Category = Annotated[list[str] | None, typer.Option(help="Only this category; repeatable.")]
+MaxTokens = Annotated[int, typer.Option(min=2, help="Tokens generated for each prompt.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy; above, tokens are drawn with seed 0.")]
+Output = Annotated[Path | None, typer.Option(help="Write the result as JSON here.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def chosen(path: Path | None, per_category: int, categories: Sequence[str] | None = None) -> list[Prompt]:
+    """Prompts of a file or our own, so many of each of these categories.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    from .prompts import load
+
+    prompts = [p for p in load(path, per_category) if not categories or p.category in categories]
+    if not prompts:
+        raise ConfigError(f"--category: expected categories of the prompts, got {', '.join(categories or [])}")
+    return prompts
+
+
+def notes() -> Callable[[str], None]:
+    """Progress on standard error: one line that changes on a terminal, elsewhere a line each."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def note(text: str) -> None:
+        end = "\r" if sys.stderr.isatty() else "\n"
+        console.print(f"{text:<78}" if end == "\r" else text, end=end, markup=False)
+
+    return note
+
+
+def alarm(text: str) -> None:
+    """Why there is no result, on standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="bold red", markup=False)
+
+
+def counted(note: Callable[[str], None], total: int, every: int = 1) -> Callable[[object], None]:
+    """Notes how many of `total` rows there are by now, on no terminal every so many of them."""
+    numbers = count(1)
+
+    def progress(_: object) -> None:
+        done = next(numbers)
+        if sys.stderr.isatty() or done % every == 0:
+            note(f"{done} of {total}")
+
+    return progress
