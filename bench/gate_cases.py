@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels import launch
 from ..kernels.triton_ops import TRITON
-from ..kernels.values import Matrix, Norm, Rope, Router, RowMap, Slots, Tree
+from ..kernels.values import Grown, Matrix, Norm, Rope, Router, RowMap, Slots, Tree
 from .gate_checks import Case, Meaning
 
 WEIGHT = r"\bw_ptrs? \+"
@@ -41,6 +41,7 @@ KERNELS = {
     "_rejection_kernel": Meaning(),
     "_compact_kernel": Meaning(),
     "_extend_kernel": Meaning(),
+    "_branch_kernel": Meaning(),
     "_commit_kernel": Meaning(),
 }
 
@@ -75,6 +76,9 @@ LAYER = ("qkv", "attention", "output", "gate and up", "down")
 CONTEXT = 512
 DRAFTED = 7
 LAYERS = 4
+NODES = 32
+# As many siblings as SWIFT has by the probability of the first one.
+SIBLINGS, WIDTHS = 10, ((0.95, 1), (0.8, 3), (0.5, 5))
 EPS = 1e-5
 
 
@@ -235,6 +239,14 @@ class Pass:
             size(p),
             lambda: TRITON.verify_rejection(p, draft, None, drafted, length, *rule, parent=parent),
         )
+        nodes, parents, drawn = self.ids(count, NODES), self.ids(count, NODES), self.ids(count, NODES + 1)
+        scores = self.tensor(count, NODES + 1, s.vocab)
+        yield Step(
+            "verify_rejection",
+            "rejection, tree",
+            size(scores),
+            lambda: TRITON.verify_rejection(scores, nodes, q, drafted, length, *rule, parent=parents, drawn=drawn),
+        )
         keys, values, table = self.cache(LAYERS), self.cache(LAYERS), self.ids(count, CONTEXT // TRITON.page_size)
         path, accepted = self.ids(count, DRAFTED + 1), self.ids(count)
         yield Step("compact", "compact", 0, lambda: TRITON.compact(keys, values, table, path, accepted, length))
@@ -243,13 +255,30 @@ class Pass:
         """The start of a pass, a step of a draft and the end of a round."""
         s, ids, flags = self.shape, [self.ids(count) for _ in range(6)], self.tensor(count, dtype=torch.bool)
         table, embedding = self.ids(count, CONTEXT // TRITON.page_size), self.tensor(s.vocab, s.hidden)
-        token, draft, report = self.ids(count, self.rows // count), self.ids(count, DRAFTED), self.ids(count, 10)
+        token, draft = self.ids(count, self.rows // count), self.ids(count, DRAFTED)
+        report = self.ids(count, DRAFTED + 4)
         turns = Rope(*(self.tensor(CONTEXT, 1, s.head_dim, dtype=torch.float32) for _ in range(2)))
         paging = {"rows": self.rows, "ahead": 0, "page_size": TRITON.page_size}
         value, total, threshold = (self.tensor(*size, dtype=torch.float32) for size in ((count,), (count,), ()))
         yield Step("enter", "enter", 0, lambda: TRITON.enter(token, *ids[:2], flags, table, embedding, turns, **paging))
         yield Step("extend", "extend", 0, lambda: TRITON.extend(ids[0], flags, *ids[1:3], value, total, threshold))
         yield Step("commit", "commit", 0, lambda: TRITON.commit(*ids[:3], draft, *ids[3:6], report))
+        grown, siblings = self.grown(count), self.ids(count, SIBLINGS)
+        where = {"depth": self.ids(count, self.rows // count), "path": self.ids(count, self.rows // count, DRAFTED + 1)}
+        laid = (token, *ids[:2], flags, table, embedding, turns)
+        yield Step("enter", "enter, tree", 0, lambda: TRITON.enter(*laid, **paging, **where))
+        yield Step(
+            "branch",
+            "branch",
+            0,
+            lambda: TRITON.branch(grown, ids[0], siblings, value, total, threshold, widths=WIDTHS),
+        )
+        yield Step(
+            "commit",
+            "commit, tree",
+            0,
+            lambda: TRITON.commit(*ids[:3], grown.token, *ids[3:6], report, self.ids(count, NODES + 1), grown.depth),
+        )
 
     def _linear(self, label: str, x: Tensor, weight: Matrix, **options: object) -> Step:
         return Step(
@@ -314,6 +343,11 @@ class Pass:
 
     def cache_pair(self) -> tuple[Tensor, Tensor]:
         return self.cache(), self.cache()
+
+    def grown(self, count: int) -> Grown:
+        nodes, rows = self.ids(count, NODES), self.ids(count, NODES + 1)
+        path, going = self.ids(count, NODES + 1, DRAFTED + 1), self.tensor(count, dtype=torch.bool)
+        return Grown(nodes, nodes, rows, path, self.ids(count), self.ids(count), going)
 
     def slots(self) -> Slots:
         return Slots(self.ids(self.rows), self.ids(self.rows))

@@ -51,8 +51,8 @@ def absent_device(token: int) -> Generator[list[float], None, None]:
         nonlocal left
         times.append(perf_counter() - left)
         k = recipe.num_draft_tokens
-        state.report[:, :2] = k
-        state.report[:, 2:] = token
+        state.report[:, :3] = k
+        state.report[:, 3:] = token
         left = perf_counter()
 
     def report_steps(model: Model, _cache: KVCache, state: State, _steps: Steps, _sampled: bool) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.ops import Ops
-from ..kernels.values import Norm, Rope, Router, Slots, Tree
+from ..kernels.values import Grown, Norm, Rope, Router, Slots, Tree
 from ..loaders.config import ModelConfig
 
 PAGE = 64
@@ -259,7 +259,7 @@ def bookkeeping(side: Side, config: ModelConfig, rows: int, tile: int | None) ->
     turned = entry.rope or rope
     further = side.ops.extend(some[0], alive, some[1], some[2], value, total, side.put(torch.tensor(0.5)))
     state = [value.clone() for value in some[3:]]
-    report = side.put(torch.zeros(sequences, k + 3, dtype=torch.int64))
+    report = side.put(torch.zeros(sequences, k + 4, dtype=torch.int64))
     side.ops.commit(some[0], some[1], some[2], draft, *state, report)
     names = ("token", "position", "sequence", "real", "x")
     return {
@@ -269,6 +269,36 @@ def bookkeeping(side: Side, config: ModelConfig, rows: int, tile: int | None) ->
         "enter sin": turned.sin,
         **{f"extend {name}": value for name, value in further._asdict().items()},
         **{f"commit {name}": value for name, value in zip(("last", "length", "left"), state, strict=True)},
+        "commit report": report,
+    }
+
+
+def trees(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outputs:
+    """Two depths of a draft tree, its rows in a pass and in a report: every result must be equal."""
+    generator = torch.Generator().manual_seed(1)
+    sequences, nodes = -(-rows // 4), 9
+    room, first = (side.put(torch.randint(0, 12, (sequences,), generator=generator)) for _ in range(2))
+    token = side.put(torch.arange(3) + torch.arange(sequences)[:, None])
+    tree, limit = Grown.bare(room, nodes, 2), side.put(torch.tensor(0.2))
+    for _ in range(2):
+        p = side.put(torch.rand(sequences, generator=generator))
+        side.ops.branch(tree, room, token, p.log() + 1, torch.ones_like(p), limit, widths=((0.9, 1), (0.5, 2)))
+    table = side.put(torch.randint(0, 50, (sequences, 2), generator=generator))
+    embedding = side.randn(sequences + 3, config.hidden_size, seed=1)
+    laid = (tree.token, first, tree.count, room > 2, table, embedding, None)
+    where = {"depth": tree.depth[:, :nodes], "path": tree.path[:, :nodes]}
+    entry = side.ops.enter(*laid, rows=nodes * sequences, ahead=2, page_size=PAGE, **where)
+    assert entry.tree is not None
+    state = [room.clone() for _ in range(3)]
+    report = side.put(torch.zeros(sequences, 6, dtype=torch.int64))
+    path = tree.path[torch.arange(sequences, device=side.device), tree.count]
+    path = torch.nn.functional.pad(path, (0, nodes - 2))
+    side.ops.commit(tree.count, first, tree.count, tree.token, *state, report, path, tree.depth)
+    return {
+        **{f"branch {name}": value for name, value in tree._asdict().items()},
+        **{f"enter {name}": getattr(entry, name) for name in ("position", "sequence")},
+        **{f"enter {name}": value for name, value in entry.slots._asdict().items()},
+        **{f"enter {name}": value for name, value in entry.tree._asdict().items()},
         "commit report": report,
     }
 
@@ -283,4 +313,5 @@ CASES: dict[str, Case] = {
     "route": routing,
     "sample, verify": sampling,
     "enter, extend, commit": bookkeeping,
+    "branch": trees,
 }

@@ -8,7 +8,7 @@ from . import launch
 from .primitives import wait_for_producers
 
 
-@triton.jit(do_not_specialize=["stride_table", "k"])
+@triton.jit(do_not_specialize=["stride_table", "stride_path", "k"])
 def _compact_kernel(
     keys_ptr,
     values_ptr,
@@ -21,6 +21,7 @@ def _compact_kernel(
     stride_head,
     stride_slot,
     stride_table,
+    stride_path,
     k,
     PAGE: tl.constexpr,
     D: tl.constexpr,
@@ -40,7 +41,7 @@ def _compact_kernel(
     wait_for_producers(PDL)
     accepted = tl.load(accepted_ptr + pid_s)
     mask = offs_depth <= tl.minimum(accepted, k)
-    row = tl.load(path_ptr + pid_s * (k + 1) + offs_depth, mask=mask, other=0)
+    row = tl.load(path_ptr + pid_s * stride_path + offs_depth, mask=mask, other=0)
     moved = mask & (row != offs_depth)
     if tl.sum(moved.to(tl.int32), axis=0) > 0:
         length = tl.load(length_ptr + pid_s)
@@ -65,24 +66,26 @@ def _compact_kernel(
 def compact(keys: Tensor, values: Tensor, block_table: Tensor, path: Tensor, accepted: Tensor, length: Tensor) -> None:
     """Move the keys and values of accepted rows to where a chain would have them, in place, in all layers.
 
-    keys, values [L, pages, kv_heads, P, D]; block_table [S, W] of pages; path [S, k + 1] and accepted [S] of a
-    verdict; length int64 [S] tokens cached before the round: logical slot length + path[d] → length + d for d ≤
-    accepted. Every source is read before a destination is written.
+    keys, values [L, pages, kv_heads, P, D]; block_table [S, W] of pages; path [S, n + 1], as many columns of a
+    verdict's as may be accepted, and its accepted [S] ≤ n; length int64 [S] tokens cached before the round: logical
+    slot length + path[d] → length + d for d ≤ accepted. Every source is read before a destination is written.
     """
     layers, _, kv_heads, page_size, head_dim = keys.shape
     sequences, rows = path.shape
     if rows == 1:
         return
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    path = path if path.stride(1) == 1 else path.contiguous()
     _compact_kernel[(sequences, layers, kv_heads)](
         keys,
         values,
         block_table,
-        path.contiguous(),
+        path,
         accepted.contiguous(),
         length.contiguous(),
         *keys.stride()[:4],
         block_table.stride(0),
+        path.stride(0),
         rows - 1,
         PAGE=page_size,
         D=head_dim,

@@ -7,12 +7,22 @@ from torch import Tensor
 
 from . import launch
 from .primitives import wait_for_producers
-from .values import Entry, Rope, Slots
+from .values import Entry, Rope, Slots, Tree
+
+ENTRIES: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit(
-    do_not_specialize=["sequences", "width", "ahead", "stride_token", "stride_table"],
-    do_not_specialize_on_alignment=["token_ptr", "first_ptr", "count_ptr", "alive_ptr", "table_ptr"],
+    do_not_specialize=["sequences", "width", "ahead", "entries", "stride_token", "stride_table"],
+    do_not_specialize_on_alignment=[
+        "token_ptr",
+        "first_ptr",
+        "count_ptr",
+        "alive_ptr",
+        "table_ptr",
+        "depth_ptr",
+        "path_ptr",
+    ],
 )
 def _enter_kernel(
     token_ptr,
@@ -23,6 +33,8 @@ def _enter_kernel(
     embedding_ptr,
     cos_ptr,
     sin_ptr,
+    depth_ptr,
+    path_ptr,
     out_token_ptr,
     position_ptr,
     sequence_ptr,
@@ -32,11 +44,14 @@ def _enter_kernel(
     x_ptr,
     out_cos_ptr,
     out_sin_ptr,
+    tree_length_ptr,
+    tree_slot_ptr,
     stride_token,
     stride_table,
     sequences,
     width,
     ahead,
+    entries,
     PAGE: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -47,7 +62,8 @@ def _enter_kernel(
     """Row r is token r mod K of sequence r div K, real while r mod K < count; its embedding and rotation → x, cos, sin.
 
     token [S, K]; first, count int64, alive bool [S]; table int64 [S, pages]; embedding [V, H]; cos, sin [positions, D];
-    outputs [R], [R, H], [R, D]: sequence -1, position, page and token 0 for rows that are not real.
+    depth int64 [S, K] and path int64 [S, K, entries] of a tree, or None; outputs [R], [R, H], [R, D], [R, entries]:
+    sequence -1, position, page and token 0 for rows that are not real.
     """
     pid_r = tl.program_id(0).to(tl.int64)
     offs_h = tl.arange(0, BLOCK_H)
@@ -61,14 +77,24 @@ def _enter_kernel(
         real = real & (place < tl.load(count_ptr + sequence))
     if alive_ptr is not None:
         real = real & (tl.load(alive_ptr + sequence) != 0)
-    position = tl.where(real, tl.load(first_ptr + sequence) + ahead + place, 0)
+    first = tl.load(first_ptr + sequence) + ahead
+    slot = tl.where(real, first + place, 0)
+    position = slot
+    if depth_ptr is not None:
+        row = sequence * width + place
+        position = tl.where(real, first + tl.load(depth_ptr + row), 0)
+        tl.store(tree_length_ptr + pid_r, tl.where(real, first, 0))
+        for start in range(0, entries, ENTRIES):
+            offs_e = start + tl.arange(0, ENTRIES)
+            path = tl.load(path_ptr + row * entries + offs_e, mask=offs_e < entries, other=0)
+            tl.store(tree_slot_ptr + pid_r * entries + offs_e, tl.where(real, first + path, 0), mask=offs_e < entries)
     token = tl.load(token_ptr + sequence * stride_token + place, mask=real, other=0)
-    page = tl.load(table_ptr + sequence * stride_table + position // PAGE, mask=real, other=0)
+    page = tl.load(table_ptr + sequence * stride_table + slot // PAGE, mask=real, other=0)
     tl.store(out_token_ptr + pid_r, token)
     tl.store(position_ptr + pid_r, position)
     tl.store(sequence_ptr + pid_r, tl.where(real, sequence, -1))
     tl.store(page_ptr + pid_r, page)
-    tl.store(offset_ptr + pid_r, position % PAGE)
+    tl.store(offset_ptr + pid_r, slot % PAGE)
     tl.store(real_ptr + pid_r, real)
     for start in range(0, H, BLOCK_H):
         mask_h = start + offs_h < H
@@ -94,13 +120,17 @@ def enter(
     rows: int,
     ahead: int,
     page_size: int,
+    depth: Tensor | None = None,
+    path: Tensor | None = None,
 ) -> Entry:
     """Consecutive tokens of every sequence as `rows` rows of a pass, the last of which belong to none.
 
     token int64 [S, K], of which the first count int64 [S] are real, all without it, and none of a sequence that is not
     alive bool [S]; position first int64 [S] + ahead is that of the first. block_table int64 [S, pages]; embedding
     [V, H]; rope: rotations of every position, float32 [positions, 1, D] each. Rows that are not real are token 0 at
-    position 0 of sequence -1, on page 0.
+    position 0 of sequence -1, on page 0. With depth int64 [S, K] and path int64 [S, K, n] tokens are nodes of a tree:
+    row j of a sequence lies in the slot of its place and stands at position first + ahead + depth[j], after the rows
+    path[j].
     """
     sequences, width = token.shape
     hidden, device = embedding.shape[1], embedding.device
@@ -110,6 +140,11 @@ def enter(
     x = torch.empty((rows, hidden), dtype=embedding.dtype, device=device)
     dim = 16 if rope is None else rope.cos.shape[-1]
     turned = None if rope is None else Rope(*torch.empty((2, rows, 1, dim), dtype=rope.cos.dtype, device=device))
+    entries = 0 if path is None else path.shape[2]
+    tree = None
+    if path is not None:
+        length = torch.empty(rows, dtype=torch.int64, device=device)
+        tree = Tree(length, torch.empty((rows, entries), dtype=torch.int64, device=device))
     block = 1 << min(10, (hidden - 1).bit_length())
     _enter_kernel[(rows,)](
         token,
@@ -120,16 +155,21 @@ def enter(
         embedding,
         None if rope is None else rope.cos,
         None if rope is None else rope.sin,
+        None if depth is None else depth.contiguous(),
+        None if path is None else path.contiguous(),
         *laid,
         real,
         x,
         None if turned is None else turned.cos,
         None if turned is None else turned.sin,
+        None if tree is None else tree.length,
+        None if tree is None else tree.slot,
         token.stride(0),
         block_table.stride(0),
         sequences,
         width,
         ahead,
+        entries,
         PAGE=page_size,
         H=hidden,
         D=dim,
@@ -139,4 +179,4 @@ def enter(
         **launch.options(4, 1),
     )
     tokens, position, sequence, page, offset = laid
-    return Entry(tokens, position, sequence, Slots(page, offset), real, x, turned)
+    return Entry(tokens, position, sequence, Slots(page, offset), real, x, turned, tree)

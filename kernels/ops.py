@@ -55,6 +55,7 @@ class Ops:
     verify_rejection: Callable[..., Verdict]
     compact: Callable[..., None]
     extend: Callable[..., Drafted]
+    branch: Callable[..., None]
     commit: Callable[..., None]
 
     def description(self, dtype: torch.dtype, tiles: tuple[int, ...] = ()) -> str:
@@ -107,6 +108,7 @@ TORCH = Ops(
     verify_rejection=reference_verify.verify_rejection,
     compact=reference_verify.compact,
     extend=reference_rounds.extend,
+    branch=reference_rounds.branch,
     commit=reference_rounds.commit,
 )
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .values import Drafted, Entry, Rope, Slots
+from .values import Drafted, Entry, Grown, Rope, Slots, Tree
 
 
 def enter(
@@ -19,13 +19,17 @@ def enter(
     rows: int,
     ahead: int,
     page_size: int,
+    depth: Tensor | None = None,
+    path: Tensor | None = None,
 ) -> Entry:
     """Consecutive tokens of every sequence as `rows` rows of a pass, the last of which belong to none.
 
     token int64 [S, K], of which the first count int64 [S] are real, all without it, and none of a sequence that is not
     alive bool [S]; position first int64 [S] + ahead is that of the first. block_table int64 [S, pages]; embedding
     [V, H]; rope: rotations of every position, float32 [positions, 1, D] each. Rows that are not real are token 0 at
-    position 0 of sequence -1, on page 0.
+    position 0 of sequence -1, on page 0. With depth int64 [S, K] and path int64 [S, K, n] tokens are nodes of a tree:
+    row j of a sequence lies in the slot of its place and stands at position first + ahead + depth[j], after the rows
+    path[j].
     """
     sequences, width = token.shape
     row = torch.arange(rows, device=token.device)
@@ -35,12 +39,18 @@ def enter(
         real = real & (place < count[owner])
     if alive is not None:
         real = real & alive[owner]
-    position = torch.where(real, first[owner] + ahead + place, 0)
+    start = first[owner] + ahead
+    slot = torch.where(real, start + place, 0)
+    position, tree = slot, None
+    if depth is not None and path is not None:
+        position = torch.where(real, start + depth[owner, place], 0)
+        above = torch.where(real[:, None], start[:, None] + path[owner, place], 0)
+        tree = Tree(torch.where(real, start, 0), above)
     tokens = torch.where(real, token[owner, place], 0)
-    page = torch.where(real, block_table[owner, position // page_size], 0)
+    page = torch.where(real, block_table[owner, slot // page_size], 0)
     turned = None if rope is None else Rope(rope.cos[position], rope.sin[position])
-    sequence, slots = torch.where(real, owner, -1), Slots(page, position % page_size)
-    return Entry(tokens, position, sequence, slots, real, functional.embedding(tokens, embedding), turned)
+    sequence, slots = torch.where(real, owner, -1), Slots(page, slot % page_size)
+    return Entry(tokens, position, sequence, slots, real, functional.embedding(tokens, embedding), turned, tree)
 
 
 def extend(
@@ -74,17 +84,65 @@ def commit(
     length: Tensor,
     left: Tensor,
     report: Tensor,
+    path: Tensor | None = None,
+    depth: Tensor | None = None,
 ) -> None:
     """What a verdict does to the sequences, in place, and what the host is told of it.
 
     accepted, token, count int64 [S]: draft tokens accepted, the token after them, how many of draft int64 [S, k] there
-    were. A sequence with tokens `left` int64 [S] has `token` as its `last`, accepted + 1 tokens more in `length` and as
-    many less `left`; one without is as before. report int64 [S, k + 3]: accepted, -1 for one without, count, token and
-    draft.
+    were. In a tree path int64 [S, k + 1] are the accepted rows in order, row 0 first, and depth int64 [S, k + 1] tells
+    how deep every row lies. A sequence with tokens `left` int64 [S] has `token` as its `last`, accepted + 1 tokens more
+    in `length` and as many less `left`; one without is as before. report int64 [S, n + 4]: accepted, -1 for one
+    without, count, the depth of the draft, token, and the first n ≤ k tokens of the draft, of a tree's accepted path.
     """
     alive = left > 0
-    accepted = torch.where(alive, accepted, -1)
-    report.copy_(torch.cat([torch.stack([accepted, count, token], dim=1), draft], dim=1))
+    accepted, deepest = torch.where(alive, accepted, -1), count
+    if depth is not None:
+        real = torch.arange(depth.shape[1], device=depth.device) <= count[:, None]
+        deepest = torch.where(real, depth, 0).amax(dim=1)
+    if path is not None:
+        draft = torch.where(path > 0, draft.gather(1, (path - 1).clamp(min=0)), 0)[:, 1:]
+    told = draft[:, : report.shape[1] - 4]
+    report.copy_(torch.cat([torch.stack([accepted, count, deepest, token], dim=1), told], dim=1))
     last.copy_(torch.where(alive, token, last))
     length.add_(accepted + 1)
     left.sub_(accepted + 1)
+
+
+def branch(
+    tree: Grown,
+    room: Tensor,
+    token: Tensor,
+    value: Tensor,
+    log_sum_exp: Tensor,
+    threshold: Tensor | None,
+    *,
+    widths: tuple[tuple[float, int], ...],
+) -> None:
+    """One depth more of every tree that is going, in place: siblings that follow its spine, the first the new spine.
+
+    token int64 [S, w]: the siblings there may be, most likely first; where there are fewer the last repeat the first.
+    value, log_sum_exp [S] of the first one's logit give its probability p: a depth has as many siblings as the first of
+    `widths` says whose first number is below p, w where none is. room int64 [S] nodes a tree may have at most. It goes
+    on while it has fewer than that and than fit, and p ≥ threshold float32 [], if there is one.
+    """
+    nodes, entries = tree.token.shape[1], tree.path.shape[2]
+    place, limit = torch.arange(token.shape[1], device=token.device), room.clamp(max=nodes)
+    sure = (value.float() - log_sum_exp.float()).exp()
+    width = torch.full_like(tree.count, token.shape[1])
+    for above, siblings in reversed(widths):
+        width = torch.where(sure > above, siblings, width)
+    new = tree.going[:, None] & (place < width[:, None]) & (tree.count[:, None] + place < limit[:, None])
+    new &= (place == 0) | (token != token[:, :1])
+
+    s, i = torch.nonzero(new, as_tuple=True)
+    node, spine = tree.count[s] + i, tree.spine[s]
+    deeper = tree.depth[s, spine] + 1
+    tree.token[s, node], tree.parent[s, node], tree.depth[s, node + 1] = token[s, i], spine, deeper
+    entry = torch.arange(entries, device=token.device)
+    tree.path[s, node + 1] = torch.where(entry < deeper[:, None], tree.path[s, spine], node[:, None] + 1)
+    tree.spine.copy_(torch.where(tree.going, tree.count + 1, tree.spine))
+    tree.count.add_(new.sum(dim=1))
+    tree.going.logical_and_(tree.count < limit)
+    if threshold is not None:
+        tree.going.logical_and_(sure >= threshold)

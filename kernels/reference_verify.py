@@ -89,14 +89,15 @@ def verify_rejection(
     seed: Tensor,
     *,
     parent: Tensor | None = None,
+    drawn: Tensor | None = None,
     draft_ids: Tensor | None = None,
 ) -> Verdict:
     """Speculative sampling (Leviathan et al., arXiv 2211.17192), over siblings by recursive rejection.
 
-    scores [S, k + 1, V] of the target; draft_scores [S, k, V'] of the drafter, row i the scores the children of row i
-    were drawn with, without replacement; None: every draft token was certain. draft_ids int64 [V'], distinct: what a
-    reduced draft vocabulary stands for. temperature, top_k, top_p, min_p, seed [S] as in `sample`, for both p and q;
-    draft, count, length, parent as in `verify`.
+    scores [S, k + 1, V] of the target; draft_scores [S, n, V'] of the drafter: the children of row i were drawn with
+    those of drawn[i], int64 [S, k + 1], or of i without it, and without replacement; None: every draft token was
+    certain. draft_ids int64 [V'], distinct: what a reduced draft vocabulary stands for. temperature, top_k, top_p,
+    min_p, seed [S] as in `sample`, for both p and q; draft, count, length, parent as in `verify`.
 
     From row 0: a child x is accepted with probability min(1, p(x)/q(x)), which moves on to its row; a rejected one
     leaves p ← norm(max(p − q, 0)) and q ← q without x, renormalised. The token after the last accepted row is drawn
@@ -114,7 +115,9 @@ def verify_rejection(
     def draft_of(at: Tensor, row: int) -> Tensor:
         if draft_scores is None or row == k:
             return torch.zeros(len(at), size, device=draft.device)
-        q = _probability(draft_scores[at, row], rule.rows(at))
+        # Where nothing was drawn there are no children, which is what these are for.
+        known = row if drawn is None else drawn[at, row].clamp(max=draft_scores.shape[1] - 1)
+        q = _probability(draft_scores[at, known], rule.rows(at))
         return q if draft_ids is None else q.new_zeros(len(at), size).index_copy_(1, draft_ids, q)
 
     row, accepted = torch.zeros_like(count), torch.zeros_like(count)
@@ -152,9 +155,9 @@ def verify_rejection(
 def compact(keys: Tensor, values: Tensor, block_table: Tensor, path: Tensor, accepted: Tensor, length: Tensor) -> None:
     """Move the keys and values of accepted rows to where a chain would have them, in place, in all layers.
 
-    keys, values [L, pages, kv_heads, P, D]; block_table [S, W] of pages; path [S, k + 1] and accepted [S] of a
-    verdict; length int64 [S] tokens cached before the round: logical slot length + path[d] → length + d for d ≤
-    accepted. Every source is read before a destination is written.
+    keys, values [L, pages, kv_heads, P, D]; block_table [S, W] of pages; path [S, n + 1], as many columns of a
+    verdict's as may be accepted, and its accepted [S] ≤ n; length int64 [S] tokens cached before the round: logical
+    slot length + path[d] → length + d for d ≤ accepted. Every source is read before a destination is written.
     """
     page_size = keys.shape[3]
     depth = torch.arange(path.shape[1], device=path.device)

@@ -52,8 +52,8 @@ def _warping_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["k", "stride_node", "stride_parent"],
-    do_not_specialize_on_alignment=["draft_ptr", "parent_ptr", "count_ptr", "length_ptr"],
+    do_not_specialize=["k", "drafts", "stride_node", "stride_parent", "stride_drawn"],
+    do_not_specialize_on_alignment=["draft_ptr", "parent_ptr", "drawn_ptr", "count_ptr", "length_ptr"],
 )
 def _rejection_kernel(  # noqa: PLR0915
     scores_ptr,
@@ -65,6 +65,7 @@ def _rejection_kernel(  # noqa: PLR0915
     draft_ids_ptr,
     draft_ptr,
     parent_ptr,
+    drawn_ptr,
     count_ptr,
     length_ptr,
     temperature_ptr,
@@ -77,7 +78,9 @@ def _rejection_kernel(  # noqa: PLR0915
     path_ptr,
     stride_node,
     stride_parent,
+    stride_drawn,
     k,
+    drafts,
     V: tl.constexpr,
     V_DRAFT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -86,9 +89,10 @@ def _rejection_kernel(  # noqa: PLR0915
 ):
     """From row 0: accept child x if u·q(x) ≤ p(x), or p ← norm(max(p − q, 0)), q ← norm(q without x); draw from p.
 
-    scores [S, k + 1, V]; draft_scores [S, k, V_DRAFT] or None: q certain; warping, best as `_warping_kernel` gives
-    them; draft_ids int64 [V_DRAFT] or None; draft, parent int64 [S, k]; residual float32 [S, 2, V]: p in turn, read
-    from one and written to the other; others float32 [S, V_DRAFT]: q; path int64 [S, k + 1]; the rest [S].
+    scores [S, k + 1, V]; draft_scores [S, drafts, V_DRAFT] or None: q certain; warping, best as `_warping_kernel` gives
+    them; draft_ids int64 [V_DRAFT] or None; draft, parent int64 [S, k]; drawn int64 [S, k + 1] or None; residual
+    float32 [S, 2, V]: p in turn, read from one and written to the other; others float32 [S, V_DRAFT]: q; path int64
+    [S, k + 1]; the rest [S].
     """
     pid_s = tl.program_id(0).to(tl.int64)
     residual_ptr += pid_s * 2 * V
@@ -119,9 +123,12 @@ def _rejection_kernel(  # noqa: PLR0915
             q_x = tl.zeros((), tl.float32)
             if draft_scores_ptr is not None:
                 place = place_of(draft_ids_ptr, x, V_DRAFT, BLOCK)
-                q_row_ptr = draft_scores_ptr + (pid_s * k + row) * V_DRAFT
-                q_warping_ptr = draft_warping_ptr + (pid_s * k + row) * 3
-                q_best = tl.load(draft_best_ptr + pid_s * k + row)
+                q_row = pid_s * drafts + row
+                if drawn_ptr is not None:
+                    q_row = pid_s * drafts + tl.load(drawn_ptr + pid_s * stride_drawn + row)
+                q_row_ptr = draft_scores_ptr + q_row * V_DRAFT
+                q_warping_ptr = draft_warping_ptr + q_row * 3
+                q_best = tl.load(draft_best_ptr + q_row)
                 q_x = probability(q_row_ptr, q_warping_ptr, q_best, temperature, others_ptr, q_total, place, place >= 0)
             bound = tl.where(q_x > 0.0, q_x, 1.0)
             noise = uniform(seed, length + accepted + 1, j // 16 * 16, 16, ACCEPT_STREAM)
@@ -192,14 +199,15 @@ def verify_rejection(
     seed: Tensor,
     *,
     parent: Tensor | None = None,
+    drawn: Tensor | None = None,
     draft_ids: Tensor | None = None,
 ) -> Verdict:
     """Speculative sampling (Leviathan et al., arXiv 2211.17192), over siblings by recursive rejection.
 
-    scores [S, k + 1, V] of the target; draft_scores [S, k, V'] of the drafter, row i the scores the children of row i
-    were drawn with, without replacement; None: every draft token was certain. draft_ids int64 [V'], distinct: what a
-    reduced draft vocabulary stands for. temperature, top_k, top_p, min_p, seed [S] as in `sample`, for both p and q;
-    draft, count, length, parent as in `verify`.
+    scores [S, k + 1, V] of the target; draft_scores [S, n, V'] of the drafter: the children of row i were drawn with
+    those of drawn[i], int64 [S, k + 1], or of i without it, and without replacement; None: every draft token was
+    certain. draft_ids int64 [V'], distinct: what a reduced draft vocabulary stands for. temperature, top_k, top_p,
+    min_p, seed [S] as in `sample`, for both p and q; draft, count, length, parent as in `verify`.
 
     From row 0: a child x is accepted with probability min(1, p(x)/q(x)), which moves on to its row; a rejected one
     leaves p ← norm(max(p − q, 0)) and q ← q without x, renormalised. The token after the last accepted row is drawn
@@ -208,6 +216,7 @@ def verify_rejection(
     sequences, k = draft.shape
     draft_scores = draft_scores if k else None
     scores, draft, parent = scores.contiguous(), rows_of(draft), None if parent is None else rows_of(parent)
+    drawn = None if drawn is None else rows_of(drawn)
     size = scores.shape[2]
     rule = launch.vocabulary_rule(size)
     rules = [field.contiguous() for field in (temperature, top_k, top_p, min_p)]
@@ -230,6 +239,7 @@ def verify_rejection(
         draft_ids,
         draft,
         parent,
+        drawn,
         count.contiguous(),
         length.contiguous(),
         rules[0],
@@ -239,7 +249,9 @@ def verify_rejection(
         *verdict,
         draft.stride(0),
         0 if parent is None else parent.stride(0),
+        0 if drawn is None else drawn.stride(0),
         k,
+        0 if draft_scores is None else draft_scores.shape[1],
         V=size,
         V_DRAFT=draft_size,
         BLOCK=max(16, rule.block // 2),

@@ -83,8 +83,16 @@ def extend(
 
 
 @triton.jit(
-    do_not_specialize=["k", "stride_draft"],
-    do_not_specialize_on_alignment=["accepted_ptr", "token_ptr", "count_ptr", "draft_ptr", "report_ptr"],
+    do_not_specialize=["k", "told", "stride_draft"],
+    do_not_specialize_on_alignment=[
+        "accepted_ptr",
+        "token_ptr",
+        "count_ptr",
+        "draft_ptr",
+        "report_ptr",
+        "path_ptr",
+        "depth_ptr",
+    ],
 )
 def _commit_kernel(
     accepted_ptr,
@@ -95,28 +103,42 @@ def _commit_kernel(
     length_ptr,
     left_ptr,
     report_ptr,
+    path_ptr,
+    depth_ptr,
     stride_draft,
     k,
+    told,
     NODES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A sequence with tokens left: last = token, length += accepted + 1, left −= accepted + 1; report of every one.
 
-    report [S, k + 3]: accepted, -1 where nothing was left, count, token, draft; the rest [S]; draft [S, k]; all int64.
+    report [S, told + 4]: accepted, -1 where nothing was left, count, depth, token, draft, of a tree its rows path[1:];
+    draft [S, k]; path, depth [S, k + 1] or None, a chain; the rest [S]; all int64.
     """
     pid_s = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, NODES)
-    mask = offs < k
+    mask = offs < told
     wait_for_producers(PDL)
     left = tl.load(left_ptr + pid_s)
     alive = left > 0
     accepted = tl.where(alive, tl.load(accepted_ptr + pid_s), -1)
     token = tl.load(token_ptr + pid_s)
-    report_ptr += pid_s * (k + 3)
+    count = tl.load(count_ptr + pid_s)
+    deepest = count
+    if depth_ptr is not None:
+        depth = tl.load(depth_ptr + pid_s * (k + 1) + offs, mask=(offs <= k) & (offs <= count), other=0)
+        deepest = tl.max(depth, axis=0)
+    row = offs.to(tl.int64) + 1
+    if path_ptr is not None:
+        row = tl.load(path_ptr + pid_s * (k + 1) + offs + 1, mask=mask, other=0)
+    draft = tl.load(draft_ptr + pid_s * stride_draft + row - 1, mask=mask & (row > 0), other=0)
+    report_ptr += pid_s * (told + 4)
     tl.store(report_ptr, accepted)
-    tl.store(report_ptr + 1, tl.load(count_ptr + pid_s))
-    tl.store(report_ptr + 2, token)
-    tl.store(report_ptr + 3 + offs, tl.load(draft_ptr + pid_s * stride_draft + offs, mask=mask, other=0), mask=mask)
+    tl.store(report_ptr + 1, count)
+    tl.store(report_ptr + 2, deepest)
+    tl.store(report_ptr + 3, token)
+    tl.store(report_ptr + 4 + offs, draft, mask=mask)
     tl.store(last_ptr + pid_s, tl.where(alive, token, tl.load(last_ptr + pid_s)))
     tl.store(length_ptr + pid_s, tl.load(length_ptr + pid_s) + accepted + 1)
     tl.store(left_ptr + pid_s, left - accepted - 1)
@@ -131,13 +153,16 @@ def commit(
     length: Tensor,
     left: Tensor,
     report: Tensor,
+    path: Tensor | None = None,
+    depth: Tensor | None = None,
 ) -> None:
     """What a verdict does to the sequences, in place, and what the host is told of it.
 
     accepted, token, count int64 [S]: draft tokens accepted, the token after them, how many of draft int64 [S, k] there
-    were. A sequence with tokens `left` int64 [S] has `token` as its `last`, accepted + 1 tokens more in `length` and as
-    many less `left`; one without is as before. report int64 [S, k + 3]: accepted, -1 for one without, count, token and
-    draft.
+    were. In a tree path int64 [S, k + 1] are the accepted rows in order, row 0 first, and depth int64 [S, k + 1] tells
+    how deep every row lies. A sequence with tokens `left` int64 [S] has `token` as its `last`, accepted + 1 tokens more
+    in `length` and as many less `left`; one without is as before. report int64 [S, n + 4]: accepted, -1 for one
+    without, count, the depth of the draft, token, and the first n ≤ k tokens of the draft, of a tree's accepted path.
     """
     k = draft.shape[1]
     draft = draft if k == 0 or draft.stride(1) == 1 else draft.contiguous()
@@ -150,8 +175,11 @@ def commit(
         length,
         left,
         report,
+        None if path is None else path.contiguous(),
+        None if depth is None else depth.contiguous(),
         draft.stride(0),
         k,
+        report.shape[1] - 4,
         NODES=max(16, 1 << k.bit_length()),
         PDL=launch.dependent(launch.architecture()),
         **launch.options(1, 1),

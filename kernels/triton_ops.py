@@ -6,6 +6,7 @@ import triton
 from . import launch
 from .attention import attend
 from .attention_index import TritonIndex
+from .branch import branch
 from .compact import compact
 from .enter import enter
 from .fill import fill_kv
@@ -64,5 +65,6 @@ TRITON = Ops(
     verify_rejection=verify_rejection,
     compact=compact,
     extend=extend,
+    branch=branch,
     commit=commit,
 )

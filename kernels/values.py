@@ -5,9 +5,11 @@ Notation: R rows, S sequences, L layers, H hidden size, D head dimension, P slot
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -85,10 +87,22 @@ class Slots(NamedTuple):
     offset: Tensor
 
 
+class Tree(NamedTuple):
+    """Rows that are nodes of a draft tree: where the keys of a row's own path lie.
+
+    length int64 [R]: the positions below it lie in the slots of the same number. slot int64 [R, depth]: position
+    length + j of the row's path lies in slot `slot[r, j]`; entries past the row's own position are not read.
+    """
+
+    length: Tensor
+    slot: Tensor
+
+
 class Entry(NamedTuple):
     """The rows a pass starts with: token, position and sequence int64 [R] and the slots they write.
 
-    real bool [R]: rows of a sequence. x [R, H]: their embeddings; rope: their rotations, None without any.
+    real bool [R]: rows of a sequence. x [R, H]: their embeddings; rope: their rotations, None without any. tree: where
+    the keys of their paths lie, None where they are consecutive tokens.
     """
 
     token: Tensor
@@ -98,6 +112,7 @@ class Entry(NamedTuple):
     real: Tensor
     x: Tensor
     rope: Rope | None
+    tree: Tree | None
 
 
 class Drafted(NamedTuple):
@@ -108,15 +123,33 @@ class Drafted(NamedTuple):
     token: Tensor
 
 
-class Tree(NamedTuple):
-    """Rows that are nodes of a draft tree: where the keys of a row's own path lie.
+class Grown(NamedTuple):
+    """Draft trees of S sequences while they grow, changed in place: of each up to k nodes, n deep at most.
 
-    length int64 [R]: the positions below it lie in the slots of the same number. slot int64 [R, depth]: position
-    length + j of the row's path lies in slot `slot[r, j]`; entries past the row's own position are not read.
+    token, parent int64 [S, k]: node j follows row parent[j] ≤ j, row 0 being the sequence's newest token and row j + 1
+    node j. depth int64 [S, k + 1] of the rows; path int64 [S, k + 1, n + 1], the rows from row 0 down to each, those
+    past its own depth repeating it. count int64 [S] nodes so far; spine int64 [S], the row the next ones follow; going
+    bool [S]: trees that still grow.
     """
 
-    length: Tensor
-    slot: Tensor
+    token: Tensor
+    parent: Tensor
+    depth: Tensor
+    path: Tensor
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
+    spine: Tensor
+    going: Tensor
+
+    @staticmethod
+    def bare(room: Tensor, nodes: int, depth: int) -> Grown:
+        """Trees without a node; those with `room` int64 [S] for one grow."""
+        s, rows = room.shape[0], nodes + 1
+        shapes = (s, nodes), (s, nodes), (s, rows), (s, rows, depth + 1), (s,), (s,)
+        sizes = [math.prod(shape) for shape in shapes]
+        parts = torch.split(torch.zeros(sum(sizes), dtype=torch.int64, device=room.device), sizes)
+        shaped = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+        token, parent, depths, path, count, spine = shaped
+        return Grown(token, parent, depths, path, count, spine, room > 0)
 
 
 class Prediction(NamedTuple):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..kernels.host import ints
-from ..kernels.values import Tree, Verdict
-from .rows import Chains, Rows
+from ..kernels.values import Verdict
+from .rows import Chains, Lineage, Rows
 from .sequence import Sequence
 
 
@@ -26,10 +25,10 @@ class Draft(NamedTuple):
     """Draft tokens int64 [S, k] and how many of them each sequence drafted, int64 [S].
 
     They are a chain, or with `parent` int64 [S, k] a tree: draft token j follows row parent[j] ≤ j, row 0 being the
-    sequence's newest token and row j + 1 draft token j. `scores` [S, k, V]: what the children of row i were drawn with,
-    for rejection sampling. `confidence` float32 [S, k]: the probability the draft gave each token. With `exit` given,
-    the cache holds the rows' keys and values of the layers before it, and verification goes on from there. `record`
-    asks for the streams of the verification in `Round`.
+    sequence's newest token and row j + 1 draft token j. `scores` [S, n, V]: what the tokens of each depth were drawn
+    with, for rejection sampling. `confidence` float32 [S, k]: the probability the draft gave each token. With `exit`
+    given, the cache holds the rows' keys and values of the layers before it, and verification goes on from there.
+    `record` asks for the streams of the verification in `Round`.
     """
 
     tokens: Tensor
@@ -43,29 +42,6 @@ class Draft(NamedTuple):
     def within(self, room: Tensor) -> Draft:
         """Without the tokens past `room` int64 [S], for which a sequence has no place."""
         return self._replace(length=torch.minimum(self.length, room.clamp(min=0)))
-
-
-class Lineage(NamedTuple):
-    """Where the rows of a draft tree stand: depth int64 [S, K]; path int64 [S, K, D], the rows from row 0 down to each.
-
-    Entries past a row's own depth repeat the row.
-    """
-
-    depth: Tensor
-    path: Tensor
-
-    @staticmethod
-    def of(parent: Tensor) -> Lineage:
-        """The lineage of a tree given by `Draft.parent`."""
-        up = functional.pad(parent, (1, 0))
-        row = torch.arange(up.shape[1], device=up.device).expand(up.shape)
-        upwards = [row]
-        while bool((upwards[-1] > 0).any()):
-            upwards.append(up.gather(1, upwards[-1]))
-        ancestors = torch.stack(upwards, dim=2)
-        depth = (ancestors > 0).sum(dim=2)
-        steps = torch.arange(len(upwards), device=up.device)
-        return Lineage(depth, ancestors.gather(2, (depth[:, :, None] - steps).clamp(min=0)))
 
 
 class Tally(NamedTuple):
@@ -180,13 +156,9 @@ class Batch:
         table = torch.tensor([token, position, sequence], device=self.device)
         return Rows(table[0], table[1], table[2], self.block_table, self.tile)
 
-    def nodes(self, tokens: Tensor, count: Tensor, lineage: Lineage) -> Rows:
-        """Rows for `tokens` int64 [S, K], a tree above each sequence's cache; the first `count` [S] are real."""
-        depth, path = lineage
-        rows = self.rows(tokens, self.length, count).spread()
-        real = rows.sequence >= 0
-        slot = torch.where(real, rows.position, 0)
-        position = torch.where(real, (self.length[:, None] + depth).flatten(), 0)
-        length = self.length[:, None].expand(depth.shape).flatten()
-        tree = Tree(length.contiguous(), (self.length[:, None, None] + path).flatten(0, 1))
-        return Rows(rows.token, position, rows.sequence, rows.block_table, rows.tile, slot, tree)
+    def nodes(self, tokens: Tensor, count: Tensor, lineage: Lineage) -> Chains:
+        """Rows for `tokens` int64 [S, K], a tree above each sequence's cache; the first `count` [S] are real.
+
+        In a device's own round K is what the largest tree needs: rows that are not real run no sub-layer there.
+        """
+        return replace(self.rows(tokens, self.length, count), gated=self.alive is not None, lineage=lineage)

@@ -330,13 +330,13 @@ class Rounds:
         pieces: dict[int, list[Piece]] = {}
         told: list[tuple[Sequence, int, int, int]] = []
         for row, sequence in running:
-            accepted, drafted, token, *draft = ints(report[row])
-            pieces[id(sequence)] = commit(sequence, [*draft[:accepted], token], None, drafted, drafted)
+            accepted, drafted, depth, token, *draft = ints(report[row])
+            pieces[id(sequence)] = commit(sequence, [*draft[:accepted], token], None, drafted, depth)
             told.append((sequence, drafted, accepted, len(pieces[id(sequence)])))
             counters = sequence.counters
             counters.rounds += 1
             counters.graph_rounds += 1
-            counters.executed_skips += plan.skipped * drafted + self._method.target.skipped
+            counters.executed_skips += plan.skipped * depth + self._method.target.skipped
         if not told:
             return pieces, 0.0
         members, drafts, accepts, emits = (list(column) for column in zip(*told, strict=True))

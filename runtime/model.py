@@ -168,7 +168,7 @@ class Model:
         return Pass(rows, slots, index, self.rotations(rows, cache), real, {}, kept)
 
     def _enter(self, chains: Chains, cache: KVCache, kept: Tensor | None) -> Pass:
-        longest = chains.block_table.shape[1] * cache.page_size - 1
+        longest, lineage = chains.block_table.shape[1] * cache.page_size - 1, chains.lineage
         entry = self.ops.enter(
             chains.token,
             chains.first,
@@ -180,12 +180,22 @@ class Model:
             rows=self.ops.filled(len(chains), chains.tile),
             ahead=chains.ahead,
             page_size=cache.page_size,
+            depth=None if lineage is None else lineage.depth,
+            path=None if lineage is None else lineage.path,
         )
         active = chains.active(entry.real)
         active = None if active is None else active.expand(2 * self.config.num_layers, -1)
-        laid = Rows(entry.token, entry.position, entry.sequence, chains.block_table, chains.tile, active=active)
-        width = chains.token.shape[1]
-        index = self._index(laid, laid.position, cache, self.tile(width), width)
+        tree, width = entry.tree, chains.token.shape[1]
+        laid = Rows(
+            entry.token, entry.position, entry.sequence, chains.block_table, chains.tile, tree=tree, active=active
+        )
+        tile = self.tile(width)
+        if tree is None:
+            index = self._index(laid, laid.position, cache, tile, width)
+        else:
+            # Every leaf is a pass of a whole tile over its page, and of a tree's rows few may be real.
+            tile = None if tile is None else min(tile, self.ops.decode_tile or tile)
+            index = self._index(laid, laid.position, cache, tile)
         return Pass(laid, entry.slots, index, entry.rope, entry.real, {}, kept, entry.x)
 
     def embed(self, laid: Pass) -> Tensor:

@@ -50,7 +50,8 @@ class Recipe:
     (`limited`), it is `State.limit` tokens at most, and the steps beyond launch and exit. `confident`: a draft ends
     with the first token less probable than `State.threshold`. `reuse`: verification goes on from the
     streams of the draft, whose plan is an early exit. `rejection`: drafts are sampled, with noise of their own, and
-    accepted by rejection sampling. Drafts come from the first `vocabulary` tokens, 0 being all.
+    accepted by rejection sampling. Drafts come from the first `vocabulary` tokens, 0 being all. With `max_nodes` they
+    are trees of up to so many tokens, a depth a step; 0 are chains.
     With `steps` nothing is drafted: they are a lossy policy's.
     """
 
@@ -64,6 +65,7 @@ class Recipe:
     sampled: bool = False
     rejection: bool = False
     vocabulary: int = 0
+    max_nodes: int = 0
     steps: Steps | None = None
 
     @property

@@ -7,13 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.values import Grown
 from .batch import Batch, Draft, Exit, Sampling
 from .cache import KVCache
-from .methods.drafting import FIRST_DRAFT_STREAM
+from .methods.base import no_draft
+from .methods.drafting import FIRST_DRAFT_STREAM, WIDTHS, siblings
 from .model import Model
 from .recipe import Recipe, Steps
-from .sampling import draw
-from .speculate import decide, verify_pass
+from .rows import Lineage
+from .sampling import Drawn, draw
+from .speculate import close_up, decide, verify_pass
 
 
 class State(NamedTuple):
@@ -21,9 +24,10 @@ class State(NamedTuple):
 
     last, length, prompt int64 [S] as in Batch; left int64 [S] tokens that may still be appended; block_table int64
     [S, W]; mask bool [2L], the sub-layers that draft; threshold float32 []; limit int64 [], the longest draft;
-    sampling, [S] each; memory [S, …], what the recipe's steps remember. The report is int64 [S, k + 3]: accepted (-1:
-    the sequence did not run), drafted, the token after the accepted ones, and the k draft tokens; or [S, steps, 2]: of
-    each step the token and the sub-layers that ran (-1: the sequence did not).
+    sampling, [S] each; memory [S, …], what the recipe's steps remember. The report is int64 [S, k + 4]: accepted (-1:
+    the sequence did not run), drafted, the depth of the draft, the token after the accepted ones, and the k draft
+    tokens, of a tree those of its accepted path; or [S, steps, 2]: of each step the token and the sub-layers that ran
+    (-1: the sequence did not).
     """
 
     last: Tensor
@@ -47,7 +51,7 @@ class State(NamedTuple):
 
         temperature, top_p, min_p = (zeros(sequences, dtype=torch.float32) for _ in range(3))
         steps = recipe.steps or Steps()
-        report = (steps.count, 2) if recipe.steps else (recipe.num_draft_tokens + 3,)
+        report = (steps.count, 2) if recipe.steps else (recipe.num_draft_tokens + 4,)
         return State(
             zeros(sequences),
             zeros(sequences),
@@ -76,15 +80,19 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
     for; rows past its draft belong to no sequence.
     """
     batch = state.batch(model, state.left > 0)
-    draft = _draft(model, cache, batch, state, recipe)
+    draft, lineage = _draft(model, cache, batch, state, recipe)
     path = torch.cat([batch.last[:, None], draft.tokens], dim=1) if recipe.num_draft_tokens else batch.last[:, None]
     with model.mark("verify", len(batch), path.numel()):
-        hidden = verify_pass(model, cache, batch, path, draft, None, recipe.target)
-        rule, position = _noise(state, batch, path.shape[1]) if recipe.sampled else (None, None)
-        chosen = draw(model, hidden, rule, position)
+        hidden = verify_pass(model, cache, batch, path, draft, lineage, recipe.target)
+        rule, position = _noise(state, batch, path.shape[1], lineage) if recipe.sampled else (None, None)
+        # Tiles of rows without a node of the tree read no head either.
+        real = None if lineage is None else _real(draft.length, path.shape[1])
+        chosen = draw(model, hidden, rule, position, real)
         scores = None if chosen.logits is None else chosen.logits.view(*path.shape, -1)
         warped = state.sampling if recipe.rejection else None
-        verdict = decide(model, batch, draft, chosen.token.view(path.shape), scores, warped)
+        verdict = decide(model, batch, draft, chosen.token.view(path.shape), scores, warped, lineage)
+        if lineage is not None:
+            close_up(model, cache, batch, verdict, lineage)
     with model.mark("commit", len(batch), path.numel()):
         model.ops.commit(
             verdict.accepted,
@@ -95,6 +103,8 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
             state.length,
             state.left,
             state.report,
+            None if lineage is None else verdict.path,
+            None if lineage is None else lineage.depth,
         )
 
 
@@ -113,26 +123,29 @@ def device_steps(model: Model, cache: KVCache, state: State, steps: Steps, sampl
             state.left.sub_(alive.long())
 
 
-def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Recipe) -> Draft:
-    """A chain of `num_draft_tokens` steps; a sequence that has stopped drafting has no rows in the rest of them."""
-    steps, confident = recipe.num_draft_tokens, recipe.confident
-    count, tokens = torch.zeros_like(batch.length), [batch.last]
-    if not steps:
-        return Draft(torch.empty(len(batch), 0, dtype=torch.int64, device=batch.device), count)
+def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Recipe) -> tuple[Draft, Lineage | None]:
+    """A chain, or a tree and where its rows stand, of `num_draft_tokens` steps.
+
+    A sequence that has stopped drafting has no rows in the rest of them.
+    """
+    if not recipe.num_draft_tokens:
+        return no_draft(batch), None
+    if recipe.max_nodes:
+        return _tree(model, cache, batch, state, recipe)
+    return _chain(model, cache, batch, state, recipe), None
+
+
+def _chain(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Recipe) -> Draft:
     room = torch.minimum(batch.room, state.limit) if recipe.limited else batch.room
-    going = room > 0
+    count, going, tokens = torch.zeros_like(batch.length), room > 0, [batch.last]
     streams, scores = list[Tensor](), list[Tensor]()
-    mask = state.mask if recipe.masked else None
-    for step in range(steps):
+    threshold = state.threshold if recipe.confident else None
+    for step in range(recipe.num_draft_tokens):
         with model.mark("draft", len(batch), len(batch), step):
-            rows = batch.drafted(tokens[-1], step, going, gated=confident, mask=mask)
-            streams.append(model.forward(rows, cache, recipe.plan))
-            rule, position = (state.sampling, batch.length + step + 1) if recipe.sampled else (None, None)
-            stream = FIRST_DRAFT_STREAM + step if recipe.rejection else 0
-            drawn = draw(model, streams[-1], rule, position, going, recipe.vocabulary, stream, confidence=confident)
+            hidden, drawn = _step(model, cache, batch, state, recipe, step, tokens[-1], going)
+            streams.append(hidden)
             if recipe.rejection and drawn.logits is not None:
                 scores.append(torch.where(going[:, None], drawn.logits, 0))
-            threshold = state.threshold if confident else None
             count, going, token = model.ops.extend(
                 count, going, room, drawn.token, drawn.value, drawn.log_sum_exp, threshold
             )
@@ -143,8 +156,60 @@ def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Rec
     return draft._replace(exit=Exit(recipe.plan.span[1] // 2, torch.stack(streams, dim=1)))
 
 
-def _noise(state: State, batch: Batch, width: int) -> tuple[Sampling, Tensor]:
+def _tree(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Recipe) -> tuple[Draft, Lineage]:
+    """As `grow` of the host: siblings at every depth, of which the first is expanded."""
+    tree, token = Grown.bare(batch.room, recipe.max_nodes, recipe.num_draft_tokens), batch.last
+    scores, threshold = list[Tensor](), state.threshold if recipe.confident else None
+    for step in range(recipe.num_draft_tokens):
+        with model.mark("draft", len(batch), len(batch), step):
+            _, drawn = _step(model, cache, batch, state, recipe, step, token, tree.going)
+            if recipe.rejection and drawn.logits is not None:
+                scores.append(torch.where(tree.going[:, None], drawn.logits, 0))
+            model.ops.branch(tree, batch.room, drawn.token, drawn.value, drawn.log_sum_exp, threshold, widths=WIDTHS)
+            token = drawn.token[:, 0]
+    draft = Draft(tree.token, tree.count, parent=tree.parent, scores=torch.stack(scores, dim=1) if scores else None)
+    return draft, Lineage(tree.depth, tree.path)
+
+
+def _step(
+    model: Model,
+    cache: KVCache,
+    batch: Batch,
+    state: State,
+    recipe: Recipe,
+    step: int,
+    token: Tensor,
+    going: Tensor,
+) -> tuple[Tensor, Drawn]:
+    """A draft's pass over the token int64 [S] `step` places after the newest one: its streams [S, H], what it draws.
+
+    Of no use is anything where a draft is not `going` bool [S].
+    """
+    tree = recipe.max_nodes > 0
+    rows = batch.drafted(token, step, going, gated=recipe.confident or tree, mask=state.mask if recipe.masked else None)
+    hidden = model.forward(rows, cache, recipe.plan)
+    rule, position = (state.sampling, batch.length + step + 1) if recipe.sampled else (None, None)
+    drawn = draw(
+        model,
+        hidden,
+        rule,
+        position,
+        going,
+        recipe.vocabulary,
+        FIRST_DRAFT_STREAM + step if recipe.rejection else 0,
+        count=siblings(model, recipe.vocabulary) if tree else None,
+        confidence=recipe.confident or tree,
+    )
+    return hidden, drawn
+
+
+def _noise(state: State, batch: Batch, width: int, lineage: Lineage | None) -> tuple[Sampling, Tensor]:
     """The sampling of each of `width` rows a sequence, and the position of the token after each."""
-    depth = torch.arange(1, width + 1, device=batch.device)
+    depth = torch.arange(width, device=batch.device) if lineage is None else lineage.depth
     rule = Sampling(*(field.repeat_interleave(width) for field in state.sampling))
-    return rule, (batch.length[:, None] + depth).flatten()
+    return rule, (batch.length[:, None] + depth + 1).flatten()
+
+
+def _real(count: Tensor, width: int) -> Tensor:
+    """Which of `width` rows a sequence are its newest token or of the `count` int64 [S] after it: bool [S·width]."""
+    return (torch.arange(width, device=count.device) <= count[:, None]).flatten()

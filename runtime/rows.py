@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,13 +73,37 @@ class Rows:
         return torch.where(self.sequence >= 0, page, 0), slot % page_size
 
 
+class Lineage(NamedTuple):
+    """Where the rows of a draft tree stand: depth int64 [S, K]; path int64 [S, K, D], the rows from row 0 down to each.
+
+    Entries past a row's own depth repeat the row.
+    """
+
+    depth: Tensor
+    path: Tensor
+
+    @staticmethod
+    def of(parent: Tensor) -> Lineage:
+        """The lineage of a tree given by `Draft.parent`."""
+        up = functional.pad(parent, (1, 0))
+        row = torch.arange(up.shape[1], device=up.device).expand(up.shape)
+        upwards = [row]
+        while bool((upwards[-1] > 0).any()):
+            upwards.append(up.gather(1, upwards[-1]))
+        ancestors = torch.stack(upwards, dim=2)
+        depth = (ancestors > 0).sum(dim=2)
+        steps = torch.arange(len(upwards), device=up.device)
+        return Lineage(depth, ancestors.gather(2, (depth[:, :, None] - steps).clamp(min=0)))
+
+
 @dataclass(frozen=True)
 class Chains:
     """Consecutive tokens of every sequence, as many rows of each: what one launch makes the rows of a pass of.
 
     token int64 [S, K], of which the first count int64 [S] are real, all without it, and none of a sequence that is not
     alive bool [S]. Position `first` int64 [S] + `ahead` is that of a sequence's first. `gated`: rows that are not real
-    run no sub-layer; with `mask` bool [2L] the others run those it says.
+    run no sub-layer; with `mask` bool [2L] the others run those it says. With `lineage` the tokens lie in consecutive
+    slots and are nodes of a tree, whose root is at that position.
     """
 
     token: Tensor
@@ -90,6 +115,7 @@ class Chains:
     ahead: int = 0
     gated: bool = False
     mask: Tensor | None = None
+    lineage: Lineage | None = None
 
     def __len__(self) -> int:
         return self.token.numel()
@@ -101,7 +127,7 @@ class Chains:
         return real[None] if self.gated else None
 
     def spread(self) -> Rows:
-        """The same as rows that can be changed one by one."""
+        """Tokens that follow one another as rows that can be changed one by one."""
         step = torch.arange(self.token.shape[1], device=self.token.device)
         real = torch.ones_like(self.token, dtype=torch.bool) if self.count is None else step < self.count[:, None]
         if self.alive is not None:

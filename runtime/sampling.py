@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.host import ints
-from .batch import Batch, Lineage, Sampling
+from .batch import Batch, Sampling
 from .model import Model
 from .request import Piece, TokenLogprob
+from .rows import Lineage
 from .sequence import Sequence
 
 
@@ -85,7 +86,7 @@ def choose(
 
 
 class Drawn(NamedTuple):
-    """Tokens int64 [R], their logits and the log-sum-exp of each row's, [R]; None where nobody asked for them.
+    """Tokens int64 [R] or [R, count], the logit of the (first) and the log-sum-exp of each row's, [R], or None.
 
     logits [R, V]: those the tokens were drawn from, if they were.
     """
@@ -105,22 +106,25 @@ def draw(
     vocabulary: int = 0,
     stream: int = 0,
     *,
+    count: int | None = None,
     confidence: bool = False,
 ) -> Drawn:
-    """The token after each row of hidden [R, H], and with `confidence` what the model's own probability is made of.
+    """The token after each row of hidden [R, H], or the `count` best, and with `confidence` what its probability is of.
 
     `rule` and `position` int64 [R] have one entry a row; without a rule tokens are the most likely ones. The same
     choices as those of `choose`, without anything that needs the host. Rows not `active` bool [R] get anything.
     """
     if rule is None or position is None:
-        return Drawn(*model.predict(hidden, active=active, vocabulary=vocabulary), None)
+        token, value, log_sum_exp = model.predict(hidden, top_k=count, active=active, vocabulary=vocabulary)
+        return Drawn(token, value if count is None else value[:, 0], log_sum_exp, None)
     logits = model.logits(hidden, vocabulary)
     token = model.ops.sample(
-        logits, rule.temperature, rule.top_k, rule.top_p, rule.min_p, rule.seed, position, stream=stream
+        logits, rule.temperature, rule.top_k, rule.top_p, rule.min_p, rule.seed, position, stream=stream, count=count
     )
     if not confidence:
         return Drawn(token, None, None, logits)
-    known = token if active is None else torch.where(active, token, 0)
+    first = token if count is None else token[:, 0]
+    known = first if active is None else torch.where(active, first, 0)
     value, log_sum_exp = logits.float().gather(1, known[:, None])[:, 0], logits.float().logsumexp(dim=-1)
     return Drawn(token, value, log_sum_exp, logits)
 

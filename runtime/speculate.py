@@ -10,12 +10,13 @@ from torch.nn import functional
 
 from ..kernels.host import ints
 from ..kernels.values import Verdict
-from .batch import Batch, Draft, Lineage, Round, Sampling
+from .batch import Batch, Draft, Round, Sampling
 from .cache import KVCache
 from .methods.base import Method
 from .model import Model, Streams
 from .plan import LayerPlan
 from .request import Piece
+from .rows import Lineage
 from .sampling import append, choose
 from .sequence import Sequence
 
@@ -41,9 +42,10 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
         hidden = verify_pass(model, cache, batch, path, draft, lineage, method.target, streams)
         target = choose(model, hidden, batch, path, lineage)
         rejection = method.rejection and not batch.sequences[0].params.greedy
-        verdict = decide(model, batch, draft, target.tokens, target.scores, batch.sampling() if rejection else None)
-        if draft.parent is not None:
-            model.ops.compact(cache.keys, cache.values, batch.block_table, verdict.path, verdict.accepted, batch.length)
+        rule = batch.sampling() if rejection else None
+        verdict = decide(model, batch, draft, target.tokens, target.scores, rule, lineage)
+        if lineage is not None:
+            close_up(model, cache, batch, verdict, lineage)
         accepted = ints(verdict.accepted)
     verified = perf_counter()
 
@@ -101,7 +103,13 @@ def verify_pass(
 
 
 def decide(
-    model: Model, batch: Batch, draft: Draft, target: Tensor, scores: Tensor | None, rule: Sampling | None
+    model: Model,
+    batch: Batch,
+    draft: Draft,
+    target: Tensor,
+    scores: Tensor | None,
+    rule: Sampling | None,
+    lineage: Lineage | None,
 ) -> Verdict:
     """Which draft rows are accepted: by equality with `target` int64 [S, K] under shared noise, or by rejection.
 
@@ -121,7 +129,14 @@ def decide(
         rule.min_p,
         rule.seed,
         parent=draft.parent,
+        drawn=None if lineage is None else lineage.depth,
     )
+
+
+def close_up(model: Model, cache: KVCache, batch: Batch, verdict: Verdict, lineage: Lineage) -> None:
+    """Move the keys and values of a tree's accepted path to where a chain would have them."""
+    path = verdict.path[:, : lineage.path.shape[2]]
+    model.ops.compact(cache.keys, cache.values, batch.block_table, path, verdict.accepted, batch.length)
 
 
 def _deepest(lineage: Lineage, count: Tensor) -> Tensor:

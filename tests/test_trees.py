@@ -10,9 +10,8 @@ from scipy import stats
 from torch.nn import functional
 
 from skipjack import Engine, RequestError, SamplingParams
-from skipjack.runtime.batch import Lineage
 from skipjack.runtime.methods.drafting import WIDEST
-from skipjack.runtime.rows import one_sequence
+from skipjack.runtime.rows import Lineage, one_sequence
 
 PROMPTS = [[5, 9, 200, 31], [7] * 3, list(range(20, 90)), [400, 3, 3, 17, 250, 8]]
 TREE = "swift:skip_attention=1+3+5,skip_mlp=2,tree=true,threshold=0.0"
@@ -136,3 +135,10 @@ def test_repeated_siblings_are_left_out(synthetic: Callable[..., Engine]) -> Non
     found = synthetic("tiny").generate([5, 6], params, method=f"{TREE},num_draft_tokens=1").stats
     assert WIDEST > 2
     assert found.drafted <= 2 * found.rounds
+
+
+def test_siblings_are_no_more_than_the_tokens_of_a_small_vocabulary(synthetic: Callable[..., Engine]) -> None:
+    engine, params = synthetic("tiny"), SamplingParams(max_tokens=12, ignore_eos=True)
+    output = engine.generate([5, 6], params, method=f"{TREE},draft_vocab=3,num_draft_tokens=1")
+    assert output.token_ids == engine.generate([5, 6], params).token_ids
+    assert 0 < output.stats.drafted <= 4 * output.stats.rounds

@@ -94,7 +94,7 @@ def test_a_verdict_moves_the_sequences_that_have_tokens_left(op: object, k: int)
     accepted, token = torch.tensor([0, k, min(1, k), 0]), torch.tensor([7, 8, 9, 10])
     count, draft = torch.full((4,), k), torch.randint(0, 99, (4, k), generator=generator)
     last, length, left = torch.arange(4) + 20, torch.arange(4) * 100, torch.tensor([1, k + 5, 0, 3])
-    report = torch.full((4, k + 3), -7)
+    report = torch.full((4, k + 4), -7)
     state = [given.clone().to(DEVICE) for given in (last, length, left, report)]
     op(*(given.to(DEVICE) for given in (accepted, token, count, draft)), *state)
     for s in range(4):
@@ -102,7 +102,7 @@ def test_a_verdict_moves_the_sequences_that_have_tokens_left(op: object, k: int)
         assert int(state[0][s]) == (int(token[s]) if alive else int(last[s]))
         assert int(state[1][s]) == int(length[s]) + (new if alive else 0)
         assert int(state[2][s]) == int(left[s]) - (new if alive else 0)
-        told = [int(accepted[s]) if alive else -1, k, int(token[s]), *draft[s].tolist()]
+        told = [int(accepted[s]) if alive else -1, k, k, int(token[s]), *draft[s].tolist()]
         assert state[3][s].tolist() == told
 
 
@@ -133,13 +133,15 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts what the interpreter does not launch")
 @pytest.mark.parametrize(
-    ("drafted", "confident", "most"), [(0, False, 5), (2, False, 13), (6, False, 21), (6, True, 21)]
+    ("drafted", "confident", "options", "most"),
+    [(0, False, "", 5), (2, False, "", 13), (6, False, "", 21), (6, True, "", 21), (2, True, ",tree=true", 14)],
 )
 def test_a_round_of_the_device_launches_little_besides_our_kernels(
-    drafted: int, confident: bool, most: int, monkeypatch: pytest.MonkeyPatch
+    drafted: int, confident: bool, options: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ModelConfig.parse(synthetic_config("tiny-llama") | {"num_hidden_layers": 2}, "tiny-llama")
     method = f"swift:skip_mlp=1,num_draft_tokens={drafted},search_budget=0,threshold={0.1 if confident else 0}"
+    method += options
     counts: list[int] = []
     honest = graphs.device_round
 

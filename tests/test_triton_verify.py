@@ -109,6 +109,23 @@ def test_rejection(size: int, dtype: torch.dtype, parent: list[int], drafter: st
     same(verify_rejection(*arguments, **options), reference_verify.verify_rejection(*arguments, **options))
 
 
+@pytest.mark.parametrize("op", [verify_rejection, reference_verify.verify_rejection], ids=["triton", "torch"])
+def test_scores_may_be_given_once_for_every_depth(op: Callable[..., Verdict]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    sequences, size, depth = 16, 23, [0, 1, 1, 1, 2]
+    scores = torch.randn(sequences, 5, size, generator=generator)
+    draft_scores = torch.randn(sequences, 2, size, generator=generator)
+    draft = drafted(draft_scores[:, depth[:4]], BUSH, 1)
+    one = torch.ones(sequences)
+    count, length, seed = one.long() * 4, one.long(), torch.arange(sequences)
+    rest = [given.to(DEVICE) for given in (count, length, one, one.long() * 0, one, one * 0, seed)]
+    parent, drawn = (torch.tensor(given, device=DEVICE).expand(sequences, -1) for given in (BUSH, depth))
+    scores, draft, draft_scores = (given.to(DEVICE) for given in (scores, draft, draft_scores))
+    got = op(scores, draft, draft_scores, *rest, parent=parent, drawn=drawn)
+    same(got, op(scores, draft, draft_scores[:, depth[:4]], *rest, parent=parent))
+    assert set(got.accepted.tolist()) == {0, 1, 2}
+
+
 def test_many_small_rounds_of_rejection() -> None:
     """Plain temperatures, where a row is cheap: hundreds of decisions, siblings rejected to the last."""
     generator = torch.Generator().manual_seed(9)
@@ -146,3 +163,9 @@ def test_compact(kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtyp
         assert torch.equal(got[0], expected[0])
         assert torch.equal(got[1], expected[1])
     compact(keys, values, table, path[:, :1], accepted * 0, length)
+    fewer = torch.tensor([0, 1, 0, 1], device=DEVICE)
+    expected, got = (keys.clone(), values.clone()), (keys.clone(), values.clone())
+    reference_verify.compact(*expected, table, path, fewer, length)
+    compact(*got, table, path[:, :2], fewer, length)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])

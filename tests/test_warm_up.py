@@ -76,6 +76,12 @@ TRIALS = {
     "rejection of trees": Trial("tiny-llama", methods=(f"{CHAIN},tree=true,acceptance=rejection",), fields=SMALL),
     "lookup": Trial("tiny-llama", methods=("lookup:choose=likeliest,tree=true,acceptance=rejection",), fields=SMALL),
     "search": Trial("tiny-llama", methods=(SEARCH,), fields=SMALL | {"num_hidden_layers": 4}, sequences=1),
+    "search by trees": Trial(
+        "tiny-llama",
+        methods=(f"{SEARCH},tree=true,max_nodes=20,draft_vocab=64",),
+        fields=SMALL | {"num_hidden_layers": 4},
+        sequences=1,
+    ),
     "programmes": Trial("tiny-llama", methods=("clasp", "knapspec:search_budget=1"), fields={"num_hidden_layers": 3}),
     "exits": Trial("tiny-qwen2", methods=("del:search_budget=1",), fields={"num_hidden_layers": 3}),
     "auto": Trial("tiny-llama", own="auto", fields=SMALL),
@@ -278,14 +284,14 @@ def test_nothing_is_compiled_after_a_warm_up(name: str) -> None:
     assert result["told"] == result["warmed"] > 10
 
 
-@pytest.mark.parametrize("name", [name for name in TRIALS if name != "search"])
+@pytest.mark.parametrize("name", [name for name in TRIALS if "search" not in name])
 def test_no_graph_is_captured_after_a_warm_up(name: str) -> None:
     told, warmed, later = found()[name]["graphs"]
     assert told == warmed == later
     assert (told > 0) == TRIALS[name].graphs
 
 
-@pytest.mark.parametrize("name", ["search", "programmes", "exits"])
+@pytest.mark.parametrize("name", ["search", "search by trees", "programmes", "exits"])
 def test_there_was_a_search_that_could_have_compiled(name: str) -> None:
     assert found()[name]["events"]
 

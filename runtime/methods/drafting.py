@@ -66,11 +66,12 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
     """
     device, sequences = batch.device, len(batch)
     limit = batch.room.clamp(min=0, max=how.max_nodes if how.tree else how.num_draft_tokens)
-    nodes, widest = int(limit.max()), WIDEST if how.tree else 1
+    nodes, widest = int(limit.max()), siblings(model, how.vocabulary) if how.tree else 1
     rejection = how.rejection and not batch.sequences[0].params.greedy
     count, spine = torch.zeros_like(batch.length), torch.zeros_like(batch.length)
     path, confidence = functional.pad(batch.last[:, None], (0, nodes)), torch.zeros(sequences, nodes, device=device)
-    parent, states, scores = torch.zeros(sequences, nodes, dtype=torch.int64, device=device), list[Tensor](), None
+    parent = torch.zeros(sequences, nodes, dtype=torch.int64, device=device)
+    states, scores = list[Tensor](), list[Tensor]()
     expanded = batch.last[:, None]
     drafting = limit > 0
     for step in range(min(how.num_draft_tokens, nodes)):
@@ -87,26 +88,22 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
                 stream=stream,
                 vocabulary=how.vocabulary,
             )
-            siblings, sure = chosen.tokens.view(sequences, widest), chosen.probability
+            tokens, sure = chosen.tokens.view(sequences, widest), chosen.probability
             if rejection and chosen.scores is not None:
-                scores = (
-                    chosen.scores.new_zeros(sequences, nodes, chosen.scores.shape[-1]) if scores is None else scores
-                )
-                at = torch.nonzero(drafting).flatten()
-                scores[at, spine[at]] = chosen.scores[at, 0]
+                scores.append(torch.where(drafting[:, None], chosen.scores[:, 0], 0))
             place = torch.arange(widest, device=device)
             new = (
                 drafting[:, None]
                 & (place < (_width(sure) if how.tree else 1))
                 & (count[:, None] + place < limit[:, None])
             )
-            new &= (place == 0) | (siblings != siblings[:, :1])
+            new &= (place == 0) | (tokens != tokens[:, :1])
             s, i = torch.nonzero(new, as_tuple=True)
             row = count[s] + i
-            path[s, row + 1], parent[s, row], confidence[s, row] = siblings[s, i], spine[s], sure[s, 0]
+            path[s, row + 1], parent[s, row], confidence[s, row] = tokens[s, i], spine[s], sure[s, 0]
             spine = torch.where(drafting, count + 1, spine)
             count = count + new.sum(dim=1)
-            expanded = torch.cat([expanded, siblings[:, :1]], dim=1)
+            expanded = torch.cat([expanded, tokens[:, :1]], dim=1)
             drafting = drafting & (sure[:, 0] >= how.threshold) & (count < limit)
             if not bool(drafting.any()):
                 break
@@ -117,7 +114,7 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
         path[:, 1 : used + 1].contiguous(),
         count,
         parent=parent[:, :used].contiguous() if how.tree else None,
-        scores=None if scores is None else scores[:, :used].contiguous(),
+        scores=torch.stack(scores, dim=1) if scores else None,
         confidence=confidence[:, :used],
     )
     return draft, torch.stack(states, dim=1)
@@ -150,9 +147,15 @@ def acceptance(method: str, value: str) -> str:
     return value
 
 
+def siblings(model: Model, vocabulary: int) -> int:
+    """How many siblings there are at most where drafts come from a vocabulary of this size."""
+    size = len(model.vocabulary(vocabulary).ids) if model.reduces(vocabulary) else model.config.vocab_size
+    return min(WIDEST, size)
+
+
 def _width(sure: Tensor) -> Tensor:
     """Siblings of a depth whose most likely token has probability `sure` [S, 1]."""
     width = torch.full_like(sure, WIDEST, dtype=torch.int64)
-    for above, siblings in reversed(WIDTHS):
-        width = torch.where(sure > above, siblings, width)
+    for above, count in reversed(WIDTHS):
+        width = torch.where(sure > above, count, width)
     return width

@@ -157,19 +157,17 @@ class Swift(Method):
             cache.release(pages)
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
-        if self._options.tree:
-            return None
-        searching = self.phase() == "accumulation"
-        confident = self._options.adaptive or self._options.threshold > 0
+        options, searching = self._options, self.phase() == "accumulation"
         plan = self._full if searching else self.plan
         return Recipe(
             self._full,
             plan,
-            self._options.num_draft_tokens,
+            min(options.num_draft_tokens, self.widest),
             masked=searching,
-            confident=confident,
+            confident=options.adaptive or options.threshold > 0,
             rejection=self.rejection and sampled(sequences),
-            vocabulary=self._options.draft_vocab,
+            vocabulary=options.draft_vocab,
+            max_nodes=options.max_nodes if options.tree else 0,
         )
 
     @property
