@@ -17,11 +17,10 @@ from . import launch
 from .attention_index import Index, TritonIndex
 from .primitives import dot, wait_for_producers
 from .row_groups import row_groups
+from .splits import FAR_FACTOR, blocks_of, pages_of, split_length, split_of
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 UNSEEN: tl.constexpr = tl.constexpr(-1e30)
-NEAR_SPLITS: tl.constexpr = tl.constexpr(launch.NEAR_SPLITS)
-FAR_FACTOR: tl.constexpr = tl.constexpr(launch.FAR_FACTOR)
 
 
 def attend(
@@ -180,11 +179,11 @@ def _attend_kernel(  # noqa: PLR0915
     oldest = last * 0
     if window is not None:
         oldest = tl.maximum(tl.min(tl.where(mask_m, position, last), axis=0) - window + 1, 0)
-    length = _split_length(last, SPLIT, EVEN)
-    first_split = _split_of(oldest, length, EVEN)
-    splits = _split_of(last, length, EVEN) + 1 - first_split
+    length = split_length(last, SPLIT, EVEN)
+    first_split = split_of(oldest, length, EVEN)
+    splits = split_of(last, length, EVEN) + 1 - first_split
     table_ptr += tl.max(owner, axis=0) * stride_table
-    pages = _pages(table_ptr, first_split + pid_split, length, oldest, last, BLOCK, SPLIT, EVEN)
+    pages = pages_of(table_ptr, first_split + pid_split, length, oldest, last, BLOCK, SPLIT, EVEN)
     if first_ptr is None:
         # Where rows stand was known before the kernel that is waited for: that wrote queries and the newest keys.
         wait_for_producers(PDL)
@@ -210,7 +209,7 @@ def _attend_kernel(  # noqa: PLR0915
     stride_split = rows.to(tl.int64) * HEADS
     peak, total, acc = _nothing_seen(M, D_PADDED)
     for split in tl.range(first_split + pid_split, first_split + splits, tl.num_programs(2), disable_licm=True):
-        begin, end = _blocks(split, length, oldest, last, BLOCK, EVEN)
+        begin, end = blocks_of(split, length, oldest, last, BLOCK, EVEN)
         offs_page = begin + tl.arange(0, FAR_FACTOR * SPLIT // BLOCK)
         split_peak, split_total, split_acc = _nothing_seen(M, D_PADDED)
         for block in range(begin, tl.minimum(end, shared)):
@@ -234,7 +233,7 @@ def _attend_kernel(  # noqa: PLR0915
             tl.store(partial_ptr + base * D + offs_out, split_acc, mask=mask)
             tl.store(state_ptr + 2 * base + offs_state, split_peak, mask=mask_m)
             tl.store(state_ptr + 2 * base + offs_state + 1, split_total, mask=mask_m)
-        pages = _pages(table_ptr, split + tl.num_programs(2), length, oldest, last, BLOCK, SPLIT, EVEN)
+        pages = pages_of(table_ptr, split + tl.num_programs(2), length, oldest, last, BLOCK, SPLIT, EVEN)
 
     if not IN_ORDER:
         if splits == 1:
@@ -377,50 +376,3 @@ def _fold_split(peak, total, acc, split_peak, split_total, split_acc):
     total = tl.fma(total, rescale, split_total * weight)
     acc = tl.fma(acc, rescale[:, None], split_acc * weight[:, None])
     return higher, total, acc
-
-
-@triton.jit
-def _split_length(last, SPLIT: tl.constexpr, EVEN: tl.constexpr):
-    """Positions of a near split; of every split where they are even: the fewest that make no more splits than uneven.
-
-    n positions make n ÷ (2·SPLIT) splits of twice the length and NEAR_SPLITS + (n − near) ÷ (FAR_FACTOR·SPLIT) uneven.
-    """
-    NEAR: tl.constexpr = NEAR_SPLITS * SPLIT
-    longer = tl.where(last < 3 * NEAR, 2 * SPLIT, FAR_FACTOR * SPLIT)
-    return tl.where(last < NEAR, SPLIT, longer) if EVEN else SPLIT
-
-
-@triton.jit
-def _split_begin(split, length, EVEN: tl.constexpr):
-    """The first position of a split: NEAR_SPLITS of `length` positions, then longer ones unless they are even."""
-    if EVEN:
-        begin = split * length
-    else:
-        begin = (tl.minimum(split, NEAR_SPLITS) + tl.maximum(split - NEAR_SPLITS, 0) * FAR_FACTOR) * length
-    return begin
-
-
-@triton.jit
-def _blocks(split, length, oldest, last, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """The blocks of a split that hold positions from oldest to last: the first one, and the one after them."""
-    begin = tl.maximum(_split_begin(split, length, EVEN), oldest) // BLOCK
-    return begin, tl.minimum(_split_begin(split + 1, length, EVEN) // BLOCK, last // BLOCK + 1)
-
-
-@triton.jit
-def _pages(table_ptr, split, length, oldest, last, BLOCK: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr):
-    """The pages that `_blocks` lie on, as many as a split can have."""
-    begin, end = _blocks(split, length, oldest, last, BLOCK, EVEN)
-    offs_page = begin + tl.arange(0, FAR_FACTOR * SPLIT // BLOCK)
-    return tl.load(table_ptr + offs_page, mask=offs_page < end, other=0, cache_modifier=".cg")
-
-
-@triton.jit
-def _split_of(position, length, EVEN: tl.constexpr):
-    """The split a position lies in."""
-    if EVEN:
-        split = position // length
-    else:
-        near = NEAR_SPLITS * length
-        split = tl.minimum(position, near) // length + tl.maximum(position - near, 0) // (FAR_FACTOR * length)
-    return split
