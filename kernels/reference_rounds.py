@@ -74,13 +74,14 @@ def commit(
     length: Tensor,
     left: Tensor,
     report: Tensor,
+    times: Tensor | None = None,
 ) -> None:
     """What a verdict does to the sequences, in place, and what the host is told of it.
 
     accepted, token, count int64 [S]: draft tokens accepted, the token after them, how many of draft int64 [S, k] there
     were. A sequence with tokens `left` int64 [S] has `token` as its `last`, accepted + 1 tokens more in `length` and as
     many less `left`; one without is as before. report int64 [S, k + 3]: accepted, -1 for one without, count, token and
-    draft.
+    draft. times int32 [S, V] counts those accepted + 1 tokens.
     """
     alive = left > 0
     accepted = torch.where(alive, accepted, -1)
@@ -88,3 +89,7 @@ def commit(
     last.copy_(torch.where(alive, token, last))
     length.add_(accepted + 1)
     left.sub_(accepted + 1)
+    if times is not None:
+        place, accepted = torch.arange(draft.shape[1] + 1, device=draft.device), accepted[:, None]
+        given = torch.where(place < accepted, functional.pad(draft, (0, 1)), token[:, None])
+        times.scatter_add_(1, torch.where(place <= accepted, given, 0), (place <= accepted).int())

@@ -83,7 +83,7 @@ def extend(
 
 
 @triton.jit(
-    do_not_specialize=["k", "stride_draft"],
+    do_not_specialize=["k", "stride_draft", "stride_times"],
     do_not_specialize_on_alignment=["accepted_ptr", "token_ptr", "count_ptr", "draft_ptr", "report_ptr"],
 )
 def _commit_kernel(
@@ -95,7 +95,9 @@ def _commit_kernel(
     length_ptr,
     left_ptr,
     report_ptr,
+    times_ptr,
     stride_draft,
+    stride_times,
     k,
     NODES: tl.constexpr,
     PDL: tl.constexpr,
@@ -103,6 +105,7 @@ def _commit_kernel(
     """A sequence with tokens left: last = token, length += accepted + 1, left −= accepted + 1; report of every one.
 
     report [S, k + 3]: accepted, -1 where nothing was left, count, token, draft; the rest [S]; draft [S, k]; all int64.
+    times int32 [S, V]: + 1 for each of the accepted + 1 tokens.
     """
     pid_s = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, NODES)
@@ -116,10 +119,15 @@ def _commit_kernel(
     tl.store(report_ptr, accepted)
     tl.store(report_ptr + 1, tl.load(count_ptr + pid_s))
     tl.store(report_ptr + 2, token)
-    tl.store(report_ptr + 3 + offs, tl.load(draft_ptr + pid_s * stride_draft + offs, mask=mask, other=0), mask=mask)
+    draft = tl.load(draft_ptr + pid_s * stride_draft + offs, mask=mask, other=0)
+    tl.store(report_ptr + 3 + offs, draft, mask=mask)
     tl.store(last_ptr + pid_s, tl.where(alive, token, tl.load(last_ptr + pid_s)))
     tl.store(length_ptr + pid_s, tl.load(length_ptr + pid_s) + accepted + 1)
     tl.store(left_ptr + pid_s, left - accepted - 1)
+    if times_ptr is not None:
+        given = tl.where(offs < accepted, draft, token)
+        one = tl.full((NODES,), 1, tl.int32)
+        tl.atomic_add(times_ptr + pid_s * stride_times + given, one, mask=offs <= accepted, sem="relaxed")
 
 
 def commit(
@@ -131,13 +139,14 @@ def commit(
     length: Tensor,
     left: Tensor,
     report: Tensor,
+    times: Tensor | None = None,
 ) -> None:
     """What a verdict does to the sequences, in place, and what the host is told of it.
 
     accepted, token, count int64 [S]: draft tokens accepted, the token after them, how many of draft int64 [S, k] there
     were. A sequence with tokens `left` int64 [S] has `token` as its `last`, accepted + 1 tokens more in `length` and as
     many less `left`; one without is as before. report int64 [S, k + 3]: accepted, -1 for one without, count, token and
-    draft.
+    draft. times int32 [S, V] counts those accepted + 1 tokens.
     """
     k = draft.shape[1]
     draft = draft if k == 0 or draft.stride(1) == 1 else draft.contiguous()
@@ -150,7 +159,9 @@ def commit(
         length,
         left,
         report,
+        times,
         draft.stride(0),
+        0 if times is None else times.stride(0),
         k,
         NODES=max(16, 1 << k.bit_length()),
         PDL=launch.dependent(launch.architecture()),

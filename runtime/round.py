@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from ..kernels.values import Logprobs, Reshaping
 from .batch import Batch, Draft, Exit, Sampling
 from .cache import KVCache
 from .methods.drafting import FIRST_DRAFT_STREAM
 from .model import Model
 from .recipe import Recipe, Steps
-from .sampling import draw
+from .reshaping import neutral
+from .sampling import before, draw
 from .speculate import decide, verify_pass
 
 
@@ -23,7 +28,8 @@ class State(NamedTuple):
     [S, W]; mask bool [2L], the sub-layers that draft; threshold float32 []; limit int64 [], the longest draft;
     sampling, [S] each; memory [S, …], what the recipe's steps remember. The report is int64 [S, k + 3]: accepted (-1:
     the sequence did not run), drafted, the token after the accepted ones, and the k draft tokens; or [S, steps, 2]: of
-    each step the token and the sub-layers that ran (-1: the sequence did not).
+    each step the token and the sub-layers that ran (-1: the sequence did not). With it go the logprobs [S, k + 1 or
+    steps, …] of the tokens. `reshaping` and `logprobs` are there if the recipe has them.
     """
 
     last: Tensor
@@ -37,6 +43,8 @@ class State(NamedTuple):
     sampling: Sampling
     memory: Tensor
     report: Tensor
+    reshaping: Reshaping | None
+    logprobs: Logprobs | None
 
     @staticmethod
     def empty(model: Model, recipe: Recipe, sequences: int, pages: int) -> State:
@@ -46,8 +54,12 @@ class State(NamedTuple):
             return torch.zeros(shape, dtype=dtype, device=model.device)
 
         temperature, top_p, min_p = (zeros(sequences, dtype=torch.float32) for _ in range(3))
-        steps = recipe.steps or Steps()
+        steps, vocabulary = recipe.steps or Steps(), model.config.vocab_size
         report = (steps.count, 2) if recipe.steps else (recipe.num_draft_tokens + 3,)
+        tokens, logprobs = steps.count if recipe.steps else recipe.num_draft_tokens + 1, None
+        if recipe.logprobs is not None:
+            values = zeros(sequences, tokens, 1 + recipe.logprobs, dtype=torch.float32)
+            logprobs = Logprobs(values, zeros(sequences, tokens, recipe.logprobs, dtype=torch.int32))
         return State(
             zeros(sequences),
             zeros(sequences),
@@ -60,6 +72,8 @@ class State(NamedTuple):
             Sampling(temperature, top_p, min_p, zeros(sequences), zeros(sequences)),
             steps.memory(model, sequences),
             zeros(sequences, *report),
+            neutral(sequences, vocabulary, model.device) if recipe.reshaped else None,
+            logprobs,
         )
 
     def batch(self, model: Model, alive: Tensor) -> Batch:
@@ -81,11 +95,15 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
     with model.mark("verify", len(batch), path.numel()):
         hidden = verify_pass(model, cache, batch, path, draft, None, recipe.target)
         rule, position = _noise(state, batch, path.shape[1]) if recipe.sampled else (None, None)
-        chosen = draw(model, hidden, rule, position)
-        scores = None if chosen.logits is None else chosen.logits.view(*path.shape, -1)
+        chosen = draw(model, hidden, rule, position, reshape=_reshape(model, state, batch, path))
+        scores = None if chosen.scores is None else chosen.scores.view(*path.shape, -1)
         warped = state.sampling if recipe.rejection else None
         verdict = decide(model, batch, draft, chosen.token.view(path.shape), scores, warped)
     with model.mark("commit", len(batch), path.numel()):
+        if state.logprobs is not None:
+            place, accepted = torch.arange(path.shape[1], device=batch.device), verdict.accepted[:, None]
+            given = torch.where(place < accepted, functional.pad(draft.tokens, (0, 1)), verdict.token[:, None])
+            _tell(model, chosen.logits, given, (place <= accepted) & (state.left > 0)[:, None], state.logprobs)
         model.ops.commit(
             verdict.accepted,
             verdict.token,
@@ -95,6 +113,7 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
             state.length,
             state.left,
             state.report,
+            None if state.reshaping is None else state.reshaping.times,
         )
 
 
@@ -105,8 +124,15 @@ def device_steps(model: Model, cache: KVCache, state: State, steps: Steps, sampl
         batch = state.batch(model, alive)
         with model.mark("verify", len(batch), len(batch)):
             hidden, ran = steps.step(model, cache, batch, state.memory, number)
-            token = draw(model, hidden, state.sampling if sampled else None, batch.length + 1, alive).token
+            rule, reshape = state.sampling if sampled else None, _reshape(model, state, batch, batch.last[:, None])
+            drawn = draw(model, hidden, rule, batch.length + 1, alive, reshape=reshape)
+            token = drawn.token
         with model.mark("commit", len(batch), len(batch)):
+            if state.logprobs is not None:
+                told = Logprobs(*(part[:, number : number + 1] for part in state.logprobs))
+                _tell(model, drawn.logits, token[:, None], alive[:, None], told)
+            if state.reshaping is not None:
+                state.reshaping.times.scatter_add_(1, torch.where(alive, token, 0)[:, None], alive[:, None].int())
             state.report[:, number].copy_(torch.stack([token, torch.where(alive, ran, -1)], dim=1))
             state.last.copy_(torch.where(alive, token, state.last))
             state.length.add_(alive.long())
@@ -129,9 +155,20 @@ def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Rec
             streams.append(model.forward(rows, cache, recipe.plan))
             rule, position = (state.sampling, batch.length + step + 1) if recipe.sampled else (None, None)
             stream = FIRST_DRAFT_STREAM + step if recipe.rejection else 0
-            drawn = draw(model, streams[-1], rule, position, going, recipe.vocabulary, stream, confidence=confident)
-            if recipe.rejection and drawn.logits is not None:
-                scores.append(torch.where(going[:, None], drawn.logits, 0))
+            reshape = _reshape(model, state, batch, torch.stack(tokens, dim=1), 1) if recipe.reshaped else None
+            drawn = draw(
+                model,
+                streams[-1],
+                rule,
+                position,
+                going,
+                recipe.vocabulary,
+                stream,
+                reshape=reshape,
+                confidence=confident,
+            )
+            if recipe.rejection and drawn.scores is not None:
+                scores.append(torch.where(going[:, None], drawn.scores, 0))
             threshold = state.threshold if confident else None
             count, going, token = model.ops.extend(
                 count, going, room, drawn.token, drawn.value, drawn.log_sum_exp, threshold
@@ -148,3 +185,23 @@ def _noise(state: State, batch: Batch, width: int) -> tuple[Sampling, Tensor]:
     depth = torch.arange(1, width + 1, device=batch.device)
     rule = Sampling(*(field.repeat_interleave(width) for field in state.sampling))
     return rule, (batch.length[:, None] + depth).flatten()
+
+
+def _reshape(
+    model: Model, state: State, batch: Batch, path: Tensor, rows: int | None = None
+) -> Callable[[Tensor], Tensor] | None:
+    """What the logits of the last `rows` columns of path int64 [S, J], by default all, become; None: they stay."""
+    if state.reshaping is None:
+        return None
+    width = path.shape[1]
+    depth = torch.arange(width - (rows or width), width, device=path.device).expand(len(batch), -1)
+    return partial(model.ops.reshape_logits, how=state.reshaping, length=batch.length, draft=before(path, depth))
+
+
+def _tell(model: Model, logits: Tensor | None, token: Tensor, given: Tensor, told: Logprobs) -> None:
+    """Logprobs of token int64 [S, n] into `told` where it was `given` bool [S, n]; the logits [S·n, V] they came of."""
+    top = told.ids.shape[2]
+    if logits is not None:
+        found = model.ops.logprobs(logits, token.flatten(), given.flatten(), top=top)
+        for target, source in zip(told, found, strict=True):
+            target.copy_(source.view(target.shape))
