@@ -140,8 +140,8 @@ def _logprobs_kernel(
         acc += tl.exp(x - highest)
     total = log(tl.sum(acc, axis=0))
     values_ptr += pid_row * (top + 1)
-    x = tl.load(row_ptr + tl.load(token_ptr + pid_row)).to(tl.float32)
-    tl.store(values_ptr, x - highest - total)
+    own = tl.load(row_ptr + tl.load(token_ptr + pid_row)).to(tl.float32)
+    tl.store(values_ptr, own - highest - total)
     for column in range(top):
         best = tl.max(bests, axis=0)
         token = token_of(best).to(tl.int32)

@@ -24,4 +24,4 @@ def value_of(best):
 
 @triton.jit
 def token_of(best):
-    return _LAST_ID - (best & 0x7FFFFFFF)
+    return (best & 0x7FFFFFFF) ^ _LAST_ID
