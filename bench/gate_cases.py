@@ -316,8 +316,8 @@ class Pass:
     def _reshaping(self, count: int) -> Reshaping:
         dense, kinds = (count, self.shape.vocab), (torch.float32, torch.bool, torch.bool, torch.int32)
         bias, forbidden, prompt, times = (self.tensor(*dense, dtype=kind) for kind in kinds)
-        factors = [self.tensor(count, dtype=torch.float32) for _ in range(3)]
-        return Reshaping(*factors, bias, forbidden, self.ids(count), prompt, times)
+        repetition, presence, frequency = (self.tensor(count, dtype=torch.float32) for _ in range(3))
+        return Reshaping(repetition, presence, frequency, bias, forbidden, self.ids(count), prompt, times)
 
     def norm(self, *layers: int) -> Norm:
         sizes = *layers, self.shape.hidden

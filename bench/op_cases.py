@@ -279,12 +279,12 @@ def shaping(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Out
     vocab, width, depth = config.vocab_size, 1 if rows % 2 else 2, 3
     sequences = rows // width
     logits = side.randn(rows, vocab, seed=2, scale=4.0)
-    factors = [side.put(1 + torch.rand(sequences, generator=generator)) for _ in range(3)]
+    repetition, presence, frequency = (side.put(1 + torch.rand(sequences, generator=generator)) for _ in range(3))
     bias = side.put(torch.randn(sequences, vocab, generator=generator))
     counts = torch.randint(0, 6, (3, sequences, vocab), generator=generator)
     forbidden, prompt, times = (side.put(own) for own in (counts[0] == 5, counts[1] == 5, (counts[2] - 3).clamp(min=0)))
     least = side.put(torch.arange(sequences) % 2 * 1000)
-    how = Reshaping(*factors, bias, forbidden, least, prompt, times.int())
+    how = Reshaping(repetition, presence, frequency, bias, forbidden, least, prompt, times.int())
     draft = side.put(torch.randint(-1, vocab, (sequences, width, depth), generator=generator))
     length = side.put(torch.full((sequences,), 10))
     scores = side.ops.reshape_logits(logits, how, length, draft)

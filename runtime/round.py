@@ -124,7 +124,8 @@ def device_steps(model: Model, cache: KVCache, state: State, steps: Steps, sampl
         batch = state.batch(model, alive)
         with model.mark("verify", len(batch), len(batch)):
             hidden, ran = steps.step(model, cache, batch, state.memory, number)
-            rule, reshape = state.sampling if sampled else None, _reshape(model, state, batch, batch.last[:, None])
+            rule = state.sampling if sampled else None
+            reshape = _reshape(model, state, batch, batch.last[:, None], newest=True)
             drawn = draw(model, hidden, rule, batch.length + 1, alive, reshape=reshape)
             token = drawn.token
         with model.mark("commit", len(batch), len(batch)):
@@ -155,7 +156,9 @@ def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Rec
             streams.append(model.forward(rows, cache, recipe.plan))
             rule, position = (state.sampling, batch.length + step + 1) if recipe.sampled else (None, None)
             stream = FIRST_DRAFT_STREAM + step if recipe.rejection else 0
-            reshape = _reshape(model, state, batch, torch.stack(tokens, dim=1), 1) if recipe.reshaped else None
+            reshape = None
+            if recipe.reshaped:
+                reshape = _reshape(model, state, batch, torch.stack(tokens, dim=1), newest=True)
             drawn = draw(
                 model,
                 streams[-1],
@@ -188,14 +191,16 @@ def _noise(state: State, batch: Batch, width: int) -> tuple[Sampling, Tensor]:
 
 
 def _reshape(
-    model: Model, state: State, batch: Batch, path: Tensor, rows: int | None = None
+    model: Model, state: State, batch: Batch, path: Tensor, *, newest: bool = False
 ) -> Callable[[Tensor], Tensor] | None:
-    """What the logits of the last `rows` columns of path int64 [S, J], by default all, become; None: they stay."""
+    """What the logits of the columns of path int64 [S, J], or of its `newest`, become; None: they stay as they are."""
     if state.reshaping is None:
         return None
-    width = path.shape[1]
-    depth = torch.arange(width - (rows or width), width, device=path.device).expand(len(batch), -1)
-    return partial(model.ops.reshape_logits, how=state.reshaping, length=batch.length, draft=before(path, depth))
+    if newest:
+        draft = path[:, None, 1:]
+    else:
+        draft = before(path, torch.arange(path.shape[1], device=path.device).expand(path.shape))
+    return partial(model.ops.reshape_logits, how=state.reshaping, length=batch.length, draft=draft)
 
 
 def _tell(model: Model, logits: Tensor | None, token: Tensor, given: Tensor, told: Logprobs) -> None:

@@ -152,10 +152,22 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts what the interpreter does not launch")
 @pytest.mark.parametrize(
-    ("drafted", "confident", "most"), [(0, False, 5), (2, False, 13), (6, False, 21), (6, True, 21)]
+    ("drafted", "confident", "choice", "most"),
+    [
+        (0, False, {}, 5),
+        (2, False, {}, 13),
+        (6, False, {}, 21),
+        (6, True, {}, 21),
+        (0, False, {"temperature": 0.8}, 5),
+        (0, False, {"presence_penalty": 0.5}, 5),
+        (0, False, {"logprobs": 2}, 5),
+        (6, False, {"temperature": 0.8}, 5),
+        (6, False, {"presence_penalty": 0.5}, 5),
+        (6, False, {"logprobs": 2}, 5),
+    ],
 )
 def test_a_round_of_the_device_launches_little_besides_our_kernels(
-    drafted: int, confident: bool, most: int, monkeypatch: pytest.MonkeyPatch
+    drafted: int, confident: bool, choice: dict[str, float], most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ModelConfig.parse(synthetic_config("tiny-llama") | {"num_hidden_layers": 2}, "tiny-llama")
     method = f"swift:skip_mlp=1,num_draft_tokens={drafted},search_budget=0,threshold={0.1 if confident else 0}"
@@ -172,6 +184,6 @@ def test_a_round_of_the_device_launches_little_besides_our_kernels(
     with Engine(
         config, weights, method=method if drafted else "autoregressive", backend="triton", graphs=True
     ) as engine:
-        engine.generate([5, 6, 7], SamplingParams(max_tokens=12, ignore_eos=True))
+        engine.generate([5, 6, 7], SamplingParams(max_tokens=12, ignore_eos=True, **choice))
     assert counts
     assert max(counts) <= most
