@@ -36,7 +36,6 @@ LOSSY = ["unified:speedup=2", "layerskip:exit_layer=3,verify=false"]
 PENALTIES = {"repetition_penalty": 1.4, "presence_penalty": 0.3, "frequency_penalty": 0.6}
 BIAS = {"logit_bias": {3: 4.0, 17: -100.0, 60: 1.5}, "min_tokens": 9, "stop_token_ids": tuple(range(0, 96, 3))}
 CHOICES: dict[str, dict[str, Any]] = {
-    "repetition": {"repetition_penalty": 1.5},
     "penalties": PENALTIES,
     "bias": BIAS,
     "logprobs": {"logprobs": 3},
@@ -227,6 +226,37 @@ def test_logprobs_of_a_stream_come_with_its_tokens() -> None:
         seen.append(stream.outputs[0].choices[0].logprobs or [])
     assert seen[0] == seen[1]
     assert len(seen[0]) >= 3
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("method", "choice"),
+    [
+        ("layerskip:exit_layer=1,num_draft_tokens=2", PENALTIES | {"min_tokens": 3, "logprobs": 3}),
+        ("swift:skip_mlp=1,num_draft_tokens=2,threshold=0.05", PENALTIES | {"temperature": 0.8, "logprobs": 0}),
+    ],
+)
+def test_kernels_give_the_bits_of_the_host_and_the_tokens_of_the_torch_table(
+    told: Told, method: str, choice: dict[str, Any]
+) -> None:
+    pytest.importorskip("triton")
+    config = ModelConfig.parse(synthetic_config("tiny-llama") | {"num_hidden_layers": 2, "vocab_size": 64}, "small")
+    weights = synthetic_weights(config, 0, torch.float32, 0.1)
+    params = SamplingParams(max_tokens=7, seed=2, stop_token_ids=[3, 9], ignore_eos=True, **choice)
+    made: list[list[Output]] = []
+    for backend, alone in (("torch", False), ("triton", False), ("triton", True)):
+        with Engine(config, weights, backend=backend, cache_tokens=512, graphs=alone) as engine:
+            made.append(engine.generate([[5, 9, 11], [7]], params, method=method))
+    table, host, device = made
+    assert choices(device) == choices(host)
+    assert [told(output) for output in device] == [told(output) for output in host]
+    assert all(output.stats.graph_rounds == output.stats.rounds > 0 for output in device)
+    for one, other in zip(device, table, strict=True):
+        assert one.token_ids == other.token_ids
+        for mine, theirs in zip(one.choices[0].logprobs or [], other.choices[0].logprobs or [], strict=True):
+            assert list(mine.top) == list(theirs.top)
+            values = [mine.logprob, *mine.top.values()]
+            assert values == pytest.approx([theirs.logprob, *theirs.top.values()], abs=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
