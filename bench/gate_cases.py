@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels import launch
 from ..kernels.triton_ops import TRITON
-from ..kernels.values import Grown, Matrix, Norm, Rope, Router, RowMap, Slots, Tree
+from ..kernels.values import Grown, Matrix, Norm, Reshaping, Rope, Router, RowMap, Slots, Tree
 from .gate_checks import Case, Meaning
 
 WEIGHT = r"\bw_ptrs? \+"
@@ -35,7 +35,9 @@ KERNELS = {
     "_row_map_kernel": Meaning(),
     "_route_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=TILE),
     "_fill_kv_kernel": Meaning(streams=WEIGHT, mma=True),
+    "_reshape_logits_kernel": Meaning(streams=SCORES),
     "_sample_kernel": Meaning(streams=SCORES),
+    "_logprobs_kernel": Meaning(streams=SCORES),
     "_verify_kernel": Meaning(),
     "_warping_kernel": Meaning(streams=SCORES),
     "_rejection_kernel": Meaning(),
@@ -218,6 +220,17 @@ class Pass:
         drawn = (scores, *warping, seed, position)
         yield Step("sample", "sample", size(scores), lambda: TRITON.sample(*drawn))
         yield Step("sample", "sample of 4", size(scores), lambda: TRITON.sample(*drawn, stream=DRAFTED, count=4))
+        token, active = self.ids(self.rows), self.tensor(self.rows, dtype=torch.bool)
+        yield Step("logprobs", "logprobs", size(scores), lambda: TRITON.logprobs(scores, token, active, top=8))
+        how, lengths = self._reshaping(count), self.ids(count)
+        before = self.ids(count, self.rows // count, DRAFTED)
+        dense = count * s.vocab * sum(t.itemsize for t in how if t.dim() == 2)
+        yield Step(
+            "reshape_logits",
+            "penalties and bias",
+            size(scores) + dense,
+            lambda: TRITON.reshape_logits(scores, how, lengths, before),
+        )
         if self.rows == 16:
             return
         target, draft, parent = self.ids(count, DRAFTED + 1), self.ids(count, DRAFTED), self.ids(count, DRAFTED)
@@ -279,6 +292,10 @@ class Pass:
             0,
             lambda: TRITON.commit(*ids[:3], grown.token, *ids[3:6], report, self.ids(count, NODES + 1), grown.depth),
         )
+        times = self._reshaping(count).times
+        yield Step(
+            "commit", "commit, counted", 0, lambda: TRITON.commit(*ids[:3], draft, *ids[3:6], report, times=times)
+        )
 
     def _linear(self, label: str, x: Tensor, weight: Matrix, **options: object) -> Step:
         return Step(
@@ -326,6 +343,12 @@ class Pass:
 
     def tensor(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(sizes, dtype=dtype or self.dtype, device="meta")
+
+    def _reshaping(self, count: int) -> Reshaping:
+        dense, kinds = (count, self.shape.vocab), (torch.float32, torch.bool, torch.bool, torch.int32)
+        bias, forbidden, prompt, times = (self.tensor(*dense, dtype=kind) for kind in kinds)
+        repetition, presence, frequency = (self.tensor(count, dtype=torch.float32) for _ in range(3))
+        return Reshaping(repetition, presence, frequency, bias, forbidden, self.ids(count), prompt, times)
 
     def norm(self, *layers: int) -> Norm:
         sizes = *layers, self.shape.hidden

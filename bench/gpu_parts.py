@@ -27,10 +27,15 @@ from .op_cases import CASES, Side
 SEVERAL_ROWS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 32, 64, 144)
 # Of a norm-wise relative error: a few roundings of the dtype, the smallest of which is 2**-9 in bfloat16.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-DECODE_ONLY = ("head", "sample, verify", "enter, extend, commit", "branch")
+DECODE_ONLY = ("head", "sample, verify", "reshape_logits, logprobs", "enter, extend, commit", "branch")
 DRY_FIELDS = {"num_hidden_layers": 5}
 WARMED = ("autoregressive", "swift:skip_attention=2,num_draft_tokens=4,threshold=0")
-# What runs in captured rounds, by the shape of the model it is for.
+# Ways to choose tokens in captured rounds; and what runs in them, by the shape of the model it is for.
+CHOICES: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.8},
+    {"temperature": 0.8, "repetition_penalty": 1.2, "frequency_penalty": 0.1, "min_tokens": 9, "logprobs": 3},
+)
 CAPTURED = {
     "tiny": (
         "autoregressive",
@@ -176,13 +181,13 @@ def graphs(setting: Setting) -> Iterator[Finding]:
             host, device = (Engine(config, weights, method=method, backend=backend, graphs=on) for on in (False, True))
             different = rounds = captured = 0
             with host, device:
-                for temperature in (0.0, 0.8):
-                    params = SamplingParams(max_tokens=90, temperature=temperature, seed=5, ignore_eos=True)
+                for fields in CHOICES:
+                    params = SamplingParams(max_tokens=90, seed=5, ignore_eos=True, **fields)
                     prompts = [[(7 * i + j) % 500 + 3 for j in range(4 + 5 * i)] for i in range(3)]
                     for expected, output in zip(
                         host.generate(prompts, params), device.generate(prompts, params), strict=True
                     ):
-                        different += output.token_ids != expected.token_ids
+                        different += output.choices != expected.choices
                         rounds += output.stats.rounds
                         captured += output.stats.graph_rounds
             detail = f"{captured} of {rounds} rounds alone, {different} continuations differ"

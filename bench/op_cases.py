@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.ops import Ops
-from ..kernels.values import Grown, Norm, Rope, Router, Slots, Tree
+from ..kernels.values import Grown, Norm, Reshaping, Rope, Router, Slots, Tree
 from ..loaders.config import ModelConfig
 
 PAGE = 64
@@ -303,6 +303,27 @@ def trees(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outpu
     }
 
 
+def shaping(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outputs:
+    """Penalties, bias and minimum length of sequences of `width` rows with drafts, and log-probabilities."""
+    generator = torch.Generator().manual_seed(1)
+    vocab, width, depth = config.vocab_size, 1 if rows % 2 else 2, 3
+    sequences = rows // width
+    logits = side.randn(rows, vocab, seed=2, scale=4.0)
+    repetition, presence, frequency = (side.put(1 + torch.rand(sequences, generator=generator)) for _ in range(3))
+    bias = side.put(torch.randn(sequences, vocab, generator=generator))
+    counts = torch.randint(0, 6, (3, sequences, vocab), generator=generator)
+    forbidden, prompt, times = (side.put(own) for own in (counts[0] == 5, counts[1] == 5, (counts[2] - 3).clamp(min=0)))
+    least = side.put(torch.arange(sequences) % 2 * 1000)
+    how = Reshaping(repetition, presence, frequency, bias, forbidden, least, prompt, times.int())
+    draft = side.put(torch.randint(-1, vocab, (sequences, width, depth), generator=generator))
+    length = side.put(torch.full((sequences,), 10))
+    scores = side.ops.reshape_logits(logits, how, length, draft)
+    token, active = side.put(torch.arange(rows)), side.put(torch.ones(rows, dtype=torch.bool))
+    told = side.ops.logprobs(logits, token, active, top=8)
+    none = scores == -torch.inf
+    return {"scores": scores.masked_fill(none, 0), "forbidden": none, "logprobs": told.values, "likely": told.ids}
+
+
 CASES: dict[str, Case] = {
     "normalise": norm,
     "linear": mlp,
@@ -312,6 +333,7 @@ CASES: dict[str, Case] = {
     "fill_kv": fill,
     "route": routing,
     "sample, verify": sampling,
+    "reshape_logits, logprobs": shaping,
     "enter, extend, commit": bookkeeping,
     "branch": trees,
 }

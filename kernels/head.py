@@ -8,30 +8,8 @@ from torch import Tensor
 from . import launch
 from .primitives import ordered_sum, wait_for_producers
 from .products import row_product, statistics_first, weight_tile
+from .ranking import NONE, candidate, token_of, value_of
 from .values import Matrix, Norm, Prediction
-
-_NONE: tl.constexpr = tl.constexpr(-(2**63))
-_LAST_ID: tl.constexpr = tl.constexpr(2**31 - 1)
-
-
-@triton.jit
-def _candidate(value, token):
-    """One int64 ordered by value, then lowest token first; −0 counts as 0, NaN as the highest value."""
-    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    key = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, key)
-    return (key.to(tl.int64) << 32) | (_LAST_ID - token)
-
-
-@triton.jit
-def _value(candidate):
-    key = (candidate >> 32).to(tl.int32)
-    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _token(candidate):
-    return _LAST_ID - (candidate & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -103,11 +81,11 @@ def _head_kernel(
     log_sum_exp = peak + tl.log(ordered_sum(tl.exp(y - peak[None, :])))
     tl.store(log_sum_exp_ptr + offs_r * blocks + pid_n, log_sum_exp, mask=mask_r)
 
-    candidates = tl.where(mask_w[:, None], _candidate(y, offs_w[:, None]), _NONE)
+    candidates = tl.where(mask_w[:, None], candidate(y, offs_w[:, None]), NONE)
     for j in tl.static_range(KEPT):
         best = tl.max(candidates, axis=0)
         tl.store(candidate_ptr + (offs_r * KEPT + j) * blocks + pid_n, best, mask=mask_r)
-        candidates = tl.where(candidates == best[None, :], _NONE, candidates)
+        candidates = tl.where(candidates == best[None, :], NONE, candidates)
 
 
 @triton.jit(do_not_specialize_on_alignment=["active_ptr"])
@@ -142,11 +120,11 @@ def _merge_kernel(
         if tl.load(active_ptr + pid_row) == 0:
             return
 
-    lanes = tl.full((LANES,), _NONE, tl.int64)
+    lanes = tl.full((LANES,), NONE, tl.int64)
     peaks = tl.full((LANES,), float("-inf"), tl.float32)
     for start in range(0, BLOCKS, LANES):
         offs_b = start + offs_lane
-        lanes = tl.maximum(lanes, tl.load(candidate_ptr + offs_b, mask=offs_b < BLOCKS, other=_NONE))
+        lanes = tl.maximum(lanes, tl.load(candidate_ptr + offs_b, mask=offs_b < BLOCKS, other=NONE))
         peaks = tl.maximum(peaks, tl.load(partial_ptr + offs_b, mask=offs_b < BLOCKS, other=float("-inf")))
     peak = _finite(tl.max(peaks, axis=0))
     sums = tl.zeros((LANES,), tl.float32)
@@ -158,17 +136,17 @@ def _merge_kernel(
     offs_s = tl.arange(0, SHARE)
     for j in range(TOP_K):
         best = tl.max(lanes, axis=0)
-        token = _token(best)
+        token = token_of(best)
         if ids_ptr is not None:
             tl.store(token_ptr + pid_row * TOP_K + j, tl.load(ids_ptr + token))
         else:
             tl.store(token_ptr + pid_row * TOP_K + j, token)
-        tl.store(value_ptr + pid_row * TOP_K + j, _value(best).to(value_ptr.dtype.element_ty))
+        tl.store(value_ptr + pid_row * TOP_K + j, value_of(best).to(value_ptr.dtype.element_ty))
         if j + 1 < TOP_K:
             lane = (token // BLOCK_N) % LANES
             offs_b = lane + offs_s // KEPT * LANES
-            share = tl.load(candidate_ptr + offs_s % KEPT * BLOCKS + offs_b, mask=offs_b < BLOCKS, other=_NONE)
-            following = tl.max(tl.where(share < best, share, _NONE), axis=0)
+            share = tl.load(candidate_ptr + offs_s % KEPT * BLOCKS + offs_b, mask=offs_b < BLOCKS, other=NONE)
+            following = tl.max(tl.where(share < best, share, NONE), axis=0)
             lanes = tl.where(offs_lane == lane, following, lanes)
 
 

@@ -9,9 +9,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import packed, reference, reference_rounds, reference_routes, reference_verify, tiles
+from . import packed, reference, reference_logits, reference_rounds, reference_routes, reference_verify, tiles
 from .attention_index import AttentionIndex, Index
-from .values import Drafted, Entry, Heads, Matrix, Prediction, Route, RowMap, Split, Stack, Verdict
+from .values import Drafted, Entry, Heads, Logprobs, Matrix, Prediction, Route, RowMap, Split, Stack, Verdict
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Ops:
     route: Callable[..., Route]
     logits: Callable[..., Tensor]
     head: Callable[..., Prediction]
+    reshape_logits: Callable[..., Tensor]
     sample: Callable[..., Tensor]
+    logprobs: Callable[..., Logprobs]
     verify: Callable[..., Verdict]
     verify_rejection: Callable[..., Verdict]
     compact: Callable[..., None]
@@ -103,7 +105,9 @@ TORCH = Ops(
     route=reference_routes.route,
     logits=reference.logits,
     head=reference.head,
+    reshape_logits=reference_logits.reshape_logits,
     sample=reference_verify.sample,
+    logprobs=reference_logits.logprobs,
     verify=reference_verify.verify,
     verify_rejection=reference_verify.verify_rejection,
     compact=reference_verify.compact,

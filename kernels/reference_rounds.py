@@ -86,6 +86,7 @@ def commit(
     report: Tensor,
     path: Tensor | None = None,
     depth: Tensor | None = None,
+    times: Tensor | None = None,
 ) -> None:
     """What a verdict does to the sequences, in place, and what the host is told of it.
 
@@ -94,6 +95,7 @@ def commit(
     how deep every row lies. A sequence with tokens `left` int64 [S] has `token` as its `last`, accepted + 1 tokens more
     in `length` and as many less `left`; one without is as before. report int64 [S, n + 4]: accepted, -1 for one
     without, count, the depth of the draft, token, and the first n ≤ k tokens of the draft, of a tree's accepted path.
+    times int32 [S, V] counts those accepted + 1 tokens.
     """
     alive = left > 0
     accepted, deepest = torch.where(alive, accepted, -1), count
@@ -107,6 +109,10 @@ def commit(
     last.copy_(torch.where(alive, token, last))
     length.add_(accepted + 1)
     left.sub_(accepted + 1)
+    if times is not None:
+        place, accepted = torch.arange(draft.shape[1] + 1, device=draft.device), accepted[:, None]
+        given = torch.where(place < accepted, functional.pad(draft, (0, 1)), token[:, None])
+        times.scatter_add_(1, torch.where(place <= accepted, given, 0), (place <= accepted).int())
 
 
 def branch(

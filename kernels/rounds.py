@@ -83,7 +83,7 @@ def extend(
 
 
 @triton.jit(
-    do_not_specialize=["k", "told", "stride_draft"],
+    do_not_specialize=["k", "told", "stride_draft", "stride_times"],
     do_not_specialize_on_alignment=[
         "accepted_ptr",
         "token_ptr",
@@ -105,7 +105,9 @@ def _commit_kernel(
     report_ptr,
     path_ptr,
     depth_ptr,
+    times_ptr,
     stride_draft,
+    stride_times,
     k,
     told,
     NODES: tl.constexpr,
@@ -114,7 +116,8 @@ def _commit_kernel(
     """A sequence with tokens left: last = token, length += accepted + 1, left −= accepted + 1; report of every one.
 
     report [S, told + 4]: accepted, -1 where nothing was left, count, depth, token, draft, of a tree its rows path[1:];
-    draft [S, k]; path, depth [S, k + 1] or None, a chain; the rest [S]; all int64.
+    draft [S, k]; path, depth [S, k + 1] or None, a chain; the rest [S]; all int64. times int32 [S, V]: + 1 for each of
+    the accepted + 1 tokens.
     """
     pid_s = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, NODES)
@@ -142,6 +145,10 @@ def _commit_kernel(
     tl.store(last_ptr + pid_s, tl.where(alive, token, tl.load(last_ptr + pid_s)))
     tl.store(length_ptr + pid_s, tl.load(length_ptr + pid_s) + accepted + 1)
     tl.store(left_ptr + pid_s, left - accepted - 1)
+    if times_ptr is not None:
+        given = tl.where(offs < accepted, draft, token)
+        one = tl.full((NODES,), 1, tl.int32)
+        tl.atomic_add(times_ptr + pid_s * stride_times + given, one, mask=offs <= accepted, sem="relaxed")
 
 
 def commit(
@@ -155,6 +162,7 @@ def commit(
     report: Tensor,
     path: Tensor | None = None,
     depth: Tensor | None = None,
+    times: Tensor | None = None,
 ) -> None:
     """What a verdict does to the sequences, in place, and what the host is told of it.
 
@@ -163,6 +171,7 @@ def commit(
     how deep every row lies. A sequence with tokens `left` int64 [S] has `token` as its `last`, accepted + 1 tokens more
     in `length` and as many less `left`; one without is as before. report int64 [S, n + 4]: accepted, -1 for one
     without, count, the depth of the draft, token, and the first n ≤ k tokens of the draft, of a tree's accepted path.
+    times int32 [S, V] counts those accepted + 1 tokens.
     """
     k = draft.shape[1]
     draft = draft if k == 0 or draft.stride(1) == 1 else draft.contiguous()
@@ -177,7 +186,9 @@ def commit(
         report,
         None if path is None else path.contiguous(),
         None if depth is None else depth.contiguous(),
+        times,
         draft.stride(0),
+        0 if times is None else times.stride(0),
         k,
         report.shape[1] - 4,
         NODES=max(16, 1 << k.bit_length()),

@@ -1,4 +1,4 @@
-"""Where attention divides positions: splits that programs share, blocks of one page in them. Nothing else fixes them."""
+"""Where attention divides positions: into splits that programs share, and blocks of one page in them."""
 
 import triton
 import triton.language as tl

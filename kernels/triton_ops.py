@@ -12,6 +12,7 @@ from .enter import enter
 from .fill import fill_kv
 from .head import head
 from .linear import linear, logits, prepare, prepare_split, prepare_stack
+from .logits import logprobs, reshape_logits
 from .norm import normalise
 from .ops import Ops
 from .packed import take_rows
@@ -60,7 +61,9 @@ TRITON = Ops(
     route=route,
     logits=logits,
     head=head,
+    reshape_logits=reshape_logits,
     sample=sample,
+    logprobs=logprobs,
     verify=verify,
     verify_rejection=verify_rejection,
     compact=compact,

@@ -163,6 +163,34 @@ class Prediction(NamedTuple):
     log_sum_exp: Tensor
 
 
+class Reshaping(NamedTuple):
+    """How the logits of S sequences are changed before a token is chosen, and what of each sequence that depends on.
+
+    repetition, presence, frequency float32 [S]: penalties. bias float32 [S, V]. forbidden bool [S, V]: tokens that a
+    sequence of fewer than least int64 [S] may not have next. prompt bool [S, V]: tokens of its prompt; times int32
+    [S, V]: how often each stands in its answer.
+    """
+
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+    bias: Tensor
+    forbidden: Tensor
+    least: Tensor
+    prompt: Tensor
+    times: Tensor
+
+
+class Logprobs(NamedTuple):
+    """Natural-log probabilities of R rows.
+
+    values float32 [R, 1 + top]: that of the row's token, and those of the `top` most likely ids int32 [R, top].
+    """
+
+    values: Tensor
+    ids: Tensor
+
+
 class Verdict(NamedTuple):
     """What a verify pass decided; int64.
 

@@ -14,7 +14,7 @@ from .methods.policy import Policy
 from .model import Model
 from .prefill import read
 from .request import Piece
-from .sampling import append, choose
+from .sampling import choose, tell
 from .sequence import Sequence
 
 
@@ -29,7 +29,8 @@ def prefill(model: Model, cache: KVCache, sequence: Sequence, method: Method) ->
         hidden = read(model, cache, sequence, method.prompt)
     batch = Batch.of([sequence], model.ops.decode_tile, model.device)
     chosen = choose(model, hidden, batch, batch.last[:, None])
-    pieces = append(sequence, ints(chosen.tokens[0]), None if chosen.logits is None else chosen.logits[0])
+    pieces = sequence.extend(ints(chosen.tokens[0]), 0)
+    tell(model, [sequence], [pieces], chosen.logits)
     sequence.counters.prefill_s += perf_counter() - start
     return pieces
 
@@ -47,9 +48,9 @@ def decode(model: Model, cache: KVCache, sequences: list[Sequence], policy: Poli
     pieces: list[list[Piece]] = []
     with model.mark("commit", len(batch), len(batch)):
         for row, (sequence, ran) in enumerate(zip(sequences, step.used, strict=True)):
-            logits = None if chosen.logits is None else chosen.logits[row]
-            pieces.append(append(sequence, [tokens[row]], logits))
+            pieces.append(sequence.extend([tokens[row]], 0))
             count(sequence, model.config, ran, step.layers_read)
+        tell(model, sequences, pieces, chosen.logits)
     spent = perf_counter() - start
     for sequence in sequences:
         sequence.counters.verify_s += spent

@@ -193,9 +193,8 @@ class Engine:
         ]
         _check_room(cache, sequences)
         drafter = self._method(spec)
-        return Stream(
-            self._run(model, cache, sequences, drafter), sequences, drafter, self.backend, self.numerics, seed
-        )
+        chunks = self._run(model, cache, sequences, drafter, self._graphs)
+        return Stream(chunks, sequences, drafter, self.backend, self.numerics, seed)
 
     def score(self, prompts: Prompts, continuations: Prompts, *, method: str | None = None) -> list[Scored]:
         """What a method makes of given continuations, token ids, one for every prompt: teacher forcing.
@@ -216,7 +215,8 @@ class Engine:
         prompt_ids = [to_ids(prompt, self.tokenizer, self.config) for prompt in prompts]
         forced = Forced.all(prompt_ids, [to_ids(given, None, self.config) for given in continuations], self.config)
         _check_room(cache, forced)
-        for _ in self._run(model, cache, [*forced], policy):
+        # The host replaces every token, so it steers the rounds.
+        for _ in self._run(model, cache, [*forced], policy, None):
             pass
         return [sequence.scored() for sequence in forced]
 
@@ -232,7 +232,7 @@ class Engine:
 
         That is requests of `methods`, by default the engine's own, and of plain decoding, of up to `sequences` prompts
         times choices with up to `context` tokens each, by default as many as the cache holds; greedy or sampled, with
-        penalties and logprobs. The graph of a skip set that is not yet found is captured when it is.
+        penalties and logprobs; graphs with either, or of a skip set not yet found, are captured when they are needed.
 
         Raises:
             RequestError: a method cannot run here, or there are never so many sequences or tokens.
@@ -332,10 +332,10 @@ class Engine:
         return Sequence(index, choice, ids, params, seed, eos, self.config.max_context, text)
 
     def _run(
-        self, model: Model, cache: KVCache, sequences: list[Sequence], method: Method
+        self, model: Model, cache: KVCache, sequences: list[Sequence], method: Method, graphs: Graphs | None
     ) -> Generator[Chunk, None, None]:
         waiting, running = deque(sequences), list[Sequence]()
-        rounds = Rounds(self._graphs, model, cache, method) if self._graphs else None
+        rounds = Rounds(graphs, model, cache, method) if graphs else None
         try:
             while waiting or running:
                 chunks: list[Chunk] = []

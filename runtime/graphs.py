@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from functools import cache
 from time import perf_counter
 from typing import Any
@@ -14,16 +13,18 @@ from torch import Tensor
 
 from ..kernels.compilation import Watch
 from ..kernels.host import ints
+from ..kernels.values import Logprobs
 from .batch import Batch, Tally
 from .cache import KVCache
 from .decode import count
-from .methods.base import Method, sampled
+from .methods.base import Method
 from .model import Model
 from .plan import LayerPlan
 from .recipe import Recipe, Steps
 from .request import Piece
+from .reshaping import reshaping
 from .round import State, device_round, device_steps
-from .sampling import append
+from .sampling import note
 from .sequence import Sequence
 from .speculate import commit
 
@@ -47,7 +48,10 @@ class RoundGraph:
         pinned = model.device.type == "cuda"
         if pinned:
             self._compile()
-        self._ring = [torch.zeros_like(self.state.report, device="cpu", pin_memory=pinned) for _ in range(AHEAD + 1)]
+        self._told = self.state.report, *(self.state.logprobs or ())
+        self._ring = [
+            [torch.zeros_like(part, device="cpu", pin_memory=pinned) for part in self._told] for _ in range(AHEAD + 1)
+        ]
         self._events = [torch.cuda.Event() for _ in self._ring] if pinned else None
         self._written = self._read = 0
 
@@ -93,6 +97,10 @@ class RoundGraph:
         if self.recipe.sampled:
             for target, source in zip(self.state.sampling, batch.sampling(), strict=True):
                 target[: len(sequences)] = source
+        if self.state.reshaping is not None:
+            given = reshaping(sequences, self._model.config.vocab_size, self._model.device)
+            for target, source in zip(self.state.reshaping, given, strict=True):
+                target[: len(sequences)] = source
 
     def unload(self, sequences: list[Sequence], method: Method) -> None:
         """Leave with the sequences it was loaded with what it remembers of them; every report has been read."""
@@ -108,18 +116,20 @@ class RoundGraph:
             else:
                 self._graph.replay()
         place = self._written % len(self._ring)
-        self._ring[place].copy_(self.state.report, non_blocking=True)
+        for target, source in zip(self._ring[place], self._told, strict=True):
+            target.copy_(source, non_blocking=True)
         if self._events is not None:
             self._events[place].record()
         self._written += 1
 
-    def report(self) -> Tensor:
-        """The oldest report that has not been read, on the host; waits for its round."""
+    def report(self) -> tuple[Tensor, Logprobs | None]:
+        """The oldest report that has not been read, and its logprobs, on the host; waits for its round."""
         place = self._read % len(self._ring)
         if self._events is not None:
             self._events[place].synchronize()
         self._read += 1
-        return self._ring[place].clone()
+        table, *logprobs = (part.clone() for part in self._ring[place])
+        return table, Logprobs(*logprobs) if logprobs else None
 
     def forget(self) -> None:
         """Read no report of what is under way."""
@@ -243,9 +253,9 @@ class Rounds:
 
         None where this round needs the host, and none is under way: it is `speculate`'s.
         """
-        recipe = self._method.recipe(running) if all(_on_device(sequence) for sequence in running) else None
+        recipe = self._method.recipe(running)
         if recipe is not None:
-            recipe = self._at_hand(replace(recipe, sampled=sampled(running)), running)
+            recipe = self._at_hand(recipe.choosing(running, self._model.config.vocab_size), running)
         if self._graph is not None and (recipe != self._graph.recipe or self._members != running):
             late = self._drain()
             if any(late.values()):
@@ -307,7 +317,7 @@ class Rounds:
 
     def _read(self, graph: RoundGraph) -> dict[int, list[Piece]]:
         """Commit the oldest round under way; a sequence that has ended gets nothing of it."""
-        report, plan = graph.report(), self._plans.popleft()
+        (report, logprobs), plan = graph.report(), self._plans.popleft()
         now = perf_counter()
         seconds, self._since = now - self._since, now
         running = [(row, sequence) for row, sequence in enumerate(self._members) if sequence.finish_reason is None]
@@ -317,7 +327,9 @@ class Rounds:
             pieces, searched = self._speculated(running, report, plan, seconds)
         else:
             pieces, searched = self._decoded(running, report, graph.recipe.steps), 0.0
-        for _, sequence in running:
+        for row, sequence in running:
+            if logprobs is not None:
+                note(sequence, pieces[id(sequence)], Logprobs(*(part[row] for part in logprobs)))
             sequence.counters.search_s += searched
             sequence.counters.decode_s += seconds + searched
         self._since += searched
@@ -331,7 +343,7 @@ class Rounds:
         told: list[tuple[Sequence, int, int, int]] = []
         for row, sequence in running:
             accepted, drafted, depth, token, *draft = ints(report[row])
-            pieces[id(sequence)] = commit(sequence, [*draft[:accepted], token], None, drafted, depth)
+            pieces[id(sequence)] = commit(sequence, [*draft[:accepted], token], drafted, depth)
             told.append((sequence, drafted, accepted, len(pieces[id(sequence)])))
             counters = sequence.counters
             counters.rounds += 1
@@ -352,7 +364,7 @@ class Rounds:
             ]
             most = max((ran for *_, ran in told), default=0) / 2
             for sequence, token, ran in told:
-                pieces[id(sequence)] += append(sequence, [token], None)
+                pieces[id(sequence)] += sequence.extend([token], 0)
                 count(sequence, self._model.config, ran / 2, most if steps.whole else None)
                 sequence.counters.graph_rounds += 1
         return pieces
@@ -368,8 +380,3 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream graphs are captured on: one, or they could not share memory."""
     return torch.cuda.Stream(device)
-
-
-def _on_device(sequence: Sequence) -> bool:
-    """Whether its tokens are chosen by nothing that the host must see first."""
-    return not sequence.params.reshapes_logits and sequence.params.logprobs is None

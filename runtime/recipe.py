@@ -12,6 +12,7 @@ from .batch import Batch
 from .cache import KVCache
 from .model import Model
 from .plan import LayerPlan
+from .sequence import Sequence, most_logprobs
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class Recipe:
     accepted by rejection sampling. Drafts come from the first `vocabulary` tokens, 0 being all. With `max_nodes` they
     are trees of up to so many tokens, a depth a step; 0 are chains.
     With `steps` nothing is drafted: they are a lossy policy's.
+
+    `reshaped`: penalties, a bias or a minimum length change the logits. `logprobs`: the report tells the probability of
+    every token and of so many most likely ones. With either, greedy tokens are `sampled` at a temperature of 0.
     """
 
     target: LayerPlan
@@ -67,6 +71,20 @@ class Recipe:
     vocabulary: int = 0
     max_nodes: int = 0
     steps: Steps | None = None
+    reshaped: bool = False
+    logprobs: int | None = None
+
+    def choosing(self, sequences: list[Sequence], vocabulary: int) -> Recipe:
+        """The recipe that chooses the tokens of these sequences as they ask for, of a vocabulary of this size.
+
+        It tells at least as many log-probabilities as they want: a power of two, so that few recipes are needed.
+        """
+        top, params = most_logprobs(sequences), [sequence.params for sequence in sequences]
+        reshaped = any(p.reshapes_logits for p in params)
+        written = reshaped or top is not None or any(not p.greedy for p in params)
+        if top:
+            top = min(vocabulary, 1 << (top - 1).bit_length())
+        return replace(self, sampled=written, reshaped=reshaped, logprobs=top)
 
     @property
     def any_set(self) -> Recipe | None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from ..kernels.values import Grown
+from ..kernels.values import Grown, Logprobs, Reshaping
 from .batch import Batch, Draft, Exit, Sampling
 from .cache import KVCache
 from .methods.base import no_draft
 from .methods.drafting import FIRST_DRAFT_STREAM, WIDTHS, siblings
 from .model import Model
 from .recipe import Recipe, Steps
+from .reshaping import neutral
 from .rows import Lineage
-from .sampling import Drawn, draw
+from .sampling import Drawn, before, draw
 from .speculate import close_up, decide, verify_pass
 
 
@@ -27,7 +31,8 @@ class State(NamedTuple):
     sampling, [S] each; memory [S, …], what the recipe's steps remember. The report is int64 [S, k + 4]: accepted (-1:
     the sequence did not run), drafted, the depth of the draft, the token after the accepted ones, and the k draft
     tokens, of a tree those of its accepted path; or [S, steps, 2]: of each step the token and the sub-layers that ran
-    (-1: the sequence did not).
+    (-1: the sequence did not). With it go the logprobs [S, k + 1 or steps, …] of the tokens. `reshaping` and `logprobs`
+    are there if the recipe has them.
     """
 
     last: Tensor
@@ -41,6 +46,8 @@ class State(NamedTuple):
     sampling: Sampling
     memory: Tensor
     report: Tensor
+    reshaping: Reshaping | None
+    logprobs: Logprobs | None
 
     @staticmethod
     def empty(model: Model, recipe: Recipe, sequences: int, pages: int) -> State:
@@ -50,8 +57,12 @@ class State(NamedTuple):
             return torch.zeros(shape, dtype=dtype, device=model.device)
 
         temperature, top_p, min_p = (zeros(sequences, dtype=torch.float32) for _ in range(3))
-        steps = recipe.steps or Steps()
+        steps, vocabulary = recipe.steps or Steps(), model.config.vocab_size
         report = (steps.count, 2) if recipe.steps else (recipe.num_draft_tokens + 4,)
+        tokens, logprobs = steps.count if recipe.steps else recipe.num_draft_tokens + 1, None
+        if recipe.logprobs is not None:
+            values = zeros(sequences, tokens, 1 + recipe.logprobs, dtype=torch.float32)
+            logprobs = Logprobs(values, zeros(sequences, tokens, recipe.logprobs, dtype=torch.int32))
         return State(
             zeros(sequences),
             zeros(sequences),
@@ -64,6 +75,8 @@ class State(NamedTuple):
             Sampling(temperature, top_p, min_p, zeros(sequences), zeros(sequences)),
             steps.memory(model, sequences),
             zeros(sequences, *report),
+            neutral(sequences, vocabulary, model.device) if recipe.reshaped else None,
+            logprobs,
         )
 
     def batch(self, model: Model, alive: Tensor) -> Batch:
@@ -87,13 +100,23 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
         rule, position = _noise(state, batch, path.shape[1], lineage) if recipe.sampled else (None, None)
         # Tiles of rows without a node of the tree read no head either.
         real = None if lineage is None else _real(draft.length, path.shape[1])
-        chosen = draw(model, hidden, rule, position, real)
-        scores = None if chosen.logits is None else chosen.logits.view(*path.shape, -1)
+        chosen = draw(model, hidden, rule, position, real, reshape=_reshape(model, state, batch, path, lineage))
+        scores = None if chosen.scores is None else chosen.scores.view(*path.shape, -1)
         warped = state.sampling if recipe.rejection else None
         verdict = decide(model, batch, draft, chosen.token.view(path.shape), scores, warped, lineage)
         if lineage is not None:
             close_up(model, cache, batch, verdict, lineage)
     with model.mark("commit", len(batch), path.numel()):
+        if state.logprobs is not None:
+            tokens, logits = draft.tokens, chosen.logits
+            if lineage is not None and logits is not None:
+                rows = verdict.path[:, : recipe.num_draft_tokens + 1]
+                tokens = path.gather(1, rows[:, 1:])
+                each = torch.arange(len(batch), device=batch.device)[:, None]
+                logits = logits.view(*path.shape, -1)[each, rows].flatten(0, 1)
+            place, accepted = torch.arange(tokens.shape[1] + 1, device=batch.device), verdict.accepted[:, None]
+            given = torch.where(place < accepted, functional.pad(tokens, (0, 1)), verdict.token[:, None])
+            _tell(model, logits, given, (place <= accepted) & (state.left > 0)[:, None], state.logprobs)
         model.ops.commit(
             verdict.accepted,
             verdict.token,
@@ -105,6 +128,7 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
             state.report,
             None if lineage is None else verdict.path,
             None if lineage is None else lineage.depth,
+            None if state.reshaping is None else state.reshaping.times,
         )
 
 
@@ -115,8 +139,16 @@ def device_steps(model: Model, cache: KVCache, state: State, steps: Steps, sampl
         batch = state.batch(model, alive)
         with model.mark("verify", len(batch), len(batch)):
             hidden, ran = steps.step(model, cache, batch, state.memory, number)
-            token = draw(model, hidden, state.sampling if sampled else None, batch.length + 1, alive).token
+            rule = state.sampling if sampled else None
+            reshape = _reshape(model, state, batch, batch.last[:, None], newest=True)
+            drawn = draw(model, hidden, rule, batch.length + 1, alive, reshape=reshape)
+            token = drawn.token
         with model.mark("commit", len(batch), len(batch)):
+            if state.logprobs is not None:
+                told = Logprobs(*(part[:, number : number + 1] for part in state.logprobs))
+                _tell(model, drawn.logits, token[:, None], alive[:, None], told)
+            if state.reshaping is not None:
+                state.reshaping.times.scatter_add_(1, torch.where(alive, token, 0)[:, None], alive[:, None].int())
             state.report[:, number].copy_(torch.stack([token, torch.where(alive, ran, -1)], dim=1))
             state.last.copy_(torch.where(alive, token, state.last))
             state.length.add_(alive.long())
@@ -142,10 +174,10 @@ def _chain(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Rec
     threshold = state.threshold if recipe.confident else None
     for step in range(recipe.num_draft_tokens):
         with model.mark("draft", len(batch), len(batch), step):
-            hidden, drawn = _step(model, cache, batch, state, recipe, step, tokens[-1], going)
+            hidden, drawn = _step(model, cache, batch, state, recipe, tokens, going)
             streams.append(hidden)
-            if recipe.rejection and drawn.logits is not None:
-                scores.append(torch.where(going[:, None], drawn.logits, 0))
+            if recipe.rejection and drawn.scores is not None:
+                scores.append(torch.where(going[:, None], drawn.scores, 0))
             count, going, token = model.ops.extend(
                 count, going, room, drawn.token, drawn.value, drawn.log_sum_exp, threshold
             )
@@ -158,15 +190,15 @@ def _chain(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Rec
 
 def _tree(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Recipe) -> tuple[Draft, Lineage]:
     """As `grow` of the host: siblings at every depth, of which the first is expanded."""
-    tree, token = Grown.bare(batch.room, recipe.max_nodes, recipe.num_draft_tokens), batch.last
+    tree, tokens = Grown.bare(batch.room, recipe.max_nodes, recipe.num_draft_tokens), [batch.last]
     scores, threshold = list[Tensor](), state.threshold if recipe.confident else None
     for step in range(recipe.num_draft_tokens):
         with model.mark("draft", len(batch), len(batch), step):
-            _, drawn = _step(model, cache, batch, state, recipe, step, token, tree.going)
-            if recipe.rejection and drawn.logits is not None:
-                scores.append(torch.where(tree.going[:, None], drawn.logits, 0))
+            _, drawn = _step(model, cache, batch, state, recipe, tokens, tree.going)
+            if recipe.rejection and drawn.scores is not None:
+                scores.append(torch.where(tree.going[:, None], drawn.scores, 0))
             model.ops.branch(tree, batch.room, drawn.token, drawn.value, drawn.log_sum_exp, threshold, widths=WIDTHS)
-            token = drawn.token[:, 0]
+            tokens.append(drawn.token[:, 0])
     draft = Draft(tree.token, tree.count, parent=tree.parent, scores=torch.stack(scores, dim=1) if scores else None)
     return draft, Lineage(tree.depth, tree.path)
 
@@ -177,16 +209,17 @@ def _step(
     batch: Batch,
     state: State,
     recipe: Recipe,
-    step: int,
-    token: Tensor,
+    tokens: list[Tensor],
     going: Tensor,
 ) -> tuple[Tensor, Drawn]:
-    """A draft's pass over the token int64 [S] `step` places after the newest one: its streams [S, H], what it draws.
+    """A draft's pass over the last of `tokens` int64 [S], the first being the newest: its streams [S, H] and draws.
 
     Of no use is anything where a draft is not `going` bool [S].
     """
-    tree = recipe.max_nodes > 0
-    rows = batch.drafted(token, step, going, gated=recipe.confident or tree, mask=state.mask if recipe.masked else None)
+    tree, step = recipe.max_nodes > 0, len(tokens) - 1
+    rows = batch.drafted(
+        tokens[-1], step, going, gated=recipe.confident or tree, mask=state.mask if recipe.masked else None
+    )
     hidden = model.forward(rows, cache, recipe.plan)
     rule, position = (state.sampling, batch.length + step + 1) if recipe.sampled else (None, None)
     drawn = draw(
@@ -198,6 +231,7 @@ def _step(
         recipe.vocabulary,
         FIRST_DRAFT_STREAM + step if recipe.rejection else 0,
         count=siblings(model, recipe.vocabulary) if tree else None,
+        reshape=_reshape(model, state, batch, torch.stack(tokens, dim=1), newest=True) if recipe.reshaped else None,
         confidence=recipe.confident or tree,
     )
     return hidden, drawn
@@ -213,3 +247,27 @@ def _noise(state: State, batch: Batch, width: int, lineage: Lineage | None) -> t
 def _real(count: Tensor, width: int) -> Tensor:
     """Which of `width` rows a sequence are its newest token or of the `count` int64 [S] after it: bool [S·width]."""
     return (torch.arange(width, device=count.device) <= count[:, None]).flatten()
+
+
+def _reshape(
+    model: Model, state: State, batch: Batch, path: Tensor, lineage: Lineage | None = None, *, newest: bool = False
+) -> Callable[[Tensor], Tensor] | None:
+    """What the logits of the columns of path int64 [S, J], or of its `newest`, become; None: they stay as they are."""
+    if state.reshaping is None:
+        return None
+    if newest:
+        draft = path[:, None, 1:]
+    elif lineage is None:
+        draft = before(path, torch.arange(path.shape[1], device=path.device).expand(path.shape))
+    else:
+        draft = before(path, lineage.depth, lineage)
+    return partial(model.ops.reshape_logits, how=state.reshaping, length=batch.length, draft=draft)
+
+
+def _tell(model: Model, logits: Tensor | None, token: Tensor, given: Tensor, told: Logprobs) -> None:
+    """Logprobs of token int64 [S, n] into `told` where it was `given` bool [S, n]; the logits [S·n, V] they came of."""
+    top = told.ids.shape[2]
+    if logits is not None:
+        found = model.ops.logprobs(logits, token.flatten(), given.flatten(), top=top)
+        for target, source in zip(told, found, strict=True):
+            target.copy_(source.view(target.shape))

@@ -6,18 +6,19 @@ same noise (coupled sampling): speculative output then equals plain sampling tok
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..kernels.host import ints
+from ..kernels.values import Logprobs
 from .batch import Batch, Sampling
 from .model import Model
 from .request import Piece, TokenLogprob
+from .reshaping import reshaping
 from .rows import Lineage
-from .sequence import Sequence
+from .sequence import Sequence, most_logprobs
 
 
 class Chosen(NamedTuple):
@@ -67,13 +68,8 @@ def choose(
     logits = model.logits(hidden, vocabulary)
     scores = logits
     if any(p.reshapes_logits for p in params):
-        scores = logits.to(torch.float32, copy=True)
-        for row in range(scores.shape[0]):
-            (s, column), sequence = divmod(row, n), batch.sequences[row // n]
-            rows = path[s, : width - n + column + 1] if lineage is None else path[s, lineage.path[s, column]]
-            drafted = ints(rows[1 : int(depth[s, column]) + 1])
-            if sequence.params.reshapes_logits:
-                scores[row] = reshape_logits(scores[row], sequence, sequence.tokens + drafted)
+        how = reshaping(batch.sequences, logits.shape[1], batch.device)
+        scores = model.ops.reshape_logits(logits, how, batch.length, before(path, depth, lineage))
     rule = Sampling(*(field.repeat_interleave(n) for field in batch.sampling()))
     position = (batch.length[:, None] + depth + 1).flatten()
     token = model.ops.sample(
@@ -85,16 +81,30 @@ def choose(
     return Chosen(token.view(shape), probability.view(sequences, n), logits.view(each), scores.view(each))
 
 
+def before(path: Tensor, depth: Tensor, lineage: Lineage | None = None) -> Tensor:
+    """The draft tokens that rows `depth` int64 [S, n] deep come after, −1 past their number: int64 [S, n, D].
+
+    path as in `choose`; the rows are its last n columns, or with `lineage` all nodes of the tree.
+    """
+    if lineage is None:
+        tokens = path[:, None, 1:].expand(-1, depth.shape[1], -1)
+    else:
+        each = torch.arange(path.shape[0], device=path.device)
+        tokens = path[each[:, None, None], lineage.path[:, :, 1:]]
+    return torch.where(torch.arange(tokens.shape[2], device=path.device) < depth[:, :, None], tokens, -1)
+
+
 class Drawn(NamedTuple):
     """Tokens int64 [R] or [R, count], the logit of the (first) and the log-sum-exp of each row's, [R], or None.
 
-    logits [R, V]: those the tokens were drawn from, if they were.
+    If they were drawn: the logits [R, V], and the scores they became after penalties and bias, drawn from.
     """
 
     token: Tensor
     value: Tensor | None
     log_sum_exp: Tensor | None
     logits: Tensor | None
+    scores: Tensor | None
 
 
 def draw(
@@ -107,60 +117,63 @@ def draw(
     stream: int = 0,
     *,
     count: int | None = None,
+    reshape: Callable[[Tensor], Tensor] | None = None,
     confidence: bool = False,
 ) -> Drawn:
     """The token after each row of hidden [R, H], or the `count` best, and with `confidence` what its probability is of.
 
-    `rule` and `position` int64 [R] have one entry a row; without a rule tokens are the most likely ones. The same
-    choices as those of `choose`, without anything that needs the host. Rows not `active` bool [R] get anything.
+    `rule` and `position` int64 [R] have one entry a row; without a rule tokens are the most likely ones. `reshape`
+    makes of the logits [R, V] what is drawn from. The same choices as those of `choose`, without anything that needs
+    the host. Rows not `active` bool [R] get anything.
     """
     if rule is None or position is None:
         token, value, log_sum_exp = model.predict(hidden, top_k=count, active=active, vocabulary=vocabulary)
-        return Drawn(token, value if count is None else value[:, 0], log_sum_exp, None)
+        return Drawn(token, value if count is None else value[:, 0], log_sum_exp, None, None)
     logits = model.logits(hidden, vocabulary)
+    scores = logits if reshape is None else reshape(logits)
     token = model.ops.sample(
-        logits, rule.temperature, rule.top_k, rule.top_p, rule.min_p, rule.seed, position, stream=stream, count=count
+        scores, rule.temperature, rule.top_k, rule.top_p, rule.min_p, rule.seed, position, stream=stream, count=count
     )
     if not confidence:
-        return Drawn(token, None, None, logits)
+        return Drawn(token, None, None, logits, scores)
     first = token if count is None else token[:, 0]
     known = first if active is None else torch.where(active, first, 0)
     value, log_sum_exp = logits.float().gather(1, known[:, None])[:, 0], logits.float().logsumexp(dim=-1)
-    return Drawn(token, value, log_sum_exp, logits)
+    return Drawn(token, value, log_sum_exp, logits, scores)
 
 
-def reshape_logits(row: Tensor, sequence: Sequence, history: list[int]) -> Tensor:
-    """Logit bias, minimum length and penalties, as vLLM defines them; row float32 [V], history = prompt and output."""
-    params, prompt = sequence.params, len(sequence.prompt)
-    row = row.clone()
-    for token, bias in params.logit_bias.items():
-        row[token] += bias
-    if len(history) - prompt < params.min_tokens:
-        row[sorted(sequence.forbidden)] = -torch.inf
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(history)), device=row.device)
-        value = row[seen]
-        row[seen] = torch.where(value > 0, value / params.repetition_penalty, value * params.repetition_penalty)
-    counts = Counter(history[prompt:])
-    if counts and (params.presence_penalty or params.frequency_penalty):
-        ids = torch.tensor(list(counts), device=row.device)
-        times = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
-        row[ids] -= params.presence_penalty + params.frequency_penalty * times
-    return row
+def tell(
+    model: Model,
+    sequences: list[Sequence],
+    pieces: list[list[Piece]],
+    logits: Tensor | None,
+    path: Tensor | None = None,
+) -> None:
+    """Note the log-probabilities of the tokens each sequence was given, if it asks.
+
+    They were chosen from logits [S, n, V], in order, or from the rows `path` int64 [S, K] of them.
+    """
+    top = most_logprobs(sequences)
+    if top is None or logits is None:
+        return
+    if path is not None:
+        logits = logits[torch.arange(len(path), device=path.device)[:, None], path]
+    count, n, _ = logits.shape
+    token = [piece.token_id for own in pieces for piece in [*own, *[own[-1]] * (n - len(own))]]
+    given = [i < len(own) for own in pieces for i in range(n)]
+    known = (torch.tensor(each, device=logits.device) for each in (token, given))
+    told = model.ops.logprobs(logits.flatten(0, 1), *known, top=top)
+    values, ids = (part.view(count, n, part.shape[1]).cpu() for part in told)
+    for row, (sequence, own) in enumerate(zip(sequences, pieces, strict=True)):
+        note(sequence, own, Logprobs(values[row], ids[row]))
 
 
-def append(sequence: Sequence, tokens: list[int], logits: Tensor | None) -> list[Piece]:
-    """Append accepted draft tokens and the one after them, as far as the sequence's stop rules allow; logits [n, V]."""
-    pieces = sequence.extend(tokens, len(tokens) - 1)
-    if sequence.params.logprobs is not None and logits is not None:
-        sequence.logprobs += [
-            logprob(logits[i], piece.token_id, sequence.params.logprobs) for i, piece in enumerate(pieces)
-        ]
-    return pieces
-
-
-def logprob(logits: Tensor, token: int, top: int) -> TokenLogprob:
-    """Natural-log probabilities of `token` and of the `top` most likely ids; logits [V]."""
-    values = logits.float().log_softmax(dim=-1)
-    ranked = {i: float(values[i]) for i in ints(values.topk(top).indices)}
-    return TokenLogprob(token, float(values[token]), ranked)
+def note(sequence: Sequence, pieces: list[Piece], told: Logprobs) -> None:
+    """Keep the log-probabilities of a sequence's newest tokens, which have the first rows of `told`, if it asks."""
+    top = sequence.params.logprobs
+    if top is None:
+        return
+    rows = zip(cast("list[list[float]]", told.values.tolist()), cast("list[list[int]]", told.ids.tolist()), strict=True)
+    for piece, ((own, *values), ids) in zip(pieces, rows, strict=False):
+        ranked = dict(zip(ids[:top], values[:top], strict=True))
+        sequence.logprobs.append(TokenLogprob(piece.token_id, own, ranked))

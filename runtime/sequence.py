@@ -108,3 +108,8 @@ class Sequence:
         ):
             return "stop"
         return "length" if len(self.tokens) >= self.max_length else None
+
+
+def most_logprobs(sequences: list[Sequence]) -> int | None:
+    """How many likely tokens at a place the sequences want to be told of; None: not even the chosen one."""
+    return max((s.params.logprobs for s in sequences if s.params.logprobs is not None), default=None)

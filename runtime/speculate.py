@@ -17,7 +17,7 @@ from .model import Model, Streams
 from .plan import LayerPlan
 from .request import Piece
 from .rows import Lineage
-from .sampling import append, choose
+from .sampling import choose, tell
 from .sequence import Sequence
 
 
@@ -58,8 +58,8 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
         for row, sequence in enumerate(sequences):
             rows = verdict.path[row, : accepted[row] + 1]
             tokens = [*ints(path[row, rows[1:]]), int(verdict.token[row])]
-            logits = None if target.logits is None else target.logits[row, rows]
-            pieces.append(commit(sequence, tokens, logits, counts[row], tried[row]))
+            pieces.append(commit(sequence, tokens, counts[row], tried[row]))
+        tell(model, sequences, pieces, target.logits, verdict.path)
     emitted = [len(new) for new in pieces]
     done = Round(batch, draft, path, target.tokens, verdict, emitted, drafted - start, verified - drafted, streams)
     searched = method.observe(model, cache, done)
@@ -145,12 +145,12 @@ def _deepest(lineage: Lineage, count: Tensor) -> Tensor:
     return torch.where(real, lineage.depth, 0).amax(dim=1)
 
 
-def commit(sequence: Sequence, tokens: list[int], logits: Tensor | None, drafted: int, depth: int) -> list[Piece]:
+def commit(sequence: Sequence, tokens: list[int], drafted: int, depth: int) -> list[Piece]:
     """Append what a round gave a sequence, accepted draft tokens and the one after them, and count it.
 
-    logits [n, V]: those the n tokens were chosen from; a draft of `drafted` nodes was `depth` deep.
+    Its stop rules may end it before the last of them. A draft of `drafted` nodes was `depth` deep.
     """
-    pieces = append(sequence, tokens, logits)
+    pieces = sequence.extend(tokens, len(tokens) - 1)
     counters = sequence.counters
     accepted = min(len(pieces), len(tokens) - 1)
     counters.drafted += drafted

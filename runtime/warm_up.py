@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 
 import torch
@@ -24,11 +24,9 @@ from .sequence import Sequence
 from .speculate import speculate
 
 # How tokens may be chosen, each of which has kernels of its own: penalties widen the logits to float32.
-CHOICES = (
-    SamplingParams(max_tokens=2**20),
-    SamplingParams(max_tokens=2**20, temperature=1.0),
-    SamplingParams(max_tokens=2**20, temperature=1.0, repetition_penalty=1.1),
-)
+PLAIN = (SamplingParams(max_tokens=2**20), SamplingParams(max_tokens=2**20, temperature=1.0))
+RESHAPED = SamplingParams(max_tokens=2**20, temperature=1.0, repetition_penalty=1.1, logprobs=1)
+CHOICES = (*PLAIN, RESHAPED)
 
 
 @dataclass(frozen=True)
@@ -137,13 +135,14 @@ class Rehearsal:
                 speculate(model, cache, sequences, Scripted(method, length, tree=method.tree, scores=scores))
 
     def _capture(self, graphs: Graphs, method: Method) -> None:
-        for params in CHOICES[:2]:
+        """Graphs of all sizes; with penalties and logprobs one, for the kernels: those of all sizes would be many."""
+        sizes = [(count, 1 << power) for power in range((self._pages - 1).bit_length() + 1) for count in self._counts]
+        for params in CHOICES:
             sequence = Sequence(0, 0, [0], params, 0, frozenset(), 1, None)
             for recipe in method.recipes([sequence]):
-                drawn = replace(recipe, sampled=sampled([sequence]))
-                for power in range((self._pages - 1).bit_length() + 1):
-                    for count in self._counts:
-                        graphs.prepare(drawn, count, 1 << power)
+                drawn = recipe.choosing([sequence], self._model.config.vocab_size)
+                for size in sizes if params in PLAIN else sizes[:1]:
+                    graphs.prepare(drawn, *size)
 
 
 def refuse(kernel: str, specialised_on: str) -> None:

@@ -151,7 +151,7 @@ def test_captured_rounds_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(PlannedSteps, "step", lambda *given: (-step(*given)[0], step(*given)[1]))
     (finding,) = gpu_parts.graphs(replace(DRY, captured=("tiny",)))
     assert not finding.passed
-    assert "6 continuations differ" in finding.detail
+    assert "9 continuations differ" in finding.detail
 
 
 def test_steps_run_dry_through_the_interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from skipjack import Engine, SamplingParams
 from skipjack.kernels.noise import gumbel
+from skipjack.kernels.reference_logits import reshape_logits
 from skipjack.kernels.reference_verify import Rule, sample, warp
 from skipjack.runtime.batch import Batch
-from skipjack.runtime.sampling import choose, reshape_logits
+from skipjack.runtime.reshaping import reshaping
+from skipjack.runtime.sampling import choose
 from skipjack.runtime.sequence import Sequence
 
 transformers = pytest.importorskip("transformers")
@@ -197,27 +199,52 @@ def sequence(**fields: object) -> Sequence:
     return Sequence(0, 0, [1, 2, 2, 5], params, 0, frozenset([3]), 100, None)
 
 
-def test_repetition_penalty_is_transformers() -> None:
+def reshaped(made: Sequence, history: list[int], drafted: int = 0) -> Tensor:
+    """LOGITS after penalties and bias, the last `drafted` tokens of the history being a draft."""
+    made.tokens = history[: len(history) - drafted]
+    draft = torch.tensor([[[*history[len(made.tokens) :], -1]]])
+    how = reshaping([made], VOCABULARY, torch.device("cpu"))
+    return reshape_logits(LOGITS[None], how, torch.tensor([made.cached]), draft)[0]
+
+
+@pytest.mark.parametrize("drafted", [0, 1, 3])
+def test_repetition_penalty_is_transformers(drafted: int) -> None:
     history = [1, 2, 2, 5, 7, 7, 9]
     expected = transformers.RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([history]), LOGITS[None].clone())[0]
-    got = reshape_logits(LOGITS, sequence(repetition_penalty=1.4), history)
+    got = reshaped(sequence(repetition_penalty=1.4), history, drafted)
     assert torch.equal(got, expected)
 
 
-def test_presence_and_frequency_count_the_output_only() -> None:
-    got = reshape_logits(LOGITS, sequence(presence_penalty=0.5, frequency_penalty=0.25), [1, 2, 2, 5, 7, 7, 9])
+@pytest.mark.parametrize("drafted", [0, 1, 3])
+def test_presence_and_frequency_count_the_output_only(drafted: int) -> None:
+    got = reshaped(sequence(presence_penalty=0.5, frequency_penalty=0.25), [1, 2, 2, 5, 7, 7, 9], drafted)
     expected = LOGITS.clone()
     expected[7] -= 0.5 + 2 * 0.25
     expected[9] -= 0.5 + 0.25
     assert torch.allclose(got, expected)
 
 
-def test_bias_and_minimum_length() -> None:
-    short = reshape_logits(LOGITS, sequence(logit_bias={4: 2.0}, min_tokens=2, stop_token_ids=[6]), [1, 2, 2, 5, 7])
-    assert short[4] == LOGITS[4] + 2.0
-    assert short[[3, 6]].isneginf().all()
-    long = reshape_logits(LOGITS, sequence(min_tokens=2), [1, 2, 2, 5, 7, 8])
-    assert torch.equal(long, LOGITS)
+@pytest.mark.parametrize("drafted", [0, 1])
+def test_bias_and_minimum_length(drafted: int) -> None:
+    short = sequence(logit_bias={4: 2.0}, min_tokens=2, stop_token_ids=[6])
+    got = reshaped(short, [1, 2, 2, 5, 7], drafted)
+    assert got[4] == LOGITS[4] + 2.0
+    assert got[[3, 6]].isneginf().all()
+    assert torch.equal(reshaped(sequence(min_tokens=2), [1, 2, 2, 5, 7, 8], drafted), LOGITS)
+
+
+@pytest.mark.parametrize(("drafted", "processor"), [(d, p) for d in (0, 2) for p in ("bias", "least")])
+def test_bias_and_minimum_length_are_those_of_transformers(drafted: int, processor: str) -> None:
+    history = [1, 2, 2, 5, 7, 7]
+    for least in range(5) if processor == "least" else (0,):
+        made = sequence(min_tokens=least) if least else sequence(logit_bias={4: 2.0, 7: -3.5})
+        if processor == "bias":
+            theirs = transformers.SequenceBiasLogitsProcessor({(4,): 2.0, (7,): -3.5})
+        else:
+            theirs = transformers.MinNewTokensLengthLogitsProcessor(4, least, [3], device="cpu")
+            made = sequence(min_tokens=least)
+        expected = theirs(torch.tensor([history]), LOGITS[None].clone())[0]
+        assert torch.equal(reshaped(made, history, drafted), expected)
 
 
 def test_whole_numbers_reach_the_ops_as_floats() -> None:

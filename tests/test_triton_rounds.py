@@ -106,6 +106,25 @@ def test_a_verdict_moves_the_sequences_that_have_tokens_left(op: object, k: int)
         assert state[3][s].tolist() == told
 
 
+@pytest.mark.parametrize("op", [commit, reference_rounds.commit], ids=["triton", "torch"])
+@pytest.mark.parametrize("k", [0, 1, 16, 17])
+def test_the_tokens_of_a_verdict_are_counted(op: object, k: int) -> None:
+    """Those that were accepted and the one after them, and as often as they occur."""
+    generator = torch.Generator().manual_seed(k)
+    accepted, token = torch.tensor([0, k, min(2, k), k]), torch.tensor([7, 1, 2**40, 5])
+    draft, left = torch.randint(0, 3, (4, k), generator=generator), torch.tensor([1, k + 5, 0, k + 1])
+    times = torch.randint(0, 4, (4, 19), generator=generator).to(torch.int32)
+    expected = times.clone()
+    for s in (0, 1, 3):
+        for given in (*draft[s, : accepted[s]].tolist(), int(token[s])):
+            expected[s, given] += 1
+    zeros = [torch.zeros(4, dtype=torch.int64) for _ in range(3)]
+    state = [zeros[0], zeros[1], left, torch.zeros(4, k + 3, dtype=torch.int64), times]
+    state = [given.to(DEVICE) for given in state]
+    op(*(given.to(DEVICE) for given in (accepted, token, zeros[2], draft)), *state)
+    assert torch.equal(state[4].cpu(), expected)
+
+
 class Launches(TorchDispatchMode):
     """Counts the operators that would be kernels on a GPU, but for those a kernel of ours calls in the interpreter."""
 
@@ -133,11 +152,26 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts what the interpreter does not launch")
 @pytest.mark.parametrize(
-    ("drafted", "confident", "options", "most"),
-    [(0, False, "", 5), (2, False, "", 13), (6, False, "", 21), (6, True, "", 21), (2, True, ",tree=true", 14)],
+    ("drafted", "confident", "options", "choice", "most"),
+    [
+        (0, False, "", {}, 5),
+        (2, False, "", {}, 13),
+        (6, False, "", {}, 21),
+        (6, True, "", {}, 21),
+        (2, True, ",tree=true", {}, 14),
+        (0, False, "", {"presence_penalty": 0.5}, 16),
+        (2, False, "", {"temperature": 0.8}, 24),
+        (2, False, "", {"presence_penalty": 0.5}, 30),
+        (2, False, "", {"logprobs": 2}, 33),
+    ],
 )
 def test_a_round_of_the_device_launches_little_besides_our_kernels(
-    drafted: int, confident: bool, options: str, most: int, monkeypatch: pytest.MonkeyPatch
+    drafted: int,
+    confident: bool,
+    options: str,
+    choice: dict[str, float],
+    most: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = ModelConfig.parse(synthetic_config("tiny-llama") | {"num_hidden_layers": 2}, "tiny-llama")
     method = f"swift:skip_mlp=1,num_draft_tokens={drafted},search_budget=0,threshold={0.1 if confident else 0}"
@@ -155,6 +189,6 @@ def test_a_round_of_the_device_launches_little_besides_our_kernels(
     with Engine(
         config, weights, method=method if drafted else "autoregressive", backend="triton", graphs=True
     ) as engine:
-        engine.generate([5, 6, 7], SamplingParams(max_tokens=12, ignore_eos=True))
+        engine.generate([5, 6, 7], SamplingParams(max_tokens=12, ignore_eos=True, **choice))
     assert counts
     assert max(counts) <= most

@@ -120,18 +120,21 @@ def attempt(trial: Trial, seen: Any) -> dict[str, Any]:
     with trial.engine(strict=True) as engine:
         seen.forget()
         warm = engine.warm_up(trial.methods, sequences=trial.sequences, context=trial.context)
-        before, captured = len(seen.compiled), engine._graphs.captured if engine._graphs else 0
+        before, captured, later = len(seen.compiled), engine._graphs.captured if engine._graphs else 0, [0, 0]
         error, events = None, 0
         try:
             for prompts, params in requests(trial):
+                plain = not params.reshapes_logits and params.logprobs is None
                 for method in trial.methods or (trial.own,):
+                    had = engine._graphs.captured if engine._graphs else 0
                     events += len(engine.generate(prompts, params, method=method)[0].stats.events)
+                    later[plain] += engine._graphs.captured - had if engine._graphs else 0
         except CompilationError as missed:
             error = str(missed)
         return {
             "warmed": before,
             "told": warm.compilations,
-            "graphs": (warm.graphs, captured, engine._graphs.captured if engine._graphs else 0),
+            "graphs": (warm.graphs, captured, *later),
             "later": seen.compiled[before:],
             "counted": engine.compilations,
             "error": error,
@@ -285,10 +288,11 @@ def test_nothing_is_compiled_after_a_warm_up(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in TRIALS if "search" not in name])
-def test_no_graph_is_captured_after_a_warm_up(name: str) -> None:
-    told, warmed, later = found()[name]["graphs"]
-    assert told == warmed == later
+def test_no_graph_is_captured_after_a_warm_up_but_those_with_penalties_or_logprobs(name: str) -> None:
+    told, warmed, rare, plain = found()[name]["graphs"]
+    assert (told, plain) == (warmed, 0)
     assert (told > 0) == TRIALS[name].graphs
+    assert rare > 0 or name not in ("plain", "chains", "rejection", "cycles", "routed layers")
 
 
 @pytest.mark.parametrize("name", ["search", "search by trees", "programmes", "exits"])
@@ -341,7 +345,7 @@ def test_a_second_process_finds_the_kernels_on_disk(tmp_path: Path) -> None:
 def test_where_nothing_is_compiled_round_graphs_are_made_ready() -> None:
     with Trial("tiny-llama", methods=(CHAIN,), fields=SMALL).engine("torch") as engine:
         warm = engine.warm_up(CHAIN, sequences=3, context=200)
-        assert (warm.compilations, warm.graphs) == (0, 2 * 2 * 3)
+        assert (warm.compilations, warm.graphs) == (0, 2 * (2 * 3 + 1))
         assert engine.warmed_up == warm
         assert warm.seconds > 0
         engine.generate([[3, 4], [5]], SamplingParams(max_tokens=9), method=CHAIN)

@@ -109,7 +109,7 @@ class Method:
         return 0.0
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
-        """How the device runs the next round alone, but for `sampled`; None where the method needs the host for it."""
+        """How the device runs the next round alone, but for `choosing`; None where the method needs the host for it."""
         return None
 
     def recipes(self, sequences: list[Sequence]) -> list[Recipe]:
