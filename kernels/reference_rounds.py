@@ -74,17 +74,23 @@ def commit(
     length: Tensor,
     left: Tensor,
     report: Tensor,
+    text: Tensor | None = None,
 ) -> None:
     """What a verdict does to the sequences, in place, and what the host is told of it.
 
     accepted, token, count int64 [S]: draft tokens accepted, the token after them, how many of draft int64 [S, k] there
     were. A sequence with tokens `left` int64 [S] has `token` as its `last`, accepted + 1 tokens more in `length` and as
     many less `left`; one without is as before. report int64 [S, k + 3]: accepted, -1 for one without, count, token and
-    draft.
+    draft. The new tokens of a sequence follow in text int32 [S, capacity], whose last one is at `length`.
     """
     alive = left > 0
     accepted = torch.where(alive, accepted, -1)
     report.copy_(torch.cat([torch.stack([accepted, count, token], dim=1), draft], dim=1))
     last.copy_(torch.where(alive, token, last))
+    if text is not None:
+        new = torch.cat([draft, token[:, None]], dim=1).scatter(1, accepted.clamp(min=0)[:, None], token[:, None])
+        offset = torch.arange(text.shape[1], device=text.device) - length[:, None] - 1
+        mine = (offset >= 0) & (offset <= accepted[:, None])
+        text.copy_(torch.where(mine, new.gather(1, offset.clamp(0, draft.shape[1])), text))
     length.add_(accepted + 1)
     left.sub_(accepted + 1)

@@ -83,7 +83,7 @@ def extend(
 
 
 @triton.jit(
-    do_not_specialize=["k", "stride_draft"],
+    do_not_specialize=["k", "stride_draft", "capacity"],
     do_not_specialize_on_alignment=["accepted_ptr", "token_ptr", "count_ptr", "draft_ptr", "report_ptr"],
 )
 def _commit_kernel(
@@ -95,14 +95,17 @@ def _commit_kernel(
     length_ptr,
     left_ptr,
     report_ptr,
+    text_ptr,
     stride_draft,
     k,
+    capacity,
     NODES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A sequence with tokens left: last = token, length += accepted + 1, left −= accepted + 1; report of every one.
 
     report [S, k + 3]: accepted, -1 where nothing was left, count, token, draft; the rest [S]; draft [S, k]; all int64.
+    text int32 [S, capacity]: the new tokens from length + 1 on.
     """
     pid_s = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, NODES)
@@ -116,9 +119,15 @@ def _commit_kernel(
     tl.store(report_ptr, accepted)
     tl.store(report_ptr + 1, tl.load(count_ptr + pid_s))
     tl.store(report_ptr + 2, token)
-    tl.store(report_ptr + 3 + offs, tl.load(draft_ptr + pid_s * stride_draft + offs, mask=mask, other=0), mask=mask)
+    draft = tl.load(draft_ptr + pid_s * stride_draft + offs, mask=mask, other=0)
+    tl.store(report_ptr + 3 + offs, draft, mask=mask)
     tl.store(last_ptr + pid_s, tl.where(alive, token, tl.load(last_ptr + pid_s)))
-    tl.store(length_ptr + pid_s, tl.load(length_ptr + pid_s) + accepted + 1)
+    length = tl.load(length_ptr + pid_s)
+    if text_ptr is not None:
+        text_ptr += pid_s * capacity + length + 1
+        tl.store(text_ptr + offs, draft, mask=offs < accepted)
+        tl.store(text_ptr + accepted, token, mask=alive)
+    tl.store(length_ptr + pid_s, length + accepted + 1)
     tl.store(left_ptr + pid_s, left - accepted - 1)
 
 
@@ -131,13 +140,14 @@ def commit(
     length: Tensor,
     left: Tensor,
     report: Tensor,
+    text: Tensor | None = None,
 ) -> None:
     """What a verdict does to the sequences, in place, and what the host is told of it.
 
     accepted, token, count int64 [S]: draft tokens accepted, the token after them, how many of draft int64 [S, k] there
     were. A sequence with tokens `left` int64 [S] has `token` as its `last`, accepted + 1 tokens more in `length` and as
     many less `left`; one without is as before. report int64 [S, k + 3]: accepted, -1 for one without, count, token and
-    draft.
+    draft. The new tokens of a sequence follow in text int32 [S, capacity], whose last one is at `length`.
     """
     k = draft.shape[1]
     draft = draft if k == 0 or draft.stride(1) == 1 else draft.contiguous()
@@ -150,8 +160,10 @@ def commit(
         length,
         left,
         report,
+        text,
         draft.stride(0),
         k,
+        0 if text is None else text.shape[1],
         NODES=max(16, 1 << k.bit_length()),
         PDL=launch.dependent(launch.architecture()),
         **launch.options(1, 1),

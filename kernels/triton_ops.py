@@ -11,6 +11,7 @@ from .enter import enter
 from .fill import fill_kv
 from .head import head
 from .linear import linear, logits, prepare, prepare_split, prepare_stack
+from .lookup import lookup
 from .norm import normalise
 from .ops import Ops
 from .packed import take_rows
@@ -63,6 +64,7 @@ TRITON = Ops(
     verify=verify,
     verify_rejection=verify_rejection,
     compact=compact,
+    lookup=lookup,
     extend=extend,
     commit=commit,
 )

@@ -88,6 +88,8 @@ class RoundGraph:
         for row, sequence in enumerate(sequences):
             if (memory := method.memory(sequence)) is not None:
                 self.state.memory[row] = memory
+            if self.state.text is not None:
+                self.state.text[row, : len(sequence.tokens)] = torch.tensor(sequence.tokens, dtype=torch.int32)
         self.state.left.copy_(torch.cat([batch.room + 1, torch.zeros(idle, dtype=torch.int64, device=batch.device)]))
         self.state.block_table[: len(sequences), : batch.block_table.shape[1]] = batch.block_table
         if self.recipe.sampled:

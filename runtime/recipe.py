@@ -42,6 +42,15 @@ class Steps:
 
 
 @dataclass(frozen=True)
+class Ngrams:
+    """A draft from the text so far, by matches of at most `longest` tokens; see `ngrams.newest` and, with so many
+    `votes`, `ngrams.likeliest`."""
+
+    longest: int
+    votes: int | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What fixes the shapes and the kernels of a round.
 
@@ -51,7 +60,8 @@ class Recipe:
     with the first token less probable than `State.threshold`. `reuse`: verification goes on from the
     streams of the draft, whose plan is an early exit. `rejection`: drafts are sampled, with noise of their own, and
     accepted by rejection sampling. Drafts come from the first `vocabulary` tokens, 0 being all.
-    With `steps` nothing is drafted: they are a lossy policy's.
+    With `ngrams` the draft comes from the text so far and no pass is run for it; with `steps` nothing is drafted: they
+    are a lossy policy's.
     """
 
     target: LayerPlan
@@ -64,11 +74,12 @@ class Recipe:
     sampled: bool = False
     rejection: bool = False
     vocabulary: int = 0
+    ngrams: Ngrams | None = None
     steps: Steps | None = None
 
     @property
     def any_set(self) -> Recipe | None:
         """The recipe that drafts with the same skip set as a mask; None where there is no such set."""
-        if not self.num_draft_tokens or self.reuse or self.plan.span != self.target.span:
+        if not self.num_draft_tokens or self.ngrams or self.reuse or self.plan.span != self.target.span:
             return None
         return replace(self, plan=self.target, masked=True)

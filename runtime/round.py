@@ -21,9 +21,10 @@ class State(NamedTuple):
 
     last, length, prompt int64 [S] as in Batch; left int64 [S] tokens that may still be appended; block_table int64
     [S, W]; mask bool [2L], the sub-layers that draft; threshold float32 []; limit int64 [], the longest draft;
-    sampling, [S] each; memory [S, …], what the recipe's steps remember. The report is int64 [S, k + 3]: accepted (-1:
-    the sequence did not run), drafted, the token after the accepted ones, and the k draft tokens; or [S, steps, 2]: of
-    each step the token and the sub-layers that ran (-1: the sequence did not).
+    sampling, [S] each; memory [S, …], what the recipe's steps remember; text int32 [S, C], the tokens so far, for drafts
+    that come from them. The report is int64 [S, k + 3]: accepted (-1: the sequence did not run), drafted, the token
+    after the accepted ones, and the k draft tokens; or [S, steps, 2]: of each step the token and the sub-layers that
+    ran (-1: the sequence did not).
     """
 
     last: Tensor
@@ -36,6 +37,7 @@ class State(NamedTuple):
     limit: Tensor
     sampling: Sampling
     memory: Tensor
+    text: Tensor | None
     report: Tensor
 
     @staticmethod
@@ -59,6 +61,7 @@ class State(NamedTuple):
             zeros(),
             Sampling(temperature, top_p, min_p, zeros(sequences), zeros(sequences)),
             steps.memory(model, sequences),
+            zeros(sequences, pages * model.ops.page_size, dtype=torch.int32) if recipe.ngrams else None,
             zeros(sequences, *report),
         )
 
@@ -95,6 +98,7 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
             state.length,
             state.left,
             state.report,
+            state.text,
         )
 
 
@@ -114,11 +118,23 @@ def device_steps(model: Model, cache: KVCache, state: State, steps: Steps, sampl
 
 
 def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Recipe) -> Draft:
-    """A chain of `num_draft_tokens` steps; a sequence that has stopped drafting has no rows in the rest of them."""
+    """A chain from the text, or one of `num_draft_tokens` steps; a draft that has stopped has no rows in the others."""
     steps, confident = recipe.num_draft_tokens, recipe.confident
     count, tokens = torch.zeros_like(batch.length), [batch.last]
     if not steps:
         return Draft(torch.empty(len(batch), 0, dtype=torch.int64, device=batch.device), count)
+    if recipe.ngrams is not None and state.text is not None:
+        with model.mark("draft", len(batch), 0, 0):
+            return Draft(
+                *model.ops.lookup(
+                    state.text,
+                    batch.length,
+                    batch.room,
+                    max_ngram=recipe.ngrams.longest,
+                    num_draft_tokens=steps,
+                    votes=recipe.ngrams.votes,
+                )
+            )
     room = torch.minimum(batch.room, state.limit) if recipe.limited else batch.room
     going = room > 0
     streams, scores = list[Tensor](), list[Tensor]()
