@@ -40,6 +40,7 @@ CAPTURED = {
         "layerskip:exit_layer=5",
         "lookup",
         "lookup:choose=likeliest,acceptance=rejection",
+        "auto:max_loss=1,search_budget=0",
         "unified:speedup=2",
         "clasp:interval=9,search_budget=1,threshold=0.1",
         "knapspec:interval=9,search_budget=1,window_rounds=2,threshold=0.1",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from ..kernels.host import ints
 from ..kernels.values import Tree, Verdict
 from .rows import Chains, Rows
 from .sequence import Sequence
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
 
 
 class Exit(NamedTuple):
@@ -69,7 +72,10 @@ class Lineage(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """What a round came to for each of S sequences: draft tokens, those accepted, tokens emitted; seconds."""
+    """What a round came to for each of S sequences: draft tokens, those accepted, tokens emitted; seconds.
+
+    `recipe` is that of a round the device ran alone, which is `changed` if the one before was of another.
+    """
 
     sequences: list[Sequence]
     drafted: list[int]
@@ -77,6 +83,8 @@ class Tally(NamedTuple):
     emitted: list[int]
     draft_s: float
     verify_s: float
+    recipe: Recipe | None = None
+    changed: bool = False
 
 
 class Round(NamedTuple):

@@ -22,7 +22,7 @@ from skipjack.runtime.round import State, device_round
 
 PROMPTS = [[5, 9, 11, 300], [7], list(range(20, 50))]
 FIXED = "swift:skip_attention=2+3,num_draft_tokens=4"
-TREE = "lookup:choose=likeliest,tree=true"
+REMEMBERING = "lookup:choose=likeliest,remember=100"
 METHODS = [
     "autoregressive",
     f"{FIXED},threshold=0",
@@ -133,7 +133,7 @@ def test_what_the_host_must_see_is_left_to_it(synthetic: Callable[..., Engine], 
         output = device.generate(PROMPTS[0], params, method=FIXED)
         assert output.stats.graph_rounds == 0
         assert output.token_ids == host.generate(PROMPTS[0], params).token_ids
-    output = device.generate(PROMPTS[0], SamplingParams(max_tokens=12, ignore_eos=True), method=TREE)
+    output = device.generate(PROMPTS[0], SamplingParams(max_tokens=12, ignore_eos=True), method=REMEMBERING)
     assert output.stats.graph_rounds == 0
 
 
