@@ -21,8 +21,8 @@ class State(NamedTuple):
 
     last, length, prompt int64 [S] as in Batch; left int64 [S] tokens that may still be appended; block_table int64
     [S, W]; mask bool [2L], the sub-layers that draft; threshold float32 []; limit int64 [], the longest draft;
-    sampling, [S] each; memory [S, …], what the recipe's steps remember; text int32 [S, C], the tokens so far, for drafts
-    that come from them. The report is int64 [S, k + 3]: accepted (-1: the sequence did not run), drafted, the token
+    sampling, [S] each; memory [S, …], what the recipe's steps remember; text int32 [S, C], the tokens so far where
+    drafts come from them. The report is int64 [S, k + 3]: accepted (-1: the sequence did not run), drafted, the token
     after the accepted ones, and the k draft tokens; or [S, steps, 2]: of each step the token and the sub-layers that
     ran (-1: the sequence did not).
     """

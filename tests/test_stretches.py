@@ -187,9 +187,12 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("options", "temperature"),
+    [("search_budget=0", 0.0), ("search_budget=0", 0.5), ("search_budget=0.2,skip_ratio=0.3", 0.0)],
+)
 def test_the_tokens_are_those_of_plain_decoding(
-    synthetic: Callable[..., Engine], clocked: list[str], temperature: float
+    synthetic: Callable[..., Engine], clocked: list[str], options: str, temperature: float
 ) -> None:
     host = synthetic("tiny", torch.float32, 0.1, vocab=24)
     weights = synthetic_weights(host.config, 0, torch.float32, 0.1)
@@ -198,7 +201,7 @@ def test_the_tokens_are_those_of_plain_decoding(
     with Engine(host.config, weights, graphs=True) as engine:
         for given in (prompts[:1], prompts):
             expected = [output.token_ids for output in host.generate(given, params)]
-            outputs = engine.generate(given, params, method="auto:search_budget=0,max_loss=0.1")
+            outputs = engine.generate(given, params, method=f"auto:max_loss=0.1,{options}")
             assert [output.token_ids for output in outputs] == expected
             assert all(output.stats.graph_rounds == output.stats.rounds for output in outputs)
         assert {"plain", "lookup", "skip set"} <= set(clocked)

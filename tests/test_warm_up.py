@@ -80,7 +80,7 @@ TRIALS = {
     "search": Trial("tiny-llama", methods=(SEARCH,), fields=SMALL | {"num_hidden_layers": 4}, sequences=1),
     "programmes": Trial("tiny-llama", methods=("clasp", "knapspec:search_budget=1"), fields={"num_hidden_layers": 3}),
     "exits": Trial("tiny-qwen2", methods=("del:search_budget=1",), fields={"num_hidden_layers": 3}),
-    "auto": Trial("tiny-llama", own="auto", fields=SMALL),
+    "auto": Trial("tiny-llama", own="auto:max_loss=1", fields=SMALL),
     "biases": Trial("tiny-bloom", methods=(CHAIN,), fields={"n_layer": 2, "vocab_size": 203}, dtype=torch.float32),
     "filled layers": Trial("tiny-llama", methods=("static:skip=1,kv=fill",), fields=SMALL),
     "merged layers": Trial("tiny-llama", own="laco:base=0,followers=1", fields={"num_hidden_layers": 3}),

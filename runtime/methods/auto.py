@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -143,7 +143,7 @@ class Auto(Method):
         self._why = ""
         self._passed_over = set[Rate]()
         self._account = Account()
-        self._decisions: list[Mapping[str, Any]] = []
+        self._events: list[Mapping[str, Any]] = []
 
     @property
     def plan(self) -> LayerPlan:
@@ -157,7 +157,7 @@ class Auto(Method):
         return (self._way or self._choice).name
 
     def events(self) -> list[Mapping[str, Any]]:
-        return [*self._decisions, *self._swift.events()]
+        return list(self._events)
 
     def prepare(self, model: Model, cache: KVCache) -> None:
         """Time the passes of this machine."""
@@ -233,14 +233,20 @@ class Auto(Method):
         if self._account.due(tally.sequences):
             tokens = {way.name: stretches.tokens(way) for way in stretches.ways}
             self._report(tally.sequences, tokens_per_round=tokens)
-        before, none = self._swift.plan, [0] * members
+        none = [0] * members
         drafted = tally if name == SKIP else tally._replace(drafted=none, accepted=none)
-        searched = self._swift.count(model, cache, drafted)
-        if searched:
-            self._ledger.book(searched, 0.0)
-        if self._swift.plan != before:
+        if self._search(lambda: self._swift.count(model, cache, drafted)):
             stretches.forget(SKIP)
         return self._clock() - start
+
+    def _search(self, step: Callable[[], float]) -> bool:
+        """A step of the search for a better skip set; whether it found one."""
+        before, known = self._swift.plan, len(self._swift.events())
+        searched = step()
+        if searched:
+            self._ledger.book(searched, 0.0)
+        self._events += self._swift.events()[known:]
+        return self._swift.plan != before
 
     def choices(self, costs: Costs, sequences: int, room: int) -> list[Choice]:
         """Plain decoding, and the best draft length of every other way there is this round."""
@@ -297,12 +303,8 @@ class Auto(Method):
         self._ledger.book(chosen + overhead, plain * sum(done.emitted) / sequences)
         self._tell(seconds, plain, done)
         remember(self._memory, done)
-        before = self._swift.plan
         own = done if choice.name in (SKIP, CASCADE) else done._replace(draft=no_draft(done.batch))
-        searched = self._swift.observe(model, cache, own)
-        if searched:
-            self._ledger.book(searched, 0.0)
-        if self._swift.plan != before:
+        if self._search(lambda: self._swift.observe(model, cache, own)):
             self._skips, self._sifted = Rate(RATE), Rate(RATE)
         return self._clock() - start
 
@@ -355,7 +357,7 @@ class Auto(Method):
             self._report(sequences, acceptance_rate=rates)
 
     def _report(self, sequences: list[Sequence], **more: Any) -> None:
-        self._decisions.append(self._account.report(sequences, **more, balance_s=self._ledger.balance))
+        self._events.append(self._account.report(sequences, **more, balance_s=self._ledger.balance))
         self._account = Account()
 
 

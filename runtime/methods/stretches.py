@@ -17,6 +17,8 @@ WAIT, LONGEST_WAIT = 32, 1024
 TIMED, REMEMBERED = 8, 16
 # The share of its rounds quicker than what a way is held to take: what a busy machine adds to some is nobody's cost.
 QUICKER = 0.25
+# Seconds of a round at least: to a host that is late, it was done before it looked.
+LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Stretches:
             if known:
                 self._change.observe(min(max(seconds - known.value, 0.0), 2 * known.value))
         elif way is self.way:
-            record.seconds.setdefault(size, Newest(QUICKER)).observe(seconds)
+            record.seconds.setdefault(size, Newest(QUICKER)).observe(max(seconds, LEAST))
         record.tokens.observe(tokens)
         self._rounds += way is self.way
         for other in self._records.values():
