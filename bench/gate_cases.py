@@ -42,6 +42,8 @@ KERNELS = {
     "_warping_kernel": Meaning(streams=SCORES),
     "_rejection_kernel": Meaning(),
     "_compact_kernel": Meaning(),
+    "_matches_kernel": Meaning(),
+    "_continuation_kernel": Meaning(),
     "_extend_kernel": Meaning(),
     "_branch_kernel": Meaning(),
     "_commit_kernel": Meaning(),
@@ -75,7 +77,7 @@ FAST_PASSES = ((16, None), (64, None), (512, None))
 DTYPES = {torch.bfloat16: len(SHAPES), torch.float16: 2, torch.float32: 1}
 
 LAYER = ("qkv", "attention", "output", "gate and up", "down")
-CONTEXT = 512
+CONTEXT, LONG_CONTEXT = 512, 32768
 DRAFTED = 7
 LAYERS = 4
 NODES = 32
@@ -296,6 +298,14 @@ class Pass:
         yield Step(
             "commit", "commit, counted", 0, lambda: TRITON.commit(*ids[:3], draft, *ids[3:6], report, times=times)
         )
+        text, drafts = (
+            self.tensor(count, LONG_CONTEXT, dtype=torch.int32),
+            {"max_ngram": 3, "num_draft_tokens": DRAFTED},
+        )
+        yield Step("commit", "commit, text", 0, lambda: TRITON.commit(*ids[:3], draft, *ids[3:6], report, text=text))
+        for label, votes in (("lookup, newest", None), ("lookup, votes", 128)):
+            look_up = partial(TRITON.lookup, text, *ids[:2], votes=votes, **drafts)
+            yield Step("lookup", label, 0, look_up)
 
     def _linear(self, label: str, x: Tensor, weight: Matrix, **options: object) -> Step:
         return Step(

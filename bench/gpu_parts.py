@@ -27,7 +27,7 @@ from .op_cases import CASES, Side
 SEVERAL_ROWS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 32, 64, 144)
 # Of a norm-wise relative error: a few roundings of the dtype, the smallest of which is 2**-9 in bfloat16.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-DECODE_ONLY = ("head", "sample, verify", "reshape_logits, logprobs", "enter, extend, commit", "branch")
+DECODE_ONLY = ("head", "sample, verify", "reshape_logits, logprobs", "lookup", "enter, extend, commit", "branch")
 DRY_FIELDS = {"num_hidden_layers": 5}
 WARMED = ("autoregressive", "swift:skip_attention=2,num_draft_tokens=4,threshold=0")
 # Ways to choose tokens in captured rounds; and what runs in them, by the shape of the model it is for.
@@ -45,6 +45,9 @@ CAPTURED = {
         "swift:skip_attention=2+3,tree=true,acceptance=rejection",
         "swift:window=8,search_budget=1,max_opt_iter=2,restart_drop=0,num_draft_tokens=3,threshold=0",
         "layerskip:exit_layer=5",
+        "lookup",
+        "lookup:choose=likeliest,acceptance=rejection",
+        "auto:max_loss=1,search_budget=0",
         "unified:speedup=2",
         "clasp:interval=9,search_budget=1,threshold=0.1",
         "knapspec:interval=9,search_budget=1,window_rounds=2,threshold=0.1",

@@ -257,10 +257,11 @@ def bookkeeping(side: Side, config: ModelConfig, rows: int, tile: int | None) ->
     entry = side.ops.enter(token, some[1], some[2], alive, table, embedding, rope, **paging)
     value, total = (side.put(torch.randn(sequences, generator=generator)) for _ in range(2))
     turned = entry.rope or rope
+    text = side.put(torch.zeros(sequences, 3 * k, dtype=torch.int32))
     further = side.ops.extend(some[0], alive, some[1], some[2], value, total, side.put(torch.tensor(0.5)))
     state = [value.clone() for value in some[3:]]
     report = side.put(torch.zeros(sequences, k + 4, dtype=torch.int64))
-    side.ops.commit(some[0], some[1], some[2], draft, *state, report)
+    side.ops.commit(some[0], some[1], some[2], draft, *state, report, text=text)
     names = ("token", "position", "sequence", "real", "x")
     return {
         **{f"enter {name}": getattr(entry, name) for name in names},
@@ -270,6 +271,7 @@ def bookkeeping(side: Side, config: ModelConfig, rows: int, tile: int | None) ->
         **{f"extend {name}": value for name, value in further._asdict().items()},
         **{f"commit {name}": value for name, value in zip(("last", "length", "left"), state, strict=True)},
         "commit report": report,
+        "commit text": text,
     }
 
 
@@ -324,6 +326,20 @@ def shaping(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Out
     return {"scores": scores.masked_fill(none, 0), "forbidden": none, "logprobs": told.values, "likely": told.ids}
 
 
+def looking_up(side: Side, config: ModelConfig, rows: int, tile: int | None, context: int = 5000) -> Outputs:
+    """Texts of few letters and of many, so that matches are frequent or rare; every result must be equal."""
+    generator = torch.Generator().manual_seed(1)
+    letters = 2 + torch.arange(rows)[:, None] % 7 * 50
+    text = side.put((torch.rand(rows, context, generator=generator) * letters).int())
+    length = side.put(torch.randint(0, context, (rows,), generator=generator))
+    room = side.put(torch.arange(rows) % 11 - 1)
+    found = {
+        label: side.ops.lookup(text, length, room, max_ngram=4, num_draft_tokens=7, votes=votes)
+        for label, votes in (("newest", None), ("likeliest", 128))
+    }
+    return {f"{label} {name}": value for label, one in found.items() for name, value in one._asdict().items()}
+
+
 CASES: dict[str, Case] = {
     "normalise": norm,
     "linear": mlp,
@@ -334,6 +350,7 @@ CASES: dict[str, Case] = {
     "route": routing,
     "sample, verify": sampling,
     "reshape_logits, logprobs": shaping,
+    "lookup": looking_up,
     "enter, extend, commit": bookkeeping,
     "branch": trees,
 }

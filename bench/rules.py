@@ -173,10 +173,10 @@ def _weights(model: Model) -> dict[str, tuple[int, int]]:
 
 
 def _chain(bed: Bed) -> Timed:
-    rows, model, own = bed.rows(1), bed.model, launches(bed, 1)
+    chain, model, own = bed.chain(1), bed.model, launches(bed, 1)
 
     def run() -> object:
-        return model.forward(rows, bed.cache, model.full)
+        return model.forward(chain, bed.cache, model.full)
 
     return Timed(run, model.config.num_layers, sum(own[kernel].bytes for kernel in CHAIN))
 

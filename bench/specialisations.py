@@ -33,7 +33,7 @@ class BothIndexes:
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.triton, self.torch = TritonIndex(*args, **options), AttentionIndex(*args, **options)
-        self.tile = self.triton.tile
+        self.tile, self.width = self.triton.tile, self.triton.width
 
 
 class Specialisations:

@@ -21,6 +21,8 @@ FAR_FACTOR = 4
 BUSY_PROGRAMS = 128
 SCRATCH_BYTES = 1 << 28
 ROW_MAP_BLOCK = 1024
+LOOKUP_BLOCK = 1024
+LOOKUP_BLOCKS = 64
 
 LARGE_WEIGHT = 8192
 PROCESSORS = 132
@@ -72,6 +74,15 @@ class MergeRule(NamedTuple):
 
     lanes: int
     share: int
+    warps: int
+
+
+class LookupRule(NamedTuple):
+    """Parameters of a lookup: positions of a block, blocks a text has at most, places kept of each, launch."""
+
+    block: int
+    blocks: int
+    kept: int
     warps: int
 
 
@@ -255,6 +266,13 @@ def merge_rule(blocks: int, kept: int, arch: int) -> MergeRule:
     lanes = 1024 if arch else 8
     share = -(-blocks // lanes) * kept
     return MergeRule(lanes, 1 << (share - 1).bit_length(), warps=4)
+
+
+def lookup_rule(capacity: int, votes: int | None) -> LookupRule:
+    """Blocks of one size for texts of up to 64 Ki tokens, larger ones for longer texts: never more than 64 of them."""
+    block = max(LOOKUP_BLOCK, 1 << (-(-capacity // LOOKUP_BLOCKS) - 1).bit_length())
+    kept = max(16, 1 << ((votes or 1) - 1).bit_length())
+    return LookupRule(block, LOOKUP_BLOCKS, kept, warps=8 if kept >= 128 else 4)
 
 
 @cache

@@ -9,9 +9,18 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from . import packed, reference, reference_logits, reference_rounds, reference_routes, reference_verify, tiles
+from . import (
+    packed,
+    reference,
+    reference_logits,
+    reference_lookup,
+    reference_rounds,
+    reference_routes,
+    reference_verify,
+    tiles,
+)
 from .attention_index import AttentionIndex, Index
-from .values import Drafted, Entry, Heads, Logprobs, Matrix, Prediction, Route, RowMap, Split, Stack, Verdict
+from .values import Drafted, Entry, Found, Heads, Logprobs, Matrix, Prediction, Route, RowMap, Split, Stack, Verdict
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ class Ops:
     verify: Callable[..., Verdict]
     verify_rejection: Callable[..., Verdict]
     compact: Callable[..., None]
+    lookup: Callable[..., Found]
     extend: Callable[..., Drafted]
     branch: Callable[..., None]
     commit: Callable[..., None]
@@ -111,6 +121,7 @@ TORCH = Ops(
     verify=reference_verify.verify,
     verify_rejection=reference_verify.verify_rejection,
     compact=reference_verify.compact,
+    lookup=reference_lookup.lookup,
     extend=reference_rounds.extend,
     branch=reference_rounds.branch,
     commit=reference_rounds.commit,

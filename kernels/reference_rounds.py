@@ -87,6 +87,7 @@ def commit(
     path: Tensor | None = None,
     depth: Tensor | None = None,
     times: Tensor | None = None,
+    text: Tensor | None = None,
 ) -> None:
     """What a verdict does to the sequences, in place, and what the host is told of it.
 
@@ -95,7 +96,8 @@ def commit(
     how deep every row lies. A sequence with tokens `left` int64 [S] has `token` as its `last`, accepted + 1 tokens more
     in `length` and as many less `left`; one without is as before. report int64 [S, n + 4]: accepted, -1 for one
     without, count, the depth of the draft, token, and the first n ≤ k tokens of the draft, of a tree's accepted path.
-    times int32 [S, V] counts those accepted + 1 tokens.
+    times int32 [S, V] counts those accepted + 1 tokens; they follow in text int32 [S, capacity], whose last one is at
+    `length`.
     """
     alive = left > 0
     accepted, deepest = torch.where(alive, accepted, -1), count
@@ -107,6 +109,11 @@ def commit(
     told = draft[:, : report.shape[1] - 4]
     report.copy_(torch.cat([torch.stack([accepted, count, deepest, token], dim=1), told], dim=1))
     last.copy_(torch.where(alive, token, last))
+    if text is not None:
+        new = torch.cat([draft, token[:, None]], dim=1).scatter(1, accepted.clamp(min=0)[:, None], token[:, None])
+        offset = torch.arange(text.shape[1], device=text.device) - length[:, None] - 1
+        mine = (offset >= 0) & (offset <= accepted[:, None])
+        text.copy_(torch.where(mine, new.gather(1, offset.clamp(0, draft.shape[1])), text))
     length.add_(accepted + 1)
     left.sub_(accepted + 1)
     if times is not None:

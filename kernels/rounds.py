@@ -83,7 +83,7 @@ def extend(
 
 
 @triton.jit(
-    do_not_specialize=["k", "told", "stride_draft", "stride_times"],
+    do_not_specialize=["k", "told", "stride_draft", "stride_times", "capacity"],
     do_not_specialize_on_alignment=[
         "accepted_ptr",
         "token_ptr",
@@ -106,10 +106,12 @@ def _commit_kernel(
     path_ptr,
     depth_ptr,
     times_ptr,
+    text_ptr,
     stride_draft,
     stride_times,
     k,
     told,
+    capacity,
     NODES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -117,7 +119,7 @@ def _commit_kernel(
 
     report [S, told + 4]: accepted, -1 where nothing was left, count, depth, token, draft, of a tree its rows path[1:];
     draft [S, k]; path, depth [S, k + 1] or None, a chain; the rest [S]; all int64. times int32 [S, V]: + 1 for each of
-    the accepted + 1 tokens.
+    the accepted + 1 tokens; text int32 [S, capacity]: those from length + 1 on.
     """
     pid_s = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, NODES)
@@ -143,7 +145,12 @@ def _commit_kernel(
     tl.store(report_ptr + 3, token)
     tl.store(report_ptr + 4 + offs, draft, mask=mask)
     tl.store(last_ptr + pid_s, tl.where(alive, token, tl.load(last_ptr + pid_s)))
-    tl.store(length_ptr + pid_s, tl.load(length_ptr + pid_s) + accepted + 1)
+    length = tl.load(length_ptr + pid_s)
+    if text_ptr is not None:
+        text_ptr += pid_s * capacity + length + 1
+        tl.store(text_ptr + offs, draft, mask=offs < accepted)
+        tl.store(text_ptr + accepted, token, mask=alive)
+    tl.store(length_ptr + pid_s, length + accepted + 1)
     tl.store(left_ptr + pid_s, left - accepted - 1)
     if times_ptr is not None:
         given = tl.where(offs < accepted, draft, token)
@@ -163,6 +170,7 @@ def commit(
     path: Tensor | None = None,
     depth: Tensor | None = None,
     times: Tensor | None = None,
+    text: Tensor | None = None,
 ) -> None:
     """What a verdict does to the sequences, in place, and what the host is told of it.
 
@@ -171,7 +179,8 @@ def commit(
     how deep every row lies. A sequence with tokens `left` int64 [S] has `token` as its `last`, accepted + 1 tokens more
     in `length` and as many less `left`; one without is as before. report int64 [S, n + 4]: accepted, -1 for one
     without, count, the depth of the draft, token, and the first n ≤ k tokens of the draft, of a tree's accepted path.
-    times int32 [S, V] counts those accepted + 1 tokens.
+    times int32 [S, V] counts those accepted + 1 tokens; they follow in text int32 [S, capacity], whose last one is at
+    `length`.
     """
     k = draft.shape[1]
     draft = draft if k == 0 or draft.stride(1) == 1 else draft.contiguous()
@@ -187,10 +196,12 @@ def commit(
         None if path is None else path.contiguous(),
         None if depth is None else depth.contiguous(),
         times,
+        text,
         draft.stride(0),
         0 if times is None else times.stride(0),
         k,
         report.shape[1] - 4,
+        0 if text is None else text.shape[1],
         NODES=max(16, 1 << k.bit_length()),
         PDL=launch.dependent(launch.architecture()),
         **launch.options(1, 1),

@@ -13,6 +13,7 @@ from .fill import fill_kv
 from .head import head
 from .linear import linear, logits, prepare, prepare_split, prepare_stack
 from .logits import logprobs, reshape_logits
+from .lookup import lookup
 from .norm import normalise
 from .ops import Ops
 from .packed import take_rows
@@ -67,6 +68,7 @@ TRITON = Ops(
     verify=verify,
     verify_rejection=verify_rejection,
     compact=compact,
+    lookup=lookup,
     extend=extend,
     branch=branch,
     commit=commit,

@@ -204,6 +204,13 @@ class Verdict(NamedTuple):
     path: Tensor
 
 
+class Found(NamedTuple):
+    """Draft tokens int64 [S, k], of which the first drafted int64 [S] of each sequence are real."""
+
+    tokens: Tensor
+    drafted: Tensor
+
+
 class RowMap(NamedTuple):
     """For each of L layers the active rows, gathered: row int32 [L, R], ascending, -1 after the first count [L]."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from ..kernels.host import ints
 from ..kernels.values import Verdict
 from .rows import Chains, Lineage, Rows
 from .sequence import Sequence
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
 
 
 class Exit(NamedTuple):
@@ -45,7 +48,10 @@ class Draft(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """What a round came to for each of S sequences: draft tokens, those accepted, tokens emitted; seconds."""
+    """What a round came to for each of S sequences: draft tokens, those accepted, tokens emitted; seconds.
+
+    `recipe` is that of a round the device ran alone, which is `changed` if the one before was of another.
+    """
 
     sequences: list[Sequence]
     drafted: list[int]
@@ -53,6 +59,8 @@ class Tally(NamedTuple):
     emitted: list[int]
     draft_s: float
     verify_s: float
+    recipe: Recipe | None = None
+    changed: bool = False
 
 
 class Round(NamedTuple):

@@ -92,6 +92,8 @@ class RoundGraph:
         for row, sequence in enumerate(sequences):
             if (memory := method.memory(sequence)) is not None:
                 self.state.memory[row] = memory
+            if self.state.text is not None:
+                self.state.text[row, : len(sequence.tokens)] = torch.tensor(sequence.tokens, dtype=torch.int32)
         self.state.left.copy_(torch.cat([batch.room + 1, torch.zeros(idle, dtype=torch.int64, device=batch.device)]))
         self.state.block_table[: len(sequences), : batch.block_table.shape[1]] = batch.block_table
         if self.recipe.sampled:
@@ -212,8 +214,11 @@ class Graphs:
     @staticmethod
     def key(recipe: Recipe, sequences: list[Sequence]) -> Key:
         """What `take` looks for."""
-        count = next(size for size in SEQUENCES if size >= len(sequences))
-        return recipe, count, 1 << (max(len(sequence.pages) for sequence in sequences) - 1).bit_length()
+        return (
+            recipe,
+            graph_size(len(sequences)),
+            1 << (max(len(sequence.pages) for sequence in sequences) - 1).bit_length(),
+        )
 
     def _take(self, key: Key) -> RoundGraph:
         idle = self._idle.setdefault(key, [])
@@ -246,6 +251,8 @@ class Rounds:
         self._mask: LayerPlan | None = None
         self._threshold: float | None = None
         self._limit: int | None = None
+        self._served: Recipe | None = None
+        self._changed = False
         self._since = 0.0
 
     def advance(self, running: list[Sequence]) -> list[list[Piece]] | None:
@@ -266,11 +273,12 @@ class Rounds:
         if self._graph is None:
             self._graph, self._members = self._graphs.take(recipe, running), list(running)
             self._mask = self._threshold = self._limit = None
+            self._served, self._changed = recipe, self._served not in (None, recipe)
             self._graph.load(running, self._method)
         while self._graph.pending <= AHEAD:
             self._steer(self._graph)
             self._graph.enqueue()
-            self._plans.append(self._method.plan)
+            self._plans.append(self._method.plan if self._graph.recipe.masked else self._graph.recipe.plan)
         read = self._read(self._graph)
         return [read[id(sequence)] for sequence in running]
 
@@ -283,13 +291,22 @@ class Rounds:
         self._plans.clear()
 
     def _at_hand(self, recipe: Recipe, running: list[Sequence]) -> Recipe:
-        """The recipe, or while its graph is still to be built the masked one, which serves every skip set."""
+        """The recipe, or while its graph is still to be built another that serves as well.
+
+        That is the masked one, which serves every skip set, or the one that is serving.
+        """
         masked, serving = recipe.any_set, self._graph.key if self._graph else None
-        if masked is None or masked == recipe or serving == self._graphs.key(recipe, running):
+        if serving == self._graphs.key(recipe, running):
             return recipe
-        if serving != self._graphs.key(masked, running) and not self._graphs.has(masked, running):
+        if masked is not None and masked != recipe and self._graphs.has(masked, running):
+            other = masked
+        elif self._graph is not None and serving == self._graphs.key(self._graph.recipe, running):
+            other = self._graph.recipe
+        else:
             return recipe
-        return recipe if self._graphs.expect(recipe, running) else masked
+        if other.sampled != recipe.sampled:
+            return recipe
+        return recipe if self._graphs.expect(recipe, running) else other
 
     def _steer(self, graph: RoundGraph) -> None:
         """Tell the device what the method has changed since the last round."""
@@ -324,7 +341,7 @@ class Rounds:
         for _, sequence in running:
             sequence.enter(self._method.phase())
         if graph.recipe.steps is None:
-            pieces, searched = self._speculated(running, report, plan, seconds)
+            pieces, searched = self._speculated(running, report, graph.recipe, plan, seconds)
         else:
             pieces, searched = self._decoded(running, report, graph.recipe.steps), 0.0
         for row, sequence in running:
@@ -336,7 +353,7 @@ class Rounds:
         return {id(sequence): pieces.get(id(sequence), []) for sequence in self._members}
 
     def _speculated(
-        self, running: list[tuple[int, Sequence]], report: Tensor, plan: LayerPlan, seconds: float
+        self, running: list[tuple[int, Sequence]], report: Tensor, recipe: Recipe, plan: LayerPlan, seconds: float
     ) -> tuple[dict[int, list[Piece]], float]:
         """What `device_round` gave the sequences still `running`, by their rows, and the seconds the method took."""
         pieces: dict[int, list[Piece]] = {}
@@ -352,7 +369,8 @@ class Rounds:
         if not told:
             return pieces, 0.0
         members, drafts, accepts, emits = (list(column) for column in zip(*told, strict=True))
-        tally = Tally(members, drafts, accepts, emits, 0.0, seconds)
+        tally = Tally(members, drafts, accepts, emits, 0.0, seconds, recipe, self._changed)
+        self._changed = False
         return pieces, self._method.count(self._model, self._cache, tally)
 
     def _decoded(self, running: list[tuple[int, Sequence]], report: Tensor, steps: Steps) -> dict[int, list[Piece]]:
@@ -368,6 +386,11 @@ class Rounds:
                 count(sequence, self._model.config, ran / 2, most if steps.whole else None)
                 sequence.counters.graph_rounds += 1
         return pieces
+
+
+def graph_size(sequences: int) -> int:
+    """The number of sequences of the graph that serves so many."""
+    return next(size for size in SEQUENCES if size >= sequences)
 
 
 @cache

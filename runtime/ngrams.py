@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable
+from heapq import heappop, heappush, nlargest
+from itertools import islice
 from typing import NamedTuple
 
 # Between texts that do not follow each other: no token.
 GAP = -1
 # How much more an occurrence counts for every further token that matches, and for belonging to the text itself.
 LONGER, OWN = 4.0, 10.0
-# Occurrences of the last token that are looked at, the newest ones: some tokens stand everywhere.
+# Occurrences that vote: some tokens stand everywhere.
 MOST = 128
 
 
@@ -27,15 +28,21 @@ class Text:
             self._places.setdefault(token, []).append(len(self.tokens))
             self.tokens.append(token)
 
-    def ends(self, text: Text, max_ngram: int) -> list[tuple[int, int]]:
+    def ends(self, text: Text, max_ngram: int, most: int) -> list[tuple[int, int]]:
         """Where the last token of `text` stands before the end of this text, or anywhere in another one.
 
-        Each place with the number of tokens up to it that match, at most `max_ngram`.
+        Each place after the number of tokens up to it that match, at most `max_ngram`: the `most` longest matches, of
+        equally long ones the newest, in this order.
         """
-        places = self._places.get(text.tokens[-1], [])[-MOST - 1 :]
-        if self is text:
-            places = places[:-1]
-        return [(place, self._match(place, text.tokens, max_ngram)) for place in places[-MOST:]]
+        found, whole = list[tuple[int, int]](), 0
+        places = self._places.get(text.tokens[-1], [])
+        for place in islice(reversed(places), 1 if self is text else 0, None):
+            length = self._match(place, text.tokens, max_ngram)
+            found.append((length, place))
+            whole += length == max_ngram
+            if whole == most:
+                break
+        return nlargest(most, found)
 
     def _match(self, place: int, tokens: list[int], most: int) -> int:
         length, most = 1, min(most, len(tokens), place + 1)
@@ -79,10 +86,10 @@ def newest(text: Text, max_ngram: int, count: int) -> Guess:
 
     Where the text runs out before, it is taken to repeat from the match on. The n-gram has at most `max_ngram` tokens.
     """
-    found = text.ends(text, max_ngram)
+    found = text.ends(text, max_ngram, 1)
     if not found:
         return Guess(0, [], [])
-    place, length = max(found, key=lambda end: (end[1], end[0]))
+    length, place = found[0]
     follows = text.tokens[place + 1 :]
     return Guess(length, [follows[i % len(follows)] for i in range(count)], list(range(count)))
 
@@ -92,16 +99,17 @@ _Votes = list[tuple[Text, int, float]]
 
 
 def likeliest(text: Text, max_ngram: int, count: int, memory: Text | None = None, *, tree: bool = False) -> Guess:
-    """What followed all earlier occurrences of the last n-gram and of its endings, as a vote: at most `count` nodes.
+    """What followed earlier occurrences of the last n-gram and of its endings, as a vote: at most `count` nodes.
 
-    An occurrence has a weight of `LONGER` to the number of tokens that match, at most `max_ngram`, and in the text
-    itself `OWN` times that in `memory`, texts of other requests with a `GAP` between them. A child's chance is its
-    parent's times its share of the weight, of which `OWN` is set aside for what was never seen. A chain goes on with
-    the heaviest child; a tree takes the node of the highest chance that is left, wherever it is.
+    The `MOST` longest matches vote, of equally long ones the newest, and as many in `memory`, texts of other requests
+    with a `GAP` between them. One has a weight of `LONGER` to the number of tokens that match, at most `max_ngram`, and
+    in the text itself `OWN` times that in `memory`. A child's chance is its parent's times its share of the weight, of
+    which `OWN` is set aside for what was never seen. A chain goes on with the heaviest child; a tree takes the node of
+    the highest chance that is left, wherever it is.
     """
     longest, votes = 0, _Votes()
     for source, worth in ((memory, 1.0), (text, OWN)):
-        for place, length in source.ends(text, max_ngram) if source is not None else ():
+        for length, place in source.ends(text, max_ngram, MOST) if source is not None else ():
             longest = max(longest, length)
             votes.append((source or text, place, worth * LONGER ** (length - 1)))
     tokens, parent = list[int](), list[int]()
@@ -119,11 +127,11 @@ def likeliest(text: Text, max_ngram: int, count: int, memory: Text | None = None
         for token in sorted(sums, key=lambda token: (-sums[token], token))[: count if tree else 1]:
             if token != GAP:
                 share = chance * (sums[token] / total)
-                heapq.heappush(open_nodes, (-share, len(tokens), token, row, below[token]))
+                heappush(open_nodes, (-share, len(tokens), token, row, below[token]))
 
     expand(0, 1.0, votes)
     while open_nodes and len(tokens) < count:
-        chance, _, token, row, votes = heapq.heappop(open_nodes)
+        chance, _, token, row, votes = heappop(open_nodes)
         tokens.append(token)
         parent.append(row)
         expand(len(tokens), -chance, votes)

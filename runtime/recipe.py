@@ -43,6 +43,15 @@ class Steps:
 
 
 @dataclass(frozen=True)
+class Ngrams:
+    """A draft from the text so far, by matches of at most `longest` tokens; see `ngrams.newest` and, with so many
+    `votes`, `ngrams.likeliest`."""
+
+    longest: int
+    votes: int | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What fixes the shapes and the kernels of a round.
 
@@ -53,7 +62,8 @@ class Recipe:
     streams of the draft, whose plan is an early exit. `rejection`: drafts are sampled, with noise of their own, and
     accepted by rejection sampling. Drafts come from the first `vocabulary` tokens, 0 being all. With `max_nodes` they
     are trees of up to so many tokens, a depth a step; 0 are chains.
-    With `steps` nothing is drafted: they are a lossy policy's.
+    With `ngrams` the draft comes from the text so far and no pass is run for it; with `steps` nothing is drafted: they
+    are a lossy policy's.
 
     `reshaped`: penalties, a bias or a minimum length change the logits. `logprobs`: the report tells the probability of
     every token and of so many most likely ones. With either, greedy tokens are `sampled` at a temperature of 0.
@@ -70,6 +80,7 @@ class Recipe:
     rejection: bool = False
     vocabulary: int = 0
     max_nodes: int = 0
+    ngrams: Ngrams | None = None
     steps: Steps | None = None
     reshaped: bool = False
     logprobs: int | None = None
@@ -89,6 +100,6 @@ class Recipe:
     @property
     def any_set(self) -> Recipe | None:
         """The recipe that drafts with the same skip set as a mask; None where there is no such set."""
-        if not self.num_draft_tokens or self.reuse or self.plan.span != self.target.span:
+        if not self.num_draft_tokens or self.ngrams or self.reuse or self.plan.span != self.target.span:
             return None
         return replace(self, plan=self.target, masked=True)

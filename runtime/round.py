@@ -16,7 +16,7 @@ from .cache import KVCache
 from .methods.base import no_draft
 from .methods.drafting import FIRST_DRAFT_STREAM, WIDTHS, siblings
 from .model import Model
-from .recipe import Recipe, Steps
+from .recipe import Ngrams, Recipe, Steps
 from .reshaping import neutral
 from .rows import Lineage
 from .sampling import Drawn, before, draw
@@ -28,11 +28,11 @@ class State(NamedTuple):
 
     last, length, prompt int64 [S] as in Batch; left int64 [S] tokens that may still be appended; block_table int64
     [S, W]; mask bool [2L], the sub-layers that draft; threshold float32 []; limit int64 [], the longest draft;
-    sampling, [S] each; memory [S, …], what the recipe's steps remember. The report is int64 [S, k + 4]: accepted (-1:
-    the sequence did not run), drafted, the depth of the draft, the token after the accepted ones, and the k draft
-    tokens, of a tree those of its accepted path; or [S, steps, 2]: of each step the token and the sub-layers that ran
-    (-1: the sequence did not). With it go the logprobs [S, k + 1 or steps, …] of the tokens. `reshaping` and `logprobs`
-    are there if the recipe has them.
+    sampling, [S] each; memory [S, …], what the recipe's steps remember; text int32 [S, C], the tokens so far where
+    drafts come from them. The report is int64 [S, k + 4]: accepted (-1: the sequence did not run), drafted, the depth
+    of the draft, the token after the accepted ones, and the k draft tokens, of a tree those of its accepted path; or
+    [S, steps, 2]: of each step the token and the sub-layers that ran (-1: the sequence did not). With it go the
+    logprobs [S, k + 1 or steps, …] of the tokens. `reshaping` and `logprobs` are there if the recipe has them.
     """
 
     last: Tensor
@@ -45,6 +45,7 @@ class State(NamedTuple):
     limit: Tensor
     sampling: Sampling
     memory: Tensor
+    text: Tensor | None
     report: Tensor
     reshaping: Reshaping | None
     logprobs: Logprobs | None
@@ -74,6 +75,7 @@ class State(NamedTuple):
             zeros(),
             Sampling(temperature, top_p, min_p, zeros(sequences), zeros(sequences)),
             steps.memory(model, sequences),
+            zeros(sequences, pages * model.ops.page_size, dtype=torch.int32) if recipe.ngrams else None,
             zeros(sequences, *report),
             neutral(sequences, vocabulary, model.device) if recipe.reshaped else None,
             logprobs,
@@ -129,6 +131,7 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
             None if lineage is None else verdict.path,
             None if lineage is None else lineage.depth,
             None if state.reshaping is None else state.reshaping.times,
+            state.text,
         )
 
 
@@ -156,15 +159,25 @@ def device_steps(model: Model, cache: KVCache, state: State, steps: Steps, sampl
 
 
 def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Recipe) -> tuple[Draft, Lineage | None]:
-    """A chain, or a tree and where its rows stand, of `num_draft_tokens` steps.
+    """A chain from the text, or a chain or tree, and where its rows stand, of `num_draft_tokens` steps.
 
     A sequence that has stopped drafting has no rows in the rest of them.
     """
     if not recipe.num_draft_tokens:
         return no_draft(batch), None
+    if recipe.ngrams is not None and state.text is not None:
+        return _looked_up(model, batch, state.text, recipe.ngrams, recipe.num_draft_tokens), None
     if recipe.max_nodes:
         return _tree(model, cache, batch, state, recipe)
     return _chain(model, cache, batch, state, recipe), None
+
+
+def _looked_up(model: Model, batch: Batch, text: Tensor, ngrams: Ngrams, count: int) -> Draft:
+    with model.mark("draft", len(batch), 0, 0):
+        found = model.ops.lookup(
+            text, batch.length, batch.room, max_ngram=ngrams.longest, num_draft_tokens=count, votes=ngrams.votes
+        )
+    return Draft(*found)
 
 
 def _chain(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Recipe) -> Draft:

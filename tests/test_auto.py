@@ -265,3 +265,16 @@ def test_reports_say_what_was_predicted_and_what_came(synthetic: Callable[..., E
         assert sum(event["why"].values()) == sum(event["rounds"].values())
         assert min(event[f"{name}_tokens_per_s"] for name in ("predicted", "measured", "plain")) > 0
     assert decisions[-1]["tokens"] == 80
+
+
+def test_every_request_is_told_its_own_decisions(synthetic: Callable[..., Engine]) -> None:
+    """Also those after requests in which the search had something to tell."""
+    engine, searched = synthetic("tiny", torch.float32, 0.1), 0
+    for tokens in (90, 40, 70):
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        stats = engine.generate([7] * 3, params, method="auto:search_budget=0.5,remember=0").stats
+        decisions = [event for event in stats.events if event["kind"] == "decision"]
+        assert sum(sum(event["rounds"].values()) for event in decisions) == stats.rounds
+        assert decisions[-1]["tokens"] == tokens
+        searched += len(stats.events) - len(decisions)
+    assert searched > 0

@@ -48,8 +48,8 @@ def test_steps_of_a_policy_are_measured_too(engine: Engine) -> None:
 
 
 def test_a_method_the_host_steers_is_refused(engine: Engine) -> None:
-    with pytest.raises(RequestError, match=r"--method.*lookup"):
-        host.measure(engine, "lookup", 1, 20)
+    with pytest.raises(RequestError, match=r"--method.*lookup:choose"):
+        host.measure(engine, "lookup:choose=likeliest,remember=9", 1, 20)
 
 
 def test_the_command_writes_a_result_that_the_tables_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,12 +16,13 @@ from skipjack.runtime.cache import KVCache
 from skipjack.runtime.graphs import AHEAD
 from skipjack.runtime.model import Model
 from skipjack.runtime.plan import LayerPlan
-from skipjack.runtime.recipe import Recipe
+from skipjack.runtime.recipe import Ngrams, Recipe
 from skipjack.runtime.request import Output
 from skipjack.runtime.round import State, device_round
 
 PROMPTS = [[5, 9, 11, 300], [7], list(range(20, 50))]
 FIXED = "swift:skip_attention=2+3,num_draft_tokens=4"
+REMEMBERING = "lookup:choose=likeliest,remember=100"
 METHODS = [
     "autoregressive",
     f"{FIXED},threshold=0",
@@ -44,6 +45,39 @@ def device() -> Engine:
     """The model of `synthetic("tiny", …, 0.1)` whose rounds run on the device alone."""
     config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
     return Engine(config, synthetic_weights(config, 0, torch.float32, 0.1), graphs=True)
+
+
+LOOKUPS = [
+    "lookup",
+    "lookup:num_draft_tokens=12,max_ngram=1",
+    "lookup:acceptance=rejection",
+    "lookup:choose=likeliest,max_ngram=4",
+    "lookup:choose=likeliest,acceptance=rejection",
+]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("method", LOOKUPS)
+def test_drafts_from_the_text_are_those_of_the_host(
+    synthetic: Callable[..., Engine], told: Callable[[Output], Any], method: str, temperature: float
+) -> None:
+    """Of few letters, so that there is something to find, in a batch whose sequences end at different times."""
+    host = synthetic("tiny", torch.float32, 0.1, vocab=24)
+    prompts = [[3, 4, 5, 6] * 5, [7], [*range(3, 20), 3, 4], [5] * 60]
+    params = SamplingParams(max_tokens=32, temperature=temperature, seed=4, ignore_eos=True)
+    ends = (host.generate(prompts[0], params).token_ids[9],)
+    weights = synthetic_weights(host.config, 0, torch.float32, 0.1)
+    with Engine(host.config, weights, graphs=True) as engine:
+        for stops in ((), ends):
+            params = replace(params, stop_token_ids=stops)
+            expected = host.generate(prompts, params, method=method)
+            outputs = engine.generate(prompts, params, method=method)
+            assert [told(output) for output in outputs] == [told(output) for output in expected]
+            assert all(output.stats.graph_rounds == output.stats.rounds for output in outputs)
+            assert sum(output.stats.accepted for output in outputs) > 0
+            if "rejection" not in method:
+                plain = [output.token_ids for output in host.generate(prompts, params)]
+                assert [output.token_ids for output in outputs] == plain
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -93,7 +127,7 @@ def test_a_search_goes_on_while_the_device_drafts_by_its_mask(synthetic: Callabl
 
 
 def test_what_the_host_must_see_is_left_to_it(device: Engine) -> None:
-    output = device.generate(PROMPTS[0], SamplingParams(max_tokens=12, ignore_eos=True), method="lookup")
+    output = device.generate(PROMPTS[0], SamplingParams(max_tokens=12, ignore_eos=True), method=REMEMBERING)
     assert output.stats.graph_rounds == 0
 
 
@@ -152,10 +186,11 @@ def test_requests_at_the_same_time_have_graphs_of_their_own(device: Engine) -> N
     assert got == expected
 
 
-def test_a_context_that_is_full_ends_the_request(synthetic: Callable[..., Engine], device: Engine) -> None:
+@pytest.mark.parametrize("method", [f"{FIXED},threshold=0", "lookup"])
+def test_a_context_that_is_full_ends_the_request(synthetic: Callable[..., Engine], device: Engine, method: str) -> None:
     prompt = [(7 * i) % 500 + 3 for i in range(device.config.max_context - 6)]
     params = SamplingParams(max_tokens=40, ignore_eos=True)
-    output = device.generate(prompt, params, method=f"{FIXED},threshold=0")
+    output = device.generate(prompt, params, method=method)
     assert (len(output.token_ids), output.finish_reason) == (6, "length")
     assert output.token_ids == synthetic("tiny", torch.float32, 0.1).generate(prompt, params).token_ids
 
@@ -174,6 +209,8 @@ def test_a_round_asks_the_host_nothing(questions: Any, sampled: bool) -> None:
         Recipe(full, full, 2, masked=True, confident=True, sampled=sampled),
         Recipe(full, full.early_exit(1), 2, reuse=True, sampled=sampled),
         Recipe(full, full, 2, masked=True, limited=True, sampled=sampled),
+        Recipe(full, full, 2, sampled=sampled, ngrams=Ngrams(3)),
+        Recipe(full, full, 2, sampled=sampled, rejection=sampled, ngrams=Ngrams(3, 128)),
         *([Recipe(full, full, 2, confident=True, sampled=True, rejection=True)] if sampled else []),
     ]
     for recipe in recipes:
@@ -185,7 +222,8 @@ def test_a_round_asks_the_host_nothing(questions: Any, sampled: bool) -> None:
         assert questions.asked == []
         accepted, drafted = state.report[0, :2].tolist()
         assert 0 <= accepted <= drafted <= 2
-        assert recipe.confident or drafted == (1 if recipe.limited else 2)
+        # A text of one token has nothing to look up.
+        assert recipe.confident or drafted == (0 if recipe.ngrams else 1 if recipe.limited else 2)
         assert (state.left.tolist(), state.length.tolist()) == ([8 - accepted, 0], [accepted + 1, 0])
         assert state.report[1, 0] == -1, "a place no sequence has does not run"
 

@@ -122,7 +122,21 @@ def test_a_text_that_grows_is_known_as_one_that_was_there_at_once() -> None:
     for at, token in enumerate(tokens):
         text.extend([token])
         assert likeliest(text, 4, 7) == likeliest(Text(tokens[: at + 1]), 4, 7)
-    assert len(text.ends(text, 4)) <= MOST
+
+
+def test_the_longest_matches_vote_and_of_equally_long_ones_the_newest() -> None:
+    draw = random.Random(6)
+    for _ in range(100):
+        tokens = [draw.randrange(3) for _ in range(draw.randrange(1, 60))]
+        places = []
+        for at in range(len(tokens) - 1):
+            n = 0
+            while n < min(3, at + 1) and tokens[at - n] == tokens[-1 - n]:
+                n += 1
+            places += [(n, at)] * (n > 0)
+        text = Text(tokens)
+        for most in (1, 5, 100):
+            assert text.ends(text, 3, most) == sorted(places, reverse=True)[:most]
 
 
 LIKELIEST = "lookup:choose=likeliest,max_ngram=4"

@@ -29,6 +29,7 @@ from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 
 CHAIN = "swift:skip_attention=1,num_draft_tokens=4,threshold=0"
 LONG = "layerskip:exit_layer=1,num_draft_tokens"
+VOTES = "lookup:choose=likeliest,acceptance=rejection"
 SEARCH = "swift:window=20,search_budget=1,max_opt_iter=3"
 CYCLES = {"num_hidden_layers": 3, "num_thinking_layers": 2, "num_decoding_layers": 1}
 FLEXIDEPTH = ("flexidepth", "flexidepth:kv=none")
@@ -75,6 +76,7 @@ TRIALS = {
     "rejection": Trial("tiny-llama", methods=(f"{CHAIN},acceptance=rejection",), fields=SMALL),
     "rejection of trees": Trial("tiny-llama", methods=(f"{CHAIN},tree=true,acceptance=rejection",), fields=SMALL),
     "lookup": Trial("tiny-llama", methods=("lookup:choose=likeliest,tree=true,acceptance=rejection",), fields=SMALL),
+    "lookup on the device": Trial("tiny-llama", methods=("lookup", VOTES), fields=SMALL),
     "search": Trial("tiny-llama", methods=(SEARCH,), fields=SMALL | {"num_hidden_layers": 4}, sequences=1),
     "search by trees": Trial(
         "tiny-llama",
@@ -84,7 +86,7 @@ TRIALS = {
     ),
     "programmes": Trial("tiny-llama", methods=("clasp", "knapspec:search_budget=1"), fields={"num_hidden_layers": 3}),
     "exits": Trial("tiny-qwen2", methods=("del:search_budget=1",), fields={"num_hidden_layers": 3}),
-    "auto": Trial("tiny-llama", own="auto", fields=SMALL),
+    "auto": Trial("tiny-llama", own="auto:max_loss=1", fields=SMALL),
     "biases": Trial("tiny-bloom", methods=(CHAIN,), fields={"n_layer": 2, "vocab_size": 203}, dtype=torch.float32),
     "filled layers": Trial("tiny-llama", methods=("static:skip=1,kv=fill",), fields=SMALL),
     "merged layers": Trial("tiny-llama", own="laco:base=0,followers=1", fields={"num_hidden_layers": 3}),

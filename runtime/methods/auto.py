@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
 from ...kernels.host import ints
-from ..batch import Batch, Draft, Round
+from ..batch import Batch, Draft, Round, Tally
 from ..cache import KVCache
 from ..costs import Clock, Costs, Ledger, calibrate, expected_tokens
 from ..errors import RequestError
+from ..graphs import graph_size
 from ..model import Model
-from ..ngrams import Guess, Memory, likeliest
+from ..ngrams import MOST, Guess, Memory, likeliest
 from ..plan import LayerPlan
+from ..recipe import Ngrams, Recipe
+from ..sequence import Sequence
 from . import swift
-from .base import Method, no_draft
+from .account import Account
+from .base import Method, no_draft, sampled
 from .drafting import Drafting, acceptance, grow, sift
 from .lookup import lay_out, remember, text_of
+from .stretches import LONGEST_WAIT, WAIT, Stretches, Way
 
 PLAIN, LOOKUP, SKIP, CASCADE = "plain", "lookup", "skip set", "cascade"
-# Rounds between two reports of what was decided, and those a losing kind of draft waits, at first and at most.
-REPORT, WAIT, LONGEST_WAIT = 32, 32, 1024
+# Until the device has told: what verifying a draft costs in rounds of plain decoding, and the tokens a lookup gives.
+VERIFY, LOOKED_UP, RATE = 1.1, 1.6, 0.8
 
 
 @dataclass(frozen=True)
@@ -105,21 +109,12 @@ class Choice:
         return self.tokens / self.seconds
 
 
-@dataclass
-class Account:
-    """What was decided over some rounds, and what came of it."""
-
-    rounds: Counter[str] = field(default_factory=Counter[str])
-    reasons: Counter[str] = field(default_factory=Counter[str])
-    plain_s: float = 0.0
-    predicted_s: float = 0.0
-    predicted_tokens: float = 0.0
-    seconds: float = 0.0
-    tokens: int = 0
-
-
 class Auto(Method):
-    """Every round goes to what the cost model predicts is fastest, as far as the ledger covers its worst outcome."""
+    """Every round goes to what is predicted to be fastest, as far as the ledger covers its worst outcome.
+
+    A round that the host steers goes by the cost model and the guess at hand; rounds that the device runs alone are
+    decided on by the stretch, from the reports that come late.
+    """
 
     name = "auto"
 
@@ -132,8 +127,11 @@ class Auto(Method):
             num_layers,
         )
         self._ledger = Ledger(options.max_loss)
+        self._stretches = Stretches(self._ways(num_layers), self._ledger)
+        # The way of the rounds the device runs alone; None while the host steers.
+        self._way: Way | None = None
         self._lookups = {n: Rate(0.2 + 0.6 * n / options.max_ngram) for n in range(1, options.max_ngram + 1)}
-        self._skips, self._sifted = Rate(0.8), Rate(0.8)
+        self._skips, self._sifted = Rate(RATE), Rate(RATE)
         # Draft tokens that sifting leaves of a guess.
         self._left = 2.0
         # How much longer than calibrated the passes of each way take, besides what slows plain decoding too.
@@ -145,21 +143,21 @@ class Auto(Method):
         self._why = ""
         self._passed_over = set[Rate]()
         self._account = Account()
-        self._decisions: list[Mapping[str, Any]] = []
+        self._events: list[Mapping[str, Any]] = []
 
     @property
     def plan(self) -> LayerPlan:
-        return self._swift.plan if self._choice.name in (SKIP, CASCADE) else self._full
+        return self._swift.plan if self._way or self._choice.name in (SKIP, CASCADE) else self._full
 
     @property
     def widest(self) -> int:
         return self._options.num_draft_tokens
 
     def phase(self) -> str:
-        return self._choice.name
+        return (self._way or self._choice).name
 
     def events(self) -> list[Mapping[str, Any]]:
-        return [*self._decisions, *self._swift.events()]
+        return list(self._events)
 
     def prepare(self, model: Model, cache: KVCache) -> None:
         """Time the passes of this machine."""
@@ -168,6 +166,7 @@ class Auto(Method):
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """The draft of the fastest choice the ledger covers."""
+        self._way = None
         if self._costs is None:
             self._costs = calibrate(model, cache, self._clock)
         k, ngram = self._options.num_draft_tokens, self._options.max_ngram
@@ -186,6 +185,68 @@ class Auto(Method):
 
     def rehearse(self, model: Model, cache: KVCache) -> None:
         self._swift.rehearse(model, cache)
+
+    def recipe(self, sequences: list[Sequence]) -> Recipe:
+        """That of the way the stretch goes."""
+        self._way = self._stretches.choose(graph_size(len(sequences)))
+        return self._recipe(self._way, sequences)
+
+    def recipes(self, sequences: list[Sequence]) -> list[Recipe]:
+        return [self._recipe(way, sequences) for way in self._stretches.ways]
+
+    @property
+    def threshold(self) -> float:
+        return self._options.threshold
+
+    def _ways(self, num_layers: int) -> list[Way]:
+        """Those of the device: a lookup, and drafts by the skip set of half its length, each of which costs a pass."""
+        longest, share = self._options.num_draft_tokens, len(self._swift.plan.sublayers) / (2 * num_layers)
+        k = max(1, longest // 2)
+        skipping = Way(SKIP, k, VERIFY + k * share, expected_tokens(RATE, k))
+        return [Way(PLAIN), Way(LOOKUP, longest, VERIFY, LOOKED_UP), skipping]
+
+    def _recipe(self, way: Way, sequences: list[Sequence]) -> Recipe:
+        plain = Recipe(self._full, self._full, way.drafted, rejection=self.rejection and sampled(sequences))
+        if way.name == PLAIN:
+            return replace(plain, rejection=False)
+        if way.name == LOOKUP:
+            return replace(plain, ngrams=Ngrams(self._options.max_ngram, MOST))
+        searching = self._swift.phase() == "accumulation"
+        plan = self._full if searching else self._swift.plan
+        return replace(plain, plan=plan, masked=searching, confident=self.threshold > 0)
+
+    def count(self, model: Model, cache: KVCache, tally: Tally) -> float:
+        """Book a round the device ran alone, learn from it, and let the search for a better set have its share."""
+        start, stretches = self._clock(), self._stretches
+        name = _name(tally.recipe)
+        way = next(way for way in stretches.ways if way.name == name)
+        members, size = len(tally.sequences), graph_size(len(tally.sequences))
+        emitted, plain = sum(tally.emitted), stretches.ways[0]
+        timed, expected = stretches.timed(size), members * stretches.tokens(way)
+        cost = stretches.observe(way, size, emitted / members, tally.verify_s, changed=tally.changed)
+        predicted, known = (stretches.seconds(each, size) if timed else cost for each in (way, plain))
+        if timed:
+            self._ledger.book(cost, cost if way is plain else known * emitted / members)
+        why = stretches.why if way is stretches.way else "under way before another was chosen"
+        self._account.add(name, why, (predicted, expected), known, members)
+        self._account.measure(tally.verify_s, emitted)
+        if self._account.due(tally.sequences):
+            tokens = {way.name: stretches.tokens(way) for way in stretches.ways}
+            self._report(tally.sequences, tokens_per_round=tokens)
+        none = [0] * members
+        drafted = tally if name == SKIP else tally._replace(drafted=none, accepted=none)
+        if self._search(lambda: self._swift.count(model, cache, drafted)):
+            stretches.forget(SKIP)
+        return self._clock() - start
+
+    def _search(self, step: Callable[[], float]) -> bool:
+        """A step of the search for a better skip set; whether it found one."""
+        before, known = self._swift.plan, len(self._swift.events())
+        searched = step()
+        if searched:
+            self._ledger.book(searched, 0.0)
+        self._events += self._swift.events()[known:]
+        return self._swift.plan != before
 
     def choices(self, costs: Costs, sequences: int, room: int) -> list[Choice]:
         """Plain decoding, and the best draft length of every other way there is this round."""
@@ -242,13 +303,9 @@ class Auto(Method):
         self._ledger.book(chosen + overhead, plain * sum(done.emitted) / sequences)
         self._tell(seconds, plain, done)
         remember(self._memory, done)
-        before = self._swift.plan
         own = done if choice.name in (SKIP, CASCADE) else done._replace(draft=no_draft(done.batch))
-        searched = self._swift.observe(model, cache, own)
-        if searched:
-            self._ledger.book(searched, 0.0)
-        if self._swift.plan != before:
-            self._skips, self._sifted = Rate(0.8), Rate(0.8)
+        if self._search(lambda: self._swift.observe(model, cache, own)):
+            self._skips, self._sifted = Rate(RATE), Rate(RATE)
         return self._clock() - start
 
     def _cost(self, costs: Costs, done: Round, drafted: list[int]) -> tuple[float, float]:
@@ -290,33 +347,21 @@ class Auto(Method):
         self._passed_over = {rate for choice in choices for rate in choice.rates} - set(best.rates)
 
     def _tell(self, seconds: float, plain: float, done: Round) -> None:
-        """Add the round to the account; close it after `REPORT` rounds or with the request."""
-        account, choice = self._account, self._choice
-        account.rounds[choice.name] += 1
-        account.reasons[f"{choice.name}: {self._why}"] += 1
-        account.plain_s += plain
-        account.predicted_s += choice.seconds
-        account.predicted_tokens += choice.tokens
-        account.seconds += seconds
-        account.tokens += sum(done.emitted)
-        sequences = done.batch.sequences
-        if account.rounds.total() < REPORT and not all(sequence.finish_reason for sequence in sequences):
-            return
+        """Add the round to the account, and report when that is due."""
+        choice, sequences = self._choice, done.batch.sequences
+        self._account.add(choice.name, self._why, (choice.seconds, choice.tokens), plain, len(sequences))
+        self._account.measure(seconds, sum(done.emitted))
+        if self._account.due(sequences):
+            rates = {SKIP: self._skips.value, CASCADE: self._sifted.value}
+            rates |= {f"{LOOKUP} {n}": rate.value for n, rate in self._lookups.items()}
+            self._report(sequences, acceptance_rate=rates)
+
+    def _report(self, sequences: list[Sequence], **more: Any) -> None:
+        self._events.append(self._account.report(sequences, **more, balance_s=self._ledger.balance))
         self._account = Account()
-        self._decisions.append(
-            {
-                "kind": "decision",
-                "tokens": max(sequence.generated for sequence in sequences),
-                "rounds": dict(account.rounds),
-                "why": dict(account.reasons),
-                "predicted_tokens_per_s": account.predicted_tokens / account.predicted_s,
-                "measured_tokens_per_s": account.tokens / account.seconds,
-                "plain_tokens_per_s": account.rounds.total() * len(sequences) / account.plain_s,
-                "acceptance_rate": {
-                    SKIP: self._skips.value,
-                    CASCADE: self._sifted.value,
-                    **{f"{LOOKUP} {n}": rate.value for n, rate in self._lookups.items()},
-                },
-                "balance_s": self._ledger.balance,
-            }
-        )
+
+
+def _name(recipe: Recipe | None) -> str:
+    if recipe is None or not recipe.num_draft_tokens:
+        return PLAIN
+    return SKIP if recipe.ngrams is None else LOOKUP

@@ -11,9 +11,10 @@ from ..batch import Batch, Draft, Round
 from ..cache import KVCache
 from ..errors import RequestError
 from ..model import Model
-from ..ngrams import Guess, Memory, Text, likeliest, newest
+from ..ngrams import MOST, Guess, Memory, Text, likeliest, newest
+from ..recipe import Ngrams, Recipe
 from ..sequence import Sequence as Continuation
-from .base import Method
+from .base import Method, sampled
 from .drafting import acceptance
 
 
@@ -72,6 +73,19 @@ class Lookup(Method):
         if options.choose == "newest":
             return newest(text, options.max_ngram, count)
         return likeliest(text, options.max_ngram, count, self._memory.text, tree=options.tree)
+
+    def recipe(self, sequences: list[Continuation]) -> Recipe | None:
+        options = self._options
+        if options.tree or options.remember:
+            return None
+        ngrams = Ngrams(options.max_ngram, None if options.choose == "newest" else MOST)
+        return Recipe(
+            self._full,
+            self._full,
+            options.num_draft_tokens,
+            rejection=self.rejection and sampled(sequences),
+            ngrams=ngrams,
+        )
 
     def observe(self, model: Model, cache: KVCache, done: Round) -> float:
         remember(self._memory, done)
