@@ -21,7 +21,7 @@ from ..loaders.tokenizer import Tokenizer
 from ..loaders.weights import Weights, load_weights
 from .cache import KVCache
 from .calibration import Encode
-from .choices import DTYPES, dtype_of, one_of, place_of, table_of
+from .choices import DTYPES, check_cache_tokens, dtype_of, one_of, place_of, table_of
 from .decode import decode, prefill
 from .errors import CapacityError, RequestError
 from .forced import Forced, Scored
@@ -83,8 +83,7 @@ class Engine:
         self.tokenizer, self.model_path, self.dtype = tokenizer, model_path, weights.embedding.dtype
         table = table_of(backend, weights.embedding.device, numerics)
         self.numerics = numerics
-        if cache_tokens is not None and cache_tokens < 1:
-            raise RequestError(f"cache_tokens: expected at least 1, got {cache_tokens}")
+        check_cache_tokens(cache_tokens)
         self._default = registry.parse(method)
         own = self._default.build(config)
         config, weights = own.edit(config, weights, lambda c, w: Model(c, w, table), self._encode)
@@ -129,6 +128,7 @@ class Engine:
         start, spec, place = perf_counter(), registry.parse(method), place_of(device)
         one_of("dtype", dtype, ("auto", *DTYPES))
         table_of(backend, place, numerics)
+        check_cache_tokens(cache_tokens)
         folder = locate(model, progress)
         config = ModelConfig.load(folder)
         spec.build(config)
@@ -180,7 +180,7 @@ class Engine:
         self, prompt: Prompt | Prompts, params: SamplingParams | None = None, *, method: str | None = None
     ) -> Stream:
         """As `generate`, yielding what every round adds; `Stream.outputs` holds the results when it is exhausted."""
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
         model, cache = self._loaded()
         spec = registry.parse(method) if method else self._default
         check_params(params, self.tokenizer, self.config)

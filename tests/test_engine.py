@@ -372,7 +372,7 @@ def test_more_logprobs_than_tokens_are_refused(synthetic: Callable[..., Engine])
 @pytest.mark.parametrize("tokens", [0, -99999])
 def test_a_cache_of_no_tokens_is_refused(tokens: int) -> None:
     config = ModelConfig.parse(synthetic_config("tiny"), "test")
-    with pytest.raises(RequestError, match="cache_tokens: expected at least 1"):
+    with pytest.raises(RequestError, match="cache_tokens: expected an integer of at least 1"):
         Engine(config, synthetic_weights(config, 0, torch.float32), cache_tokens=tokens)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from ...loaders.config import ModelConfig
 from ..errors import RequestError
@@ -85,6 +85,8 @@ def parse(text: str) -> MethodSpec:
     Raises:
         RequestError: an unknown method or option, or a value of the wrong type.
     """
+    if not isinstance(cast(object, text), str):
+        raise RequestError(f"method: expected a name and options as text, got {text!r}")
     name, _, rest = text.partition(":")
     if name not in _METHODS:
         raise RequestError(f"method: unknown method {name!r}, expected one of {', '.join(_METHODS)}")
