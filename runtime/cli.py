@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -292,6 +293,8 @@ def run(args: Sequence[str]) -> int:
     """Run one command line and return its exit code; a mistake is one line on standard error."""
     from .terminal import restore
 
+    if cast("object", sys.stdout) is None:
+        return _refuse("standard output: it is closed")
     try:
         command = typer.main.get_command(app)
         with command.make_context("skipjack", list(args)) as context:
@@ -307,9 +310,11 @@ def run(args: Sequence[str]) -> int:
         restore()
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The interpreter flushes standard output once more on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        _discard_output()
+        return _refuse(f"{error.filename or 'standard output'}: {error.strerror or error}")
     return 0
 
 
@@ -325,6 +330,13 @@ def _added_commands() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group="skipjack.commands")}
 
 
+def _discard_output() -> None:
+    """What is still held back is lost: the interpreter flushes standard output once more on its way out."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _refuse(message: str) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    if cast("object", sys.stderr) is not None:
+        print("error:", " ".join(message.split()), file=sys.stderr)
     return EXIT_MISTAKE

@@ -26,6 +26,7 @@ from .decode import decode, prefill
 from .errors import CapacityError, RequestError
 from .forced import Forced, Scored
 from .graphs import Graphs, Rounds
+from .memory import loading
 from .methods import registry
 from .methods.autoregressive import Autoregressive
 from .methods.base import Method
@@ -124,6 +125,7 @@ class Engine:
         Raises:
             ConfigError, CheckpointError, TokenizerError: there is no such model, or this version does not run it.
             RequestError: an argument is not one of its choices.
+            CapacityError: the weights, or the cache that was asked for, do not fit into the memory there is.
         """
         start, spec, place = perf_counter(), registry.parse(method), place_of(device)
         one_of("dtype", dtype, ("auto", *DTYPES))
@@ -133,25 +135,22 @@ class Engine:
         config = ModelConfig.load(folder)
         spec.build(config)
         tokenizer = Tokenizer.load(folder, config)
-        weights = load_weights(
-            folder,
-            config,
-            dtype_of(dtype, config),
-            (lambda done, total: progress("loading weights", done, total)) if progress else None,
-        ).to(place)
-        engine = Engine(
-            config,
-            weights,
-            tokenizer=tokenizer,
-            model_path=folder,
-            method=method,
-            backend=backend,
-            numerics=numerics,
-            cache_tokens=cache_tokens,
-            graphs=graphs,
-            ranges=ranges,
-            strict=strict,
-        )
+        kind = dtype_of(dtype, config)
+        with loading(folder, config, kind, place):
+            told = (lambda done, total: progress("loading weights", done, total)) if progress else None
+            engine = Engine(
+                config,
+                load_weights(folder, config, kind, told).to(place),
+                tokenizer=tokenizer,
+                model_path=folder,
+                method=method,
+                backend=backend,
+                numerics=numerics,
+                cache_tokens=cache_tokens,
+                graphs=graphs,
+                ranges=ranges,
+                strict=strict,
+            )
         engine.load_s = perf_counter() - start
         return engine
 

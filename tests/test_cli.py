@@ -317,6 +317,20 @@ class TestEndings:
         os.close(writing)
         assert (done.returncode, done.stderr) == (141, b"")
 
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+    @pytest.mark.parametrize("arguments", ["['--version']", "['doctor', '--json']", "['doctor']"])
+    def test_an_output_that_cannot_be_written_is_one_line(self, arguments) -> None:
+        script = f"import sys; from skipjack.runtime.cli import main; sys.argv[1:] = {arguments}; main()"
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-c", script], check=False, stdout=full, stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (2, b"error: standard output: No space left on device\n")
+
+    def test_a_closed_output_is_one_line(self) -> None:
+        script = "import sys; from skipjack.runtime.cli import main; sys.argv[1:] = ['--version']; main()"
+        shell = ["sh", "-c", '"$0" -c "$1" >&-', sys.executable, script]
+        done = subprocess.run(shell, check=False, stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (2, b"error: standard output: it is closed\n")
+
     def test_version_and_help(self, capsys) -> None:
         from skipjack import __version__
 

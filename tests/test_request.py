@@ -57,13 +57,13 @@ def test_equal_parameters_have_one_hash() -> None:
 
 @pytest.mark.parametrize("params", [{}, {"max_tokens": 3}, 5])
 def test_parameters_of_another_type_are_refused(synthetic: Callable[..., Engine], params: object) -> None:
-    with pytest.raises(RequestError, match="^params: expected SamplingParams, got"):
+    with pytest.raises(RequestError, match=r"^params: expected SamplingParams, got"):
         synthetic("tiny").generate([1], params)
 
 
 @pytest.mark.parametrize("model", [None, 5, b"demo", ["demo"]])
 def test_a_model_of_another_type_is_refused(model: object) -> None:
-    with pytest.raises(ConfigError, match="^MODEL: expected a model folder, .*, got"):
+    with pytest.raises(ConfigError, match=r"^MODEL: expected a model folder, .*, got"):
         Engine.load(model)
 
 
@@ -86,7 +86,7 @@ def test_arguments_are_refused_before_a_model_is_looked_for(options: dict[str, o
 
 
 def test_a_method_of_another_type_is_refused(synthetic: Callable[..., Engine]) -> None:
-    with pytest.raises(RequestError, match="^method: expected a name"):
+    with pytest.raises(RequestError, match=r"^method: expected a name"):
         synthetic("tiny").generate([1], method=5)
 
 

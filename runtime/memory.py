@@ -1,0 +1,54 @@
+"""The memory of a device: what is free, how much of it the cache takes unasked, and what it means that there is none."""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+
+import torch
+
+from ..loaders.config import ModelConfig
+from ..loaders.naming import field_shapes
+from .errors import CapacityError
+
+# How PyTorch's allocators, its operator library and C++ say on the host that there is no more.
+_EXHAUSTED = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "bad_alloc", "out of memory")
+
+
+@contextmanager
+def loading(
+    source: object, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> Generator[None, None, None]:
+    """Turn running out of memory in the block, which loads a model's weights, into a CapacityError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not _exhausted(error):
+            raise
+        size = sum(map(math.prod, field_shapes(config).values())) * dtype.itemsize
+        name = str(dtype).removeprefix("torch.")
+        raise CapacityError(
+            f"{source}: its weights are {_gib(size)} in {name}, and the memory of the {device.type} ran out while they "
+            f"were loaded: free some, or choose a smaller model or dtype"
+        ) from error
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of a device that nobody uses; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, ValueError, IndexError), open("/proc/meminfo", encoding="ascii") as lines:
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return None
+
+
+def _exhausted(error: Exception) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return getattr(error, "errno", None) == errno.ENOMEM or any(said in str(error) for said in _EXHAUSTED)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
