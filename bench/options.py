@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from ..runtime.errors import ConfigError
+from ..runtime.options import CacheTokens as CacheTokens
 
 if TYPE_CHECKING:
     from .prompts import Prompt

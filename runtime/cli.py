@@ -91,6 +91,7 @@ def generate(
     dtype: options.DtypeName = options.Dtype.AUTO,
     backend: options.BackendName = options.Backend.AUTO,
     numerics: options.NumericsName = options.Numerics.EXACT,
+    cache_tokens: options.CacheTokens = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
     warm_up: options.WarmUp = False,
     json: options.Json = False,
@@ -111,7 +112,7 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    with options.load_engine(model, method, device, dtype, backend, numerics) as engine:
+    with options.load_engine(model, method, device, dtype, backend, numerics, cache_tokens) as engine:
         if warm_up:
             warm_up_for(engine, source, params)
         answer(engine, source, params, as_json=json, as_stream=stream)
@@ -133,6 +134,7 @@ def chat(
     backend: options.BackendName = options.Backend.AUTO,
     numerics: options.NumericsName = options.Numerics.EXACT,
     warm_up: options.WarmUp = False,
+    cache_tokens: options.CacheTokens = None,
 ) -> None:
     """Talk to a model, one message a line. /reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
     from .chat import Chat
@@ -143,7 +145,7 @@ def chat(
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
     )
-    with options.load_engine(model, method, device, dtype, backend, numerics) as engine:
+    with options.load_engine(model, method, device, dtype, backend, numerics, cache_tokens) as engine:
         if engine.tokenizer is None:
             raise TokenizerError(f"{engine.model_path}: expected tokenizer.json, which chat needs, found none")
         if warm_up:
@@ -202,12 +204,13 @@ def tune(
     device: options.DeviceName = options.Device.AUTO,
     dtype: options.DtypeName = options.Dtype.AUTO,
     backend: options.BackendName = options.Backend.AUTO,
+    cache_tokens: options.CacheTokens = None,
     json: options.Json = False,
 ) -> None:
     """Search for a skip set and save it; --method swift:set=FILE loads it. Ctrl-C saves the best so far."""
     from .tuning import tune_and_save
 
-    with options.load_engine(model, "autoregressive", device, dtype, backend) as engine:
+    with options.load_engine(model, "autoregressive", device, dtype, backend, cache_tokens=cache_tokens) as engine:
         tune_and_save(engine, output, method, prompts, candidates, seconds, skip_ratio, window, seed, as_json=json)
 
 

@@ -26,7 +26,7 @@ from .decode import decode, prefill
 from .errors import CapacityError, RequestError
 from .forced import Forced, Scored
 from .graphs import Graphs, Rounds
-from .memory import loading
+from .memory import cache_size, loading
 from .methods import registry
 from .methods.autoregressive import Autoregressive
 from .methods.base import Method
@@ -42,7 +42,6 @@ from .text import TextStream
 from .warm_up import Rehearsal, WarmUp, refuse
 
 MAX_BATCH = 16
-BATCH_CONTEXT = 2048
 SPARE_PAGES = 4
 ADMISSION_WAIT_S = 30.0
 Progress = Callable[[str, int, int], None]
@@ -53,8 +52,9 @@ class Engine:
 
     Threads may share an engine: their calls take turns round by round, and one that needs pages the others hold waits
     for them, up to `ADMISSION_WAIT_S`. `model_path` is where the weights lie, `backend` the op table in use, `numerics`
-    "exact" or "fast", `config` the model's shape, `load_s` the seconds `load` took and `warmed_up` what the latest
-    `warm_up` did.
+    "exact" or "fast", `config` the model's shape, `cache_tokens` how many tokens requests can hold together,
+    `cache_note` why that is less than the model's context where memory is the reason, `load_s` the seconds `load` took
+    and `warmed_up` what the latest `warm_up` did.
     """
 
     load_s = 0.0
@@ -94,8 +94,8 @@ class Engine:
         self._strict, self._watch = strict, Watch(enabled=table.name == "triton")
         self._model: Model | None = Model(config, weights, table, marks(ranges))
         self.backend = self._model.backend
-        tokens = cache_tokens or max(config.max_context, MAX_BATCH * min(config.max_context, BATCH_CONTEXT))
-        self._cache: KVCache | None = self._model.new_cache(-(-tokens // table.page_size) + SPARE_PAGES)
+        self.cache_tokens, self.cache_note = cache_size(self._model, MAX_BATCH, cache_tokens)
+        self._cache: KVCache | None = self._model.new_cache(-(-self.cache_tokens // table.page_size) + SPARE_PAGES)
         on_device = self._model.device.type == "cuda" if graphs is None else graphs
         self._graphs = Graphs(self._model, self._cache, self._watch) if on_device else None
         self._enter(self._default, own)
@@ -119,7 +119,8 @@ class Engine:
 
         `device` auto is the GPU where there is one; `backend` auto is "triton" on a GPU and "torch" on the CPU. `dtype`
         auto is the checkpoint's own. `numerics` "fast" lets sums follow the number of rows if that is faster; a token
-        may then depend on drafts and neighbours. `cache_tokens` bounds the tokens all running requests hold together.
+        may then depend on drafts and neighbours. `cache_tokens` bounds the tokens all running requests hold together; None
+        is the model's context, or 16 times 2048 tokens if that is more, as far as four fifths of the free memory hold it.
         `progress` is called with a label, what is done and what there is to do.
 
         Raises:
@@ -390,7 +391,7 @@ def _check_room(cache: KVCache, sequences: Iterable[Sequence]) -> None:
         if cache.pages_for(sequence.max_length) > cache.total_pages:
             raise CapacityError(
                 f"the request may grow to {sequence.max_length} tokens and the KV cache holds "
-                f"{cache.total_pages * cache.page_size}: lower max_tokens or raise cache_tokens"
+                f"{cache.total_pages * cache.page_size}: lower max_tokens or raise cache_tokens (--cache-tokens)"
             )
 
 

@@ -1,4 +1,4 @@
-"""The memory of a device: what is free, how much of it the cache takes unasked, and what it means that there is none."""
+"""The memory of a device: what is free, how much of it a cache takes unasked, and running out of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ import torch
 from ..loaders.config import ModelConfig
 from ..loaders.naming import field_shapes
 from .errors import CapacityError
+from .model import Model
 
+# What a KV cache of no given size takes at most of the memory that is free once the weights are there.
+CACHE_SHARE = 0.8
+# Tokens of each sequence of a full batch that it has room for then, and all that it has at least.
+BATCH_CONTEXT = 2048
 # How PyTorch's allocators, its operator library and C++ say on the host that there is no more.
 _EXHAUSTED = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "bad_alloc", "out of memory")
 
@@ -33,6 +38,25 @@ def loading(
             f"{source}: its weights are {_gib(size)} in {name}, and the memory of the {device.type} ran out while they "
             f"were loaded: free some, or choose a smaller model or dtype"
         ) from error
+
+
+def cache_size(model: Model, sequences: int, given: int | None) -> tuple[int, str | None]:
+    """Tokens of a model's cache, and what to say where memory keeps them below its context.
+
+    Unless they are `given`: a context, or `sequences` times `BATCH_CONTEXT`, as far as there is room for it.
+    """
+    config, free = model.config, free_bytes(model.device)
+    wanted = max(config.max_context, sequences * min(config.max_context, BATCH_CONTEXT))
+    if given is not None or free is None:
+        return given or wanted, None
+    each = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
+    tokens = min(wanted, max(int(CACHE_SHARE * free / each), BATCH_CONTEXT))
+    if tokens >= config.max_context:
+        return tokens, None
+    return tokens, (
+        f"the KV cache holds {tokens} tokens of the model's context of {config.max_context}: {CACHE_SHARE:.0%} of the "
+        f"{_gib(free)} that are free, and {BATCH_CONTEXT} at least; cache_tokens (--cache-tokens) sets another size"
+    )
 
 
 def free_bytes(device: torch.device) -> int | None:
