@@ -132,7 +132,8 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Stats:
-    """What a request cost. Times are seconds of wall clock; rounds shared by a batch count fully for each member.
+    """What a request cost. Times are seconds of wall clock; a round that prompts share counts fully for each of them, and
+    once for the choices of one.
 
     acceptance rate = accepted / drafted; mean acceptance length = 1 + accepted / rounds. Every choice has one token
     from its prefill; with them, `accepted` and `bonus` (the full model's own choice at the end of a round) add up to
@@ -201,8 +202,8 @@ class Stats:
 
     @property
     def tokens_per_s(self) -> float:
-        """Decoded tokens per second: the first token belongs to the prefill."""
-        return (self.completion_tokens - 1) / self.decode_s if self.decode_s else 0.0
+        """Decoded tokens per second: the first token of every choice belongs to its prefill."""
+        return (self.accepted + self.bonus) / self.decode_s if self.decode_s else 0.0
 
 
 @dataclass(frozen=True)
