@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
@@ -12,7 +11,7 @@ import tokenizers
 from .chat_template import ChatTemplate, checked_messages
 from .config import ModelConfig
 from .errors import TokenizerError
-from .json_files import read_bytes
+from .json_files import present, read_bytes
 
 MAX_TOKENIZER_BYTES: Final = 64_000_000
 _UNFINISHED: Final = "\N{REPLACEMENT CHARACTER}"
@@ -41,7 +40,7 @@ class Tokenizer:
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
-        if not os.path.exists(path):
+        if not present(path, TokenizerError):
             return None
         content = read_bytes(path, MAX_TOKENIZER_BYTES, TokenizerError)
         try:

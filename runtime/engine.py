@@ -7,6 +7,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -41,9 +42,7 @@ from .stream import Stream
 from .text import TextStream
 from .warm_up import Rehearsal, WarmUp, refuse
 
-MAX_BATCH = 16
-SPARE_PAGES = 4
-ADMISSION_WAIT_S = 30.0
+MAX_BATCH, SPARE_PAGES, ADMISSION_WAIT_S = 16, 4, 30.0
 Progress = Callable[[str, int, int], None]
 
 
@@ -138,7 +137,7 @@ class Engine:
         tokenizer = Tokenizer.load(folder, config)
         kind = dtype_of(dtype, config)
         with loading(folder, config, kind, place):
-            told = (lambda done, total: progress("loading weights", done, total)) if progress else None
+            told = partial(progress, "loading weights") if progress else None
             engine = Engine(
                 config,
                 load_weights(folder, config, kind, told).to(place),

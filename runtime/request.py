@@ -132,8 +132,8 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Stats:
-    """What a request cost. Times are seconds of wall clock; a round that prompts share counts fully for each of them, and
-    once for the choices of one.
+    """What a request cost. Times are seconds of wall clock; a round that prompts share counts fully for each of them,
+    and once for the choices of one.
 
     acceptance rate = accepted / drafted; mean acceptance length = 1 + accepted / rounds. Every choice has one token
     from its prefill; with them, `accepted` and `bonus` (the full model's own choice at the end of a round) add up to
