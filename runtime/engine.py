@@ -35,14 +35,16 @@ from .methods.policy import Policy
 from .model import Model
 from .prompts import Prompt, Prompts, check_params, is_many, to_ids
 from .ranges import marks
+from .recent import Recent
 from .request import Chunk, Output, Piece, SamplingParams
 from .sequence import Sequence
 from .speculate import speculate
-from .stream import Stream
+from .stream import Events, Stream
 from .text import TextStream
 from .warm_up import Rehearsal, WarmUp, refuse
 
-MAX_BATCH, SPARE_PAGES, ADMISSION_WAIT_S = 16, 4, 30.0
+MAX_BATCH, MAX_METHODS, MAX_EVENTS, SPARE_PAGES = 16, 64, 4096, 4
+ADMISSION_WAIT_S = 30.0
 Progress = Callable[[str, int, int], None]
 
 
@@ -51,9 +53,8 @@ class Engine:
 
     Threads may share an engine: their calls take turns round by round, and one that needs pages the others hold waits
     for them, up to `ADMISSION_WAIT_S`. `model_path` is where the weights lie, `backend` the op table in use, `numerics`
-    "exact" or "fast", `config` the model's shape, `cache_tokens` how many tokens requests can hold together,
-    `cache_note` why that is less than the model's context where memory is the reason, `load_s` the seconds `load` took
-    and `warmed_up` what the latest `warm_up` did.
+    "exact" or "fast", `config` the model's shape, `cache_tokens` what requests can hold together, `cache_note` why that
+    is less than the model's context, `load_s` the seconds `load` took and `warmed_up` what the latest `warm_up` did.
     """
 
     load_s = 0.0
@@ -83,12 +84,11 @@ class Engine:
         self.tokenizer, self.model_path, self.dtype = tokenizer, model_path, weights.embedding.dtype
         table = table_of(backend, weights.embedding.device, numerics)
         self.numerics = numerics
-        check_cache_tokens(cache_tokens)
         self._default = registry.parse(method)
         own = self._default.build(config)
         config, weights = own.edit(config, weights, lambda c, w: Model(c, w, table), self._encode)
         self.config = config
-        self._methods: dict[registry.MethodSpec, Method] = {}
+        self._methods = Recent[registry.MethodSpec, Method](MAX_METHODS, self._default)
         self._turn = threading.Condition(threading.RLock())
         self._strict, self._watch = strict, Watch(enabled=table.name == "triton")
         self._model: Model | None = Model(config, weights, table, marks(ranges))
@@ -191,9 +191,9 @@ class Engine:
             for choice in range(params.n)
         ]
         _check_room(cache, sequences)
-        drafter = self._method(spec)
-        chunks = self._run(model, cache, sequences, drafter, self._graphs)
-        return Stream(chunks, sequences, drafter, self.backend, self.numerics, seed)
+        drafter, events = self._method(spec), Events(maxlen=MAX_EVENTS)
+        chunks = self._run(model, cache, sequences, drafter, events, self._graphs)
+        return Stream(chunks, sequences, drafter, self.backend, self.numerics, seed, events)
 
     def score(self, prompts: Prompts, continuations: Prompts, *, method: str | None = None) -> list[Scored]:
         """What a method makes of given continuations, token ids, one for every prompt: teacher forcing.
@@ -215,8 +215,7 @@ class Engine:
         forced = Forced.all(prompt_ids, [to_ids(given, None, self.config) for given in continuations], self.config)
         _check_room(cache, forced)
         # The host replaces every token, so it steers the rounds.
-        for _ in self._run(model, cache, [*forced], policy, None):
-            pass
+        deque(self._run(model, cache, [*forced], policy, Events(maxlen=0), None), maxlen=0)
         return [sequence.scored() for sequence in forced]
 
     @property
@@ -331,7 +330,13 @@ class Engine:
         return Sequence(index, choice, ids, params, seed, eos, self.config.max_context, text)
 
     def _run(
-        self, model: Model, cache: KVCache, sequences: list[Sequence], method: Method, graphs: Graphs | None
+        self,
+        model: Model,
+        cache: KVCache,
+        sequences: list[Sequence],
+        method: Method,
+        told: Events,
+        graphs: Graphs | None,
     ) -> Generator[Chunk, None, None]:
         waiting, running = deque(sequences), list[Sequence]()
         rounds = Rounds(graphs, model, cache, method) if graphs else None
@@ -359,11 +364,13 @@ class Engine:
                                     pieces = speculate(model, cache, running, method)
                         chunks += [_chunk(sequence, new) for sequence, new in zip(running, pieces, strict=True)]
                         running = self._without_finished(cache, running)
+                    told.extend(method.tell())
                 yield from chunks
         finally:
             with self._turn, self._watch, torch.inference_mode():
                 if rounds:
                     rounds.close()
+                told.extend(method.tell())
                 self._release(cache, sequences)
 
     def _admit(self, cache: KVCache, sequence: Sequence, others: bool) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from ..loaders.config import ModelConfig
 from ..loaders.naming import field_shapes
+from .choices import check_cache_tokens
 from .errors import CapacityError
 from .model import Model
 
@@ -45,6 +46,7 @@ def cache_size(model: Model, sequences: int, given: int | None) -> tuple[int, st
 
     Unless they are `given`: a context, or `sequences` times `BATCH_CONTEXT`, as far as there is room for it.
     """
+    check_cache_tokens(given)
     config, free = model.config, free_bytes(model.device)
     wanted = max(config.max_context, sequences * min(config.max_context, BATCH_CONTEXT))
     if given is not None or free is None:

@@ -148,8 +148,8 @@ class Stats:
     sub-layers not run, once per row and pass. `weight_passes`: how often decoding read the model's weights, the LM
     head's included, partial readings as their share; those a batch shares count fully for each member; 0 where the
     method does not say. `weight_pass_bound`: the most tokens such a pass can give by the method and the model's shape.
-    `phases` are (name, first generated token); `events` are the method's own records (for SWIFT one per optimisation
-    step); `notes` say in words what a reader of the figures must know.
+    `phases` are (name, first generated token); `events` are the method's own records of this request's rounds (for
+    SWIFT one per optimisation step); `notes` say in words what a reader of the figures must know.
     """
 
     method: str

@@ -161,6 +161,10 @@ class Auto(Method):
     def events(self) -> list[Mapping[str, Any]]:
         return [*self._decisions, *self._swift.events()]
 
+    def forget(self) -> None:
+        self._decisions.clear()
+        self._swift.forget()
+
     def prepare(self, model: Model, cache: KVCache) -> None:
         """Time the passes of this machine."""
         self._swift.prepare(model, cache)
