@@ -39,8 +39,10 @@ def test_what_somebody_holds_is_found_again() -> None:
     assert 0 in kept
     assert kept[0] is held
     assert 3 not in kept
-    kept.clear()
+    assert kept.pop(0) is held
     assert 0 not in kept
+    kept.clear()
+    assert 8 not in kept
 
 
 def test_a_client_cannot_make_an_engine_keep_ever_more_methods(monkeypatch: pytest.MonkeyPatch) -> None:
