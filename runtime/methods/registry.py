@@ -79,6 +79,11 @@ def names(model_type: str | None = None) -> list[str]:
     return [name for name in _METHODS if model_type is None or _mismatch(name, model_type) is None]
 
 
+def lossless() -> list[str]:
+    """The methods whose tokens are those of the full model."""
+    return [name for name, (method, _) in _METHODS.items() if method.lossless]
+
+
 def parse(text: str) -> MethodSpec:
     """Read `name` or `name:key=value,…`; lists are joined with +.
 
