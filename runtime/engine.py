@@ -330,16 +330,10 @@ class Engine:
         return Sequence(index, choice, ids, params, seed, eos, self.config.max_context, text)
 
     def _run(
-        self,
-        model: Model,
-        cache: KVCache,
-        sequences: list[Sequence],
-        method: Method,
-        told: Events,
-        graphs: Graphs | None,
+        self, model: Model, cache: KVCache, sequences: list[Sequence], method: Method, log: Events, alone: Graphs | None
     ) -> Generator[Chunk, None, None]:
         waiting, running = deque(sequences), list[Sequence]()
-        rounds = Rounds(graphs, model, cache, method) if graphs else None
+        rounds = Rounds(alone, model, cache, method) if alone else None
         try:
             while waiting or running:
                 chunks: list[Chunk] = []
@@ -364,13 +358,13 @@ class Engine:
                                     pieces = speculate(model, cache, running, method)
                         chunks += [_chunk(sequence, new) for sequence, new in zip(running, pieces, strict=True)]
                         running = self._without_finished(cache, running)
-                    told.extend(method.tell())
+                    log.extend(method.tell())
                 yield from chunks
         finally:
             with self._turn, self._watch, torch.inference_mode():
                 if rounds:
                     rounds.close()
-                told.extend(method.tell())
+                log.extend(method.tell())
                 self._release(cache, sequences)
 
     def _admit(self, cache: KVCache, sequence: Sequence, others: bool) -> bool:
