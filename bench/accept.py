@@ -8,11 +8,13 @@ from itertools import zip_longest
 from typing import Any
 
 from ..runtime.engine import Engine
+from ..runtime.methods import registry
 from ..runtime.request import SamplingParams
 from .prompts import Prompt, source
 from .record import Sheet, summarise, title
 
-METHODS = ("swift", "clasp", "knapspec", "layerskip", "del", "lookup")
+# Plain decoding drafts nothing, and what auto drafts follows the machine's speed.
+METHODS = tuple(name for name in registry.lossless() if name not in ("autoregressive", "auto"))
 SHOWN_DEPTHS = 6
 DEFINITIONS = (
     "acceptance rate = accepted ÷ drafted tokens; mean length = 1 + accepted ÷ rounds; at depth i: of the rounds whose "

@@ -44,6 +44,7 @@ def exact(
     per_category: options.PerCategory = 5,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each.")] = 64,
     dtype: options.Dtype = "auto",
+    cache_tokens: options.CacheTokens = None,
     temperature: options.Temperature = 0.0,
     batch: Annotated[int, typer.Option(min=0, max=16, help="Prompts drafted together; 0 rotates 1, 4, 16.")] = 0,
     output: options.Output = None,
@@ -58,7 +59,7 @@ def exact(
 
     chosen, note = options.chosen(prompts, per_category), options.notes()
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
-    with Engine.load(model, dtype=dtype) as engine:
+    with Engine.load(model, dtype=dtype, cache_tokens=cache_tokens) as engine:
         note(f"{len(chosen)} prompts x {len(NAMES)} methods, {engine.dtype}, {engine.backend}")
         progress = options.counted(note, len(chosen) * len(NAMES), every=10)
         rows = compare(engine, chosen, params, batch=batch, progress=progress)
@@ -107,6 +108,7 @@ def methods(
     category: options.Category = None,
     max_tokens: options.MaxTokens = 128,
     dtype: options.Dtype = "auto",
+    cache_tokens: options.CacheTokens = None,
     output: options.Output = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the speeds as SVG here.")] = None,
     as_json: options.AsJson = False,
@@ -119,7 +121,7 @@ def methods(
 
     chosen, note = options.chosen(prompts, per_category, category), options.notes()
     names = method or ["lookup", "auto"]
-    with load(model, dtype) as engine:
+    with load(model, dtype, cache_tokens=cache_tokens) as engine:
         note(f"{len(chosen)} prompts x {len(names)} methods, {engine.dtype}, {engine.backend}")
         progress = options.counted(note, len(chosen) * len(names))
         rows = compare(engine, names, chosen, SamplingParams(max_tokens=max_tokens), progress)

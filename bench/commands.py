@@ -21,6 +21,7 @@ def peers(
     max_tokens: options.MaxTokens = 64,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    cache_tokens: options.CacheTokens = None,
     exit_layer: Annotated[int, typer.Option(min=0, help="Of assistant_early_exit; 0: two thirds of the layers.")] = 0,
     num_draft_tokens: Annotated[int, typer.Option(min=1, help="Of prompt_lookup_num_tokens.")] = 10,
     compile_mode: Annotated[
@@ -42,7 +43,7 @@ def peers(
     chosen, notes = options.chosen(prompts, per_category, category), options.notes()
     transformers = version()
     with folder_of(model) as folder:
-        with Engine.load(folder, device=device, dtype="float32") as engine:
+        with Engine.load(folder, device=device, dtype="float32", cache_tokens=cache_tokens) as engine:
             layers, on_gpu = engine.config.num_layers, "triton" in engine.backend
             mode = compile_mode if compile_mode != "auto" else "max-autotune" if on_gpu else "default"
             setting = Setting(exit_layer or max(1, 2 * layers // 3), num_draft_tokens, mode)
@@ -54,7 +55,7 @@ def peers(
             options.alarm(f"RED: greedy ids are not those of {PLAIN} in float32: no speed is reported")
             notes(json.dumps(result))
             raise typer.Exit(1)
-        with Engine.load(folder, device=device, dtype=dtype) as engine:
+        with Engine.load(folder, device=device, dtype=dtype, cache_tokens=cache_tokens) as engine:
             contest = Contest(folder, engine, chosen, setting, max_tokens, peer or ())
             rows, lines = contest.measure(agreements, notes)
             result |= header("peers", engine, model)
@@ -78,6 +79,7 @@ def accept(
     temperature: options.Temperature = 0.0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    cache_tokens: options.CacheTokens = None,
     output: options.Output = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown here.")] = None,
     as_json: options.AsJson = False,
@@ -92,7 +94,10 @@ def accept(
     chosen, notes = options.chosen(prompts, per_category, category), options.notes()
     names = method or list(METHODS)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
-    with folder_of(model) as folder, Engine.load(folder, device=device, dtype=dtype) as engine:
+    with (
+        folder_of(model) as folder,
+        Engine.load(folder, device=device, dtype=dtype, cache_tokens=cache_tokens) as engine,
+    ):
         progress = options.counted(notes, len(names) * len(chosen))
         rows = measure(engine, names, chosen, params, progress)
         result = header("accept", engine, model)
@@ -114,6 +119,7 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each request.")] = 64,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    cache_tokens: options.CacheTokens = None,
     output: options.Output = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -128,7 +134,10 @@ def serve(
     chosen, notes = options.chosen(prompts, requests, None), options.notes()
     names, concurrencies = method or ["autoregressive", "lookup", "auto"], concurrency or [1, 4]
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-    with folder_of(model) as folder, Engine.load(folder, device=device, dtype=dtype) as engine:
+    with (
+        folder_of(model) as folder,
+        Engine.load(folder, device=device, dtype=dtype, cache_tokens=cache_tokens) as engine,
+    ):
         sources = [source(chosen[i % len(chosen)], engine) for i in range(requests)]
         rows = measure(
             engine,
@@ -156,6 +165,7 @@ def numerics(
     max_tokens: options.MaxTokens = 64,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    cache_tokens: options.CacheTokens = None,
     output: options.Output = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -168,8 +178,8 @@ def numerics(
     chosen, notes, names = options.chosen(prompts, per_category, category), options.notes(), method or list(METHODS)
     with (
         folder_of(model) as folder,
-        Engine.load(folder, device=device, dtype=dtype) as exact,
-        Engine.load(folder, device=device, dtype=dtype, numerics="fast") as fast,
+        Engine.load(folder, device=device, dtype=dtype, cache_tokens=cache_tokens) as exact,
+        Engine.load(folder, device=device, dtype=dtype, cache_tokens=cache_tokens, numerics="fast") as fast,
     ):
         found = gaps(exact, fast, chosen, max_tokens)
         result = header("numerics", fast, model)
@@ -188,6 +198,7 @@ def project(
     costs: Annotated[Path | None, typer.Option(help="A result of `skipjack bench decode`.")] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    cache_tokens: options.CacheTokens = None,
     output: options.Output = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -207,7 +218,10 @@ def project(
         base = {key: measured[key] for key in ("machine", "dtype")} | {"bench": "project", "model": steps.shape}
     else:
         name = model or ""
-        with folder_of(name) as folder, Engine.load(folder, device=device, dtype=dtype) as engine:
+        with (
+            folder_of(name) as folder,
+            Engine.load(folder, device=device, dtype=dtype, cache_tokens=cache_tokens) as engine,
+        ):
             steps = costs_from(calibrate(*engine._loaded()), name)
             base = header("project", engine, name)
     rows = [asdict(row) for row in rows_of(steps)]

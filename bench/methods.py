@@ -73,6 +73,7 @@ def load(
     backend: str = "auto",
     ranges: str | None = None,
     graphs: bool | None = None,
+    cache_tokens: int | None = None,
 ) -> Engine:
     """The engine of a model folder, "demo", or "synthetic:SHAPE:LATE_SCALE", whose late layers matter that much.
 
@@ -83,7 +84,14 @@ def load(
     """
     if not model.startswith(SYNTHETIC):
         return Engine.load(
-            model, dtype=dtype, method=method, device=device, backend=backend, ranges=ranges, graphs=graphs
+            model,
+            dtype=dtype,
+            method=method,
+            device=device,
+            backend=backend,
+            ranges=ranges,
+            graphs=graphs,
+            cache_tokens=cache_tokens,
         )
     try:
         shape, scale = model.removeprefix(SYNTHETIC).split(":")
@@ -93,7 +101,9 @@ def load(
     config = ModelConfig.parse(synthetic_config(shape), model)
     place = place_of(device)
     weights = synthetic_weights(config, 0, dtype_of(dtype, config), late_scale, place)
-    return Engine(config, weights, method=method, backend=backend, ranges=ranges, graphs=graphs)
+    return Engine(
+        config, weights, method=method, backend=backend, ranges=ranges, graphs=graphs, cache_tokens=cache_tokens
+    )
 
 
 def compare(

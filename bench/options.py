@@ -26,6 +26,10 @@ Category = Annotated[list[str] | None, typer.Option(help="Only this category; re
 MaxTokens = Annotated[int, typer.Option(min=2, help="Tokens generated for each prompt.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+CacheTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens the KV cache holds.", show_default="the context, or what fits into free memory"),
+]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy; above, tokens are drawn with seed 0.")]
 Output = Annotated[Path | None, typer.Option(help="Write the result as JSON here.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

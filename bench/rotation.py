@@ -9,10 +9,13 @@ from itertools import combinations, product
 
 import numpy as np
 
+from ..runtime.methods import registry
+
 BATCHES = ("1", "4", "16")
 _COMMON = {"num_draft_tokens": tuple(map(str, range(1, 9))), "batch": BATCHES}
 _THRESHOLD = {"threshold": ("0.0", "0.5", "0.8")}
-# A method's options and the values they take. `skip` and `exit` are drawn or scaled to the model's depth.
+# A method's options and the values they take beside the common ones, by which alone a method rotates that is not here.
+# `skip` and `exit` are drawn or scaled to the model's depth.
 _FACTORS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "swift": _THRESHOLD | {"skip": ("1/4", "1/6", "1/10"), "tree": ("false", "true")},
     "swift search": _THRESHOLD
@@ -33,7 +36,8 @@ _ALWAYS = {
     "knapspec": "interval=8,search_budget=1.0",
     "auto": "search_budget=0.05,skip_ratio=0.15",
 }
-NAMES = tuple(_FACTORS)
+_OWN = {name.partition(" ")[0] for name in _FACTORS}
+NAMES = (*_FACTORS, *(name for name in registry.lossless() if name not in _OWN | {"autoregressive"}))
 Pair = tuple[tuple[str, str], tuple[str, str]]
 _CANDIDATES = 40
 
@@ -68,7 +72,7 @@ class Cell:
 
 def factors(name: str) -> dict[str, tuple[str, ...]]:
     """The factors of a method and their levels."""
-    return {**_COMMON, **_FACTORS[name]}
+    return {**_COMMON, **_FACTORS.get(name, {})}
 
 
 @cache

@@ -14,7 +14,7 @@ from torch import Tensor
 from .checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from .config import MAX_CONFIG_BYTES, ModelConfig
 from .errors import CheckpointError, ConfigError
-from .json_files import read_object, shown
+from .json_files import present, read_object, shown
 from .naming import ROUTED_FIELDS, Piece, pieces
 from .routing import REDUCTION, routed_fields
 from .save import staged_folder, write_json, write_tensors
@@ -85,7 +85,7 @@ def attach_routers(
         for file, name in shards.items():
             _link(file, stage / name)
         for name in _TEXT_FILES:
-            if (folder / name).is_file():
+            if present(folder / name, CheckpointError):
                 shutil.copyfile(folder / name, stage / name)
         write_tensors(stage / ROUTERS_FILE, tensors)
         places = {name: shards[file] for name, file in weight_map.items()} | dict.fromkeys(tensors, ROUTERS_FILE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Final, cast
 import jinja2
 
 from .errors import TokenizerError
-from .json_files import as_list, as_object, read_bytes, read_object, shown
+from .json_files import as_list, as_object, present, read_bytes, read_object, shown
 from .sandbox import BoundedEnvironment
 
 MAX_TEMPLATE_BYTES: Final = 64 * 1024
@@ -42,11 +41,11 @@ class ChatTemplate:
         """
         settings_path = folder / "tokenizer_config.json"
         settings: dict[str, object] = {}
-        if os.path.exists(settings_path):
+        if present(settings_path, TokenizerError):
             settings = read_object(settings_path, MAX_SETTINGS_BYTES, TokenizerError)
         special_tokens = _special_tokens(settings, str(settings_path))
         template_path = folder / "chat_template.jinja"
-        if os.path.exists(template_path):
+        if present(template_path, TokenizerError):
             content = read_bytes(template_path, MAX_TEMPLATE_BYTES, TokenizerError)
             try:
                 return ChatTemplate(content.decode("utf-8"), str(template_path), special_tokens)

@@ -10,7 +10,7 @@ from types import TracebackType
 import torch
 
 from .errors import CheckpointError
-from .json_files import as_object, read_object, shown
+from .json_files import as_object, present, read_object, shown
 from .safetensors_header import MAX_TENSORS, WEIGHT_DTYPES, TensorEntry, read_header
 
 SINGLE_FILE = "model.safetensors"
@@ -38,9 +38,9 @@ class Checkpoint:
             CheckpointError: no safetensors there, or a file is malformed; the message names file and field.
         """
         folder = Path(folder)
-        if os.path.exists(folder / INDEX_FILE):
+        if present(folder / INDEX_FILE, CheckpointError):
             return Checkpoint(_sharded(folder))
-        if os.path.exists(folder / SINGLE_FILE):
+        if present(folder / SINGLE_FILE, CheckpointError):
             return Checkpoint(read_header(folder / SINGLE_FILE))
         pickles = (
             sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)) if os.path.isdir(folder) else []
@@ -158,7 +158,7 @@ def _sharded(folder: Path) -> dict[str, TensorEntry]:
     places = _read_index(index_path)
     entries: dict[str, TensorEntry] = {}
     for shard in sorted(set(places.values())):
-        if not os.path.exists(folder / shard):
+        if not present(folder / shard, CheckpointError):
             raise CheckpointError(f"{index_path}: weight_map: expected the file {shown(shard)} beside it, found none")
         for name, entry in read_header(folder / shard).items():
             if places.get(name) != shard:

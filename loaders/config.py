@@ -12,7 +12,7 @@ from typing import Literal
 from .attention_routing import AttentionRouting
 from .errors import ConfigError
 from .fields import Fields
-from .json_files import read_object
+from .json_files import present, read_object
 from .routing import Routing
 
 MAX_CONFIG_BYTES = 1_000_000
@@ -114,7 +114,7 @@ class ModelConfig:
         path = folder / "config.json"
         fields = dict(read_object(path, MAX_CONFIG_BYTES, ConfigError))
         generation_path = folder / "generation_config.json"
-        if os.path.exists(generation_path):
+        if present(generation_path, ConfigError):
             generation = read_object(generation_path, MAX_CONFIG_BYTES, ConfigError)
             Fields(generation, str(generation_path)).token_ids("eos_token_id")
             if generation.get("eos_token_id") is not None:

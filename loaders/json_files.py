@@ -45,6 +45,17 @@ def _repr_start(value: object, limit: int) -> str:
     return repr(value)
 
 
+def present(path: Path, error: type[SkipjackError]) -> bool:
+    """Whether there is a file, or what else; a link that leads nowhere is not taken for nothing.
+
+    Raises:
+        error: it is such a link.
+    """
+    if os.path.islink(path) and not os.path.exists(path):
+        raise error(f"{path}: expected a file, found a link that leads nowhere")
+    return os.path.exists(path)
+
+
 def read_bytes(path: Path, limit: int, error: type[SkipjackError]) -> bytes:
     """The bytes of a regular file of at most `limit` bytes.
 
@@ -62,6 +73,7 @@ def read_bytes(path: Path, limit: int, error: type[SkipjackError]) -> bytes:
                 raise error(f"{path}: expected at most {limit} bytes, found {status.st_size}")
             content = file.read(limit + 1)
     except FileNotFoundError:
+        present(path, error)
         raise error(f"{path}: expected a file, found none") from None
     except (OSError, ValueError) as problem:
         raise error(f"{path}: cannot be read: {_one_line(problem)}") from None

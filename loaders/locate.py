@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from .errors import ConfigError
 
@@ -18,6 +18,8 @@ Progress = Callable[[str, int, int], None]
 
 def check_name(model: str | Path) -> None:
     """Refuse, with ConfigError, what is neither a folder, nor "demo", nor a hub id that could be fetched."""
+    if not isinstance(cast(object, model), (str, os.PathLike)):
+        raise ConfigError(f'MODEL: expected a model folder, "{DEMO}" or a hub id org/name, got {model!r}')
     if str(model) == DEMO or os.path.isdir(model):
         return
     if _HUB_ID.fullmatch(str(model)) is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
@@ -12,10 +11,11 @@ import tokenizers
 from .chat_template import ChatTemplate, checked_messages
 from .config import ModelConfig
 from .errors import TokenizerError
-from .json_files import read_bytes
+from .json_files import present, read_bytes
 
 MAX_TOKENIZER_BYTES: Final = 64_000_000
 _UNFINISHED: Final = "\N{REPLACEMENT CHARACTER}"
+_CHARACTER_BYTES: Final = 4
 
 _T = TypeVar("_T")
 
@@ -41,7 +41,7 @@ class Tokenizer:
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
-        if not os.path.exists(path):
+        if not present(path, TokenizerError):
             return None
         content = read_bytes(path, MAX_TOKENIZER_BYTES, TokenizerError)
         try:
@@ -132,6 +132,8 @@ class TokenStream:
         text, start = self._decode(self._context + self._pending), self._start
         complete = text.rstrip(_UNFINISHED)
         if len(complete) < len(text):
+            if len(self._pending) > 2 * _CHARACTER_BYTES and (end := self._cut(text)) is not None:
+                return text[start:end]
             self._start = max(len(complete), start)
             return complete[start:]
         if text[start:]:
@@ -143,6 +145,23 @@ class TokenStream:
         text, start = self._decode(self._context + self._pending), self._start
         self._advance()
         return text[start:]
+
+    def _cut(self, text: str) -> int | None:
+        """Let go of ids whose text cannot change any more, and say where in `text` it ends; None where there are none.
+
+        A character lies across three ends of ids at most. Of the ids before it, some that are no UTF-8 stay as context:
+        a decoder may take a whole run of bytes for broken.
+        """
+        for ids in range(1, _CHARACTER_BYTES + 1):
+            head, tail = self._pending[:-ids], self._pending[-ids:]
+            context = head[-_CHARACTER_BYTES:]
+            before, after = self._decode(context), self._decode(tail)
+            whole = self._decode(self._context + head) + after == text
+            if whole and before.endswith(_UNFINISHED) and self._decode(context + tail) == before + after:
+                end = len(text) - len(after)
+                self._context, self._pending, self._start = context, tail, len(before) + max(0, self._start - end)
+                return end
+        return None
 
     def _advance(self) -> None:
         self._context, self._pending = self._pending, []

@@ -35,7 +35,8 @@ class KVCache:
         except RuntimeError as error:
             gib = 2 * math.prod(shape) * dtype.itemsize / 2**30
             raise CapacityError(
-                f"a KV cache of {pages * page_size} tokens needs {gib:.1f} GiB, more than there is: set cache_tokens"
+                f"a KV cache of {pages * page_size} tokens needs {gib:.1f} GiB, more than there is: set a lower "
+                "cache_tokens (--cache-tokens)"
             ) from error
         self._zero(0)
         self.page_size = page_size

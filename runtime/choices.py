@@ -7,6 +7,7 @@ import torch
 from ..kernels import ops
 from ..loaders.config import ModelConfig
 from .errors import RequestError
+from .request import integer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,6 +41,12 @@ def table_of(backend: str, device: torch.device, numerics: str) -> ops.Ops:
     if obstacle:
         raise RequestError(f"backend: {chosen} cannot run on {device.type}: {obstacle}")
     return ops.select(chosen, numerics)
+
+
+def check_cache_tokens(tokens: int | None) -> None:
+    """Refuse what is no number of cached tokens, with a RequestError."""
+    if tokens is not None:
+        integer("cache_tokens", tokens, 1)
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -90,6 +91,7 @@ def generate(
     dtype: options.DtypeName = options.Dtype.AUTO,
     backend: options.BackendName = options.Backend.AUTO,
     numerics: options.NumericsName = options.Numerics.EXACT,
+    cache_tokens: options.CacheTokens = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
     warm_up: options.WarmUp = False,
     json: options.Json = False,
@@ -110,7 +112,7 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    with options.load_engine(model, method, device, dtype, backend, numerics) as engine:
+    with options.load_engine(model, method, device, dtype, backend, numerics, cache_tokens) as engine:
         if warm_up:
             warm_up_for(engine, source, params)
         answer(engine, source, params, as_json=json, as_stream=stream)
@@ -132,6 +134,7 @@ def chat(
     backend: options.BackendName = options.Backend.AUTO,
     numerics: options.NumericsName = options.Numerics.EXACT,
     warm_up: options.WarmUp = False,
+    cache_tokens: options.CacheTokens = None,
 ) -> None:
     """Talk to a model, one message a line. /reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
     from .chat import Chat
@@ -142,7 +145,7 @@ def chat(
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
     )
-    with options.load_engine(model, method, device, dtype, backend, numerics) as engine:
+    with options.load_engine(model, method, device, dtype, backend, numerics, cache_tokens) as engine:
         if engine.tokenizer is None:
             raise TokenizerError(f"{engine.model_path}: expected tokenizer.json, which chat needs, found none")
         if warm_up:
@@ -201,12 +204,13 @@ def tune(
     device: options.DeviceName = options.Device.AUTO,
     dtype: options.DtypeName = options.Dtype.AUTO,
     backend: options.BackendName = options.Backend.AUTO,
+    cache_tokens: options.CacheTokens = None,
     json: options.Json = False,
 ) -> None:
     """Search for a skip set and save it; --method swift:set=FILE loads it. Ctrl-C saves the best so far."""
     from .tuning import tune_and_save
 
-    with options.load_engine(model, "autoregressive", device, dtype, backend) as engine:
+    with options.load_engine(model, "autoregressive", device, dtype, backend, cache_tokens=cache_tokens) as engine:
         tune_and_save(engine, output, method, prompts, candidates, seconds, skip_ratio, window, seed, as_json=json)
 
 
@@ -292,6 +296,8 @@ def run(args: Sequence[str]) -> int:
     """Run one command line and return its exit code; a mistake is one line on standard error."""
     from .terminal import restore
 
+    if cast("object", sys.stdout) is None:
+        return _refuse("standard output: it is closed")
     try:
         command = typer.main.get_command(app)
         with command.make_context("skipjack", list(args)) as context:
@@ -307,9 +313,11 @@ def run(args: Sequence[str]) -> int:
         restore()
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The interpreter flushes standard output once more on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        _discard_output()
+        return _refuse(f"{error.filename or 'standard output'}: {error.strerror or error}")
     return 0
 
 
@@ -325,6 +333,13 @@ def _added_commands() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group="skipjack.commands")}
 
 
+def _discard_output() -> None:
+    """What is still held back is lost: the interpreter flushes standard output once more on its way out."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _refuse(message: str) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    if cast("object", sys.stderr) is not None:
+        print("error:", " ".join(message.split()), file=sys.stderr)
     return EXIT_MISTAKE

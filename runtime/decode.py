@@ -15,7 +15,7 @@ from .model import Model
 from .prefill import read
 from .request import Piece
 from .sampling import choose, tell
-from .sequence import Sequence
+from .sequence import Sequence, firsts
 
 
 def prefill(model: Model, cache: KVCache, sequence: Sequence, method: Method) -> list[Piece]:
@@ -52,7 +52,7 @@ def decode(model: Model, cache: KVCache, sequences: list[Sequence], policy: Poli
             count(sequence, model.config, ran, step.layers_read)
         tell(model, sequences, pieces, chosen.logits)
     spent = perf_counter() - start
-    for sequence in sequences:
+    for sequence in firsts(sequences):
         sequence.counters.verify_s += spent
         sequence.counters.decode_s += spent
     return pieces

@@ -29,6 +29,7 @@ def examine() -> dict[str, Any]:
         "cpu": cpu,
         "gpus": gpus,
         "backend": _backend(),
+        "cache_share": _cache_share(),
         "demo": demo,
         "advice": [*gpu_advice, *_triton_advice(packages, gpus), *_cpu_advice(cpu), *demo_advice],
     }
@@ -43,7 +44,7 @@ def show(findings: dict[str, Any]) -> None:
     cpu, demo = findings["cpu"], findings["demo"]
     features = [name for name, present in cpu["features"].items() if present]
     packed = [name for name, usable in cpu["packed_products"].items() if usable]
-    gpus = [f"{gpu['name']}, {gpu['memory_gib']:g} GiB, compute {gpu['capability']}" for gpu in findings["gpus"]]
+    gpus = [f"{gpu['name']}, {_memory(gpu)}, compute {gpu['capability']}" for gpu in findings["gpus"]]
     rows = [
         ("skipjack", findings["skipjack"]),
         ("python", f"{findings['python']} on {findings['platform']}"),
@@ -51,7 +52,8 @@ def show(findings: dict[str, Any]) -> None:
         ("CPU", cpu["name"] or "unknown"),
         ("CPU features", ", ".join(features) or "none that matter here"),
         ("threads", f"{cpu['threads']} used, {cpu['available']} available"),
-        ("memory", "unknown" if cpu["memory_gib"] is None else f"{cpu['memory_gib']:g} GiB"),
+        ("memory", _memory(cpu)),
+        ("KV cache", f"of no given size takes up to {findings['cache_share']:.0%} of what is free after the weights"),
         ("oneDNN packed products", ", ".join(packed) or "not usable: the plain products are used"),
         *(("GPU", gpu) for gpu in gpus or ["none found"]),
         ("backend", findings["backend"]),
@@ -99,9 +101,10 @@ def _gpus() -> tuple[list[dict[str, Any]], list[str]]:
         {
             "name": device.name,
             "memory_gib": round(device.total_memory / 2**30, 1),
+            "free_gib": _free_gib(f"cuda:{i}"),
             "capability": f"{device.major}.{device.minor}",
         }
-        for device in devices
+        for i, device in enumerate(devices)
     ]
     if found:
         return found, []
@@ -129,6 +132,7 @@ def _cpu() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "available": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": _memory_gib(),
+        "free_gib": _free_gib("cpu"),
         "packed_products": _packed_products(),
     }
 
@@ -153,6 +157,29 @@ def _memory_gib() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def _cache_share() -> float:
+    from .memory import CACHE_SHARE
+
+    return CACHE_SHARE
+
+
+def _free_gib(device: str) -> float | None:
+    import torch
+
+    from .memory import free_bytes
+
+    try:
+        free = free_bytes(torch.device(device))
+    except (RuntimeError, AssertionError):
+        return None
+    return None if free is None else round(free / 2**30, 1)
+
+
+def _memory(device: dict[str, Any]) -> str:
+    sizes = [f"{device[key]:g} GiB{told}" for key, told in (("memory_gib", ""), ("free_gib", " free")) if device[key]]
+    return ", ".join(sizes) or "unknown"
 
 
 def _packed_products() -> dict[str, bool]:

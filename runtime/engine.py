@@ -7,6 +7,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -21,11 +22,12 @@ from ..loaders.tokenizer import Tokenizer
 from ..loaders.weights import Weights, load_weights
 from .cache import KVCache
 from .calibration import Encode
-from .choices import DTYPES, dtype_of, one_of, place_of, table_of
+from .choices import DTYPES, check_cache_tokens, dtype_of, one_of, place_of, table_of
 from .decode import decode, prefill
 from .errors import CapacityError, RequestError
 from .forced import Forced, Scored
 from .graphs import Graphs, Rounds
+from .memory import cache_size, loading
 from .methods import registry
 from .methods.autoregressive import Autoregressive
 from .methods.base import Method
@@ -33,16 +35,15 @@ from .methods.policy import Policy
 from .model import Model
 from .prompts import Prompt, Prompts, check_params, is_many, to_ids
 from .ranges import marks
+from .recent import Recent
 from .request import Chunk, Output, Piece, SamplingParams
 from .sequence import Sequence
 from .speculate import speculate
-from .stream import Stream
+from .stream import Events, Stream
 from .text import TextStream
 from .warm_up import Rehearsal, WarmUp, refuse
 
-MAX_BATCH = 16
-BATCH_CONTEXT = 2048
-SPARE_PAGES = 4
+MAX_BATCH, MAX_METHODS, MAX_EVENTS, SPARE_PAGES = 16, 64, 4096, 4
 ADMISSION_WAIT_S = 30.0
 Progress = Callable[[str, int, int], None]
 
@@ -52,8 +53,8 @@ class Engine:
 
     Threads may share an engine: their calls take turns round by round, and one that needs pages the others hold waits
     for them, up to `ADMISSION_WAIT_S`. `model_path` is where the weights lie, `backend` the op table in use, `numerics`
-    "exact" or "fast", `config` the model's shape, `load_s` the seconds `load` took and `warmed_up` what the latest
-    `warm_up` did.
+    "exact" or "fast", `config` the model's shape, `cache_tokens` what requests can hold together, `cache_note` why that
+    is less than the model's context, `load_s` the seconds `load` took and `warmed_up` what the latest `warm_up` did.
     """
 
     load_s = 0.0
@@ -83,19 +84,17 @@ class Engine:
         self.tokenizer, self.model_path, self.dtype = tokenizer, model_path, weights.embedding.dtype
         table = table_of(backend, weights.embedding.device, numerics)
         self.numerics = numerics
-        if cache_tokens is not None and cache_tokens < 1:
-            raise RequestError(f"cache_tokens: expected at least 1, got {cache_tokens}")
         self._default = registry.parse(method)
         own = self._default.build(config)
         config, weights = own.edit(config, weights, lambda c, w: Model(c, w, table), self._encode)
         self.config = config
-        self._methods: dict[registry.MethodSpec, Method] = {}
+        self._methods = Recent[registry.MethodSpec, Method](MAX_METHODS, self._default)
         self._turn = threading.Condition(threading.RLock())
         self._strict, self._watch = strict, Watch(enabled=table.name == "triton")
         self._model: Model | None = Model(config, weights, table, marks(ranges))
         self.backend = self._model.backend
-        tokens = cache_tokens or max(config.max_context, MAX_BATCH * min(config.max_context, BATCH_CONTEXT))
-        self._cache: KVCache | None = self._model.new_cache(-(-tokens // table.page_size) + SPARE_PAGES)
+        self.cache_tokens, self.cache_note = cache_size(self._model, MAX_BATCH, cache_tokens)
+        self._cache: KVCache | None = self._model.new_cache(-(-self.cache_tokens // table.page_size) + SPARE_PAGES)
         on_device = self._model.device.type == "cuda" if graphs is None else graphs
         self._graphs = Graphs(self._model, self._cache, self._watch) if on_device else None
         self._enter(self._default, own)
@@ -119,39 +118,39 @@ class Engine:
 
         `device` auto is the GPU where there is one; `backend` auto is "triton" on a GPU and "torch" on the CPU. `dtype`
         auto is the checkpoint's own. `numerics` "fast" lets sums follow the number of rows if that is faster; a token
-        may then depend on drafts and neighbours. `cache_tokens` bounds the tokens all running requests hold together.
+        may then depend on drafts and neighbours. `cache_tokens` bounds the tokens all running requests hold together,
+        by default a context, or 16 times 2048 tokens if that is more, as far as four fifths of the free memory go.
         `progress` is called with a label, what is done and what there is to do.
 
         Raises:
             ConfigError, CheckpointError, TokenizerError: there is no such model, or this version does not run it.
             RequestError: an argument is not one of its choices.
+            CapacityError: the weights, or the cache that was asked for, do not fit into the memory there is.
         """
         start, spec, place = perf_counter(), registry.parse(method), place_of(device)
         one_of("dtype", dtype, ("auto", *DTYPES))
         table_of(backend, place, numerics)
+        check_cache_tokens(cache_tokens)
         folder = locate(model, progress)
         config = ModelConfig.load(folder)
         spec.build(config)
         tokenizer = Tokenizer.load(folder, config)
-        weights = load_weights(
-            folder,
-            config,
-            dtype_of(dtype, config),
-            (lambda done, total: progress("loading weights", done, total)) if progress else None,
-        ).to(place)
-        engine = Engine(
-            config,
-            weights,
-            tokenizer=tokenizer,
-            model_path=folder,
-            method=method,
-            backend=backend,
-            numerics=numerics,
-            cache_tokens=cache_tokens,
-            graphs=graphs,
-            ranges=ranges,
-            strict=strict,
-        )
+        kind = dtype_of(dtype, config)
+        with loading(folder, config, kind, place):
+            told = partial(progress, "loading weights") if progress else None
+            engine = Engine(
+                config,
+                load_weights(folder, config, kind, told).to(place),
+                tokenizer=tokenizer,
+                model_path=folder,
+                method=method,
+                backend=backend,
+                numerics=numerics,
+                cache_tokens=cache_tokens,
+                graphs=graphs,
+                ranges=ranges,
+                strict=strict,
+            )
         engine.load_s = perf_counter() - start
         return engine
 
@@ -180,7 +179,7 @@ class Engine:
         self, prompt: Prompt | Prompts, params: SamplingParams | None = None, *, method: str | None = None
     ) -> Stream:
         """As `generate`, yielding what every round adds; `Stream.outputs` holds the results when it is exhausted."""
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
         model, cache = self._loaded()
         spec = registry.parse(method) if method else self._default
         check_params(params, self.tokenizer, self.config)
@@ -192,9 +191,9 @@ class Engine:
             for choice in range(params.n)
         ]
         _check_room(cache, sequences)
-        drafter = self._method(spec)
-        chunks = self._run(model, cache, sequences, drafter, self._graphs)
-        return Stream(chunks, sequences, drafter, self.backend, self.numerics, seed)
+        drafter, events = self._method(spec), Events(maxlen=MAX_EVENTS)
+        chunks = self._run(model, cache, sequences, drafter, events, self._graphs)
+        return Stream(chunks, sequences, drafter, self.backend, self.numerics, seed, events)
 
     def score(self, prompts: Prompts, continuations: Prompts, *, method: str | None = None) -> list[Scored]:
         """What a method makes of given continuations, token ids, one for every prompt: teacher forcing.
@@ -216,8 +215,7 @@ class Engine:
         forced = Forced.all(prompt_ids, [to_ids(given, None, self.config) for given in continuations], self.config)
         _check_room(cache, forced)
         # The host replaces every token, so it steers the rounds.
-        for _ in self._run(model, cache, [*forced], policy, None):
-            pass
+        deque(self._run(model, cache, [*forced], policy, Events(maxlen=0), None), maxlen=0)
         return [sequence.scored() for sequence in forced]
 
     @property
@@ -332,10 +330,10 @@ class Engine:
         return Sequence(index, choice, ids, params, seed, eos, self.config.max_context, text)
 
     def _run(
-        self, model: Model, cache: KVCache, sequences: list[Sequence], method: Method, graphs: Graphs | None
+        self, model: Model, cache: KVCache, sequences: list[Sequence], method: Method, log: Events, alone: Graphs | None
     ) -> Generator[Chunk, None, None]:
         waiting, running = deque(sequences), list[Sequence]()
-        rounds = Rounds(graphs, model, cache, method) if graphs else None
+        rounds = Rounds(alone, model, cache, method) if alone else None
         try:
             while waiting or running:
                 chunks: list[Chunk] = []
@@ -360,11 +358,13 @@ class Engine:
                                     pieces = speculate(model, cache, running, method)
                         chunks += [_chunk(sequence, new) for sequence, new in zip(running, pieces, strict=True)]
                         running = self._without_finished(cache, running)
+                    log.extend(method.tell())
                 yield from chunks
         finally:
             with self._turn, self._watch, torch.inference_mode():
                 if rounds:
                     rounds.close()
+                log.extend(method.tell())
                 self._release(cache, sequences)
 
     def _admit(self, cache: KVCache, sequence: Sequence, others: bool) -> bool:
@@ -391,7 +391,7 @@ def _check_room(cache: KVCache, sequences: Iterable[Sequence]) -> None:
         if cache.pages_for(sequence.max_length) > cache.total_pages:
             raise CapacityError(
                 f"the request may grow to {sequence.max_length} tokens and the KV cache holds "
-                f"{cache.total_pages * cache.page_size}: lower max_tokens or raise cache_tokens"
+                f"{cache.total_pages * cache.page_size}: lower max_tokens or raise cache_tokens (--cache-tokens)"
             )
 
 

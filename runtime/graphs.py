@@ -25,7 +25,7 @@ from .request import Piece
 from .reshaping import reshaping
 from .round import State, device_round, device_steps
 from .sampling import note
-from .sequence import Sequence
+from .sequence import Sequence, firsts
 from .speculate import commit
 
 # Rounds enqueued beyond the one whose tokens the host is reading.
@@ -347,6 +347,7 @@ class Rounds:
         for row, sequence in running:
             if logprobs is not None:
                 note(sequence, pieces[id(sequence)], Logprobs(*(part[row] for part in logprobs)))
+        for sequence in firsts(sequence for _, sequence in running):
             sequence.counters.search_s += searched
             sequence.counters.decode_s += seconds + searched
         self._since += searched

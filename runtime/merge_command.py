@@ -8,12 +8,12 @@ from typing import Any
 
 from ..kernels import ops
 from ..loaders.config import MAX_CONFIG_BYTES, ModelConfig
-from ..loaders.json_files import read_object
+from ..loaders.json_files import present, read_object
 from ..loaders.save import save_checkpoint
 from ..loaders.tokenizer import Tokenizer
 from ..loaders.weights import checkpoint_tensors, load_weights
 from .choices import dtype_of
-from .errors import ConfigError, RequestError
+from .errors import CheckpointError, ConfigError, RequestError
 from .methods import registry
 from .methods.laco import LaCo
 from .model import Model
@@ -39,7 +39,7 @@ def merge(folder: Path, output: Path, method: str, *, as_json: bool) -> None:
     weights = load_weights(folder, config, dtype_of("auto", config))
     merged = laco.merged(config, weights, lambda c, w: Model(c, w, ops.TORCH), tokenizer.encode if tokenizer else None)
     fields = _fields(folder / "config.json", config, merged.config)
-    files = [folder / name for name in _TEXT_FILES if (folder / name).is_file()]
+    files = [folder / name for name in _TEXT_FILES if present(folder / name, CheckpointError)]
     save_checkpoint(output, fields, checkpoint_tensors(merged.weights, merged.config), files=files)
     summary = {"output": str(output), "of": config.num_layers, "kept": merged.config.num_layers, **merged.report()}
     if as_json:

@@ -71,6 +71,10 @@ NumericsName = Annotated[Numerics, typer.Option(help="fast gives up equal bits w
 WarmUp = Annotated[
     bool, typer.Option("--warm-up", help="First compile every kernel and capture every graph that will be needed.")
 ]
+CacheTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens the KV cache holds.", show_default="the context, or what fits into free memory"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -128,12 +132,18 @@ def _text(data: bytes, source: str) -> str:
 
 @contextmanager
 def load_engine(
-    model: str, method: str, device: Device, dtype: Dtype, backend: Backend, numerics: Numerics = Numerics.EXACT
+    model: str,
+    method: str,
+    device: Device,
+    dtype: Dtype,
+    backend: Backend,
+    numerics: Numerics = Numerics.EXACT,
+    cache_tokens: int | None = None,
 ) -> Generator[Engine, None, None]:
     """An engine for the time of a command, loaded behind a progress bar."""
     check_name(model)
     from .engine import Engine
-    from .terminal import progress_bar
+    from .terminal import notes, progress_bar
 
     with progress_bar() as progress:
         engine = Engine.load(
@@ -143,8 +153,11 @@ def load_engine(
             dtype=dtype.value,
             backend=backend.value,
             numerics=numerics.value,
+            cache_tokens=cache_tokens,
             progress=progress,
         )
+    if engine.cache_note:
+        notes().print(engine.cache_note, markup=False, soft_wrap=True)
     with engine:
         yield engine
 

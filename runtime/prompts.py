@@ -47,7 +47,9 @@ def to_ids(prompt: Prompt, tokenizer: Tokenizer | None, config: ModelConfig) -> 
 
 
 def check_params(params: SamplingParams, tokenizer: Tokenizer | None, config: ModelConfig) -> None:
-    """Refuse sampling parameters that name tokens or text this model does not have."""
+    """Refuse sampling parameters that name tokens or text this model does not have, and what are none."""
+    if not isinstance(cast(object, params), SamplingParams):
+        raise RequestError(f"params: expected SamplingParams, got {type(params).__name__}")
     if params.logprobs is not None and params.logprobs > config.vocab_size:
         raise RequestError(f"logprobs: {params.logprobs} are more than the vocabulary of {config.vocab_size}")
     if params.stop and tokenizer is None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from .errors import RequestError
 
@@ -18,7 +18,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 switch their filter off. Penalties follow
     vLLM: `repetition_penalty` counts prompt and output, the other two the output only. `seed` None draws a fresh one.
-    `logprobs` n returns the n most likely tokens beside the chosen one, from the unmodified logits.
+    `logprobs` n returns the n most likely tokens beside the chosen one, from the unmodified logits. `stop`,
+    `stop_token_ids` and `logit_bias` may be None, vLLM's own default, and are read back as empty then.
 
     Raises:
         RequestError: a field is out of range; the message names it.
@@ -37,33 +38,33 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float], hash=False)
     logprobs: int | None = None
     n: int = 1
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else _several("stop", self.stop, "strings")
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
-        _integer("max_tokens", self.max_tokens, 1)
-        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        object.__setattr__(self, "stop_token_ids", _several("stop_token_ids", self.stop_token_ids, "token ids"))
+        object.__setattr__(self, "logit_bias", _mapping("logit_bias", self.logit_bias))
+        integer("max_tokens", self.max_tokens, 1)
+        integer("min_tokens", self.min_tokens, 0, self.max_tokens)
         _number("temperature", self.temperature, 0.0, 100.0)
         _number("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        _integer("top_k", self.top_k, -1, 2**63 - 1)
+        integer("top_k", self.top_k, -1, 2**63 - 1)
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, low_open=True)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _integer("n", self.n, 1, 256)
+        integer("n", self.n, 1, 256)
         if self.seed is not None:
-            _integer("seed", self.seed, 0, 2**64 - 1)
+            integer("seed", self.seed, 0, 2**64 - 1)
         if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, 100)
+            integer("logprobs", self.logprobs, 0, 100)
         if len(stop) > MAX_STOP_STRINGS or not all(_is_text(s) for s in stop):
             raise RequestError(f"stop: expected at most {MAX_STOP_STRINGS} non-empty strings, got {self.stop!r}")
         for token in (*self.stop_token_ids, *self.logit_bias):
-            _integer("stop_token_ids" if token in self.stop_token_ids else "logit_bias", token, 0)
+            integer("stop_token_ids" if token in self.stop_token_ids else "logit_bias", token, 0)
         for token, bias in self.logit_bias.items():
             _number(f"logit_bias[{token}]", bias, -100.0, 100.0)
 
@@ -131,7 +132,8 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Stats:
-    """What a request cost. Times are seconds of wall clock; rounds shared by a batch count fully for each member.
+    """What a request cost. Times are seconds of wall clock; a round that prompts share counts fully for each of them,
+    and once for the choices of one.
 
     acceptance rate = accepted / drafted; mean acceptance length = 1 + accepted / rounds. Every choice has one token
     from its prefill; with them, `accepted` and `bonus` (the full model's own choice at the end of a round) add up to
@@ -146,8 +148,8 @@ class Stats:
     sub-layers not run, once per row and pass. `weight_passes`: how often decoding read the model's weights, the LM
     head's included, partial readings as their share; those a batch shares count fully for each member; 0 where the
     method does not say. `weight_pass_bound`: the most tokens such a pass can give by the method and the model's shape.
-    `phases` are (name, first generated token); `events` are the method's own records (for SWIFT one per optimisation
-    step); `notes` say in words what a reader of the figures must know.
+    `phases` are (name, first generated token); `events` are the method's own records of this request's rounds (for
+    SWIFT one per optimisation step); `notes` say in words what a reader of the figures must know.
     """
 
     method: str
@@ -200,8 +202,8 @@ class Stats:
 
     @property
     def tokens_per_s(self) -> float:
-        """Decoded tokens per second: the first token belongs to the prefill."""
-        return (self.completion_tokens - 1) / self.decode_s if self.decode_s else 0.0
+        """Decoded tokens per second: the first token of every choice belongs to its prefill."""
+        return (self.accepted + self.bonus) / self.decode_s if self.decode_s else 0.0
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,22 @@ class Output:
         return self.choices[0].finish_reason
 
 
-def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
+def _several(name: str, value: object, kind: str) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
+        raise RequestError(f"{name}: expected {kind}, got {value!r}")
+    return tuple(cast("Iterable[Any]", value))
+
+
+def _mapping(name: str, value: object) -> dict[int, float]:
+    if value is not None and not isinstance(value, Mapping):
+        raise RequestError(f"{name}: expected a mapping of token ids to numbers, got {value!r}")
+    return dict(cast("Mapping[int, float]", value or {}))
+
+
+def integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Refuse a value that is no integer within bounds, with a RequestError that names it."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise RequestError(f"{name}: expected an integer {bounds}, got {value!r}")

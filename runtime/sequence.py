@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,10 @@ from .text import TextStream
 
 @dataclass
 class Counters:
-    """What one sequence's rounds added up to; prefill token + accepted + bonus = emitted tokens."""
+    """What one sequence's rounds added up to; prefill token + accepted + bonus = emitted tokens.
+
+    The time of a round is counted once for a prompt, by the first of its sequences that were in it.
+    """
 
     rounds: int = 0
     graph_rounds: int = 0
@@ -113,3 +117,11 @@ class Sequence:
 def most_logprobs(sequences: list[Sequence]) -> int | None:
     """How many likely tokens at a place the sequences want to be told of; None: not even the chosen one."""
     return max((s.params.logprobs for s in sequences if s.params.logprobs is not None), default=None)
+
+
+def firsts(sequences: Iterable[Sequence]) -> list[Sequence]:
+    """The first sequence of each prompt: those that count the time of a round."""
+    found: dict[int, Sequence] = {}
+    for sequence in sequences:
+        found.setdefault(sequence.index, sequence)
+    return list(found.values())

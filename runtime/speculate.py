@@ -18,7 +18,7 @@ from .plan import LayerPlan
 from .request import Piece
 from .rows import Lineage
 from .sampling import choose, tell
-from .sequence import Sequence
+from .sequence import Sequence, firsts
 
 
 def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: Method) -> list[list[Piece]]:
@@ -66,11 +66,12 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
     for sequence, count, depth in zip(sequences, counts, tried, strict=True):
         counters = sequence.counters
         counters.rounds += 1
+        counters.executed_skips += (plan.skipped * depth if count else 0) + method.target.skipped
+    for counters in (sequence.counters for sequence in firsts(sequences)):
         counters.draft_s += drafted - start
         counters.verify_s += verified - drafted
         counters.search_s += searched
         counters.decode_s += perf_counter() - start
-        counters.executed_skips += (plan.skipped * depth if count else 0) + method.target.skipped
     return pieces
 
 

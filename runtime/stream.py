@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping
 from itertools import groupby
+from typing import Any, TypeAlias
 
 from .methods.base import Method
 from .request import Chunk, Output
 from .sequence import Sequence
 from .summary import summarise
+
+# What a method told of the rounds of a request; the oldest are forgotten where there are too many.
+Events: TypeAlias = deque[Mapping[str, Any]]
 
 
 class Stream(Iterator[Chunk]):
@@ -22,10 +27,11 @@ class Stream(Iterator[Chunk]):
         backend: str,
         numerics: str,
         seed: int,
+        events: Events,
     ) -> None:
         self._chunks, self._sequences, self._method = chunks, sequences, method
         self._backend, self._numerics, self._seed = backend, numerics, seed
-        self._known_events = len(method.events())
+        self._events = events
 
     def __next__(self) -> Chunk:
         return next(self._chunks)
@@ -37,7 +43,7 @@ class Stream(Iterator[Chunk]):
     @property
     def outputs(self) -> list[Output]:
         """One result per prompt, of what has been generated so far."""
-        events = self._method.events()[self._known_events :]
+        events = list(self._events)
         prompts = groupby(self._sequences, key=lambda sequence: sequence.index)
         return [
             summarise(list(own), self._method, self._backend, self._numerics, self._seed, events) for _, own in prompts

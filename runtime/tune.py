@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import monotonic
+from typing import Any
 
 import torch
 
 from .engine import Engine
 from .errors import RequestError
-from .methods import registry
 from .prefill import text_rows
 from .request import SamplingParams
 from .search import Search, matchness
@@ -95,14 +95,13 @@ def tune_knapspec(
         RequestError: the prompts were too short for it to choose any.
     """
     spec = "knapspec:search_budget=1.0,interval=8"
-    method = engine._method(registry.parse(spec))
+    found: list[Mapping[str, Any]] = []
     for ids in prompts:
         if stop():
             break
-        engine.generate(ids, SamplingParams(max_tokens=max_tokens, ignore_eos=True), method=spec)
-        found = [event for event in method.events() if event["kind"] == "programme"]
+        output = engine.generate(ids, SamplingParams(max_tokens=max_tokens, ignore_eos=True), method=spec)
+        found += [event for event in output.stats.events if event["kind"] == "programme"]
         report(len(found), found[-1]["score"] if found else 0.0)
-    found = [event for event in method.events() if event["kind"] == "programme"]
     if not found:
         raise RequestError("tune: knapspec chose no set on these prompts: give it more or longer ones")
     last = found[-1]
@@ -115,5 +114,5 @@ def tune_knapspec(
         tuple(last["skip_mlp"]),
         float(last["score"]),
         last["num_draft_tokens"] or None,
-        len(found),
+        last["iteration"],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from shlex import quote
 
 from .calibration import PROMPTS, read_texts
 from .engine import Engine
@@ -34,6 +35,8 @@ def tune_and_save(
     """
     if method not in ("swift", "knapspec"):
         raise RequestError(f"--method: expected swift or knapspec, got {method!r}")
+    if "," in str(output):
+        raise RequestError(f"--output: expected a name without a comma, which ends a method's option, got {output}")
     if not output.parent.is_dir():
         raise RequestError(f"--output: no such folder: {output.parent}")
     if output.is_dir() or not os.access(output.parent, os.W_OK):
@@ -78,6 +81,6 @@ def tune_and_save(
     kept = found.num_layers - (len(found.skip_attention) + len(found.skip_mlp)) / 2
     answers().print(
         f"{output}: score {found.score:.3f} after {found.candidates} candidates, "
-        f"{kept:g} of {found.num_layers} layers kept; use it with --method swift:set={output}",
+        f"{kept:g} of {found.num_layers} layers kept; use it with --method {quote(f'swift:set={output}')}",
         markup=False,
     )

@@ -36,7 +36,7 @@ def test_a_reservation_that_does_not_fit_takes_nothing() -> None:
 
 
 def test_a_cache_that_does_not_fit_into_memory_is_refused() -> None:
-    with pytest.raises(CapacityError, match="set cache_tokens"):
+    with pytest.raises(CapacityError, match="set a lower cache_tokens"):
         KVCache(64, 64, 256, pages=10**7, page_size=256, dtype=torch.float32, device=torch.device("cpu"))
 
 

@@ -66,6 +66,7 @@ class FakeEngine:
     compilations = 0
     warmed_up: WarmUp | None = None
     config = SimpleNamespace(vocab_size=512, max_context=64)
+    cache_note: str | None = None
     interrupt = False
     differ = False
 
@@ -226,13 +227,26 @@ class TestGenerate:
     def test_options_reach_the_engine(self, engine, folder) -> None:
         line = "--max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 40 --min-p 0.1 --seed 3 --stop a --stop b"
         rest = "--ignore-eos --device cpu --dtype bfloat16 --backend torch --method swift:skip_ratio=0.4"
-        chosen = [*line.split(), *rest.split(), "--numerics", "fast"]
+        chosen = [*line.split(), *rest.split(), "--numerics", "fast", "--cache-tokens", "600"]
         assert cli.run(["generate", folder, "hello", *chosen]) == 0
         made = engine.made[0]
         assert made.asked == [("hello", SamplingParams(5, 0, 0.5, 0.9, 40, 0.1, 3, ("a", "b"), ignore_eos=True))]
         made.options.pop("progress")
         expected = {"method": "swift:skip_ratio=0.4", "device": "cpu", "dtype": "bfloat16", "backend": "torch"}
-        assert made.options == expected | {"numerics": "fast"}
+        assert made.options == expected | {"numerics": "fast", "cache_tokens": 600}
+
+    def test_a_cache_smaller_than_the_context_is_told_beside_the_answer(self, engine, folder, capsys) -> None:
+        engine.cache_note = "the KV cache holds 2048 tokens"
+        assert cli.run(["generate", folder, "hello", "--json"]) == 0
+        streams = capsys.readouterr()
+        assert streams.err == "the KV cache holds 2048 tokens\n"
+        assert_report(json.loads(streams.out))
+
+    @pytest.mark.parametrize("command", ["generate", "chat"])
+    def test_the_cache_has_an_option(self, engine, folder, monkeypatch, command) -> None:
+        feed(monkeypatch, b"")
+        assert cli.run([command, folder, "--cache-tokens", "77", *(["x"] if command == "generate" else [])]) == 0
+        assert engine.made[0].options["cache_tokens"] == 77
 
     def test_reads_the_prompt_from_a_pipe_or_a_file(self, engine, folder, tmp_path, monkeypatch) -> None:
         feed(monkeypatch, "käse\n\n".encode())
@@ -316,6 +330,20 @@ class TestEndings:
         done = subprocess.run([sys.executable, "-c", script], check=False, stdout=writing, stderr=subprocess.PIPE)
         os.close(writing)
         assert (done.returncode, done.stderr) == (141, b"")
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+    @pytest.mark.parametrize("arguments", ["['--version']", "['doctor', '--json']", "['doctor']"])
+    def test_an_output_that_cannot_be_written_is_one_line(self, arguments) -> None:
+        script = f"import sys; from skipjack.runtime.cli import main; sys.argv[1:] = {arguments}; main()"
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-c", script], check=False, stdout=full, stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (2, b"error: standard output: No space left on device\n")
+
+    def test_a_closed_output_is_one_line(self) -> None:
+        script = "import sys; from skipjack.runtime.cli import main; sys.argv[1:] = ['--version']; main()"
+        shell = ["sh", "-c", '"$0" -c "$1" >&-', sys.executable, script]
+        done = subprocess.run(shell, check=False, stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (2, b"error: standard output: it is closed\n")
 
     def test_version_and_help(self, capsys) -> None:
         from skipjack import __version__
@@ -436,7 +464,7 @@ def test_doctor(capsys) -> None:
     assert cli.run(["doctor", "--json"]) == 0
     findings = json.loads(capsys.readouterr().out)
     assert set(findings) == {
-        "skipjack", "python", "platform", "packages", "cpu", "gpus", "backend", "demo", "advice",
+        "skipjack", "python", "platform", "packages", "cpu", "gpus", "backend", "cache_share", "demo", "advice",
     }  # fmt: skip
     assert findings["backend"].startswith("torch")
     assert findings["advice"]
@@ -452,10 +480,11 @@ def test_doctor_names_the_gpu_and_the_kernels_that_will_use_it(capsys, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(72.5 * 2**30), card.total_memory))
     assert cli.run(["doctor", "--json"]) == 0
     findings = json.loads(capsys.readouterr().out)
-    assert findings["gpus"] == [{"name": "H100", "memory_gib": 80.0, "capability": "9.0"}]
+    assert findings["gpus"] == [{"name": "H100", "memory_gib": 80.0, "free_gib": 72.5, "capability": "9.0"}]
     assert findings["backend"].startswith("triton")
     assert findings["backend"].endswith("on the GPU")
     assert cli.run(["doctor"]) == 0
-    assert "H100, 80 GiB, compute 9.0" in capsys.readouterr().out
+    assert "H100, 80 GiB, 72.5 GiB free, compute 9.0" in capsys.readouterr().out

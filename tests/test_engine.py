@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.save import save_checkpoint
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.loaders.weights import checkpoint_tensors
+from skipjack.runtime.graphs import RoundGraph
+from skipjack.runtime.methods.base import Method
+from skipjack.runtime.methods.static import Static
 from skipjack.runtime.request import Output
 
 PROMPTS = [[5, 9, 200, 31], [7] * 3, list(range(20, 90)), [400, 3, 3, 17, 250, 8]]
@@ -202,6 +206,41 @@ def test_one_choice_per_n_each_reproducible(synthetic: Callable[..., Engine]) ->
         assert engine.generate(PROMPTS[0], alone).token_ids == ids[choice]
 
 
+@pytest.mark.parametrize(
+    ("method", "graphs"), [("autoregressive", False), ("static:skip=3", False), ("swift:skip_mlp=3", True)]
+)
+def test_a_request_took_the_time_of_the_rounds_it_was_in(
+    monkeypatch: pytest.MonkeyPatch, method: str, graphs: bool
+) -> None:
+    """Rounds of a second each, two sequences at a time: times of choices that run one after another add up."""
+    seconds = 0.0
+
+    def timed(step: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            nonlocal seconds
+            seconds += 1
+            return step(*args)
+
+        return run
+
+    for module in ("speculate", "decode", "graphs"):
+        monkeypatch.setattr(f"skipjack.runtime.{module}.perf_counter", lambda: seconds)
+    for place, name in ((Method, "propose"), (Static, "step"), (RoundGraph, "report")):
+        monkeypatch.setattr(place, name, timed(getattr(place, name)))
+    monkeypatch.setattr("skipjack.runtime.engine.MAX_BATCH", 2)
+    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
+    with Engine(config, synthetic_weights(config, 0, torch.float32), method=method, graphs=graphs) as engine:
+        params = SamplingParams(max_tokens=4, ignore_eos=True)
+        five, alone = (engine.generate(PROMPTS[0], replace(params, n=n)) for n in (5, 1))
+        waves = 3 * alone.stats.decode_s
+        assert alone.stats.decode_s == alone.stats.rounds
+        assert five.stats.decode_s == waves
+        assert alone.stats.tokens_per_s == 3 / alone.stats.decode_s
+        assert five.stats.tokens_per_s == 5 * 3 / waves
+        pair = engine.generate(PROMPTS[:2], params)
+        assert [output.stats.decode_s for output in pair] == [output.stats.rounds for output in pair]
+
+
 def test_logprobs_are_those_of_the_logits(synthetic: Callable[..., Engine]) -> None:
     engine = synthetic("tiny")
     params = SamplingParams(max_tokens=10, temperature=0.8, seed=1, logprobs=3, ignore_eos=True)
@@ -372,7 +411,7 @@ def test_more_logprobs_than_tokens_are_refused(synthetic: Callable[..., Engine])
 @pytest.mark.parametrize("tokens", [0, -99999])
 def test_a_cache_of_no_tokens_is_refused(tokens: int) -> None:
     config = ModelConfig.parse(synthetic_config("tiny"), "test")
-    with pytest.raises(RequestError, match="cache_tokens: expected at least 1"):
+    with pytest.raises(RequestError, match="cache_tokens: expected an integer of at least 1"):
         Engine(config, synthetic_weights(config, 0, torch.float32), cache_tokens=tokens)
 
 

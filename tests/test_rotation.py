@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from skipjack import Engine, SamplingParams
-from skipjack.bench import exact, rotation
+from skipjack.bench import accept, exact, rotation
 from skipjack.runtime.methods import registry
 
 
@@ -32,8 +32,8 @@ def test_cells_are_methods_of_their_levels(name: str) -> None:
 
 
 def test_no_lossless_method_is_left_out() -> None:
-    lossless = {name for name in registry.names() if registry._METHODS[name][0].lossless}
-    assert {name.partition(" ")[0] for name in rotation.NAMES} == lossless - {"autoregressive"}
+    assert {name.partition(" ")[0] for name in rotation.NAMES} == {*registry.lossless()} - {"autoregressive"}
+    assert {*accept.METHODS} == {*registry.lossless()} - {"autoregressive", "auto"}
 
 
 def test_coverage_counts_what_ran() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from random import Random
 
 import pytest
 import tokenizers
@@ -164,6 +165,52 @@ def test_a_run_of_tokens_without_text_costs_each_of_them_the_same(folder):
     assert max(seen) <= 8
 
 
+def bytes_of(tokenizer):
+    """The id of every byte: printable ones of Latin-1 are spelled as themselves, the others from U+0100 on."""
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [tokenizer._backend.token_to_id(chr(byte if byte in plain else next(others))) for byte in range(256)]
+
+
+@pytest.mark.parametrize("byte", [0xFF, 0x80, 0xF0, 0xE4])
+def test_bytes_that_are_no_text_are_shown_as_they_come_and_cost_the_same(folder, byte):
+    tokenizer = load(folder)
+    ids = [*tokenizer.encode("one"), *[bytes_of(tokenizer)[byte]] * 400, *tokenizer.encode(" two🎉")]
+    seen = []
+    stream = TokenStream(lambda part: seen.append(len(part)) or tokenizer.decode(part), tokenizer._silent)
+    shown, late = "", 0
+    for count, token in enumerate(ids, 1):
+        shown += stream.step(token)
+        late = max(late, len(tokenizer.decode(ids[:count])) - len(shown))
+    assert shown + stream.finish() == tokenizer.decode(ids)
+    assert shown.count("\ufffd") == 400
+    assert late <= 9
+    assert max(seen) <= 16
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_stream_of_any_bytes_adds_up(folder, seed):
+    """Characters, parts of them and bytes that belong to none, in any order and cut anywhere."""
+    tokenizer, random = load(folder), Random(seed)
+    parts = [
+        *("a", "é", "你", "🎉", "👩‍👩‍👧"),
+        b"\xff",
+        b"\xc0",
+        b"\xf0\x9f",
+        b"\xe4\xbd",
+        b"\x80",
+        b"\xed\xa0\x80",
+        b"\xf4\x90",
+    ]
+    chosen = [random.choice(parts[random.randrange(6) :]) for _ in range(60)]
+    content = b"".join(part if isinstance(part, bytes) else part.encode() for part in chosen)
+    ids = [bytes_of(tokenizer)[byte] for byte in content]
+    whole = tokenizer.encode("你好 the 🎉")
+    ids = [*ids[: seed * 3], *whole, *ids[seed * 3 :]]
+    stream = tokenizer.stream()
+    assert "".join(stream.step(token) for token in ids) + stream.finish() == tokenizer.decode(ids)
+
+
 def test_sentencepiece_style_spaces_stream(tmp_path):
     vocab = {"<unk>": 0, "▁the": 1, "▁cat": 2, "s": 3, "▁": 4, "<0xE4>": 5, "<0xBD>": 6, "<0xA0>": 7}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
@@ -177,6 +224,11 @@ def test_sentencepiece_style_spaces_stream(tmp_path):
     pieces = [stream.step(token) for token in ids]
     assert "".join(pieces) + stream.finish() == loaded.decode(ids) == "the cats你 the  cat"
     assert pieces[3:6] == ["", "", "你"]
+    # This decoder takes a whole run of bytes for broken where one of them is.
+    broken = [1, 6, *[5, 6, 7] * 30, *[7] * 50, 2]
+    stream = loaded.stream()
+    assert "".join(stream.step(token) for token in broken) + stream.finish() == loaded.decode(broken)
+    assert loaded.decode(broken).count("\ufffd") == 141
 
 
 @pytest.mark.parametrize("generate", [True, False])

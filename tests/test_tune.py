@@ -1,7 +1,9 @@
 """Sets found ahead of time: scored as they claim, loaded by the model they belong to, and by no other."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from skipjack import Engine, RequestError, SamplingParams
 from skipjack.runtime import cli
 from skipjack.runtime.skip_sets import SkipSet
 from skipjack.runtime.tune import tune_knapspec, tune_swift
+from skipjack.runtime.tuning import tune_and_save
 
 PROMPTS = [[5, 9, 200, 31], [7] * 3, list(range(20, 90))]
 
@@ -72,6 +75,7 @@ def test_knapspec_leaves_the_set_it_chose_last(synthetic: Callable[..., Engine])
         (["--method", "magic", "-o", "x.json"], "--method: expected swift or knapspec"),
         (["-o", "/nowhere/x.json"], "--output: no such folder"),
         (["-o", "/"], "--output: expected a file that can be written"),
+        (["-o", "a,b.json"], "--output: expected a name without a comma"),
     ],
 )
 def test_wrong_arguments_are_one_line(
@@ -79,3 +83,21 @@ def test_wrong_arguments_are_one_line(
 ) -> None:
     assert cli.run(["tune", str(demo.model_path), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_command_it_prints_loads_the_set(
+    synthetic: Callable[..., Engine],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a shell reads it, of a name with what shells and options give a meaning to."""
+    engine, output = synthetic("tiny", torch.float32, 0.1), tmp_path / "my set=1+2:'x'.json"
+    silent = SimpleNamespace(step=lambda _: "", finish=lambda: "")
+    monkeypatch.setattr(engine, "tokenizer", SimpleNamespace(stream=lambda: silent))
+    monkeypatch.setattr("skipjack.runtime.tuning.to_ids", lambda text, *_: [5, 9, len(text) % 500])
+    tune_and_save(engine, output, "swift", None, 3, 60.0, 0.3, 8, 0, as_json=False)
+    option, method = shlex.split(capsys.readouterr().out.partition("use it with ")[2])
+    assert (option, method) == ("--method", f"swift:set={output}")
+    monkeypatch.setattr(engine, "tokenizer", None)
+    assert engine.generate(PROMPTS[0], SamplingParams(max_tokens=3), method=method).stats.layers_kept < 8

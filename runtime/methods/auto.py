@@ -159,6 +159,10 @@ class Auto(Method):
     def events(self) -> list[Mapping[str, Any]]:
         return list(self._events)
 
+    def forget(self) -> None:
+        self._decisions.clear()
+        self._swift.forget()
+
     def prepare(self, model: Model, cache: KVCache) -> None:
         """Time the passes of this machine."""
         self._swift.prepare(model, cache)

@@ -136,8 +136,17 @@ class Method:
         return "decode"
 
     def events(self) -> list[Mapping[str, Any]]:
-        """Everything worth telling about what was learnt so far, oldest first."""
+        """What is worth telling about what was learnt and was not told yet, oldest first."""
         return []
+
+    def forget(self) -> None:
+        """Drop the events so far."""
+
+    def tell(self) -> list[Mapping[str, Any]]:
+        """The events so far, which are told once, to the request in whose rounds they came about."""
+        told = self.events()
+        self.forget()
+        return told
 
     def notes(self, executed_skips: int) -> list[str]:
         """What a reader of a request's figures must know; it did not run `executed_skips` sub-layers."""

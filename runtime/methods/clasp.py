@@ -73,6 +73,7 @@ class Clasp(Method):
         self._rounds = 0
         self._last_s = 0.0
         self._events: list[Mapping[str, Any]] = []
+        self._programmes = 0
 
     @property
     def plan(self) -> LayerPlan:
@@ -87,6 +88,9 @@ class Clasp(Method):
 
     def events(self) -> list[Mapping[str, Any]]:
         return list(self._events)
+
+    def forget(self) -> None:
+        self._events.clear()
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """Confidence-aware drafting, as SWIFT's."""
@@ -146,10 +150,11 @@ class Clasp(Method):
         skipped = [sublayer // 2 for sublayer in programme.states[-1].skipped[::2]]
         self._plan = self._full.without(attention=skipped, mlp=skipped)
         self._rounds = 0
+        self._programmes += 1
         self._events.append(
             {
                 "kind": "programme",
-                "iteration": len(self._events) + 1,
+                "iteration": self._programmes,
                 "skip_attention": list(self._plan.skipped_attention),
                 "skip_mlp": list(self._plan.skipped_mlp),
                 "score": programme.states[-1].score / programme.streams.shape[1],

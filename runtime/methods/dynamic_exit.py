@@ -77,6 +77,9 @@ class DynamicExit(Method):
     def events(self) -> list[Mapping[str, Any]]:
         return list(self._events)
 
+    def forget(self) -> None:
+        self._events.clear()
+
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """A draft of the chosen length from the chosen exit, ended by a token less sure than those that are missed."""
         record = self._due()

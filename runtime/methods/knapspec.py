@@ -112,6 +112,7 @@ class KnapSpec(Method):
         self._work: Generator[None, None, Choice] | None = None
         self._spent = self._step_s = 0.0
         self._events: list[Mapping[str, Any]] = []
+        self._programmes = 0
 
     @property
     def plan(self) -> LayerPlan:
@@ -126,6 +127,9 @@ class KnapSpec(Method):
 
     def events(self) -> list[Mapping[str, Any]]:
         return list(self._events)
+
+    def forget(self) -> None:
+        self._events.clear()
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """Confidence-aware drafting, as SWIFT's."""
@@ -216,10 +220,11 @@ class KnapSpec(Method):
 
     def _adopt(self, choice: Choice, tokens: int) -> None:
         self._choice, self._rounds = choice, 0
+        self._programmes += 1
         self._events.append(
             {
                 "kind": "programme",
-                "iteration": len(self._events) + 1,
+                "iteration": self._programmes,
                 "skip_attention": list(choice.plan.skipped_attention),
                 "skip_mlp": list(choice.plan.skipped_mlp),
                 "score": choice.speedup,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from ...loaders.config import ModelConfig
 from ..errors import RequestError
@@ -79,12 +79,19 @@ def names(model_type: str | None = None) -> list[str]:
     return [name for name in _METHODS if model_type is None or _mismatch(name, model_type) is None]
 
 
+def lossless() -> list[str]:
+    """The methods whose tokens are those of the full model."""
+    return [name for name, (method, _) in _METHODS.items() if method.lossless]
+
+
 def parse(text: str) -> MethodSpec:
     """Read `name` or `name:key=value,…`; lists are joined with +.
 
     Raises:
         RequestError: an unknown method or option, or a value of the wrong type.
     """
+    if not isinstance(cast(object, text), str):
+        raise RequestError(f"method: expected a name and options as text, got {text!r}")
     name, _, rest = text.partition(":")
     if name not in _METHODS:
         raise RequestError(f"method: unknown method {name!r}, expected one of {', '.join(_METHODS)}")

@@ -140,6 +140,9 @@ class Swift(Method):
     def events(self) -> list[Mapping[str, Any]]:
         return list(self._search.events)
 
+    def forget(self) -> None:
+        self._search.events.clear()
+
     def prepare(self, model: Model, cache: KVCache) -> None:
         if self._saved:
             self._saved.check(model.config, model.fingerprint, Path(self._options.set))
