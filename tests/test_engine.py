@@ -336,7 +336,7 @@ def test_threads_and_nested_streams_share_an_engine(synthetic: Callable[..., Eng
 
 
 def test_requests_that_cannot_be_served_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skipjack.runtime.engine.ADMISSION_WAIT_S", 0.0)
+    monkeypatch.setattr("skipjack.runtime.admission.ADMISSION_WAIT_S", 0.0)
     config = ModelConfig.parse(synthetic_config("tiny") | {"max_position_embeddings": 4096}, "test")
     engine = Engine(config, synthetic_weights(config, 0, torch.float32), cache_tokens=256)
     cache = engine._loaded()[1]
