@@ -38,7 +38,7 @@ class KVCache:
                 f"a KV cache of {pages * page_size} tokens needs {gib:.1f} GiB, more than there is: set a lower "
                 "cache_tokens (--cache-tokens)"
             ) from error
-        self._zero(0)
+        self._zero([0])
         self.page_size = page_size
         self._holders = [0] * (pages + 1)
         self._free = list(range(pages, 0, -1))
@@ -70,7 +70,7 @@ class KVCache:
         pages = [self._free.pop() for _ in range(needed)]
         for page in pages:
             self._holders[page] = 1
-            self._zero(page)
+        self._zero(pages)
         return pages
 
     def fork(self, pages: list[int], length: int, tokens: int) -> list[int]:
@@ -95,7 +95,8 @@ class KVCache:
                 self._free.append(page)
         pages.clear()
 
-    def _zero(self, page: int) -> None:
+    def _zero(self, pages: list[int]) -> None:
         """Whatever an earlier holder left, NaN included, must not reach a masked sum."""
-        self.keys[:, page].zero_()
-        self.values[:, page].zero_()
+        index = torch.tensor(pages, dtype=torch.int64, device=self.keys.device)
+        self.keys.index_fill_(1, index, 0.0)
+        self.values.index_fill_(1, index, 0.0)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from time import perf_counter
+
+from torch import Tensor
 
 from ..kernels.host import ints
 from ..loaders.config import ModelConfig
@@ -12,7 +16,7 @@ from .costs import weight_pass
 from .methods.base import Method
 from .methods.policy import Policy
 from .model import Model
-from .prefill import read
+from .prefill import prompt_rows
 from .request import Piece
 from .sampling import choose, tell
 from .sequence import Sequence, firsts
@@ -20,19 +24,38 @@ from .sequence import Sequence, firsts
 
 def prefill(model: Model, cache: KVCache, sequence: Sequence, method: Method) -> list[Piece]:
     """Cache a prompt and choose the first token."""
-    start = perf_counter()
-    if isinstance(method, Policy):
+    return next(pieces for pieces in reading(model, cache, sequence, method) if pieces is not None)
+
+
+def reading(model: Model, cache: KVCache, sequence: Sequence, method: Method) -> Iterator[list[Piece] | None]:
+    """Cache a prompt, pass by pass: None after each but the last, which the first token is chosen after."""
+    passes = _passes(model, cache, sequence, method)
+    for number, (rows, run) in enumerate(passes, 1):
+        start, pieces = perf_counter(), None
+        with model.mark("prefill", 1, rows):
+            hidden = run()
+            if number == len(passes):
+                batch = Batch.of([sequence], model.ops.decode_tile, model.device)
+                chosen = choose(model, hidden[-1:], batch, batch.last[:, None])
+                pieces = sequence.extend(ints(chosen.tokens[0]), 0)
+                tell(model, [sequence], [pieces], chosen.logits)
+        sequence.counters.prefill_s += perf_counter() - start
+        yield pieces
+
+
+def _passes(model: Model, cache: KVCache, sequence: Sequence, method: Method) -> list[tuple[int, Callable[[], Tensor]]]:
+    """What reads a prompt, and how many rows of it at a time: chunks, or all at once where a policy reads it."""
+    if not isinstance(method, Policy):
+        return [
+            (len(rows), partial(model.forward, rows, cache, method.prompt)) for rows in prompt_rows(model, sequence)
+        ]
+
+    def read() -> Tensor:
         step = method.read(model, cache, sequence)
-        hidden = step.hidden
         sequence.layers_used += step.used
-    else:
-        hidden = read(model, cache, sequence, method.prompt)
-    batch = Batch.of([sequence], model.ops.decode_tile, model.device)
-    chosen = choose(model, hidden, batch, batch.last[:, None])
-    pieces = sequence.extend(ints(chosen.tokens[0]), 0)
-    tell(model, [sequence], [pieces], chosen.logits)
-    sequence.counters.prefill_s += perf_counter() - start
-    return pieces
+        return step.hidden
+
+    return [(len(sequence.prompt), read)]
 
 
 def decode(model: Model, cache: KVCache, sequences: list[Sequence], policy: Policy) -> list[list[Piece]]:

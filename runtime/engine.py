@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import threading
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -20,13 +20,13 @@ from ..loaders.config import ModelConfig
 from ..loaders.locate import locate
 from ..loaders.tokenizer import Tokenizer
 from ..loaders.weights import Weights, load_weights
+from .admission import Admission, eventually
 from .cache import KVCache
 from .calibration import Encode
 from .choices import DTYPES, check_cache_tokens, dtype_of, one_of, place_of, table_of
-from .decode import decode, prefill
 from .errors import CapacityError, RequestError
 from .forced import Forced, Scored
-from .graphs import Graphs, Rounds
+from .graphs import Graphs
 from .memory import cache_size, loading
 from .methods import registry
 from .methods.autoregressive import Autoregressive
@@ -36,25 +36,28 @@ from .model import Model
 from .prompts import Prompt, Prompts, check_params, is_many, to_ids
 from .ranges import marks
 from .recent import Recent
-from .request import Chunk, Output, Piece, SamplingParams
+from .request import Chunk, Output, SamplingParams
+from .run import MAX_BATCH, Run, Shared
 from .sequence import Sequence
-from .speculate import speculate
-from .stream import Events, Stream
+from .stream import Stream
 from .text import TextStream
+from .turns import Turns
 from .warm_up import Rehearsal, WarmUp, refuse
 
-MAX_BATCH, MAX_METHODS, MAX_EVENTS, SPARE_PAGES = 16, 64, 4096, 4
-ADMISSION_WAIT_S = 30.0
+MAX_METHODS, SPARE_PAGES = 64, 4
+CLOSED = "engine: it is closed"
 Progress = Callable[[str, int, int], None]
 
 
 class Engine:
     """A model in memory and everything needed to generate with it.
 
-    Threads may share an engine: their calls take turns round by round, and one that needs pages the others hold waits
-    for them, up to `ADMISSION_WAIT_S`. `model_path` is where the weights lie, `backend` the op table in use, `numerics`
-    "exact" or "fast", `config` the model's shape, `cache_tokens` what requests can hold together, `cache_note` why that
-    is less than the model's context, `load_s` the seconds `load` took and `warmed_up` what the latest `warm_up` did.
+    Threads and event loops may share an engine: their requests take turns, a round or a part of a prompt at a time, and
+    those that need pages which others hold wait for them in the order they came, as long as anything moves; 30 seconds
+    after nothing has, it is a CapacityError. `model_path` is where the weights lie, `backend` the op table in use,
+    `numerics` "exact" or "fast", `config` the model's shape, `cache_tokens` what requests can hold together,
+    `cache_note` why that is less than the model's context, `load_s` the seconds `load` took and `warmed_up` what the
+    latest `warm_up` did.
     """
 
     load_s = 0.0
@@ -89,14 +92,16 @@ class Engine:
         config, weights = own.edit(config, weights, lambda c, w: Model(c, w, table), self._encode)
         self.config = config
         self._methods = Recent[registry.MethodSpec, Method](MAX_METHODS, self._default)
-        self._turn = threading.Condition(threading.RLock())
+        self._turn, self._runs = Turns(weights.embedding.device), set[Run]()
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "skipjack-engine")
         self._strict, self._watch = strict, Watch(enabled=table.name == "triton")
         self._model: Model | None = Model(config, weights, table, marks(ranges))
         self.backend = self._model.backend
         self.cache_tokens, self.cache_note = cache_size(self._model, MAX_BATCH, cache_tokens)
-        self._cache: KVCache | None = self._model.new_cache(-(-self.cache_tokens // table.page_size) + SPARE_PAGES)
+        cache = self._model.new_cache(-(-self.cache_tokens // table.page_size) + SPARE_PAGES)
+        self._admission: Admission | None = Admission(cache)
         on_device = self._model.device.type == "cuda" if graphs is None else graphs
-        self._graphs = Graphs(self._model, self._cache, self._watch) if on_device else None
+        self._graphs = Graphs(self._model, cache, self._watch) if on_device else None
         self._enter(self._default, own)
 
     @staticmethod
@@ -170,30 +175,19 @@ class Engine:
             RequestError: the request cannot be served; nothing was generated.
             CapacityError: it needs more cache than there is.
         """
-        stream = self.stream(prompt, params, method=method)
-        for _ in stream:
-            pass
+        with closing(self.stream(prompt, params, method=method)) as stream:
+            for _ in stream:
+                pass
         return stream.outputs if is_many(prompt) else stream.outputs[0]
 
     def stream(
         self, prompt: Prompt | Prompts, params: SamplingParams | None = None, *, method: str | None = None
     ) -> Stream:
-        """As `generate`, yielding what every round adds; `Stream.outputs` holds the results when it is exhausted."""
-        params = SamplingParams() if params is None else params
-        model, cache = self._loaded()
-        spec = registry.parse(method) if method else self._default
-        check_params(params, self.tokenizer, self.config)
-        prompts = cast(Prompts, prompt) if is_many(prompt) else [cast(Prompt, prompt)]
-        seed = secrets.randbits(64) if params.seed is None else params.seed
-        sequences = [
-            self._sequence(i, choice, ids, params, (seed + choice) % 2**64)
-            for i, ids in enumerate(to_ids(p, self.tokenizer, self.config) for p in prompts)
-            for choice in range(params.n)
-        ]
-        _check_room(cache, sequences)
-        drafter, events = self._method(spec), Events(maxlen=MAX_EVENTS)
-        chunks = self._run(model, cache, sequences, drafter, events, self._graphs)
-        return Stream(chunks, sequences, drafter, self.backend, self.numerics, seed, events)
+        """As `generate`, yielding what every round adds; `Stream.outputs` holds the results when it is exhausted.
+
+        Any thread may close it. When the engine is closed, the next chunk is a RequestError.
+        """
+        return self._asked(prompt, params, method).begun()
 
     def score(self, prompts: Prompts, continuations: Prompts, *, method: str | None = None) -> list[Scored]:
         """What a method makes of given continuations, token ids, one for every prompt: teacher forcing.
@@ -204,18 +198,17 @@ class Engine:
         Raises:
             RequestError, CapacityError: as `generate`, or the method is one of those.
         """
-        model, cache = self._loaded()
         spec = registry.parse(method) if method else self._default
-        policy = self._method(spec)
-        if policy.lossless and spec.name != Autoregressive.name:
-            raise RequestError(f"score: expected a lossy method or {Autoregressive.name}, got {spec.name}")
         if len(prompts) != len(continuations):
             raise RequestError(f"score: expected {len(prompts)} continuations, got {len(continuations)}")
         prompt_ids = [to_ids(prompt, self.tokenizer, self.config) for prompt in prompts]
         forced = Forced.all(prompt_ids, [to_ids(given, None, self.config) for given in continuations], self.config)
-        _check_room(cache, forced)
         # The host replaces every token, so it steers the rounds.
-        deque(self._run(model, cache, [*forced], policy, Events(maxlen=0), None), maxlen=0)
+        with closing(self._stream([*forced], spec, 0, None).begun()) as stream:
+            if self._method(spec).lossless and spec.name != Autoregressive.name:
+                raise RequestError(f"score: expected a lossy method or {Autoregressive.name}, got {spec.name}")
+            for _ in stream:
+                pass
         return [sequence.scored() for sequence in forced]
 
     @property
@@ -245,6 +238,7 @@ class Engine:
         with self._turn, self._watch, torch.inference_mode():
             self._watch.refuse = None
             self.warmed_up = rehearsal.run(map(self._unlearned, dict.fromkeys(specs)), self._watch)
+            self._open()[1].move()
             self._watch.count, self._watch.refuse = 0, refuse if self._strict else None
         return self.warmed_up
 
@@ -255,30 +249,37 @@ class Engine:
 
         A cancelled request ends after the round it is in.
         """
-        stream = await asyncio.to_thread(self.stream, prompt, params, method=method)
-        step: asyncio.Future[Chunk | None] | None = None
+        self._loaded()
+        work = partial(asyncio.get_running_loop().run_in_executor, self._pool)
+        stream = await work(self._asked, prompt, params, method)
         try:
-            while True:
-                step = asyncio.ensure_future(asyncio.to_thread(next, stream, None))
-                chunk = await asyncio.shield(step)
-                if chunk is None:
-                    return
-                yield chunk
+            await eventually(stream.prepare, work)
+            while (chunks := await eventually(stream.advance, work)) is not None:
+                for chunk in chunks:
+                    yield chunk
         finally:
-            if step is not None and not step.done():
-                await asyncio.wait([step])
-            await asyncio.to_thread(stream.close)
+            if stream.stop():
+                # Under way whatever else happens to the task that waits for it here.
+                await asyncio.shield(work(stream.close))
 
     def close(self) -> None:
-        """Give back the weights and the cache. A closed engine refuses requests."""
-        with self._turn:
-            graphs, self._graphs = self._graphs, None
-            self._model = self._cache = None
-            self._methods.clear()
-            if graphs:
-                graphs.close()
+        """Give back the weights and the cache, after the turn under way.
+
+        Streams that have not ended do so with a RequestError. A closed engine refuses requests.
+        """
+        self._turn.alone(self._close)
+
+    def _close(self) -> None:
+        graphs, self._graphs = self._graphs, None
+        for run in list(self._runs):
+            run.fail(CLOSED)
+        self._model = self._admission = self._pool = None
+        self._methods.clear()
+        if graphs:
+            graphs.close()
 
     def __enter__(self) -> Engine:
+        self._loaded()
         return self
 
     def __exit__(
@@ -287,9 +288,13 @@ class Engine:
         self.close()
 
     def _loaded(self) -> tuple[Model, KVCache]:
-        if self._model is None or self._cache is None:
-            raise RequestError("engine: it is closed")
-        return self._model, self._cache
+        model, admission = self._open()
+        return model, admission.cache
+
+    def _open(self) -> tuple[Model, Admission]:
+        if self._model is None or self._admission is None:
+            raise RequestError(CLOSED)
+        return self._model, self._admission
 
     @property
     def _encode(self) -> Encode | None:
@@ -319,7 +324,7 @@ class Engine:
 
     def _enter(self, spec: registry.MethodSpec, method: Method) -> None:
         model, cache = self._loaded()
-        with self._watch, torch.inference_mode():
+        with self._turn, self._watch, torch.inference_mode():
             method.calibrate(model, self._encode)
             method.prepare(model, cache)
         self._methods[spec] = method
@@ -329,61 +334,25 @@ class Engine:
         eos = frozenset[int]() if params.ignore_eos else frozenset(self.config.eos_token_ids)
         return Sequence(index, choice, ids, params, seed, eos, self.config.max_context, text)
 
-    def _run(
-        self, model: Model, cache: KVCache, sequences: list[Sequence], method: Method, log: Events, alone: Graphs | None
-    ) -> Generator[Chunk, None, None]:
-        waiting, running = deque(sequences), list[Sequence]()
-        rounds = Rounds(alone, model, cache, method) if alone else None
-        try:
-            while waiting or running:
-                chunks: list[Chunk] = []
-                with self._turn, self._watch, torch.inference_mode():
-                    while (
-                        waiting
-                        and len(running) < MAX_BATCH
-                        and method.admits(running)
-                        and self._admit(cache, waiting[0], bool(running))
-                    ):
-                        running.append(waiting.popleft())
-                        with model.mark("prefill", 1, len(running[-1].prompt)):
-                            chunks.append(_chunk(running[-1], prefill(model, cache, running[-1], method)))
-                    running = self._without_finished(cache, running)
-                    if running:
-                        pieces = rounds.advance(running) if rounds else None
-                        if pieces is None:
-                            with model.mark("round", len(running), len(running)):
-                                if isinstance(method, Policy):
-                                    pieces = decode(model, cache, running, method)
-                                else:
-                                    pieces = speculate(model, cache, running, method)
-                        chunks += [_chunk(sequence, new) for sequence, new in zip(running, pieces, strict=True)]
-                        running = self._without_finished(cache, running)
-                    log.extend(method.tell())
-                yield from chunks
-        finally:
-            with self._turn, self._watch, torch.inference_mode():
-                if rounds:
-                    rounds.close()
-                log.extend(method.tell())
-                self._release(cache, sequences)
+    def _asked(self, prompt: Prompt | Prompts, params: SamplingParams | None, method: str | None) -> Stream:
+        """A request that has been checked, as a stream that is still to be prepared."""
+        params = params or SamplingParams()
+        spec = registry.parse(method) if method else self._default
+        check_params(params, self.tokenizer, self.config)
+        prompts = cast(Prompts, prompt) if is_many(prompt) else [cast(Prompt, prompt)]
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        sequences = [
+            self._sequence(i, choice, ids, params, (seed + choice) % 2**64)
+            for i, ids in enumerate(to_ids(p, self.tokenizer, self.config) for p in prompts)
+            for choice in range(params.n)
+        ]
+        return self._stream(sequences, spec, seed, self._graphs)
 
-    def _admit(self, cache: KVCache, sequence: Sequence, others: bool) -> bool:
-        """Reserve all the pages a sequence may need; False to wait for `others` of the same request to finish."""
-        needed = cache.pages_for(sequence.max_length)
-        if needed > cache.free_pages and others:
-            return False
-        self._turn.wait_for(lambda: needed <= cache.free_pages, ADMISSION_WAIT_S)
-        sequence.pages = cache.reserve(sequence.max_length)
-        return True
-
-    def _without_finished(self, cache: KVCache, running: list[Sequence]) -> list[Sequence]:
-        self._release(cache, [sequence for sequence in running if sequence.finish_reason])
-        return [sequence for sequence in running if not sequence.finish_reason]
-
-    def _release(self, cache: KVCache, sequences: list[Sequence]) -> None:
-        for sequence in sequences:
-            cache.release(sequence.pages)
-        self._turn.notify_all()
+    def _stream(self, sequences: list[Sequence], spec: registry.MethodSpec, seed: int, graphs: Graphs | None) -> Stream:
+        model, admission = self._open()
+        _check_room(admission.cache, sequences)
+        shared = Shared(model, admission, self._turn, self._watch, graphs, self._runs)
+        return Stream(Run(shared, sequences, partial(self._method, spec)), self.backend, self.numerics, seed)
 
 
 def _check_room(cache: KVCache, sequences: Iterable[Sequence]) -> None:
@@ -393,7 +362,3 @@ def _check_room(cache: KVCache, sequences: Iterable[Sequence]) -> None:
                 f"the request may grow to {sequence.max_length} tokens and the KV cache holds "
                 f"{cache.total_pages * cache.page_size}: lower max_tokens or raise cache_tokens (--cache-tokens)"
             )
-
-
-def _chunk(sequence: Sequence, pieces: list[Piece]) -> Chunk:
-    return Chunk(sequence.index, sequence.choice, tuple(pieces), sequence.finish_reason)

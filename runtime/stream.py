@@ -1,50 +1,76 @@
-"""A request while it runs."""
+"""A request as its caller sees it while it runs."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import groupby
-from typing import Any, TypeAlias
 
-from .methods.base import Method
+from .admission import Result, Ticket, patiently
 from .request import Chunk, Output
-from .sequence import Sequence
+from .run import Run
 from .summary import summarise
-
-# What a method told of the rounds of a request; the oldest are forgotten where there are too many.
-Events: TypeAlias = deque[Mapping[str, Any]]
 
 
 class Stream(Iterator[Chunk]):
-    """The chunks of a request as they come. Closing it early, or dropping it, frees what the request holds."""
+    """The chunks of a request as they come. Closing it early, or dropping it, frees what the request holds.
 
-    def __init__(
-        self,
-        chunks: Generator[Chunk, None, None],
-        sequences: list[Sequence],
-        method: Method,
-        backend: str,
-        numerics: str,
-        seed: int,
-        events: Events,
-    ) -> None:
-        self._chunks, self._sequences, self._method = chunks, sequences, method
+    It may be closed by any thread, also while another waits for its next chunk, which is then the last.
+    """
+
+    def __init__(self, run: Run, backend: str, numerics: str, seed: int) -> None:
+        self._run, self._ready = run, deque[Chunk]()
         self._backend, self._numerics, self._seed = backend, numerics, seed
-        self._events = events
+
+    def prepare(self) -> Ticket | None:
+        """Have the method ready; or the ticket to wait for before this is called again."""
+        return self._run.prepare()
+
+    def begun(self) -> Stream:
+        """This stream, once its method is ready."""
+        self._waited(self.prepare)
+        return self
 
     def __next__(self) -> Chunk:
-        return next(self._chunks)
+        if self._run.stopped:
+            self._ready.clear()
+        while True:
+            with suppress(IndexError):
+                return self._ready.popleft()
+            chunks = self._waited(self.advance)
+            if chunks is None:
+                raise StopIteration
+            self._ready += chunks
+
+    def advance(self) -> list[Chunk] | Ticket | None:
+        """What one turn adds, None at the end; or the ticket to wait for before this is called again."""
+        return self._run.advance()
+
+    def __del__(self) -> None:
+        self._run.abandon()
+
+    def stop(self) -> bool:
+        """End with the step under way; whether it is still to be closed."""
+        self._run.stop()
+        return not self._run.over
 
     def close(self) -> None:
         """End the request now; its pages are free when this returns."""
-        self._chunks.close()
+        self._run.close()
 
     @property
     def outputs(self) -> list[Output]:
         """One result per prompt, of what has been generated so far."""
-        events = list(self._events)
-        prompts = groupby(self._sequences, key=lambda sequence: sequence.index)
+        run, events = self._run, list(self._run.events)
+        prompts = groupby(run.sequences, key=lambda sequence: sequence.index)
         return [
-            summarise(list(own), self._method, self._backend, self._numerics, self._seed, events) for _, own in prompts
+            summarise(list(own), run.method, self._backend, self._numerics, self._seed, events) for _, own in prompts
         ]
+
+    def _waited(self, step: Callable[[], Result | Ticket]) -> Result:
+        try:
+            return patiently(step)
+        except BaseException:
+            self.close()
+            raise

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipjack import CapacityError, Engine, SamplingParams
 from skipjack.runtime.cache import KVCache
@@ -25,6 +26,25 @@ def test_pages_are_taken_zeroed_and_given_back() -> None:
     assert first == []
     assert cache.free_pages == cache.total_pages == 6
     assert cache.keys[:, cache.reserve(48)].eq(0).all()
+
+
+def test_all_pages_are_zeroed_at_once() -> None:
+    """Keys and values, an operation each: on a GPU every one is a launch."""
+    cache, calls = small(), list[str]()
+
+    class Changes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if args and args[0] is not None and func._schema.is_mutable:
+                calls.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    cache.keys[:] = cache.values[:] = torch.nan
+    with Changes():
+        pages = cache.reserve(40)
+    assert len(calls) == 2
+    assert cache.keys[:, pages].eq(0).all()
+    assert cache.values[:, pages].eq(0).all()
+    assert cache.keys[:, [page for page in range(7) if page not in pages]].isnan().all()
 
 
 def test_a_reservation_that_does_not_fit_takes_nothing() -> None:

@@ -22,7 +22,7 @@ from skipjack.loaders.save import save_checkpoint
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.loaders.weights import checkpoint_tensors
 from skipjack.runtime import cli
-from skipjack.runtime import engine as engine_module
+from skipjack.runtime import run as run_module
 from skipjack.runtime.anatomy import examine
 from skipjack.runtime.costs import Costs
 from skipjack.runtime.methods import registry
@@ -214,7 +214,7 @@ def test_a_batch_of_encoded_prompts_gives_what_each_gives_alone() -> None:
 
 def test_who_joins_late_waits_for_a_head(audit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Cycles that coincide are what makes a batch gain: one thinking pass serves all of its heads."""
-    monkeypatch.setattr(engine_module, "MAX_BATCH", 2)
+    monkeypatch.setattr(run_module, "MAX_BATCH", 2)
     shared = engine()
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     known = shared.generate(PROMPTS[0], params).token_ids

@@ -227,7 +227,7 @@ def test_a_request_took_the_time_of_the_rounds_it_was_in(
         monkeypatch.setattr(f"skipjack.runtime.{module}.perf_counter", lambda: seconds)
     for place, name in ((Method, "propose"), (Static, "step"), (RoundGraph, "report")):
         monkeypatch.setattr(place, name, timed(getattr(place, name)))
-    monkeypatch.setattr("skipjack.runtime.engine.MAX_BATCH", 2)
+    monkeypatch.setattr("skipjack.runtime.run.MAX_BATCH", 2)
     config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
     with Engine(config, synthetic_weights(config, 0, torch.float32), method=method, graphs=graphs) as engine:
         params = SamplingParams(max_tokens=4, ignore_eos=True)
@@ -375,7 +375,7 @@ def test_threads_and_nested_streams_share_an_engine(synthetic: Callable[..., Eng
 
 
 def test_requests_that_cannot_be_served_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skipjack.runtime.engine.ADMISSION_WAIT_S", 0.0)
+    monkeypatch.setattr("skipjack.runtime.admission.ADMISSION_WAIT_S", 0.0)
     config = ModelConfig.parse(synthetic_config("tiny") | {"max_position_embeddings": 4096}, "test")
     engine = Engine(config, synthetic_weights(config, 0, torch.float32), cache_tokens=256)
     cache = engine._loaded()[1]

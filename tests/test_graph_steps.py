@@ -15,8 +15,8 @@ from skipjack import Engine, SamplingParams
 from skipjack.kernels.ops import select
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
-from skipjack.runtime import engine as engine_module
 from skipjack.runtime import graphs
+from skipjack.runtime import run as run_module
 from skipjack.runtime.graphs import AHEAD
 from skipjack.runtime.methods import registry
 from skipjack.runtime.methods.dmtd import Cycles
@@ -107,7 +107,7 @@ def test_a_sequence_ends_anywhere_in_a_cycle(told: Told) -> None:
 def test_sequences_join_and_leave_between_cycles(
     told: Told, audit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    monkeypatch.setattr(engine_module, "MAX_BATCH", 2)
+    monkeypatch.setattr(run_module, "MAX_BATCH", 2)
     host, device = pair("tiny-dmtd", 0, torch.bfloat16)
     audit(device)
     for fields in ({}, {"temperature": 1.0, "seed": 11, "n": 2}):
@@ -186,7 +186,7 @@ def test_layers_that_decide_for_themselves_decide_on_the_device(
     outputs = check(told, host, device, greedy, f"flexidepth:kv={kv}")
     assert len(set(outputs[0].stats.layers_per_token)) > 1
     ends = [outputs[0].token_ids[5], outputs[2].token_ids[8]]
-    monkeypatch.setattr(engine_module, "MAX_BATCH", 3)
+    monkeypatch.setattr(run_module, "MAX_BATCH", 3)
     check(told, host, device, replace(greedy, stop_token_ids=ends), f"flexidepth:kv={kv}")
 
 

@@ -106,7 +106,7 @@ def test_events_are_told_once_to_the_request_they_came_about_in(
 def test_the_newest_events_of_a_request_are_kept(
     synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("skipjack.runtime.engine.MAX_EVENTS", 3)
+    monkeypatch.setattr("skipjack.runtime.run.MAX_EVENTS", 3)
     method = "swift:search_budget=0.9,window=8,max_score=1.0,seed=77"
     stats = synthetic("tiny").generate([5, 6, 7], SamplingParams(max_tokens=120, ignore_eos=True), method=method).stats
     iterations = [event["iteration"] for event in stats.events]

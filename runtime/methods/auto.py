@@ -160,7 +160,7 @@ class Auto(Method):
         return list(self._events)
 
     def forget(self) -> None:
-        self._decisions.clear()
+        self._events.clear()
         self._swift.forget()
 
     def prepare(self, model: Model, cache: KVCache) -> None:

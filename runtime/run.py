@@ -1,0 +1,229 @@
+"""A request under way: its prompts are read and its rounds run, one turn at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..kernels.compilation import Watch
+from .admission import Admission, Ticket
+from .decode import decode, reading
+from .errors import CapacityError, RequestError
+from .graphs import Graphs, Rounds
+from .methods.base import Method
+from .methods.policy import Policy
+from .model import Model
+from .request import Chunk, Piece
+from .sequence import Sequence
+from .speculate import speculate
+from .turns import Turns
+
+MAX_BATCH, MAX_EVENTS = 16, 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What the requests of an engine share, `runs` being those under way."""
+
+    model: Model
+    admission: Admission
+    turns: Turns
+    watch: Watch
+    graphs: Graphs | None
+    runs: set[Run]
+
+
+class Run:
+    """The sequences of one request, up to `MAX_BATCH` of them running at a time.
+
+    Any thread may take the next step, and any thread may end it: both happen in turns. `events` are what the method
+    told of its rounds; the oldest are forgotten where there are too many.
+    """
+
+    method: Method
+
+    def __init__(self, shared: Shared, sequences: list[Sequence], enter: Callable[[], Method]) -> None:
+        """`enter` makes the method, and may find too few pages free to do so."""
+        self.sequences = sequences
+        self.events = deque[Mapping[str, Any]](maxlen=MAX_EVENTS)
+        self._turns = shared.turns
+        self._shared: Shared | None = shared
+        self._enter: Callable[[], Method] | None = enter
+        self._waiting, self._running = deque(sequences), list[Sequence]()
+        self._reading: Iterator[list[Piece] | None] | None = None
+        self._rounds: Rounds | None = None
+        self._ticket: Ticket | None = None
+        self._failure: str | None = None
+        self.stopped = False
+
+    @property
+    def over(self) -> bool:
+        """Whether everything has been given back."""
+        return self._shared is None
+
+    def prepare(self) -> Ticket | None:
+        """Have the method ready; or the ticket to wait for before this is called again."""
+        with self._turns:
+            shared = self._open()
+            if shared is None or self._enter is None:
+                return None
+            if self._is_patient():
+                return self._ticket
+            shared.runs.add(self)
+            try:
+                if self._ticket is not None:
+                    # They were waited for so that the method finds them free.
+                    shared.admission.cache.release(self._redeemed(shared, self._ticket))
+                try:
+                    self.method = self._enter()
+                except CapacityError:
+                    cache = shared.admission.cache
+                    if cache.free_pages == cache.total_pages:
+                        raise
+                    self._ticket = shared.admission.ask((cache.free_pages + 1) * cache.page_size)
+                    return self._ticket
+                self._enter = None
+                shared.admission.move()
+                shared.admission.serve()
+                if shared.graphs is not None:
+                    self._rounds = Rounds(shared.graphs, shared.model, shared.admission.cache, self.method)
+            except BaseException:
+                self._end()
+                raise
+        return None
+
+    def advance(self) -> list[Chunk] | Ticket | None:
+        """What one turn adds: the next part of a prompt, or a round; None at the end.
+
+        Or the ticket to wait for before this is called again, where nothing can run without more pages.
+        """
+        with self._turns:
+            shared = self._open()
+            if shared is None:
+                return None
+            if self._is_patient():
+                return self._ticket
+            try:
+                with shared.watch, torch.inference_mode():
+                    done = self._step(shared)
+                    self.events += self.method.tell()
+            except BaseException:
+                self._end()
+                raise
+            if not isinstance(done, Ticket):
+                shared.admission.move()
+            if self.stopped or not (self._waiting or self._running):
+                self._end()
+            return done
+
+    def stop(self) -> None:
+        """End with the step under way, if there is one; to be closed in any case."""
+        self.stopped = True
+        if (ticket := self._ticket) is not None:
+            ticket.cancel()
+
+    def close(self) -> None:
+        """End now, after the turn under way; everything is given back."""
+        if not self.over:
+            self.stop()
+            self._turns.alone(self._end)
+
+    def abandon(self) -> None:
+        """As `close`, without waiting for the turn under way."""
+        if not self.over:
+            self.stop()
+            self._turns.after(self._end)
+
+    def fail(self, message: str) -> None:
+        """End within a turn: whoever asks for more gets a RequestError."""
+        self._failure, self.stopped = message, True
+        self._end()
+
+    def _open(self) -> Shared | None:
+        if self._failure is not None:
+            raise RequestError(self._failure)
+        return None if self.stopped else self._shared
+
+    def _is_patient(self) -> bool:
+        """Whether to go on waiting: the turn that was waited for may have moved something."""
+        return self._ticket is not None and self._ticket.patience > 0
+
+    def _end(self) -> None:
+        shared = self._shared
+        if shared is None:
+            return
+        shared.runs.discard(self)
+        with torch.inference_mode():
+            if self._rounds is not None:
+                self._rounds.close()
+            if self._enter is None:
+                self.events += self.method.tell()
+            if self._ticket is not None:
+                ticket, self._ticket = self._ticket, None
+                shared.admission.withdraw(ticket)
+            for sequence in self.sequences:
+                shared.admission.release(sequence.pages)
+        self._enter = self._rounds = self._reading = None
+        self._waiting.clear()
+        self._running.clear()
+        self._shared = None
+
+    def _step(self, shared: Shared) -> list[Chunk] | Ticket:
+        if self._reading is None:
+            pages = self._pages(shared)
+            if pages is not None:
+                sequence = self._waiting.popleft()
+                sequence.pages = pages
+                self._running.append(sequence)
+                self._reading = reading(shared.model, shared.admission.cache, sequence, self.method)
+            elif not self._running:
+                self._ticket = shared.admission.ask(self._waiting[0].max_length)
+                return self._ticket
+        if self._reading is None:
+            return self._round(shared)
+        pieces = next(self._reading)
+        if pieces is None:
+            return []
+        self._reading = None
+        chunk = _chunk(self._running[-1], pieces)
+        self._release_finished(shared)
+        return [chunk]
+
+    def _pages(self, shared: Shared) -> list[int] | None:
+        """All the pages the next sequence may need; None where it has to wait."""
+        if self._ticket is not None:
+            return self._redeemed(shared, self._ticket)
+        if self._waiting and len(self._running) < MAX_BATCH and self.method.admits(self._running):
+            return shared.admission.take(self._waiting[0].max_length)
+        return None
+
+    def _redeemed(self, shared: Shared, ticket: Ticket) -> list[int]:
+        self._ticket = None
+        return shared.admission.redeem(ticket)
+
+    def _round(self, shared: Shared) -> list[Chunk]:
+        model, cache, running = shared.model, shared.admission.cache, self._running
+        pieces = self._rounds.advance(running) if self._rounds is not None else None
+        if pieces is None:
+            with model.mark("round", len(running), len(running)):
+                if isinstance(self.method, Policy):
+                    pieces = decode(model, cache, running, self.method)
+                else:
+                    pieces = speculate(model, cache, running, self.method)
+        chunks = [_chunk(sequence, new) for sequence, new in zip(running, pieces, strict=True)]
+        self._release_finished(shared)
+        return chunks
+
+    def _release_finished(self, shared: Shared) -> None:
+        for sequence in self._running:
+            if sequence.finish_reason:
+                shared.admission.release(sequence.pages)
+        self._running = [sequence for sequence in self._running if not sequence.finish_reason]
+
+
+def _chunk(sequence: Sequence, pieces: list[Piece]) -> Chunk:
+    return Chunk(sequence.index, sequence.choice, tuple(pieces), sequence.finish_reason)

@@ -1,0 +1,386 @@
+"""Requests that run at the same time: they wait in order, end when they are told to, and give everything back."""
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from skipjack import CapacityError, Engine, RequestError, SamplingParams
+from skipjack.loaders.config import ModelConfig
+from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
+from skipjack.runtime import prefill as prefill_module
+from skipjack.runtime.request import Output
+from skipjack.runtime.stream import Stream
+
+LIMIT_S = 60
+SHORT = SamplingParams(max_tokens=3, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def weights() -> Any:
+    config = ModelConfig.parse(synthetic_config("tiny") | {"max_position_embeddings": 4096}, "test")
+    return config, synthetic_weights(config, 0, torch.float32, 0.3)
+
+
+@pytest.fixture
+def engine(weights: Any) -> Engine:
+    """An engine whose cache holds five pages."""
+    return Engine(*weights, cache_tokens=256)
+
+
+def free(engine: Engine) -> bool:
+    cache = engine._loaded()[1]
+    return cache.free_pages == cache.total_pages
+
+
+def everything(engine: Engine) -> SamplingParams:
+    """A request that needs the whole cache."""
+    cache = engine._loaded()[1]
+    return SamplingParams(max_tokens=cache.total_pages * cache.page_size - 10, ignore_eos=True)
+
+
+@contextmanager
+def held(engine: Engine) -> Iterator[threading.Event]:
+    """Another thread has the turn until the event is set, or the block ends."""
+    taken, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with engine._turn:
+            taken.set()
+            release.wait(LIMIT_S)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait(LIMIT_S)
+    try:
+        yield release
+    finally:
+        release.set()
+        thread.join(LIMIT_S)
+
+
+class Reader(threading.Thread):
+    """Reads a stream to its end; what it raised is in `error`."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(daemon=True)
+        self.stream, self.begun, self.error = stream, threading.Event(), None
+        self.tokens = 0
+        self.start()
+
+    def run(self) -> None:
+        self.begun.set()
+        try:
+            for chunk in self.stream:
+                self.tokens += len(chunk.token_ids)
+        except BaseException as error:
+            self.error: BaseException | None = error
+
+
+def ended(reader: threading.Thread) -> bool:
+    reader.join(LIMIT_S)
+    return not reader.is_alive()
+
+
+def test_requests_that_wait_for_pages_hold_no_thread_and_come_in_order(engine: Engine) -> None:
+    """Five wait where the loop has two workers; the one that has the pages goes on, and so does other work."""
+    large = everything(engine)
+
+    async def serve() -> list[int]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        order = list[int]()
+
+        async def client(number: int) -> None:
+            stream = engine.astream([number + 1], large)
+            await stream.__anext__()
+            order.append(number)
+            await stream.aclose()
+
+        first = engine.astream([1], large)
+        await first.__anext__()
+        clients = [asyncio.create_task(client(i)) for i in range(5)]
+        await asyncio.sleep(0.1)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: 7), 10) == 7
+        for _ in range(3):
+            await asyncio.wait_for(first.__anext__(), 10)
+        assert not order
+        await first.aclose()
+        await asyncio.wait_for(asyncio.gather(*clients), LIMIT_S)
+        return order
+
+    assert asyncio.run(serve()) == [0, 1, 2, 3, 4]
+    assert free(engine)
+
+
+def test_threads_that_wait_for_pages_come_in_order(engine: Engine) -> None:
+    large, order = everything(engine), list[int]()
+    first = engine.stream([1], large)
+    next(first)
+
+    def client(number: int) -> None:
+        stream = engine.stream([number + 1], large)
+        next(stream)
+        order.append(number)
+        stream.close()
+
+    threads = list[threading.Thread]()
+    for number in range(4):
+        threads.append(threading.Thread(target=client, args=(number,), daemon=True))
+        threads[-1].start()
+        while engine._admission is not None and len(engine._admission._line) <= number:
+            next(first)
+    first.close()
+    assert all(map(ended, threads))
+    assert order == [0, 1, 2, 3]
+
+
+def test_a_request_goes_on_waiting_when_another_got_on_at_the_last_moment(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its patience ended inside a turn of the other, which was longer."""
+    first, second = engine.stream([1], everything(engine)), engine.stream([2], SHORT)
+    next(first)
+    ticket: Any = second.advance()
+    with monkeypatch.context() as patch:
+        patch.setattr("skipjack.runtime.admission.ADMISSION_WAIT_S", -1e9)
+        ticket.wait()
+    next(first)
+    assert second.advance() is ticket
+    first.close()
+    assert len(list(second)) == 3
+
+
+def test_a_request_cancelled_while_it_waits_leaves_the_line(engine: Engine) -> None:
+    large = everything(engine)
+    first = engine.stream([1], large)
+    next(first)
+
+    async def serve() -> None:
+        waiting = asyncio.create_task(engine.astream([1], large).__anext__())
+        after = asyncio.create_task(engine.astream([1], SHORT).__anext__())
+        await asyncio.sleep(0.1)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        first.close()
+        assert (await asyncio.wait_for(after, LIMIT_S)).token_ids
+
+    asyncio.run(serve())
+
+
+def test_a_request_cancelled_twice_gives_its_pages_back(engine: Engine) -> None:
+    """The second cancellation comes while the first is being dealt with, another thread having the turn."""
+
+    async def consume(begun: asyncio.Event) -> None:
+        async for _ in engine.astream([5, 6], SamplingParams(max_tokens=500, ignore_eos=True)):
+            begun.set()
+
+    async def serve() -> None:
+        begun = asyncio.Event()
+        task = asyncio.create_task(consume(begun))
+        await begun.wait()
+        with held(engine):
+            await asyncio.sleep(0.05)
+            for _ in range(2):
+                task.cancel()
+                await asyncio.sleep(0.02)
+            await asyncio.wait([task], timeout=LIMIT_S)
+        for _ in range(100):
+            if free(engine):
+                break
+            await asyncio.sleep(0.1)
+        assert free(engine), "the task is still there, and with it whatever it refers to"
+
+    gc.disable()
+    try:
+        asyncio.run(serve())
+    finally:
+        gc.enable()
+
+
+def test_the_first_token_of_a_prompt_does_not_wait_for_the_other_prompts(engine: Engine) -> None:
+    stream = engine.stream([[5, 6], [7], [8, 9]], SHORT)
+    next(stream)
+    assert [len(output.token_ids) for output in stream.outputs] == [1, 0, 0]
+    list(stream)
+    assert [o.token_ids for o in stream.outputs] == [engine.generate(p, SHORT).token_ids for p in ([5, 6], [7], [8, 9])]
+
+
+@pytest.mark.parametrize("prompts", [[[5, 6], [7], [8, 9]], [list(range(3, 203))]], ids=["many", "long"])
+def test_prompts_take_turns_with_other_requests(
+    engine: Engine, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two requests wait for the turn, the prompts first: after one pass of theirs it is the other's turn."""
+    expected = [output.token_ids for output in engine.generate(prompts, SHORT)]
+    monkeypatch.setattr(prefill_module, "PREFILL_CHUNK", 64)
+    model, passes = engine._loaded()[0], list[str]()
+    forward = model.forward
+
+    def noted(*args: Any, **options: Any) -> Any:
+        passes.append(threading.current_thread().name)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(model, "forward", noted)
+    got: dict[str, list[Output]] = {}
+    streams = {"first": engine.stream(prompts, SHORT), "second": engine.stream([[4]], SHORT)}
+
+    def work(name: str) -> None:
+        list(streams[name])
+        got[name] = streams[name].outputs
+
+    threads = [threading.Thread(target=work, args=(name,), name=name, daemon=True) for name in streams]
+    with held(engine):
+        for number, thread in enumerate(threads, 2):
+            thread.start()
+            while len(engine._turn._line) < number:
+                pass
+    assert all(map(ended, threads))
+    assert passes[:2] == ["first", "second"]
+    assert [output.token_ids for output in got["first"]] == expected
+
+
+def test_a_stream_may_be_closed_while_another_thread_reads_it(engine: Engine) -> None:
+    reader = Reader(engine.stream([5, 6], SamplingParams(max_tokens=1000, ignore_eos=True)))
+    while not reader.tokens:
+        pass
+    with held(engine):
+        closer = ThreadPoolExecutor(1).submit(reader.stream.close)
+    closer.result(LIMIT_S)
+    assert free(engine)
+    assert ended(reader)
+    assert reader.error is None
+    output = reader.stream.outputs[0]
+    assert output.finish_reason == "abort"
+    assert 0 <= len(output.token_ids) - reader.tokens <= 1
+
+
+def test_a_stream_that_waits_for_pages_may_be_closed_by_another_thread(engine: Engine) -> None:
+    first = engine.stream([1], everything(engine))
+    next(first)
+    reader = Reader(engine.stream([5, 6], SHORT))
+    assert engine._admission is not None
+    while not engine._admission._line:
+        pass
+    reader.stream.close()
+    assert ended(reader)
+    assert reader.error is None
+    assert next(first).token_ids
+    first.close()
+    assert free(engine)
+
+
+def test_a_stream_dropped_inside_a_turn_is_ended_after_it(engine: Engine) -> None:
+    stream = engine.stream([5, 6], everything(engine))
+    next(stream)
+    with engine._turn:
+        del stream
+        assert not free(engine)
+    assert free(engine)
+
+
+def test_closing_the_engine_ends_its_streams(engine: Engine) -> None:
+    cache = engine._loaded()[1]
+    stream, other = (engine.stream([5, 6], SamplingParams(max_tokens=600, ignore_eos=True)) for _ in range(2))
+    next(stream)
+    waiting = Reader(engine.stream([5, 6], everything(engine)))
+    assert engine._admission is not None
+    while not engine._admission._line:
+        pass
+    gone = weakref.ref(engine._loaded()[0])
+    engine.close()
+    for one in (stream, other):
+        with pytest.raises(RequestError, match="engine: it is closed"):
+            next(one)
+    assert stream.outputs[0].finish_reason == "abort"
+    assert len(stream.outputs[0].token_ids) >= 1
+    assert ended(waiting)
+    assert isinstance(waiting.error, RequestError)
+    assert cache.free_pages == cache.total_pages
+    waiting.error = None
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(RequestError, match="engine: it is closed"), engine:
+        pass
+    engine.close()
+
+
+def test_closing_the_engine_ends_the_requests_of_an_event_loop(engine: Engine) -> None:
+    async def serve() -> None:
+        stream = engine.astream([5, 6], SamplingParams(max_tokens=600, ignore_eos=True))
+        await stream.__anext__()
+        assert engine._pool is not None
+        workers.extend(engine._pool._threads)
+        assert workers
+        engine.close()
+        with pytest.raises(RequestError, match="engine: it is closed"):
+            await stream.__anext__()
+        with pytest.raises(RequestError, match="engine: it is closed"):
+            await engine.astream([5, 6]).__anext__()
+
+    workers = list[threading.Thread]()
+    asyncio.run(serve())
+    assert all(map(ended, workers))
+
+
+def test_a_stream_that_has_ended_is_not_changed_by_closing_the_engine(engine: Engine) -> None:
+    stream = engine.stream([5, 6], SHORT)
+    list(stream)
+    engine.close()
+    assert list(stream) == []
+    assert stream.outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_method_waits_for_the_pages_it_is_measured_with(engine: Engine, loop: bool) -> None:
+    """The first request by `auto` times passes over pages; another request has them all."""
+    first = engine.stream([1], everything(engine))
+    next(first)
+
+    async def collect() -> list[int]:
+        return [token async for chunk in engine.astream([1], SHORT, method="auto") for token in chunk.token_ids]
+
+    def work() -> list[int]:
+        return asyncio.run(collect()) if loop else engine.generate([1], SHORT, method="auto").token_ids
+
+    got = ThreadPoolExecutor(1).submit(work)
+    assert engine._admission is not None
+    while not (engine._admission._line or got.done()):
+        next(first)
+    first.close()
+    assert got.result(LIMIT_S) == engine.generate([1], SHORT).token_ids
+    assert free(engine)
+
+
+def test_a_method_that_never_gets_its_pages_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skipjack.runtime.admission.ADMISSION_WAIT_S", 0.0)
+    first = engine.stream([1], everything(engine))
+    next(first)
+    with pytest.raises(CapacityError, match="0 of 5 pages free"):
+        engine.stream([1], SHORT, method="auto")
+    first.close()
+    assert engine.generate([1], SHORT, method="auto").token_ids == engine.generate([1], SHORT).token_ids
+
+
+def test_what_was_finished_is_kept_when_the_rest_never_gets_its_pages(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("skipjack.runtime.admission.ADMISSION_WAIT_S", 0.0)
+    expected = engine.generate([7, 8], SHORT).token_ids
+    cache = engine._loaded()[1]
+    first = engine.stream([1], SamplingParams(max_tokens=4 * cache.page_size - 10, ignore_eos=True))
+    next(first)
+    stream = engine.stream([[7, 8], list(range(3, 303))], SHORT)
+    with pytest.raises(CapacityError, match="1 of 5 pages free"):
+        list(stream)
+    assert [output.finish_reason for output in stream.outputs] == ["length", "abort"]
+    assert stream.outputs[0].token_ids == expected
+    assert list(stream) == []
+    first.close()
+    assert free(engine)

@@ -1,0 +1,173 @@
+"""Turns go to whoever came first; a thread that is interrupted or dropped leaves no trace in the line."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from skipjack.runtime import admission as admission_module
+from skipjack.runtime.admission import ADMISSION_WAIT_S, Admission
+from skipjack.runtime.cache import KVCache
+from skipjack.runtime.turns import Turns
+
+CPU = torch.device("cpu")
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_turns_are_had_in_the_order_they_were_asked_for() -> None:
+    turns, order = Turns(CPU), list[int]()
+
+    def work(number: int) -> None:
+        with turns:
+            order.append(number)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(5)]
+    with turns:
+        for waiting, thread in enumerate(threads, 2):
+            thread.start()
+            until(lambda waiting=waiting: len(turns._line) == waiting)
+        with turns:
+            order.append(-1)
+    with turns:
+        order.append(5)
+    for thread in threads:
+        thread.join(30)
+    assert order == [-1, 0, 1, 2, 3, 4, 5]
+
+
+def test_a_thread_that_is_interrupted_while_it_waits_leaves_the_line() -> None:
+    turns, held, release = Turns(CPU), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with turns:
+            held.set()
+            until(lambda: len(turns._line) == 2)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            release.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(30)
+    with pytest.raises(KeyboardInterrupt), turns:
+        pass
+    assert len(turns._line) == 1
+    release.set()
+    thread.join(30)
+    with turns:
+        assert turns.held
+    assert not turns._line
+
+
+def test_work_that_may_not_wait_is_done_when_the_turn_under_way_ends() -> None:
+    turns, done = Turns(CPU), list[str]()
+    turns.after(lambda: done.append("free"))
+    assert done == ["free"]
+    with turns:
+        thread = threading.Thread(target=turns.after, args=(lambda: done.append("other"),))
+        thread.start()
+        thread.join(30)
+        turns.alone(lambda: done.append("own"))
+        turns.after(lambda: done.append(f"held {turns.held}"))
+        assert done == ["free"]
+    assert done == ["free", "other", "own", "held True"]
+    assert not turns.held
+    assert not turns._line
+
+
+def test_work_that_fails_gives_the_turn_back() -> None:
+    turns = Turns(CPU)
+    with pytest.raises(ZeroDivisionError), turns:
+        turns.after(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+    with turns:
+        assert turns.held
+
+
+def test_a_turn_is_queued_between_what_its_caller_has_queued_and_what_comes_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = list[str]()
+
+    class Stream:
+        def __init__(self, device: torch.device, name: str = "own") -> None:
+            self.device, self.name = device, name
+
+        def wait_stream(self, other: "Stream") -> None:
+            said.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def entered(stream: Stream) -> Iterator[None]:
+        said.append(f"enter {stream.name}")
+        yield
+        said.append(f"leave {stream.name}")
+
+    caller = Stream(torch.device("cuda"), "caller")
+    for name, fake in (("Stream", Stream), ("stream", entered), ("current_stream", lambda _: caller)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    turns = Turns(torch.device("cuda"))
+    with turns, turns:
+        said.append("work")
+        turns.after(lambda: said.append("late work"))
+    assert said == [
+        "own waits for caller",
+        "enter own",
+        "work",
+        "late work",
+        "leave own",
+        "caller waits for own",
+    ]
+
+
+@pytest.fixture
+def admission() -> Admission:
+    return Admission(KVCache(1, 1, 2, pages=4, page_size=8, dtype=torch.float32, device=CPU))
+
+
+def test_pages_go_to_whoever_asked_first_even_where_a_later_one_would_fit(admission: Admission) -> None:
+    held = admission.take(24)
+    assert held is not None
+    large, small = admission.ask(32), admission.ask(8)
+    assert admission.take(8) is None, "others were first"
+    assert not large.done()
+    assert not small.done()
+    admission.release(held)
+    assert len(large.result(0)) == 4
+    assert not small.done()
+    admission.withdraw(large)
+    assert len(small.result(0)) == 1
+    admission.withdraw(small)
+    assert admission.cache.free_pages == 4
+
+
+def test_a_ticket_that_is_cancelled_makes_room_for_the_next(admission: Admission) -> None:
+    held = admission.take(24)
+    large, small = admission.ask(32), admission.ask(8)
+    large.cancel()
+    admission.release([])
+    assert admission.redeem(small) == small.result(0)
+    assert held is not None
+    assert admission.cache.free_pages == 0
+
+
+def test_waiting_has_an_end_only_when_nothing_moves(admission: Admission, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = admission.moved
+    monkeypatch.setattr(admission_module, "monotonic", lambda: now)
+    admission.take(32)
+    ticket: Any = admission.ask(8)
+    now += ADMISSION_WAIT_S - 1
+    assert ticket.patience == pytest.approx(1)
+    admission.moved = now
+    assert ticket.patience == pytest.approx(ADMISSION_WAIT_S)
+    now += ADMISSION_WAIT_S + 1e-6
+    assert ticket.patience <= 0
+    ticket.wait()
