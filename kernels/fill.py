@@ -88,6 +88,7 @@ def _fill_kv_kernel(
         2 * PAIRS,
         BLOCK_K,
         ROWS,
+        REDUCED=k_norm_ptr is not None,
     )
     norm = None
     if k_norm_ptr is not None:

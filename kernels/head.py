@@ -74,6 +74,7 @@ def _head_kernel(
         BLOCK_N,
         BLOCK_K,
         ROWS,
+        REDUCED=True,
     )
     y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
     y = tl.where(mask_w[:, None], y, float("-inf"))

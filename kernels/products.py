@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .primitives import dot, ordered_sum, prefetch
+from .primitives import dot, gathered_sum, gathered_sum_of_columns, ordered_sum, prefetch
 from .values import Norm
 
 CACHE_LINE: tl.constexpr = tl.constexpr(launch.CACHE_LINE)
@@ -114,13 +114,15 @@ def row_product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
+    REDUCED: tl.constexpr = False,
 ):
     """W·norm(x)ᵀ → float32 [BLOCK_N, ROWS]; the norm is left out where norm_ptr is None.
 
     x [rows, K] at offs_x int64 [ROWS]; W [·, K_PADDED], zero past K, at offs_w int64 [BLOCK_N]; BLOCK_K a power of two,
     whose last step reads nothing past K_PADDED; first = weight_tile(…). RMSNorm's 1/√(mean x² + eps) scales the sums at
     the end, so x is read once; in float16, where w·x might overflow before it, and for LayerNorm (norm_bias_ptr given),
-    statistics come first (`statistics_first`).
+    statistics come first (`statistics_first`). REDUCED: the caller reduces over the weight rows, of which each warp then
+    holds all; else they are dealt to the warps.
     """
     offs_k = _columns(BLOCK_K)
     PARTS: tl.constexpr = 4 if BLOCK_K >= 64 else 1
@@ -147,11 +149,24 @@ def row_product(
         )
         acc = dot(w, operand, acc)
     if PARTS > 1:
-        acc = tl.reshape(ordered_sum(tl.reshape(acc, (PARTS, BLOCK_N * ROWS))), (BLOCK_N, ROWS))
+        if REDUCED:
+            acc = tl.reshape(ordered_sum(tl.reshape(acc, (PARTS, BLOCK_N * ROWS))), (BLOCK_N, ROWS))
+        else:
+            acc = gathered_sum(acc)
     if norm_ptr is not None and not STATISTICS_FIRST:
-        scale = tl.rsqrt(ordered_sum(tl.reshape(squares, (BLOCK_K, ROWS))) / K + eps)
+        scale = tl.rsqrt(_sum_of_columns(squares) / K + eps)
         acc = tl.fma(acc, tl.broadcast_to(scale[None, :], acc.shape), 0.0)
     return acc
+
+
+@triton.jit
+def _sum_of_columns(x):
+    """Sum of [parts, columns / parts, ROWS] or [columns, ROWS] over all columns: [ROWS]."""
+    if len(x.shape) == 3:
+        total = gathered_sum_of_columns(x)
+    else:
+        total = ordered_sum(x)
+    return total
 
 
 @triton.jit
@@ -227,11 +242,11 @@ def _statistics(
         total = tl.zeros(x_ptrs.shape, tl.float32)
         for k in range(0, K_PADDED, BLOCK_K):
             total += _step(x_ptrs, offs_k, mask_x, k, K, BLOCK_K).to(tl.float32)
-        mean = ordered_sum(tl.reshape(total, (BLOCK_K, ROWS))) / K
+        mean = _sum_of_columns(total) / K
     squares = tl.zeros(x_ptrs.shape, tl.float32)
     for k in range(0, K_PADDED, BLOCK_K):
         x = _step(x_ptrs, offs_k, mask_x, k, K, BLOCK_K).to(tl.float32)
         centre, mask_k = _right(mean, k + offs_k < K)
         centred = tl.where(mask_k, x - centre, 0.0)
         squares = tl.fma(centred, centred, squares)
-    return mean, tl.rsqrt(ordered_sum(tl.reshape(squares, (BLOCK_K, ROWS))) / K + eps)
+    return mean, tl.rsqrt(_sum_of_columns(squares) / K + eps)

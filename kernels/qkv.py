@@ -165,6 +165,7 @@ def _qkv_rope_append_kernel(
         2 * PAIRS,
         BLOCK_K,
         ROWS,
+        REDUCED=q_norm_ptr is not None,
     )
     norm = None
     if q_norm_ptr is not None:
