@@ -55,7 +55,7 @@ def _split_sum(x):
         lower, upper = tl.split(x)
         total = lower + upper
     else:
-        lower, upper = tl.split(tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 2, 2]))
+        lower, upper = tl.split(tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 2, 2]))  # noqa: RUF005
         total = _split_sum(lower + upper)
     return total
 

@@ -55,16 +55,21 @@ def _right(rows, columns):
 
 
 @triton.jit
-def weight_tile(
+def first_step(
     w_ptr,
     offs_w,
     mask_w,
+    norm_ptr,
+    norm_bias_ptr,
+    K: tl.constexpr,
     K_PADDED: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The first BLOCK_K columns of the weight rows at offs_w [BLOCK_N]: the loads to have in flight early."""
-    rows, columns = _left(offs_w, _columns(BLOCK_K))
-    return _weight(w_ptr + rows + columns, _columns(BLOCK_K), mask_w, 0, K_PADDED, BLOCK_K)
+    """The first BLOCK_K columns of the weight rows at offs_w [BLOCK_N] and of the norm: what is in flight early."""
+    offs_k = _columns(BLOCK_K)
+    rows, columns = _left(offs_w, offs_k)
+    weight = _weight(w_ptr + rows + columns, offs_k, mask_w, 0, K_PADDED, BLOCK_K)
+    return weight, _norm(norm_ptr, offs_k, 0, K), _norm(norm_bias_ptr, offs_k, 0, K)
 
 
 @triton.jit
@@ -81,6 +86,20 @@ def _weight(
     if K_PADDED % BLOCK_K != 0:
         mask = mask & mask_k
     return tl.load(w_ptrs + k, mask=mask, other=0.0)
+
+
+@triton.jit
+def _norm(
+    norm_ptr,
+    offs_k,
+    k,
+    K: tl.constexpr,
+):
+    """The step of a norm's weight or bias at column k; zero where it has none."""
+    values = 0.0
+    if norm_ptr is not None:
+        values = tl.load(norm_ptr + k + offs_k, mask=k + offs_k < K, other=0.0)
+    return values
 
 
 @triton.jit
@@ -119,10 +138,10 @@ def row_product(
     """W·norm(x)ᵀ → float32 [BLOCK_N, ROWS]; the norm is left out where norm_ptr is None.
 
     x [rows, K] at offs_x int64 [ROWS]; W [·, K_PADDED], zero past K, at offs_w int64 [BLOCK_N]; BLOCK_K a power of two,
-    whose last step reads nothing past K_PADDED; first = weight_tile(…). RMSNorm's 1/√(mean x² + eps) scales the sums at
+    whose last step reads nothing past K_PADDED; first = first_step(…). RMSNorm's 1/√(mean x² + eps) scales the sums at
     the end, so x is read once; in float16, where w·x might overflow before it, and for LayerNorm (norm_bias_ptr given),
-    statistics come first (`statistics_first`). REDUCED: the caller reduces over the weight rows, of which each warp then
-    holds all; else they are dealt to the warps.
+    statistics come first (`statistics_first`). REDUCED: the caller reduces over the weight rows, so that each warp had
+    better hold all of them; else they are dealt to the warps.
     """
     offs_k = _columns(BLOCK_K)
     PARTS: tl.constexpr = 4 if BLOCK_K >= 64 else 1
@@ -140,13 +159,15 @@ def row_product(
 
     squares = tl.zeros(x_ptrs.shape, tl.float32)
     acc = tl.zeros((PARTS, BLOCK_N, ROWS) if PARTS > 1 else (BLOCK_N, ROWS), tl.float32)
-    operand, squares = _operand(x_ptrs, offs_k, mask_x, norm_ptr, norm_bias_ptr, mean, scale, squares, 0, K, BLOCK_K)
-    acc = dot(first, operand, acc)
+    w, norm, norm_bias = first
+    x = _step(x_ptrs, offs_k, mask_x, 0, K, BLOCK_K)
+    operand, squares = _operand(x, norm_ptr, norm, norm_bias_ptr, norm_bias, mean, scale, squares)
+    acc = dot(w, operand, acc)
     for k in range(BLOCK_K, K_PADDED, BLOCK_K):
         w = _weight(w_ptrs, offs_k, mask_w, k, K_PADDED, BLOCK_K)
-        operand, squares = _operand(
-            x_ptrs, offs_k, mask_x, norm_ptr, norm_bias_ptr, mean, scale, squares, k, K, BLOCK_K
-        )
+        x = _step(x_ptrs, offs_k, mask_x, k, K, BLOCK_K)
+        norm, norm_bias = _norm(norm_ptr, offs_k, k, K), _norm(norm_bias_ptr, offs_k, k, K)
+        operand, squares = _operand(x, norm_ptr, norm, norm_bias_ptr, norm_bias, mean, scale, squares)
         acc = dot(w, operand, acc)
     if PARTS > 1:
         if REDUCED:
@@ -162,10 +183,7 @@ def row_product(
 @triton.jit
 def _sum_of_columns(x):
     """Sum of [parts, columns / parts, ROWS] or [columns, ROWS] over all columns: [ROWS]."""
-    if len(x.shape) == 3:
-        total = gathered_sum_of_columns(x)
-    else:
-        total = ordered_sum(x)
+    total = ordered_sum(x) if len(x.shape) == 2 else gathered_sum_of_columns(x)
     return total
 
 
@@ -180,27 +198,13 @@ def halves(
 
 
 @triton.jit
-def _operand(
-    x_ptrs,
-    offs_k,
-    mask_x,
-    norm_ptr,
-    norm_bias_ptr,
-    mean,
-    scale,
-    squares,
-    k,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The step of x at column k as the product's right operand, and the running sum of squares."""
-    x = _step(x_ptrs, offs_k, mask_x, k, K, BLOCK_K)
+def _operand(x, norm_ptr, norm, norm_bias_ptr, norm_bias, mean, scale, squares):
+    """norm(x), a step of the product's right operand, and the running sum of squares."""
     if norm_ptr is not None:
         wide = x.to(tl.float32)
-        mask_k = k + offs_k < K
-        scale, weight = _right(scale, tl.load(norm_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32))
+        scale, weight = _right(scale, norm.to(tl.float32))
         if norm_bias_ptr is not None:
-            mean, bias = _right(mean, tl.load(norm_bias_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32))
+            mean, bias = _right(mean, norm_bias.to(tl.float32))
             wide = tl.fma((wide - mean) * scale, weight, bias)
         else:
             squares = tl.fma(wide, wide, squares)
