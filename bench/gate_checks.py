@@ -133,6 +133,8 @@ def _products(code: MachineCode, meaning: Meaning, launch: Launch) -> Iterable[s
         yield f"matrix instructions of several kinds: {', '.join(opcodes)}"
     elif meaning.mma and launch.itemsize < 4 and not opcodes:
         yield "no matrix instruction"
+    if launch.warps > (parts := launch.constexprs.get("PARTS", 1)) > 1:
+        yield f"{launch.warps} warps share {parts} parts of a step: some repeat the products of others"
 
 
 def _chain(code: MachineCode, meaning: Meaning, launch: Launch) -> Iterable[str]:

@@ -52,6 +52,7 @@ def _fill_kv_kernel(
     K_PADDED: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -98,7 +99,7 @@ def _fill_kv_kernel(
         w_ptr,
         offs_w,
         mask_w,
-        first_step(w_ptr, offs_w, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K),
+        first_step(w_ptr, offs_w, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS),
         norm_ptr,
         norm_bias_ptr,
         eps,
@@ -106,6 +107,7 @@ def _fill_kv_kernel(
         K_PADDED,
         2 * PAIRS,
         BLOCK_K,
+        PARTS,
         ROWS,
         REDUCED=k_norm_ptr is not None,
     )
@@ -193,7 +195,8 @@ def fill_kv(
         K_PADDED=launch.padded(columns),
         PAIRS=pairs,
         BLOCK_K=rule.block_k,
+        PARTS=rule.parts,
         ROWS=rule.rows,
         PDL=launch.dependent(arch),
-        **launch.options(rule.warps, rule.stages, launch.PRODUCT_REGISTERS),
+        **launch.options(rule.warps, rule.stages, rule.registers),
     )

@@ -86,6 +86,7 @@ def _linear_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     PREFETCHED: tl.constexpr,
     PDL: tl.constexpr,
@@ -108,7 +109,7 @@ def _linear_kernel(
     mask_r = offs_r < rows
     mask_out = mask_r
     if active_ptr is None:
-        first = first_step(w_ptr, offs_w * K_PADDED, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K)
+        first = first_step(w_ptr, offs_w * K_PADDED, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS)
         if PREFETCHED > 0:
             prefetch_weight(w_ptr, offs_w * K_PADDED, mask_w, PREFETCHED)
         wait_for_producers(PDL)
@@ -117,7 +118,7 @@ def _linear_kernel(
         mask_out = mask_r & (tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0)
         if tl.max(mask_out.to(tl.int32), axis=0) == 0:
             return
-        first = first_step(w_ptr, offs_w * K_PADDED, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K)
+        first = first_step(w_ptr, offs_w * K_PADDED, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS)
     offs_n = pid_n * BLOCK + tl.arange(0, BLOCK)
     mask = mask_out[None, :] & (offs_n < OUT)[:, None]
     offs_out = offs_r[None, :] * stride_out + offs_n[:, None]
@@ -140,6 +141,7 @@ def _linear_kernel(
         K_PADDED,
         BLOCK_N,
         BLOCK_K,
+        PARTS,
         ROWS,
     )
     if not EARLY:
@@ -206,10 +208,11 @@ def linear(
         ACTIVATION=activation,
         BLOCK_N=rule.block_n,
         BLOCK_K=rule.block_k,
+        PARTS=rule.parts,
         ROWS=rule.rows,
         PREFETCHED=launch.prefetched_columns(weight.rows, weight.columns, x.element_size(), arch),
         PDL=launch.dependent(arch),
-        **launch.options(rule.warps, rule.stages, launch.PRODUCT_REGISTERS),
+        **launch.options(rule.warps, rule.stages, rule.registers),
     )
     return out
 

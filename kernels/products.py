@@ -29,10 +29,11 @@ def statistics_first(norm: Norm | None, dtype: torch.dtype) -> bool:
 @triton.jit
 def _columns(
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """The columns of a step: [parts, BLOCK_K / parts], or [BLOCK_K] in short steps."""
-    if BLOCK_K >= 64:
-        offs = tl.arange(0, 4)[:, None] * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)[None, :]
+    """The columns of a step: [PARTS, BLOCK_K / PARTS], or [BLOCK_K] where it is one part."""
+    if PARTS > 1:
+        offs = tl.arange(0, PARTS)[:, None] * (BLOCK_K // PARTS) + tl.arange(0, BLOCK_K // PARTS)[None, :]
     else:
         offs = tl.arange(0, BLOCK_K)
     return offs
@@ -64,9 +65,10 @@ def first_step(
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """The first BLOCK_K columns of the weight rows at offs_w [BLOCK_N] and of the norm: what is in flight early."""
-    offs_k = _columns(BLOCK_K)
+    offs_k = _columns(BLOCK_K, PARTS)
     rows, columns = _left(offs_w, offs_k)
     weight = _weight(w_ptr + rows + columns, offs_k, mask_w, 0, K_PADDED, BLOCK_K)
     return weight, _norm(norm_ptr, offs_k, 0, K), _norm(norm_bias_ptr, offs_k, 0, K)
@@ -132,6 +134,7 @@ def row_product(
     K_PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     REDUCED: tl.constexpr = False,
 ):
@@ -143,8 +146,7 @@ def row_product(
     statistics come first (`statistics_first`). REDUCED: the caller reduces over the weight rows, so that each warp had
     better hold all of them; else they are dealt to the warps.
     """
-    offs_k = _columns(BLOCK_K)
-    PARTS: tl.constexpr = 4 if BLOCK_K >= 64 else 1
+    offs_k = _columns(BLOCK_K, PARTS)
     rows, columns = _right(offs_x, offs_k)
     x_ptrs = x_ptr + rows + columns
     rows, columns = _left(offs_w, offs_k)

@@ -129,6 +129,7 @@ def _qkv_rope_append_kernel(
     K_PADDED: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -145,7 +146,7 @@ def _qkv_rope_append_kernel(
     mask_r = offs_r < rows
     mask_out = mask_r
     if active_ptr is None and write_ptr is None:
-        first = first_step(w_ptr, offs_w, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K)
+        first = first_step(w_ptr, offs_w, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS)
         wait_for_producers(PDL)
     else:
         wait_for_producers(PDL)
@@ -156,7 +157,7 @@ def _qkv_rope_append_kernel(
             mask_out = mask_r & (tl.load(write_ptr + offs_r, mask=mask_r, other=0) != 0)
         if tl.max(mask_out.to(tl.int32), axis=0) == 0:
             return
-        first = first_step(w_ptr, offs_w, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K)
+        first = first_step(w_ptr, offs_w, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS)
 
     rotated = is_query | is_key
     bias = None
@@ -188,6 +189,7 @@ def _qkv_rope_append_kernel(
         K_PADDED,
         2 * PAIRS,
         BLOCK_K,
+        PARTS,
         ROWS,
         REDUCED=q_norm_ptr is not None,
     )
@@ -273,8 +275,9 @@ def qkv_rope_append(
         K_PADDED=launch.padded(columns),
         PAIRS=pairs,
         BLOCK_K=rule.block_k,
+        PARTS=rule.parts,
         ROWS=rule.rows,
         PDL=launch.dependent(arch),
-        **launch.options(rule.warps, rule.stages, launch.PRODUCT_REGISTERS),
+        **launch.options(rule.warps, rule.stages, rule.registers),
     )
     return q
