@@ -6,8 +6,8 @@ from torch import Tensor
 
 from . import launch
 from .primitives import wait_for_producers
-from .products import row_product, statistics_first, weight_tile
-from .qkv import head_halves, pair_rows, store_halves
+from .products import first_step, row_product, statistics_first
+from .qkv import head_halves, pair_rows, store_halves, turns
 from .values import Norm, Rope, RowMap, Slots, Stack
 
 
@@ -52,6 +52,7 @@ def _fill_kv_kernel(
     K_PADDED: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -72,6 +73,25 @@ def _fill_kv_kernel(
         return
     mask_r = offs_m < count
     offs_r = tl.load(row_ptr + layer * stride_row + offs_m, mask=mask_r, other=0).to(tl.int64)
+    bias = None
+    norm = None
+    rotated = is_key
+    cos = None
+    sin = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + layer * stride_bias + (HEADS + head) * D + offs_d, mask=mask_w, other=0.0)
+        bias = bias.to(tl.float32)
+    if k_norm_ptr is not None:
+        norm = tl.load(k_norm_ptr + layer * stride_k_norm + offs_d, mask=mask_w, other=0.0).to(tl.float32)
+    if rotated_ptr is not None:
+        rotated = is_key & (tl.load(rotated_ptr + layer) != 0)
+    if cos_ptr is not None:
+        cos, sin = turns(cos_ptr, sin_ptr, stride_rope, pair, offs_r, mask_r, rotated, D, PAIRS)
+    page = tl.load(page_ptr + offs_r, mask=mask_r, other=0)
+    offset = tl.load(offset_ptr + offs_r, mask=mask_r, other=0)
+    if norm_bias_ptr is not None:
+        norm_bias_ptr += layer * stride_norm_bias
+    norm_ptr += layer * stride_norm
     acc = row_product(
         x_ptr,
         offs_r * stride_x,
@@ -79,41 +99,19 @@ def _fill_kv_kernel(
         w_ptr,
         offs_w,
         mask_w,
-        weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K),
-        norm_ptr + layer * stride_norm,
-        None if norm_bias_ptr is None else norm_bias_ptr + layer * stride_norm_bias,
+        first_step(w_ptr, offs_w, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS),
+        norm_ptr,
+        norm_bias_ptr,
         eps,
         K,
         K_PADDED,
         2 * PAIRS,
         BLOCK_K,
+        PARTS,
         ROWS,
+        REDUCED=k_norm_ptr is not None,
     )
-    norm = None
-    if k_norm_ptr is not None:
-        norm = tl.load(k_norm_ptr + layer * stride_k_norm + offs_d, mask=mask_w, other=0.0).to(tl.float32)
-    rotates = is_key
-    if rotated_ptr is not None:
-        rotates = is_key & (tl.load(rotated_ptr + layer) != 0)
-    lower, upper = head_halves(
-        acc,
-        pair,
-        None if bias_ptr is None else bias_ptr + layer * stride_bias + (HEADS + head) * D,
-        norm,
-        is_key,
-        eps,
-        cos_ptr,
-        sin_ptr,
-        stride_rope,
-        offs_r,
-        mask_r,
-        rotates,
-        D,
-        PAIRS,
-        ROWS,
-    )
-    page = tl.load(page_ptr + offs_r, mask=mask_r, other=0)
-    offset = tl.load(offset_ptr + offs_r, mask=mask_r, other=0)
+    lower, upper = head_halves(acc, bias, norm, is_key, eps, cos, sin, rotated, D, PAIRS, ROWS)
     if is_key:
         place = layer * stride_key_layer + page * stride_key_page + offset * stride_key_slot + head * stride_key_head
         store_halves(keys_ptr, place, mask_r, lower, upper, pair, D, PAIRS)
@@ -197,7 +195,8 @@ def fill_kv(
         K_PADDED=launch.padded(columns),
         PAIRS=pairs,
         BLOCK_K=rule.block_k,
+        PARTS=rule.parts,
         ROWS=rule.rows,
         PDL=launch.dependent(arch),
-        **launch.options(rule.warps, rule.stages, launch.PRODUCT_REGISTERS),
+        **launch.options(rule.warps, rule.stages, rule.registers),
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import launch
 from .primitives import ordered_sum, wait_for_producers
-from .products import row_product, statistics_first, weight_tile
+from .products import first_step, row_product, statistics_first
 from .ranking import NONE, candidate, token_of, value_of
 from .values import Matrix, Norm, Prediction
 
@@ -36,6 +36,7 @@ def _head_kernel(
     KEPT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -50,14 +51,14 @@ def _head_kernel(
     mask_w = offs_w < V
     mask_r = offs_r < rows
     if active_ptr is None:
-        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K)
+        first = first_step(w_ptr, offs_w * K_PADDED, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS)
         wait_for_producers(PDL)
     else:
         wait_for_producers(PDL)
         active = tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0
         if tl.max(active.to(tl.int32), axis=0) == 0:
             return
-        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K)
+        first = first_step(w_ptr, offs_w * K_PADDED, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS)
     y = row_product(
         x_ptr,
         offs_r * stride_x,
@@ -73,7 +74,9 @@ def _head_kernel(
         K_PADDED,
         BLOCK_N,
         BLOCK_K,
+        PARTS,
         ROWS,
+        REDUCED=True,
     )
     y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
     y = tl.where(mask_w[:, None], y, float("-inf"))
@@ -196,9 +199,10 @@ def head(
         KEPT=kept,
         BLOCK_N=rule.block_n,
         BLOCK_K=rule.block_k,
+        PARTS=rule.parts,
         ROWS=rule.rows,
         PDL=launch.dependent(arch),
-        **launch.options(rule.warps, rule.stages, launch.PRODUCT_REGISTERS),
+        **launch.options(rule.warps, rule.stages, rule.registers),
     )
     merge = launch.merge_rule(blocks, kept, arch)
     _merge_kernel[(rows,)](

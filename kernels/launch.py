@@ -1,9 +1,9 @@
 """How kernels are launched: pure rules from shapes and architecture to launch parameters.
 
-Whatever fixes a sum's order (the columns of a step, the positions of a block) is a function of the weight's shape, the
-dtype and the architecture, and never of the number of rows, the batch or the context: that is the row-invariance of
-the numerics contract. With fast numerics, a tile of None, it may follow them. Architectures are compute capabilities
-times ten, 90 for sm_90; 0 is the interpreter.
+Whatever fixes a sum's order (a product's steps and their parts, the positions of a block) is a function of the
+weight's shape, the dtype and the architecture, and never of the number of rows, the batch or the context: that is the
+row-invariance of the numerics contract. With fast numerics, a tile of None, it may follow them. Architectures are
+compute capabilities times ten, 90 for sm_90; 0 is the interpreter.
 """
 
 import os
@@ -25,12 +25,14 @@ LOOKUP_BLOCK = 1024
 LOOKUP_BLOCKS = 64
 
 LARGE_WEIGHT = 8192
+# Of an H100 or H200 (SXM), on whatever chip: only the depth of pipelines follows from it.
 PROCESSORS = 132
 STEP_BYTES = 32 * 1024
 LONG_STEP_ROWS = 16
 LONG_WEIGHT = 8
 FLIGHT_BYTES = 72 * 1024
 SHARED_BYTES = 99 * 1024
+REGISTERS = 65536
 PRODUCT_REGISTERS = 255
 ENOUGH_PROGRAMS = 96
 STREAMED_ROWS = 64
@@ -39,13 +41,23 @@ LINES_AT_ONCE = 8
 
 
 class ProductRule(NamedTuple):
-    """Parameters of a kernel built on `row_product`: weight rows and columns a step, rows of activations, launch."""
+    """Parameters of a kernel built on `row_product`: weight rows and columns a step, rows of activations, launch.
+
+    most_parts: that a step may have; registers: what a thread may take.
+    """
 
     block_n: int
     block_k: int
     rows: int
     warps: int
     stages: int
+    most_parts: int = 4
+    registers: int = PRODUCT_REGISTERS
+
+    @property
+    def parts(self) -> int:
+        """Parts a step's columns are dealt to the warps in, each summed by itself; short steps are one part."""
+        return min(self.most_parts, self.block_k // 16) if self.block_k >= 64 else 1
 
 
 class AttentionRule(NamedTuple):
@@ -96,17 +108,23 @@ def product_rule(
 ) -> ProductRule:
     """The rule of `row_product` for a weight [weight_rows, columns] against passes of `rows` rows in tiles of `tile`.
 
-    block_n and block_k, which fix the order of a sum, depend on the weight and the tile alone. `rows`, the activations
-    one program takes, does not round: columns of one instruction are independent. The interpreter's products are not,
-    so there it is the tile. Tiles of 8 stream the weight, wider ones compute. `short`: a loop for the norm's statistics
-    comes before the product's, and registers hold no long step in both.
+    The order of a sum is fixed by the columns of a step, block_k, and its parts: a part is one chain of products of 16
+    columns through all steps, and at the end parts are added in pairs. Both follow from the weight and the tile alone;
+    so does block_n, which fixes nothing. Nor does `rows`, the activations one program takes: columns of an instruction
+    are independent. The interpreter's products are not, so there it is the tile. Tiles of 8 stream the weight, wider
+    ones compute. `short`: a loop for the norm's statistics comes before the product's, and registers hold no long step
+    in both. A processor holds two programs of eight warps of a large weight, which has that many; in the registers this
+    leaves, blocks of 16 rows spill, and all do on sm_100.
     """
     width = padded(columns)
     if arch == 0:
         return ProductRule(64, _dividing(width, 128), tile or min(64, max(8, _power(rows))), warps=4, stages=1)
     if tile_of(rows, tile) <= 8:
         short = short or itemsize == 4 or (tile is None and rows > LONG_STEP_ROWS)
-        return _streamed(weight_rows, width, rows, itemsize, large=weight_rows >= LARGE_WEIGHT, short=short)
+        large = weight_rows >= LARGE_WEIGHT
+        rule = _streamed(weight_rows, width, rows, itemsize, large=large, short=short)
+        two = large and rule.warps == 8 and arch < 100
+        return rule._replace(registers=REGISTERS // (2 * 32 * rule.warps)) if two else rule
     return _computed(weight_rows, width, rows, tile, itemsize)
 
 
@@ -116,6 +134,8 @@ def _streamed(weight_rows: int, width: int, rows: int, itemsize: int, *, large: 
     With the room in shared memory that they take, programs of the next kernel, which start while these run, spread over
     all processors. The last step of a small weight may reach past its width. Registers hold a long step against
     LONG_STEP_ROWS rows; `short` steps leave room for more of 16 bits, or for float32.
+
+    Eight warps share a step where each has a part of it, or they would repeat each other's products.
     """
     block_n = 32 if large else 16
     longest = (STEP_BYTES // 4 if short else STEP_BYTES) // (block_n * itemsize)
@@ -125,7 +145,10 @@ def _streamed(weight_rows: int, width: int, rows: int, itemsize: int, *, large: 
     buffers = (2 if alone or steps >= LONG_WEIGHT else 1) * STEP_BYTES // (block_n * block_k * itemsize)
     room = SHARED_BYTES // ((block_n + wide) * block_k * itemsize)
     stages = 1 + max(1, min(buffers, room, steps - 1, 3))
-    return ProductRule(block_n, block_k, wide, 4 if short or wide <= 8 else 8, stages)
+    rule = ProductRule(block_n, block_k, wide, 4, stages, 4 if short else 8)
+    if wide <= 8 or rule.parts < 8:
+        return rule
+    return rule._replace(warps=8)
 
 
 def _computed(weight_rows: int, width: int, rows: int, tile: int | None, itemsize: int) -> ProductRule:
@@ -185,6 +208,7 @@ def head_rule(
     if arch and tile <= 8:
         large = width % 512 == 0
         rule = _streamed(weight_rows, width, tile, itemsize, large=large, short=short or itemsize == 4)
+    rule = rule._replace(most_parts=4)
     pairs = max(8, 1 << (head_dim // 2 - 1).bit_length())
     if not whole:
         return rule._replace(block_n=min(rule.block_n, 2 * pairs))
@@ -203,7 +227,7 @@ def route_rule(
     """
     tile = tile_of(rows, tile)
     rule = product_rule(weight_rows, columns, min(rows, tile), tile, itemsize, arch, short=short)
-    return rule._replace(block_n=16, block_k=min(rule.block_k, 128 if short else 512))
+    return rule._replace(block_n=16, block_k=min(rule.block_k, 128 if short else 512), most_parts=4)
 
 
 def attention_rule(head_dim: int, group: int, tile: int, itemsize: int, arch: int) -> AttentionRule:

@@ -8,8 +8,11 @@ from torch.nn import functional
 
 from . import launch
 from .primitives import gelu_tanh, silu, wait_for_producers
-from .products import halves, prefetch_weight, row_product, statistics_first, weight_tile
+from .products import first_step, halves, prefetch_weight, row_product, statistics_first
 from .values import Matrix, Norm, Split, Stack
+
+# Sums of a program beside whose product registers hold what they are completed with.
+FEW_SUMS: tl.constexpr = tl.constexpr(1024)
 
 
 def prepare(weight: Tensor) -> Matrix:
@@ -39,6 +42,29 @@ def _padded(weight: Tensor) -> Tensor:
     return weight.contiguous() if width == columns else functional.pad(weight, (0, width - columns))
 
 
+@triton.jit
+def _terms(
+    bias_ptr,
+    offs_w,
+    mask_w,
+    scale_ptr,
+    offs_r,
+    mask_r,
+    residual_ptr,
+    offs_out,
+    mask,
+):
+    """What a product is completed with: bias [BLOCK_N], scale [ROWS], residual [BLOCK, ROWS]; 0 where there is none."""
+    bias, scale, residual = 0.0, 0.0, tl.zeros(mask.shape, tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + offs_r, mask=mask_r, other=0.0)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + offs_out, mask=mask, other=0.0).to(tl.float32)
+    return bias, scale, residual
+
+
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["active_ptr"])
 def _linear_kernel(
     x_ptr,
@@ -60,6 +86,7 @@ def _linear_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     PREFETCHED: tl.constexpr,
     PDL: tl.constexpr,
@@ -72,6 +99,7 @@ def _linear_kernel(
     GATED: tl.constexpr = ACTIVATION == "silu_gate"
     BLOCK: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     OUT: tl.constexpr = N // 2 if GATED else N
+    EARLY: tl.constexpr = BLOCK_N * ROWS <= FEW_SUMS
     offs_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     pid_n = tl.program_id(1).to(tl.int64)
     offs_b = tl.arange(0, BLOCK_N)
@@ -81,7 +109,7 @@ def _linear_kernel(
     mask_r = offs_r < rows
     mask_out = mask_r
     if active_ptr is None:
-        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K)
+        first = first_step(w_ptr, offs_w * K_PADDED, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS)
         if PREFETCHED > 0:
             prefetch_weight(w_ptr, offs_w * K_PADDED, mask_w, PREFETCHED)
         wait_for_producers(PDL)
@@ -90,7 +118,14 @@ def _linear_kernel(
         mask_out = mask_r & (tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0)
         if tl.max(mask_out.to(tl.int32), axis=0) == 0:
             return
-        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K)
+        first = first_step(w_ptr, offs_w * K_PADDED, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS)
+    offs_n = pid_n * BLOCK + tl.arange(0, BLOCK)
+    mask = mask_out[None, :] & (offs_n < OUT)[:, None]
+    offs_out = offs_r[None, :] * stride_out + offs_n[:, None]
+    if EARLY:
+        bias, scale, residual = _terms(
+            bias_ptr, offs_w, mask_w, scale_ptr, offs_r, mask_r, residual_ptr, offs_out, mask
+        )
     y = row_product(
         x_ptr,
         offs_r * stride_x,
@@ -106,23 +141,21 @@ def _linear_kernel(
         K_PADDED,
         BLOCK_N,
         BLOCK_K,
+        PARTS,
         ROWS,
     )
+    if not EARLY:
+        bias, scale, residual = _terms(
+            bias_ptr, offs_w, mask_w, scale_ptr, offs_r, mask_r, residual_ptr, offs_out, mask
+        )
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)[:, None]
+        y += bias[:, None]
     if GATED:
         gate, up = halves(y, BLOCK, ROWS)
         y = silu(gate) * up
     elif ACTIVATION == "gelu_tanh":
         y = gelu_tanh(y)
-    offs_n = pid_n * BLOCK + tl.arange(0, BLOCK)
-    mask = mask_out[None, :] & (offs_n < OUT)[:, None]
-    offs_out = offs_r[None, :] * stride_out + offs_n[:, None]
-    residual = tl.zeros((BLOCK, ROWS), tl.float32)
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + offs_out, mask=mask, other=0.0).to(tl.float32)
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + offs_r, mask=mask_r, other=0.0)
         y = tl.fma(y, tl.broadcast_to(scale[None, :], y.shape), residual)
     elif residual_ptr is not None:
         y += residual
@@ -175,10 +208,11 @@ def linear(
         ACTIVATION=activation,
         BLOCK_N=rule.block_n,
         BLOCK_K=rule.block_k,
+        PARTS=rule.parts,
         ROWS=rule.rows,
         PREFETCHED=launch.prefetched_columns(weight.rows, weight.columns, x.element_size(), arch),
         PDL=launch.dependent(arch),
-        **launch.options(rule.warps, rule.stages, launch.PRODUCT_REGISTERS),
+        **launch.options(rule.warps, rule.stages, rule.registers),
     )
     return out
 

@@ -22,10 +22,41 @@ def ordered_sum(x):
 
     x is no plain product, which could be fused with the first addition: tl.fma(a, b, 0.0).
     """
-    if x.shape[0] == 1:
-        total = tl.reshape(x, (x.shape[1],))
+    return tl.reshape(_paired_sums(x, 1), (x.shape[1],))
+
+
+@triton.jit
+def gathered_sum(x):
+    """`ordered_sum` of [N, …, M]. The terms of a sum are brought to one thread, where they lie with several warps."""
+    return _split_sum(tl.permute(x, (1, 0) if len(x.shape) == 2 else (1, 2, 0)))
+
+
+@triton.jit
+def gathered_sum_of_columns(x):
+    """`ordered_sum` of [P, N, M] over the first two axes, the first of which lies with several warps."""
+    sums = _paired_sums(tl.reshape(x, (x.shape[0] * x.shape[1], x.shape[2])), x.shape[0])
+    return gathered_sum(sums)
+
+
+@triton.jit
+def _paired_sums(x, LEFT: tl.constexpr):
+    """Neighbours of [N, M] added in pairs until there are LEFT."""
+    if x.shape[0] == LEFT:
+        total = x
     else:
-        total = ordered_sum(tl.sum(tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1])), axis=1))
+        total = _paired_sums(tl.sum(tl.reshape(x, (x.shape[0] // 2, 2, x.shape[1])), axis=1), LEFT)
+    return total
+
+
+@triton.jit
+def _split_sum(x):
+    """Sum over the last axis, a power of two above 1: neighbours in pairs."""
+    if x.shape[-1] == 2:
+        lower, upper = tl.split(x)
+        total = lower + upper
+    else:
+        lower, upper = tl.split(tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 2, 2]))  # noqa: RUF005
+        total = _split_sum(lower + upper)
     return total
 
 

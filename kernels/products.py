@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .primitives import dot, ordered_sum, prefetch
+from .primitives import dot, gathered_sum, gathered_sum_of_columns, ordered_sum, prefetch
 from .values import Norm
 
 CACHE_LINE: tl.constexpr = tl.constexpr(launch.CACHE_LINE)
@@ -29,10 +29,11 @@ def statistics_first(norm: Norm | None, dtype: torch.dtype) -> bool:
 @triton.jit
 def _columns(
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """The columns of a step: [parts, BLOCK_K / parts], or [BLOCK_K] in short steps."""
-    if BLOCK_K >= 64:
-        offs = tl.arange(0, 4)[:, None] * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)[None, :]
+    """The columns of a step: [PARTS, BLOCK_K / PARTS], or [BLOCK_K] where it is one part."""
+    if PARTS > 1:
+        offs = tl.arange(0, PARTS)[:, None] * (BLOCK_K // PARTS) + tl.arange(0, BLOCK_K // PARTS)[None, :]
     else:
         offs = tl.arange(0, BLOCK_K)
     return offs
@@ -55,16 +56,22 @@ def _right(rows, columns):
 
 
 @triton.jit
-def weight_tile(
+def first_step(
     w_ptr,
     offs_w,
     mask_w,
+    norm_ptr,
+    norm_bias_ptr,
+    K: tl.constexpr,
     K_PADDED: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """The first BLOCK_K columns of the weight rows at offs_w [BLOCK_N]: the loads to have in flight early."""
-    rows, columns = _left(offs_w, _columns(BLOCK_K))
-    return _weight(w_ptr + rows + columns, _columns(BLOCK_K), mask_w, 0, K_PADDED, BLOCK_K)
+    """The first BLOCK_K columns of the weight rows at offs_w [BLOCK_N] and of the norm: what is in flight early."""
+    offs_k = _columns(BLOCK_K, PARTS)
+    rows, columns = _left(offs_w, offs_k)
+    weight = _weight(w_ptr + rows + columns, offs_k, mask_w, 0, K_PADDED, BLOCK_K)
+    return weight, _norm(norm_ptr, offs_k, 0, K), _norm(norm_bias_ptr, offs_k, 0, K)
 
 
 @triton.jit
@@ -81,6 +88,20 @@ def _weight(
     if K_PADDED % BLOCK_K != 0:
         mask = mask & mask_k
     return tl.load(w_ptrs + k, mask=mask, other=0.0)
+
+
+@triton.jit
+def _norm(
+    norm_ptr,
+    offs_k,
+    k,
+    K: tl.constexpr,
+):
+    """The step of a norm's weight or bias at column k; zero where it has none."""
+    values = 0.0
+    if norm_ptr is not None:
+        values = tl.load(norm_ptr + k + offs_k, mask=k + offs_k < K, other=0.0)
+    return values
 
 
 @triton.jit
@@ -113,17 +134,19 @@ def row_product(
     K_PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
+    REDUCED: tl.constexpr = False,
 ):
     """W·norm(x)ᵀ → float32 [BLOCK_N, ROWS]; the norm is left out where norm_ptr is None.
 
     x [rows, K] at offs_x int64 [ROWS]; W [·, K_PADDED], zero past K, at offs_w int64 [BLOCK_N]; BLOCK_K a power of two,
-    whose last step reads nothing past K_PADDED; first = weight_tile(…). RMSNorm's 1/√(mean x² + eps) scales the sums at
+    whose last step reads nothing past K_PADDED; first = first_step(…). RMSNorm's 1/√(mean x² + eps) scales the sums at
     the end, so x is read once; in float16, where w·x might overflow before it, and for LayerNorm (norm_bias_ptr given),
-    statistics come first (`statistics_first`).
+    statistics come first (`statistics_first`). REDUCED: the caller reduces over the weight rows, so that each warp had
+    better hold all of them; else they are dealt to the warps.
     """
-    offs_k = _columns(BLOCK_K)
-    PARTS: tl.constexpr = 4 if BLOCK_K >= 64 else 1
+    offs_k = _columns(BLOCK_K, PARTS)
     rows, columns = _right(offs_x, offs_k)
     x_ptrs = x_ptr + rows + columns
     rows, columns = _left(offs_w, offs_k)
@@ -138,20 +161,32 @@ def row_product(
 
     squares = tl.zeros(x_ptrs.shape, tl.float32)
     acc = tl.zeros((PARTS, BLOCK_N, ROWS) if PARTS > 1 else (BLOCK_N, ROWS), tl.float32)
-    operand, squares = _operand(x_ptrs, offs_k, mask_x, norm_ptr, norm_bias_ptr, mean, scale, squares, 0, K, BLOCK_K)
-    acc = dot(first, operand, acc)
+    w, norm, norm_bias = first
+    x = _step(x_ptrs, offs_k, mask_x, 0, K, BLOCK_K)
+    operand, squares = _operand(x, norm_ptr, norm, norm_bias_ptr, norm_bias, mean, scale, squares)
+    acc = dot(w, operand, acc)
     for k in range(BLOCK_K, K_PADDED, BLOCK_K):
         w = _weight(w_ptrs, offs_k, mask_w, k, K_PADDED, BLOCK_K)
-        operand, squares = _operand(
-            x_ptrs, offs_k, mask_x, norm_ptr, norm_bias_ptr, mean, scale, squares, k, K, BLOCK_K
-        )
+        x = _step(x_ptrs, offs_k, mask_x, k, K, BLOCK_K)
+        norm, norm_bias = _norm(norm_ptr, offs_k, k, K), _norm(norm_bias_ptr, offs_k, k, K)
+        operand, squares = _operand(x, norm_ptr, norm, norm_bias_ptr, norm_bias, mean, scale, squares)
         acc = dot(w, operand, acc)
     if PARTS > 1:
-        acc = tl.reshape(ordered_sum(tl.reshape(acc, (PARTS, BLOCK_N * ROWS))), (BLOCK_N, ROWS))
+        if REDUCED:
+            acc = tl.reshape(ordered_sum(tl.reshape(acc, (PARTS, BLOCK_N * ROWS))), (BLOCK_N, ROWS))
+        else:
+            acc = gathered_sum(acc)
     if norm_ptr is not None and not STATISTICS_FIRST:
-        scale = tl.rsqrt(ordered_sum(tl.reshape(squares, (BLOCK_K, ROWS))) / K + eps)
+        scale = tl.rsqrt(_sum_of_columns(squares) / K + eps)
         acc = tl.fma(acc, tl.broadcast_to(scale[None, :], acc.shape), 0.0)
     return acc
+
+
+@triton.jit
+def _sum_of_columns(x):
+    """Sum of [parts, columns / parts, ROWS] or [columns, ROWS] over all columns: [ROWS]."""
+    total = ordered_sum(x) if len(x.shape) == 2 else gathered_sum_of_columns(x)
+    return total
 
 
 @triton.jit
@@ -165,27 +200,13 @@ def halves(
 
 
 @triton.jit
-def _operand(
-    x_ptrs,
-    offs_k,
-    mask_x,
-    norm_ptr,
-    norm_bias_ptr,
-    mean,
-    scale,
-    squares,
-    k,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The step of x at column k as the product's right operand, and the running sum of squares."""
-    x = _step(x_ptrs, offs_k, mask_x, k, K, BLOCK_K)
+def _operand(x, norm_ptr, norm, norm_bias_ptr, norm_bias, mean, scale, squares):
+    """norm(x), a step of the product's right operand, and the running sum of squares."""
     if norm_ptr is not None:
         wide = x.to(tl.float32)
-        mask_k = k + offs_k < K
-        scale, weight = _right(scale, tl.load(norm_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32))
+        scale, weight = _right(scale, norm.to(tl.float32))
         if norm_bias_ptr is not None:
-            mean, bias = _right(mean, tl.load(norm_bias_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32))
+            mean, bias = _right(mean, norm_bias.to(tl.float32))
             wide = tl.fma((wide - mean) * scale, weight, bias)
         else:
             squares = tl.fma(wide, wide, squares)
@@ -227,11 +248,11 @@ def _statistics(
         total = tl.zeros(x_ptrs.shape, tl.float32)
         for k in range(0, K_PADDED, BLOCK_K):
             total += _step(x_ptrs, offs_k, mask_x, k, K, BLOCK_K).to(tl.float32)
-        mean = ordered_sum(tl.reshape(total, (BLOCK_K, ROWS))) / K
+        mean = _sum_of_columns(total) / K
     squares = tl.zeros(x_ptrs.shape, tl.float32)
     for k in range(0, K_PADDED, BLOCK_K):
         x = _step(x_ptrs, offs_k, mask_x, k, K, BLOCK_K).to(tl.float32)
         centre, mask_k = _right(mean, k + offs_k < K)
         centred = tl.where(mask_k, x - centre, 0.0)
         squares = tl.fma(centred, centred, squares)
-    return mean, tl.rsqrt(ordered_sum(tl.reshape(squares, (BLOCK_K, ROWS))) / K + eps)
+    return mean, tl.rsqrt(_sum_of_columns(squares) / K + eps)

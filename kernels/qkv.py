@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import launch
 from .primitives import ordered_sum, wait_for_producers
-from .products import halves, row_product, statistics_first, weight_tile
+from .products import first_step, halves, row_product, statistics_first
 from .values import Matrix, Norm, Rope, Slots, Split
 
 
@@ -27,18 +27,33 @@ def pair_rows(
 
 
 @triton.jit
-def head_halves(
-    acc,
-    pair,
-    bias_ptr,
-    norm,
-    normed,
-    eps,
+def turns(
     cos_ptr,
     sin_ptr,
     stride_rope,
+    pair,
     offs_r,
     mask_r,
+    rotated,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """cos and sin [·, D] of pairs pair + i, i < PAIRS, at rows offs_r int64 [ROWS], where `rotated`: [PAIRS, ROWS]."""
+    offs_pair = pair + tl.arange(0, PAIRS)
+    offs = offs_r[None, :] * stride_rope + offs_pair[:, None]
+    mask = mask_r[None, :] & (offs_pair < tl.where(rotated, D // 2, 0))[:, None]
+    return tl.load(cos_ptr + offs, mask=mask, other=0.0), tl.load(sin_ptr + offs + D // 2, mask=mask, other=0.0)
+
+
+@triton.jit
+def head_halves(
+    acc,
+    bias,
+    norm,
+    normed,
+    eps,
+    cos,
+    sin,
     rotated,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -46,23 +61,17 @@ def head_halves(
 ):
     """rotate(RMSNorm(acc + bias)) of acc [2·PAIRS, ROWS] at `pair_rows` → its halves, float32 [PAIRS, ROWS] each.
 
-    bias of the head [D]; norm float32 [2·PAIRS]; cos, sin [·, D] at rows offs_r int64 [ROWS]. `normed` and `rotated`
-    turn the norm and the rotation off for a head.
+    bias, norm float32 [2·PAIRS]; cos, sin of `turns`; None leaves a step out. `normed` and `rotated` turn the norm and
+    the rotation off for a head. All of it is asked for before the product.
     """
-    HALF: tl.constexpr = D // 2
-    if bias_ptr is not None:
-        offs_d, mask_d = pair_rows(pair, D, PAIRS)
-        acc += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[:, None]
+    if bias is not None:
+        acc += bias[:, None]
     if norm is not None and normed:
         acc *= tl.rsqrt(ordered_sum(tl.fma(acc, acc, 0.0)) / D + eps)[None, :] * norm[:, None]
     lower, upper = halves(acc, PAIRS, ROWS)
-    if cos_ptr is not None and rotated:
-        offs_pair = pair + tl.arange(0, PAIRS)
-        offs = offs_r[None, :] * stride_rope + offs_pair[:, None]
-        mask = mask_r[None, :] & (offs_pair < HALF)[:, None]
-        cos = tl.load(cos_ptr + offs, mask=mask, other=0.0)
-        sin = tl.load(sin_ptr + offs + HALF, mask=mask, other=0.0)
-        lower, upper = tl.fma(lower, cos, -(upper * sin)), tl.fma(upper, cos, lower * sin)
+    if cos is not None:
+        first, second = tl.fma(lower, cos, -(upper * sin)), tl.fma(upper, cos, lower * sin)
+        lower, upper = tl.where(rotated, first, lower), tl.where(rotated, second, upper)
     return lower, upper
 
 
@@ -120,6 +129,7 @@ def _qkv_rope_append_kernel(
     K_PADDED: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -136,7 +146,7 @@ def _qkv_rope_append_kernel(
     mask_r = offs_r < rows
     mask_out = mask_r
     if active_ptr is None and write_ptr is None:
-        first = weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K)
+        first = first_step(w_ptr, offs_w, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS)
         wait_for_producers(PDL)
     else:
         wait_for_producers(PDL)
@@ -147,8 +157,23 @@ def _qkv_rope_append_kernel(
             mask_out = mask_r & (tl.load(write_ptr + offs_r, mask=mask_r, other=0) != 0)
         if tl.max(mask_out.to(tl.int32), axis=0) == 0:
             return
-        first = weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K)
+        first = first_step(w_ptr, offs_w, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS)
 
+    rotated = is_query | is_key
+    bias = None
+    norm = None
+    cos = None
+    sin = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + head * D + offs_d, mask=mask_w, other=0.0).to(tl.float32)
+    if q_norm_ptr is not None:
+        q_norm = tl.load(q_norm_ptr + offs_d, mask=mask_w, other=0.0)
+        k_norm = tl.load(k_norm_ptr + offs_d, mask=mask_w, other=0.0)
+        norm = tl.where(is_query, q_norm, k_norm).to(tl.float32)
+    if cos_ptr is not None:
+        cos, sin = turns(cos_ptr, sin_ptr, stride_rope, pair, offs_r, mask_r, rotated, D, PAIRS)
+    page = tl.load(page_ptr + offs_r, mask=mask_out, other=0)
+    offset = tl.load(offset_ptr + offs_r, mask=mask_out, other=0)
     acc = row_product(
         x_ptr,
         offs_r * stride_x,
@@ -164,42 +189,20 @@ def _qkv_rope_append_kernel(
         K_PADDED,
         2 * PAIRS,
         BLOCK_K,
+        PARTS,
         ROWS,
+        REDUCED=q_norm_ptr is not None,
     )
-    norm = None
-    if q_norm_ptr is not None:
-        q_norm = tl.load(q_norm_ptr + offs_d, mask=mask_w, other=0.0)
-        k_norm = tl.load(k_norm_ptr + offs_d, mask=mask_w, other=0.0)
-        norm = tl.where(is_query, q_norm, k_norm).to(tl.float32)
-    lower, upper = head_halves(
-        acc,
-        pair,
-        None if bias_ptr is None else bias_ptr + head * D,
-        norm,
-        is_query | is_key,
-        eps,
-        cos_ptr,
-        sin_ptr,
-        stride_rope,
-        offs_r,
-        mask_r,
-        is_query | is_key,
-        D,
-        PAIRS,
-        ROWS,
-    )
+    lower, upper = head_halves(acc, bias, norm, rotated, eps, cos, sin, rotated, D, PAIRS, ROWS)
     if is_query:
         store_halves(q_ptr, (offs_r * HEADS + head) * D, mask_out, lower, upper, pair, D, PAIRS)
+    elif is_key:
+        place = page * stride_key_page + offset * stride_key_slot + (head - HEADS) * stride_key_head
+        store_halves(keys_ptr, place, mask_out, lower, upper, pair, D, PAIRS)
     else:
-        page = tl.load(page_ptr + offs_r, mask=mask_out, other=0)
-        offset = tl.load(offset_ptr + offs_r, mask=mask_out, other=0)
-        if is_key:
-            place = page * stride_key_page + offset * stride_key_slot + (head - HEADS) * stride_key_head
-            store_halves(keys_ptr, place, mask_out, lower, upper, pair, D, PAIRS)
-        else:
-            place = page * stride_value_page + offset * stride_value_slot
-            place += (head - HEADS - KV_HEADS) * stride_value_head
-            store_halves(values_ptr, place, mask_out, lower, upper, pair, D, PAIRS)
+        place = page * stride_value_page + offset * stride_value_slot
+        place += (head - HEADS - KV_HEADS) * stride_value_head
+        store_halves(values_ptr, place, mask_out, lower, upper, pair, D, PAIRS)
 
 
 def qkv_rope_append(
@@ -272,8 +275,9 @@ def qkv_rope_append(
         K_PADDED=launch.padded(columns),
         PAIRS=pairs,
         BLOCK_K=rule.block_k,
+        PARTS=rule.parts,
         ROWS=rule.rows,
         PDL=launch.dependent(arch),
-        **launch.options(rule.warps, rule.stages, launch.PRODUCT_REGISTERS),
+        **launch.options(rule.warps, rule.stages, rule.registers),
     )
     return q

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import launch
 from .primitives import sigmoid, tanh, wait_for_producers
-from .products import row_product, statistics_first, weight_tile
+from .products import first_step, row_product, statistics_first
 from .values import Norm, Route, Router, RowMap
 
 
@@ -87,6 +87,7 @@ def _route_kernel(
     K_PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_CODE: tl.constexpr,
@@ -102,7 +103,7 @@ def _route_kernel(
     mask_n = offs_n < N
     offs_w = offs_n.to(tl.int64) * K_PADDED
     offs_r = pid_r * ROWS + tl.arange(0, ROWS)
-    first = weight_tile(w_ptr, offs_w, mask_n, K_PADDED, BLOCK_K)
+    first = first_step(w_ptr, offs_w, mask_n, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS)
     wait_for_producers(PDL)
     code = row_product(
         x_ptr,
@@ -119,6 +120,7 @@ def _route_kernel(
         K_PADDED,
         BLOCK_N,
         BLOCK_K,
+        PARTS,
         ROWS,
     )
     tl.store(code_ptr + offs_r[None, :] * N + offs_n[:, None], code, mask=mask_n[:, None], cache_modifier=".cg")
@@ -186,10 +188,11 @@ def route(
         K_PADDED=launch.padded(columns),
         BLOCK_N=rule.block_n,
         BLOCK_K=rule.block_k,
+        PARTS=rule.parts,
         ROWS=rule.rows,
         BLOCK_R=min(4, rule.rows),
         BLOCK_CODE=triton.next_power_of_2(width),
         PDL=launch.dependent(arch),
-        **launch.options(rule.warps, rule.stages, launch.PRODUCT_REGISTERS),
+        **launch.options(rule.warps, rule.stages, rule.registers),
     )
     return Route(weight, rest, run, skip)

@@ -262,8 +262,9 @@ def test_product_rules_fit_every_matrix_and_round_alike(model: str, arch: int, i
             launch.product_rule(weight_rows, columns, rows, tile, itemsize, arch)
             for rows in [*range(1, 17), 32, 64, 144]
         ]
-        assert len({(rule.block_n, rule.block_k) for rule in rules}) == 1
+        assert len({(rule.block_n, rule.block_k, rule.parts) for rule in rules}) == 1
         for rule in rules:
+            assert rule.parts == 1 or (rule.block_k // rule.parts >= 16 and rule.warps <= rule.parts)
             assert rule.block_k & (rule.block_k - 1) == 0
             assert rule.block_k < 2 * launch.padded(columns), "a step that another half as long would hold"
             assert rule.rows & (rule.rows - 1) == 0
@@ -277,6 +278,18 @@ def test_product_rules_fit_every_matrix_and_round_alike(model: str, arch: int, i
 def test_more_rows_take_wider_programs_until_these_are_full() -> None:
     widths = [launch.product_rule(4096, 4096, rows, 8, 2, 90).rows for rows in (1, 8, 9, 16, 17, 32, 33, 144)]
     assert widths == [8, 8, 16, 16, 16, 16, 16, 16]
+
+
+def test_a_processor_holds_two_wide_programs_of_a_large_weight() -> None:
+    large, small, narrow = (
+        launch.product_rule(*shape, 8, 2, 90) for shape in ((28672, 4096, 16), (4096, 14336, 16), (28672, 4096, 8))
+    )
+    assert (large.warps, large.parts, large.registers) == (8, 8, 128)
+    assert 2 * 32 * large.warps * large.registers <= 65536, "registers of a processor"
+    assert (small.warps, small.parts, small.registers) == (8, 8, launch.PRODUCT_REGISTERS)
+    assert (narrow.warps, narrow.parts, narrow.registers) == (4, 8, launch.PRODUCT_REGISTERS)
+    assert launch.product_rule(28672, 4096, 16, 8, 2, 100) == large._replace(registers=launch.PRODUCT_REGISTERS)
+    assert launch.product_rule(49152, 576, 16, 8, 2, 90)[3:4] == (4,), "of four parts, as steps of 64 columns have"
 
 
 def moved(rule: launch.ProductRule, rows: int) -> float:
@@ -318,7 +331,9 @@ def test_the_last_step_may_reach_past_the_weight(
     """Weights lie in memory of other values, so that a column too many is not a zero."""
     rule = launch.product_rule
     monkeypatch.setattr(
-        launch, "product_rule", lambda *given, **options: rule(*given, **options)._replace(block_k=block_k)
+        launch,
+        "product_rule",
+        lambda *given, **options: rule(*given, **options)._replace(block_k=block_k, most_parts=8),
     )
     rows, columns, outputs = 9, 80, 33
     x = (torch.randn(rows, columns) + 0.5).to(dtype)
