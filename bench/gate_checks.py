@@ -25,16 +25,14 @@ class Meaning:
 
     streams: pattern of the source lines whose loads must all be 128 bits wide, None if there are none. mma: products
     of 16-bit operands run on the matrix units. prefetch: constexprs and numbers whose product is how many streamed
-    elements a program asks for before it waits for the kernel before it; empty: none may. early: pattern of the source
-    lines that load a step of a norm, which may come before the wait too. known: pattern of the source lines of what was
-    written earlier than by that kernel, and may be read before the wait. waits: it is part of the chain of dependent
-    launches.
+    elements a program asks for before it waits for the kernel before it; empty: none may. known: pattern of the source
+    lines of what was written earlier than by that kernel, and may be read before the wait too. waits: it is part of the
+    chain of dependent launches.
     """
 
     streams: str | None = None
     mma: bool = False
     prefetch: tuple[str | int, ...] = ()
-    early: str | None = None
     known: str | None = None
     waits: bool = True
 
@@ -158,15 +156,11 @@ def _chain(code: MachineCode, meaning: Meaning, launch: Launch) -> Iterable[str]
     if launch.constexprs.get("PREFETCHED") and not any(i.base == PREFETCH for i in early):
         yield "the L2 cache is asked for nothing before the wait"
     loads = [i for i in early if i.is_load and not (meaning.known and re.search(meaning.known, i.source))]
-    step = launch.constexprs.get("BLOCK_K", 1)
-    norms = [i for i in loads if meaning.prefetch and meaning.early and re.search(meaning.early, i.source)]
-    if sum(i.width for i in norms) > 2 * _a_thread(step, launch):
-        yield f"more than a step of a norm is loaded before the wait: {_some(norms)}"
-    loads = [i for i in loads if i not in norms]
     if foreign := [i for i in loads if not meaning.prefetch or not _streamed(i, meaning)]:
         yield f"dependent loads before the wait: {_some(foreign)}"
     elif meaning.prefetch:
         a_thread = _a_thread(_product(meaning.prefetch, launch), launch)
+        step = launch.constexprs.get("BLOCK_K", 1)
         # Of a step that reaches past the weight, what lies beyond need not be loaded.
         least = a_thread * min(1.0, launch.constexprs.get("K_PADDED", step) / step)
         if not least <= sum(load.width for load in loads) <= a_thread:

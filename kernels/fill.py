@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import launch
 from .primitives import wait_for_producers
-from .products import first_step, row_product, statistics_first
+from .products import row_product, statistics_first, weight_tile
 from .qkv import head_halves, pair_rows, store_halves, turns
 from .values import Norm, Rope, RowMap, Slots, Stack
 
@@ -99,7 +99,7 @@ def _fill_kv_kernel(
         w_ptr,
         offs_w,
         mask_w,
-        first_step(w_ptr, offs_w, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS),
+        weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K, PARTS),
         norm_ptr,
         norm_bias_ptr,
         eps,

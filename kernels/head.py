@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import launch
 from .primitives import ordered_sum, wait_for_producers
-from .products import first_step, row_product, statistics_first
+from .products import row_product, statistics_first, weight_tile
 from .ranking import NONE, candidate, token_of, value_of
 from .values import Matrix, Norm, Prediction
 
@@ -51,14 +51,14 @@ def _head_kernel(
     mask_w = offs_w < V
     mask_r = offs_r < rows
     if active_ptr is None:
-        first = first_step(w_ptr, offs_w * K_PADDED, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS)
+        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K, PARTS)
         wait_for_producers(PDL)
     else:
         wait_for_producers(PDL)
         active = tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0
         if tl.max(active.to(tl.int32), axis=0) == 0:
             return
-        first = first_step(w_ptr, offs_w * K_PADDED, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS)
+        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K, PARTS)
     y = row_product(
         x_ptr,
         offs_r * stride_x,

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from . import launch
 from .primitives import gelu_tanh, silu, wait_for_producers
-from .products import first_step, halves, prefetch_weight, row_product, statistics_first
+from .products import halves, prefetch_weight, row_product, statistics_first, weight_tile
 from .values import Matrix, Norm, Split, Stack
 
 # Sums of a program beside whose product registers hold what they are completed with.
@@ -109,7 +109,7 @@ def _linear_kernel(
     mask_r = offs_r < rows
     mask_out = mask_r
     if active_ptr is None:
-        first = first_step(w_ptr, offs_w * K_PADDED, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS)
+        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K, PARTS)
         if PREFETCHED > 0:
             prefetch_weight(w_ptr, offs_w * K_PADDED, mask_w, PREFETCHED)
         wait_for_producers(PDL)
@@ -118,7 +118,7 @@ def _linear_kernel(
         mask_out = mask_r & (tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0)
         if tl.max(mask_out.to(tl.int32), axis=0) == 0:
             return
-        first = first_step(w_ptr, offs_w * K_PADDED, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS)
+        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K, PARTS)
     offs_n = pid_n * BLOCK + tl.arange(0, BLOCK)
     mask = mask_out[None, :] & (offs_n < OUT)[:, None]
     offs_out = offs_r[None, :] * stride_out + offs_n[:, None]

@@ -56,22 +56,18 @@ def _right(rows, columns):
 
 
 @triton.jit
-def first_step(
+def weight_tile(
     w_ptr,
     offs_w,
     mask_w,
-    norm_ptr,
-    norm_bias_ptr,
-    K: tl.constexpr,
     K_PADDED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """The first BLOCK_K columns of the weight rows at offs_w [BLOCK_N] and of the norm: what is in flight early."""
+    """The first BLOCK_K columns of the weight rows at offs_w [BLOCK_N]: the loads to have in flight early."""
     offs_k = _columns(BLOCK_K, PARTS)
     rows, columns = _left(offs_w, offs_k)
-    weight = _weight(w_ptr + rows + columns, offs_k, mask_w, 0, K_PADDED, BLOCK_K)
-    return weight, _norm(norm_ptr, offs_k, 0, K), _norm(norm_bias_ptr, offs_k, 0, K)
+    return _weight(w_ptr + rows + columns, offs_k, mask_w, 0, K_PADDED, BLOCK_K)
 
 
 @triton.jit
@@ -141,7 +137,7 @@ def row_product(
     """W·norm(x)ᵀ → float32 [BLOCK_N, ROWS]; the norm is left out where norm_ptr is None.
 
     x [rows, K] at offs_x int64 [ROWS]; W [·, K_PADDED], zero past K, at offs_w int64 [BLOCK_N]; BLOCK_K a power of two,
-    whose last step reads nothing past K_PADDED; first = first_step(…). RMSNorm's 1/√(mean x² + eps) scales the sums at
+    whose last step reads nothing past K_PADDED; first = weight_tile(…). RMSNorm's 1/√(mean x² + eps) scales the sums at
     the end, so x is read once; in float16, where w·x might overflow before it, and for LayerNorm (norm_bias_ptr given),
     statistics come first (`statistics_first`). REDUCED: the caller reduces over the weight rows, so that each warp had
     better hold all of them; else they are dealt to the warps.
@@ -161,10 +157,10 @@ def row_product(
 
     squares = tl.zeros(x_ptrs.shape, tl.float32)
     acc = tl.zeros((PARTS, BLOCK_N, ROWS) if PARTS > 1 else (BLOCK_N, ROWS), tl.float32)
-    w, norm, norm_bias = first
+    norm, norm_bias = _norm(norm_ptr, offs_k, 0, K), _norm(norm_bias_ptr, offs_k, 0, K)
     x = _step(x_ptrs, offs_k, mask_x, 0, K, BLOCK_K)
     operand, squares = _operand(x, norm_ptr, norm, norm_bias_ptr, norm_bias, mean, scale, squares)
-    acc = dot(w, operand, acc)
+    acc = dot(first, operand, acc)
     for k in range(BLOCK_K, K_PADDED, BLOCK_K):
         w = _weight(w_ptrs, offs_k, mask_w, k, K_PADDED, BLOCK_K)
         x = _step(x_ptrs, offs_k, mask_x, k, K, BLOCK_K)

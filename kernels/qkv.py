@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import launch
 from .primitives import ordered_sum, wait_for_producers
-from .products import first_step, halves, row_product, statistics_first
+from .products import halves, row_product, statistics_first, weight_tile
 from .values import Matrix, Norm, Rope, Slots, Split
 
 
@@ -146,7 +146,7 @@ def _qkv_rope_append_kernel(
     mask_r = offs_r < rows
     mask_out = mask_r
     if active_ptr is None and write_ptr is None:
-        first = first_step(w_ptr, offs_w, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS)
+        first = weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K, PARTS)
         wait_for_producers(PDL)
     else:
         wait_for_producers(PDL)
@@ -157,7 +157,7 @@ def _qkv_rope_append_kernel(
             mask_out = mask_r & (tl.load(write_ptr + offs_r, mask=mask_r, other=0) != 0)
         if tl.max(mask_out.to(tl.int32), axis=0) == 0:
             return
-        first = first_step(w_ptr, offs_w, mask_w, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS)
+        first = weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K, PARTS)
 
     rotated = is_query | is_key
     bias = None

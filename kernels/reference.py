@@ -175,7 +175,7 @@ def attend(
     rows, heads, head_dim = q.shape
     kv_heads, tile = keys.shape[1], index.tile
     groups = index.groups(window, slopes, kv_heads, heads // kv_heads)
-    if active is None and len(groups) == 1 and rows == (tile or groups[0].count):
+    if active is None and len(groups) == 1 and groups[0].start == 0 and rows == (tile or groups[0].count):
         by_row = _by_row(_over(groups[0].blocks, q, keys, values, scale), rows)
         if len(by_row) == 1:
             return by_row[0]

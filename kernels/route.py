@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import launch
 from .primitives import sigmoid, tanh, wait_for_producers
-from .products import first_step, row_product, statistics_first
+from .products import row_product, statistics_first, weight_tile
 from .values import Norm, Route, Router, RowMap
 
 
@@ -103,7 +103,7 @@ def _route_kernel(
     mask_n = offs_n < N
     offs_w = offs_n.to(tl.int64) * K_PADDED
     offs_r = pid_r * ROWS + tl.arange(0, ROWS)
-    first = first_step(w_ptr, offs_w, mask_n, norm_ptr, norm_bias_ptr, K, K_PADDED, BLOCK_K, PARTS)
+    first = weight_tile(w_ptr, offs_w, mask_n, K_PADDED, BLOCK_K, PARTS)
     wait_for_producers(PDL)
     code = row_product(
         x_ptr,

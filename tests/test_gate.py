@@ -238,21 +238,19 @@ $helper:
     assert not any(i.is_end for i in early)
 
 
-def test_a_step_of_a_norm_may_be_loaded_before_the_wait(tmp_path: Path) -> None:
+def test_what_was_known_before_may_be_loaded_before_the_wait(tmp_path: Path) -> None:
     source = tmp_path / "kernel.py"
-    source.write_text("w = tl.load(w_ptr + k)\nn = tl.load(norm_ptr + k)\nx = tl.load(x_ptr + k)\n", encoding="utf-8")
+    source.write_text("p = tl.load(position_ptr + r)\nx = tl.load(x_ptr + k)\n", encoding="utf-8")
 
-    def reasons(*lines: int, early: str | None = r"\bnorm_ptr \+") -> list[str]:
-        loads = [f'\t//## File "{source}", line {line}\n /*0000*/ LDG.E.128 R8, desc[UR10][R14.64] ;' for line in lines]
+    def reasons(*lines: int, known: str | None = r"\bposition_ptr \+") -> list[str]:
+        loads = [f'\t//## File "{source}", line {line}\n /*0000*/ LDG.E.64 R8, desc[UR10][R14.64] ;' for line in lines]
         rest = [" /*0010*/ ACQBULK ;", " /*0020*/ PREEXIT ;", " /*0030*/ EXIT ;"]
-        meaning = Meaning(streams=r"\bw_ptr \+", prefetch=("BLOCK_K",), early=early)
-        launched = Launch({"BLOCK_K": 64}, 2, 4, 0, True, 90)
-        return failures(machine_code("\n".join([*loads, *rest])), meaning, launched)
+        launched = Launch({}, 2, 4, 0, True, 90)
+        return failures(machine_code("\n".join([*loads, *rest])), Meaning(known=known), launched)
 
-    assert reasons(1) == reasons(1, 2) == reasons(1, 2, 2) == []
-    assert "more than a step of a norm" in reasons(1, 2, 2, 2)[0]
-    assert "dependent loads before the wait" in reasons(1, 2, early=None)[0]
-    assert "dependent loads before the wait" in reasons(1, 3)[0]
+    assert reasons() == reasons(1) == []
+    assert "dependent loads before the wait" in reasons(1, known=None)[0]
+    assert "dependent loads before the wait" in reasons(1, 2)[0]
 
 
 def test_warps_do_not_repeat_each_others_products() -> None:

@@ -178,6 +178,17 @@ def test_attention_rows_do_not_depend_on_their_neighbours(
         assert torch.equal(run(rows), alone[rows])
 
 
+@pytest.mark.parametrize("before", [1, 3, 5])
+def test_rows_may_follow_rows_of_no_sequence_in_a_tile_that_is_full(before: int) -> None:
+    """The draft of the first sequence of a pass has stopped, or its cycle needs no refill."""
+    cached = Cached(300, 2, 8, torch.float32)
+    q, rows = randn(TILE, 4, 8), slice(before, before + 3)
+    sequence, position = torch.full((TILE,), -1), torch.zeros(TILE, dtype=torch.int64)
+    sequence[rows], position[rows] = 1, torch.tensor([254, 255, 256])
+    expected = [attention_oracle(q[i], *cached.flat[:, 1], int(position[i]), None, None) for i in range(TILE)[rows]]
+    assert_near(cached.attend(q, sequence, position, None, None)[rows], torch.stack(expected))
+
+
 def test_attention_skips_padding_and_inactive_rows() -> None:
     cached = Cached(300, 2, 8, torch.float32)
     q = randn(4, 4, 8)
