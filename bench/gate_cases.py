@@ -254,13 +254,13 @@ class Pass:
             size(p),
             lambda: TRITON.verify_rejection(p, draft, None, drafted, length, *rule, parent=parent),
         )
-        nodes, parents, drawn = self.ids(count, NODES), self.ids(count, NODES), self.ids(count, NODES + 1)
-        scores = self.tensor(count, NODES + 1, s.vocab)
+        nodes, parents, depths = self.ids(count, NODES), self.ids(count, NODES), self.ids(count, NODES + 1)
+        wide = self.tensor(count, NODES + 1, s.vocab)
         yield Step(
             "verify_rejection",
             "rejection, tree",
-            size(scores),
-            lambda: TRITON.verify_rejection(scores, nodes, q, drafted, length, *rule, parent=parents, drawn=drawn),
+            size(wide),
+            lambda: TRITON.verify_rejection(wide, nodes, q, drafted, length, *rule, parent=parents, drawn=depths),
         )
         keys, values, table = self.cache(LAYERS), self.cache(LAYERS), self.ids(count, CONTEXT // TRITON.page_size)
         path, accepted = self.ids(count, DRAFTED + 1), self.ids(count)
