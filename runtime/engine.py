@@ -336,7 +336,7 @@ class Engine:
 
     def _asked(self, prompt: Prompt | Prompts, params: SamplingParams | None, method: str | None) -> Stream:
         """A request that has been checked, as a stream that is still to be prepared."""
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
         spec = registry.parse(method) if method else self._default
         check_params(params, self.tokenizer, self.config)
         prompts = cast(Prompts, prompt) if is_many(prompt) else [cast(Prompt, prompt)]

@@ -75,8 +75,10 @@ def timed_alike(engine: Engine, method: str) -> Method:
     return own
 
 
-def learnt(method: Method) -> list[dict[str, Any]]:
-    return [{key: value for key, value in event.items() if key != "seconds"} for event in method.events()]
+def learnt(*outputs: Output) -> list[dict[str, Any]]:
+    """What was told in the rounds of requests, one output of each."""
+    events = [event for output in outputs for event in output.stats.events]
+    return [{key: value for key, value in event.items() if key != "seconds"} for event in events]
 
 
 @pytest.fixture
@@ -111,10 +113,10 @@ def test_rounds_of_the_device_are_those_of_the_host(
     params = SamplingParams(max_tokens=36, temperature=temperature, seed=3, ignore_eos=True)
     found: list[Any] = []
     for engine in (host, device):
-        method = timed_alike(engine, METHODS[name])
+        timed_alike(engine, METHODS[name])
         outputs = [*engine.generate(PROMPTS, params, method=METHODS[name])]
         outputs += [engine.generate(prompt, params, method=METHODS[name]) for prompt in PROMPTS]
-        found.append(([told(output) for output in outputs], learnt(method)))
+        found.append(([told(output) for output in outputs], learnt(outputs[0], *outputs[len(PROMPTS) :])))
         rounds, alone = (sum(getattr(output.stats, name) for output in outputs) for name in ("rounds", "graph_rounds"))
         assert (alone > 0) == (engine is device)
         assert alone < rounds, "those that are recorded are the host's"
@@ -131,8 +133,9 @@ def test_a_set_is_replaced_as_many_rounds_late_as_are_read_late(pair: Pair, told
     found: list[Any] = []
     for engine, interval in ((host, 3 + AHEAD), (device, 3)):
         method = f"clasp:interval={interval},num_draft_tokens=3,threshold=0"
-        own = timed_alike(engine, method)
-        found.append((told(engine.generate(PROMPTS[0], params, method=method)), learnt(own)))
+        timed_alike(engine, method)
+        output = engine.generate(PROMPTS[0], params, method=method)
+        found.append((told(output), learnt(output)))
     assert found[1] == found[0]
     assert len(found[0][1]) > 3
 
@@ -154,9 +157,8 @@ def test_one_graph_serves_every_set_and_length(pair: Pair) -> None:
         pool = device._graphs
         assert pool is not None
         before = pool.captured
-        own = timed_alike(device, METHODS[name])
-        device.generate(PROMPTS[0], params, method=METHODS[name])
-        assert len(learnt(own)) > 1
+        timed_alike(device, METHODS[name])
+        assert len(learnt(device.generate(PROMPTS[0], params, method=METHODS[name]))) > 1
         assert 1 <= pool.captured - before <= most, "one that drafts, and one of plain decoding before there is a set"
 
 

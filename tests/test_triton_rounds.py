@@ -119,10 +119,10 @@ def test_the_tokens_of_a_verdict_are_counted(op: object, k: int) -> None:
         for given in (*draft[s, : accepted[s]].tolist(), int(token[s])):
             expected[s, given] += 1
     zeros = [torch.zeros(4, dtype=torch.int64) for _ in range(3)]
-    state = [zeros[0], zeros[1], left, torch.zeros(4, k + 3, dtype=torch.int64), times]
-    state = [given.to(DEVICE) for given in state]
-    op(*(given.to(DEVICE) for given in (accepted, token, zeros[2], draft)), *state)
-    assert torch.equal(state[4].cpu(), expected)
+    state = [zeros[0], zeros[1], left, torch.zeros(4, k + 4, dtype=torch.int64)]
+    times = times.to(DEVICE)
+    op(*(given.to(DEVICE) for given in (accepted, token, zeros[2], draft, *state)), times=times)
+    assert torch.equal(times.cpu(), expected)
 
 
 class Launches(TorchDispatchMode):
