@@ -142,7 +142,7 @@ def _measured(case: Case, compiled: Compiled, meaning: Meaning | None, common: F
     meant = meaning or UNKNOWN
     reasons = failures(code, replace(meant, prefetch=()) if case.masked else meant, launched)
     if meaning is None:
-        reasons.append("not among KERNELS in bench/gate_cases.py")
+        reasons.append("not among KERNELS in bench/gate_kernels.py")
     return replace(
         common,
         registers=code.registers,
@@ -171,7 +171,8 @@ def _code(cubin: bytes) -> MachineCode:
 
 
 def main() -> None:
-    from .gate_cases import KERNELS, cases
+    from .gate_cases import cases
+    from .gate_kernels import KERNELS
 
     order: dict[str, Any] = json.load(sys.stdin)
     torch.set_num_threads(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
 from time import perf_counter
 from typing import Any
 
@@ -27,6 +26,7 @@ from .round import State, device_round, device_steps
 from .sampling import note
 from .sequence import Sequence, firsts
 from .speculate import commit
+from .streams import capture_stream, side_stream
 
 # Rounds enqueued beyond the one whose tokens the host is reading.
 AHEAD = 2
@@ -74,7 +74,7 @@ class RoundGraph:
         if self._graph is not None or self._model.device.type != "cuda":
             return
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(_capture_stream(self._model.device)):
+        with torch.cuda.stream(capture_stream(self._model.device)):
             # Other threads of the host process may go on using the GPU.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
@@ -146,7 +146,7 @@ class RoundGraph:
 
     def _compile(self) -> None:
         # No sequence is alive yet: the round that compiles the kernels touches no page that anybody has.
-        side = _side_stream(self._model.device)
+        side = side_stream(self._model.device)
         side.wait_stream(torch.cuda.current_stream(self._model.device))
         with torch.cuda.stream(side):
             self._run()
@@ -392,15 +392,3 @@ class Rounds:
 def graph_size(sequences: int) -> int:
     """The number of sequences of the graph that serves so many."""
     return next(size for size in SEQUENCES if size >= sequences)
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream graphs are compiled on: one, for the allocator keeps for each what was once allocated there."""
-    return torch.cuda.Stream(device)
-
-
-@cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream graphs are captured on: one, or they could not share memory."""
-    return torch.cuda.Stream(device)

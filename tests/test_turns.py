@@ -46,7 +46,15 @@ def test_turns_are_had_in_the_order_they_were_asked_for() -> None:
     assert order == [-1, 0, 1, 2, 3, 4, 5]
 
 
-def test_a_thread_that_is_interrupted_while_it_waits_leaves_the_line() -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT is a KeyboardInterrupt, whatever other tests or the runner have made of it."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
+def test_a_thread_that_is_interrupted_while_it_waits_leaves_the_line(interruptible: None) -> None:
     turns, held, release = Turns(CPU), threading.Event(), threading.Event()
 
     def hold() -> None:

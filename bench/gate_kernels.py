@@ -1,0 +1,35 @@
+"""What every kernel is meant to be, by its name."""
+
+from .gate_checks import Meaning
+
+WEIGHT = r"\bw_ptrs? \+"
+CACHE = r"\b(keys|values)_ptr \+"
+SCORES = r"\brow_ptr \+ start\b"
+ROWS = r"\b(sequence|position|active|table)_ptr \+"
+TILE = ("BLOCK_N", "BLOCK_K")
+
+KERNELS = {
+    "_enter_kernel": Meaning(),
+    "_normalise_kernel": Meaning(streams=r"\bweight_ptr \+", prefetch=("H",)),
+    "_linear_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=TILE),
+    "_qkv_rope_append_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=(2, "PAIRS", "BLOCK_K")),
+    "_row_groups_kernel": Meaning(),
+    "_attend_kernel": Meaning(streams=CACHE, mma=True, known=ROWS),
+    "_head_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=TILE),
+    "_merge_kernel": Meaning(),
+    "_row_map_kernel": Meaning(),
+    "_route_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=TILE),
+    "_fill_kv_kernel": Meaning(streams=WEIGHT, mma=True),
+    "_reshape_logits_kernel": Meaning(streams=SCORES),
+    "_sample_kernel": Meaning(streams=SCORES),
+    "_logprobs_kernel": Meaning(streams=SCORES),
+    "_verify_kernel": Meaning(),
+    "_warping_kernel": Meaning(streams=SCORES),
+    "_rejection_kernel": Meaning(),
+    "_compact_kernel": Meaning(),
+    "_matches_kernel": Meaning(),
+    "_continuation_kernel": Meaning(),
+    "_extend_kernel": Meaning(),
+    "_branch_kernel": Meaning(),
+    "_commit_kernel": Meaning(),
+}
