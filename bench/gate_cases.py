@@ -39,7 +39,12 @@ SHAPES = (
     Shape("Qwen3-4B", 2560, 9728, 32, 8, 128, 151936, qk_norm=True),
     Shape("BLOOM-1b7", 2048, 4096, 16, 16, 128, 250880, layer_norm=True),
 )
-PASSES = ((1, TRITON.decode_tile), (8, TRITON.decode_tile), (16, TRITON.decode_tile), (64, TRITON.prefill_tile))
+PASSES = (
+    *((rows, TRITON.decode_tile) for rows in (1, 8, 16, 32, 64)),
+    *((rows, TRITON.prefill_tile) for rows in (64, 512)),
+)
+# Passes of more have their products and their attention looked at.
+FEW_ROWS = 16
 FAST_PASSES = ((16, None), (64, None), (512, None))
 # The first shapes of each: float16 has rules of its own where a norm takes several steps.
 DTYPES = {torch.bfloat16: len(SHAPES), torch.float16: 2, torch.float32: 1}
@@ -92,7 +97,7 @@ class Pass:
             # Rows of other numbers may round otherwise: each is a group of its own.
             kind += f" fast {self.rows}"
         steps = [*self._layer(), *self._masked(), *self._head()]
-        if not self.prefill and self.tile is not None:
+        if not self.prefill and self.tile is not None and self.rows <= FEW_ROWS:
             steps += [*self._routing(), *self._choosing()]
         for place, step in enumerate(steps):
             yield Case(

@@ -17,6 +17,8 @@ SHARED_PREFERRED = 99 * 1024
 SHARED_OF_BLOCK = 1024
 REGISTERS_OF_CHIP = 65536
 PREFETCH = "CCTL"
+# Rows, columns and depth of a matrix instruction that a group of warps shares.
+_GROUP = re.compile(r"\b(\d+)x\d+x(\d+)\b")
 
 
 @dataclass(frozen=True)
@@ -179,11 +181,20 @@ def disagreements(findings: Sequence[Finding]) -> dict[str, str]:
             groups[f"{finding.kernel} {finding.group}, sm_{finding.arch}, Triton {finding.triton}"].append(finding)
     found: dict[str, str] = {}
     for name, members in groups.items():
-        for what in ("mma_opcodes", "sums"):
-            kinds = {rows: getattr(member, what) for member in members for rows in (member.rows,)}
+        for how in (_instructions, _sums):
+            kinds = {member.rows: how(member) for member in members}
             if len(set(kinds.values())) > 1:
                 found[name] = "; ".join(f"{rows} rows: {', '.join(kind)}" for rows, kind in sorted(kinds.items()))
     return found
+
+
+def _instructions(finding: Finding) -> tuple[str, ...]:
+    """Its matrix instructions, however many columns they take: columns of an instruction do not see each other."""
+    return tuple(sorted({_GROUP.sub(r"\1xNx\2", opcode) for opcode in finding.mma_opcodes}))
+
+
+def _sums(finding: Finding) -> tuple[str, ...]:
+    return finding.sums
 
 
 def beside_next(findings: Sequence[Finding], arch: int) -> dict[int, bool]:

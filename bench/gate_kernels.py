@@ -6,19 +6,20 @@ WEIGHT = r"\bw_ptrs? \+"
 CACHE = r"\b(keys|values)_ptr \+"
 SCORES = r"\brow_ptr \+ start\b"
 ROWS = r"\b(sequence|position|active|table)_ptr \+"
-TILE = ("BLOCK_N", "BLOCK_K")
+TILE = ("BLOCK_N", "CHUNK")
 
 KERNELS = {
     "_enter_kernel": Meaning(),
     "_normalise_kernel": Meaning(streams=r"\bweight_ptr \+", prefetch=("H",)),
+    "_weigh_kernel": Meaning(),
     "_linear_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=TILE),
-    "_qkv_rope_append_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=(2, "PAIRS", "BLOCK_K")),
+    "_qkv_rope_append_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=(2, "PAIRS", "CHUNK")),
     "_row_groups_kernel": Meaning(),
     "_attend_kernel": Meaning(streams=CACHE, mma=True, known=ROWS),
     "_head_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=TILE),
     "_merge_kernel": Meaning(),
     "_row_map_kernel": Meaning(),
-    "_route_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=TILE),
+    "_route_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=("BLOCK_N", "BLOCK_K")),
     "_fill_kv_kernel": Meaning(streams=WEIGHT, mma=True),
     "_reshape_logits_kernel": Meaning(streams=SCORES),
     "_sample_kernel": Meaning(streams=SCORES),

@@ -24,7 +24,7 @@ from ..runtime.request import SamplingParams
 from ..runtime.rows import one_sequence
 from .op_cases import CASES, Side
 
-SEVERAL_ROWS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 32, 64, 144)
+SEVERAL_ROWS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 32, 33, 64, 144)
 # Of a norm-wise relative error: a few roundings of the dtype, the smallest of which is 2**-9 in bfloat16.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 DECODE_ONLY = ("head", "sample, verify", "reshape_logits, logprobs", "lookup", "enter, extend, commit", "branch")
@@ -131,7 +131,8 @@ def ops(setting: Setting) -> Iterator[Finding]:
             for name, case in CASES.items():
                 prompt = [] if setting.dry or name in DECODE_ONLY else [(70, triton.prefill_tile)]
                 fast = [] if setting.dry else [(rows, None) for rows in (1, 40, *(n for n, _ in prompt))]
-                for rows, tile in [(9 if setting.dry else 16, triton.decode_tile), *prompt, *fast]:
+                few = [(rows, triton.decode_tile) for rows in ((9,) if setting.dry else (16, 40))]
+                for rows, tile in [*few, *prompt, *fast]:
                     label = f"{name} {shape} {_name(dtype)} {rows} rows{' fast' if tile is None else ''}"
                     try:
                         worst = _worst(case(mine, config, rows, tile), case(oracle, config, rows, tile))

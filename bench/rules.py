@@ -22,7 +22,7 @@ from ..kernels import launch
 from ..runtime.model import Model
 from .gpu_check import in_processes
 from .gpu_parts import Setting
-from .step import ROWS, SAMPLES, Bed, Clock, Figure, Times, launches
+from .step import FEW_ROWS, SAMPLES, Bed, Clock, Figure, Times, launches
 from .targets import SHAPES
 
 # Enough for their weights to exceed the L2 cache several times, where the shape allows it.
@@ -83,7 +83,7 @@ def fastest(setting: Setting) -> Iterator[Figure]:
         yield usual
         yield replace(chain, note="; ".join([chain.note, *(f"{kernel} {_name(own)}" for kernel, own in kept.items())]))
         bed = Bed.of(shape, setting.device, setting.dry)
-        for count in ROWS:
+        for count in FEW_ROWS:
             yield from _compared(clock, bed, "step", count, Timed(bed.step(count), 1, bed.step_bytes), kept)
 
 
@@ -91,7 +91,7 @@ def compile_candidates(shape: str, kernel: str, setting: Setting) -> None:
     """Fill Triton's cache with a kernel by the rule in use, and for one row by every candidate."""
     with torch.inference_mode():
         bed = Bed.of(shape, setting.device, setting.dry, UNTIMED_LAYERS)
-        for count in ROWS:
+        for count in FEW_ROWS:
             launches(bed, count)[kernel].run(0)
         one = launches(bed, 1)[kernel]
         for candidate in candidates(bed.model, kernel, setting.dry):

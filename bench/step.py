@@ -33,7 +33,8 @@ from .passes import step as pass_of
 CONTEXT, DRY_CONTEXT = 512, 16
 DRY_FIELDS = {"num_hidden_layers": 5, "vocab_size": 256}
 SAMPLES = 20
-ROWS = (1, 8, 16)
+FEW_ROWS = (1, 8, 16)
+ROWS = (*FEW_ROWS, 32, 64)
 PREFETCH_MIB = 32
 
 

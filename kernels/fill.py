@@ -99,15 +99,17 @@ def _fill_kv_kernel(
         w_ptr,
         offs_w,
         mask_w,
-        weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K, PARTS),
+        weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K, PARTS, BLOCK_K),
         norm_ptr,
         norm_bias_ptr,
+        None,
         eps,
         K,
         K_PADDED,
         2 * PAIRS,
         BLOCK_K,
         PARTS,
+        BLOCK_K,
         ROWS,
         REDUCED=k_norm_ptr is not None,
     )
@@ -151,7 +153,16 @@ def fill_kv(
     arch = launch.architecture()
     short, itemsize = statistics_first(norm, x.dtype), x.element_size()
     rule = launch.head_rule(
-        head_dim, k_norm is not None, weight[0].rows, columns, mapped, tile, itemsize, arch, short=short
+        head_dim,
+        k_norm is not None,
+        weight[0].rows,
+        columns,
+        # Each layer has a norm of its own, which stays in the product.
+        min(mapped, launch.LONG_STEP_ROWS),
+        tile,
+        itemsize,
+        arch,
+        short=short,
     )
     pairs = rule.block_n // 2
     grid = (triton.cdiv(mapped, rule.rows), 2 * kv_heads * triton.cdiv(head_dim // 2, pairs), layers)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import launch
 from .primitives import ordered_sum, wait_for_producers
-from .products import row_product, statistics_first, weight_tile
+from .products import row_product, statistics_first, weighed, weight_tile
 from .ranking import NONE, candidate, token_of, value_of
 from .values import Matrix, Norm, Prediction
 
@@ -23,6 +23,7 @@ def _head_kernel(
     x_ptr,
     norm_ptr,
     norm_bias_ptr,
+    inverse_rms_ptr,
     w_ptr,
     active_ptr,
     candidate_ptr,
@@ -37,12 +38,14 @@ def _head_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The KEPT highest of a block's logits norm(x)·Wᵀ and their log-sum-exp.
 
-    x [R, K]; W [V, K_PADDED]; active bool [R]; candidate int64 [R, KEPT, blocks]; log_sum_exp float32 [R, blocks].
+    x [R, K]; inverse_rms float32 [R], of x that is `weighed`; W [V, K_PADDED]; active bool [R]; candidate int64 [R,
+    KEPT, blocks]; log_sum_exp float32 [R, blocks].
     """
     offs_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     pid_n = tl.program_id(1).to(tl.int64)
@@ -51,14 +54,17 @@ def _head_kernel(
     mask_w = offs_w < V
     mask_r = offs_r < rows
     if active_ptr is None:
-        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K, PARTS)
+        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K, PARTS, CHUNK)
         wait_for_producers(PDL)
     else:
         wait_for_producers(PDL)
         active = tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0
         if tl.max(active.to(tl.int32), axis=0) == 0:
             return
-        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K, PARTS)
+        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K, PARTS, CHUNK)
+    inverse_rms = None
+    if inverse_rms_ptr is not None:
+        inverse_rms = tl.load(inverse_rms_ptr + offs_r, mask=mask_r, other=0.0)
     y = row_product(
         x_ptr,
         offs_r * stride_x,
@@ -69,12 +75,14 @@ def _head_kernel(
         first,
         norm_ptr,
         norm_bias_ptr,
+        inverse_rms,
         eps,
         K,
         K_PADDED,
         BLOCK_N,
         BLOCK_K,
         PARTS,
+        CHUNK,
         ROWS,
         REDUCED=True,
     )
@@ -173,7 +181,7 @@ def head(
     active = None if active is None else active.contiguous()
     arch = launch.architecture()
     short = statistics_first(norm, x.dtype)
-    rule = launch.product_rule(vocabulary, weight.columns, rows, tile, x.element_size(), arch, short=short)
+    rule = launch.product_rule(vocabulary, weight.columns, rows, tile, x.element_size(), arch, short=short, summed=True)
     blocks = triton.cdiv(vocabulary, rule.block_n)
     taken = 1 if top_k is None else min(top_k, vocabulary)
     kept = min(taken, rule.block_n)
@@ -182,10 +190,12 @@ def head(
     token = torch.empty((rows, taken), dtype=torch.int64, device=x.device)
     value = torch.empty((rows, taken), dtype=x.dtype, device=x.device)
     log_sum_exp = torch.empty(rows, dtype=torch.float32, device=x.device)
+    x, inside, inverse_rms = weighed(x, norm, rule)
     _head_kernel[(triton.cdiv(rows, rule.rows), blocks)](
         x,
-        norm.weight,
-        norm.bias,
+        None if inside is None else inside.weight,
+        None if inside is None else inside.bias,
+        inverse_rms,
         weight.data,
         active,
         candidate,
@@ -200,6 +210,7 @@ def head(
         BLOCK_N=rule.block_n,
         BLOCK_K=rule.block_k,
         PARTS=rule.parts,
+        CHUNK=rule.chunk,
         ROWS=rule.rows,
         PDL=launch.dependent(arch),
         **launch.options(rule.warps, rule.stages, rule.registers),

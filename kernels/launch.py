@@ -29,6 +29,7 @@ LARGE_WEIGHT = 8192
 PROCESSORS = 132
 STEP_BYTES = 32 * 1024
 LONG_STEP_ROWS = 16
+MANY_ROWS = 64
 LONG_WEIGHT = 8
 FLIGHT_BYTES = 72 * 1024
 SHARED_BYTES = 99 * 1024
@@ -43,7 +44,8 @@ LINES_AT_ONCE = 8
 class ProductRule(NamedTuple):
     """Parameters of a kernel built on `row_product`: weight rows and columns a step, rows of activations, launch.
 
-    most_parts: that a step may have; registers: what a thread may take.
+    most_parts: that a step may have; registers: what a thread may take; run: columns of each part that are loaded at
+    once, None being all; norm_apart: a launch of its own computes the norm (`weighed`).
     """
 
     block_n: int
@@ -53,11 +55,18 @@ class ProductRule(NamedTuple):
     stages: int
     most_parts: int = 4
     registers: int = PRODUCT_REGISTERS
+    run: int | None = None
+    norm_apart: bool = False
 
     @property
     def parts(self) -> int:
         """Parts a step's columns are dealt to the warps in, each summed by itself; short steps are one part."""
         return min(self.most_parts, self.block_k // 16) if self.block_k >= 64 else 1
+
+    @property
+    def chunk(self) -> int:
+        """Columns of a step that are loaded at once."""
+        return self.block_k if self.run is None else min(self.block_k, self.parts * self.run)
 
 
 class AttentionRule(NamedTuple):
@@ -104,28 +113,36 @@ def padded(columns: int) -> int:
 
 
 def product_rule(
-    weight_rows: int, columns: int, rows: int, tile: int | None, itemsize: int, arch: int, *, short: bool = False
+    weight_rows: int,
+    columns: int,
+    rows: int,
+    tile: int | None,
+    itemsize: int,
+    arch: int,
+    *,
+    short: bool = False,
+    summed: bool = False,
 ) -> ProductRule:
     """The rule of `row_product` for a weight [weight_rows, columns] against passes of `rows` rows in tiles of `tile`.
 
     The order of a sum is fixed by the columns of a step, block_k, and its parts: a part is one chain of products of 16
-    columns through all steps, and at the end parts are added in pairs. Both follow from the weight and the tile alone;
-    so does block_n, which fixes nothing. Nor does `rows`, the activations one program takes: columns of an instruction
-    are independent. The interpreter's products are not, so there it is the tile. Tiles of 8 stream the weight, wider
-    ones compute. `short`: a loop for the norm's statistics comes before the product's, and registers hold no long step
-    in both. A processor holds two programs of eight warps of a large weight, which has that many; in the registers this
-    leaves, blocks of 16 rows spill, and all do on sm_100.
+    columns through all steps, and at the end parts are added in pairs. Both follow from the weight and the tile alone.
+    What one program takes, block_n and `rows`, fixes nothing, as columns of an instruction are independent, nor does
+    what is loaded at once; these follow the power of two that the rows of the pass do not exceed, so that few kernels
+    are compiled. The interpreter's products are not independent, so there the rows are the tile. Tiles of 8 stream the
+    weight, wider ones compute. `short`: a loop for the norm's statistics comes before the product's, and registers hold
+    no long step in both. `summed`: the kernel also sums over the weight rows of a program, which therefore do not
+    follow `rows`.
     """
     width = padded(columns)
     if arch == 0:
-        return ProductRule(64, _dividing(width, 128), tile or min(64, max(8, _power(rows))), warps=4, stages=1)
-    if tile_of(rows, tile) <= 8:
-        short = short or itemsize == 4 or (tile is None and rows > LONG_STEP_ROWS)
-        large = weight_rows >= LARGE_WEIGHT
-        rule = _streamed(weight_rows, width, rows, itemsize, large=large, short=short)
-        two = large and rule.warps == 8 and arch < 100
-        return rule._replace(registers=REGISTERS // (2 * 32 * rule.warps)) if two else rule
-    return _computed(weight_rows, width, rows, tile, itemsize)
+        wide = tile or min(64, max(8, _power(rows)))
+        return ProductRule(64, _dividing(width, 128), wide, 4, 1, norm_apart=rows > LONG_STEP_ROWS)
+    if tile_of(rows, tile) > 8:
+        return _computed(weight_rows, width, rows, tile_of(rows, tile), itemsize)
+    large = weight_rows >= LARGE_WEIGHT
+    rule = _streamed(weight_rows, width, rows, itemsize, large=large, short=short or itemsize == 4)
+    return _shared_out(rule, weight_rows, rows, itemsize, arch, (rule.block_n,) if summed else (64, 32, 16))
 
 
 def _streamed(weight_rows: int, width: int, rows: int, itemsize: int, *, large: bool, short: bool) -> ProductRule:
@@ -133,14 +150,14 @@ def _streamed(weight_rows: int, width: int, rows: int, itemsize: int, *, large: 
 
     With the room in shared memory that they take, programs of the next kernel, which start while these run, spread over
     all processors. The last step of a small weight may reach past its width. Registers hold a long step against
-    LONG_STEP_ROWS rows; `short` steps leave room for more of 16 bits, or for float32.
+    LONG_STEP_ROWS rows; `short` steps leave room for float32.
 
     Eight warps share a step where each has a part of it, or they would repeat each other's products.
     """
     block_n = 32 if large else 16
     longest = (STEP_BYTES // 4 if short else STEP_BYTES) // (block_n * itemsize)
     block_k = _dividing(width, longest) if large or short else min(longest, _power(width))
-    wide = min(64 // itemsize if short else LONG_STEP_ROWS, max(8, _power(rows)))
+    wide = min(LONG_STEP_ROWS, max(8, _power(rows)))
     steps, alone = -(-width // block_k), weight_rows <= block_n * PROCESSORS
     buffers = (2 if alone or steps >= LONG_WEIGHT else 1) * STEP_BYTES // (block_n * block_k * itemsize)
     room = SHARED_BYTES // ((block_n + wide) * block_k * itemsize)
@@ -151,25 +168,42 @@ def _streamed(weight_rows: int, width: int, rows: int, itemsize: int, *, large: 
     return rule._replace(warps=8)
 
 
-def _computed(weight_rows: int, width: int, rows: int, tile: int | None, itemsize: int) -> ProductRule:
-    """Large blocks and short steps; without a tile as wide as leaves most processors a program.
+def _shared_out(
+    rule: ProductRule, weight_rows: int, rows: int, itemsize: int, arch: int, blocks: tuple[int, ...]
+) -> ProductRule:
+    """The rule for passes of `rows` rows: in 16 bits more than LONG_STEP_ROWS of them share one reading of the weight.
 
-    For every byte of weights the programs together read ⌈rows ÷ wide⌉ bytes of weights and rows ÷ block_n bytes of
-    activations: both shrink as blocks widen.
+    For every byte of a weight programs together read ⌈rows ÷ wide⌉ bytes of it and rows ÷ block_n of activations, most
+    of them from the L2 cache. Both shrink as blocks widen: to the first of `blocks` that leaves most processors a
+    program. Registers hold the sums of every part, so that the step is loaded in short chunks.
+
+    A processor holds two programs of eight warps of a large weight, which has that many; in the registers this leaves,
+    blocks of 16 rows spill, and all do on sm_100.
     """
+    if rows <= LONG_STEP_ROWS or itemsize == 4:
+        two = weight_rows >= LARGE_WEIGHT and rule.warps == 8 and arch < 100
+        return rule._replace(registers=REGISTERS // (2 * 32 * rule.warps)) if two else rule
+    wide = min(MANY_ROWS, _power(rows))
+    block_n = next((n for n in blocks if weight_rows // n * _power(rows) // wide >= ENOUGH_PROGRAMS), blocks[-1])
+    rule = rule._replace(block_n=block_n, rows=wide, warps=max(4, rule.parts), run=16, norm_apart=True)
+    return rule._replace(stages=1 + min(3, SHARED_BYTES // ((block_n + wide) * rule.chunk * itemsize)))
+
+
+def _computed(weight_rows: int, width: int, rows: int, tile: int, itemsize: int) -> ProductRule:
+    """Steps of one part, and blocks as large as leave most processors a program (`_shared_out`)."""
     if itemsize == 4:
-        block_n, longest, wide = 32, 16, tile_of(rows, tile)
-    elif tile is None:
-        sizes = ((128, 128), (128, 64), (64, 128), (64, 64))
-        enough = (s for s in sizes if -(-weight_rows // s[0]) * -(-rows // s[1]) >= ENOUGH_PROGRAMS)
-        (block_n, wide), longest = next(enough, sizes[-1]), 32
+        block_n, longest, wide = 32, 16, tile
     else:
-        block_n, longest, wide = 128 if weight_rows >= LARGE_WEIGHT else 64, 32, tile
+        most = max(tile, _power(rows))
+        sizes = [size for size in ((128, 128), (128, 64), (64, 128), (64, 64)) if size[1] <= most]
+        enough = (size for size in sizes if weight_rows // size[0] * most // size[1] >= ENOUGH_PROGRAMS)
+        (block_n, wide), longest = next(enough, sizes[-1]), 64
     block_k = _dividing(width, longest)
     resident = -(-weight_rows // (block_n * PROCESSORS))
     steps = max(3, -(-FLIGHT_BYTES // (block_n * block_k * itemsize * resident)))
     room = SHARED_BYTES // ((block_n + wide) * block_k * itemsize)
-    return ProductRule(block_n, block_k, wide, 8 if block_n * wide > 128 * 64 else 4, stages=min(steps + 1, room, 8))
+    warps, stages = 8 if block_n * wide > 128 * 64 else 4, min(steps + 1, room, 8)
+    return ProductRule(block_n, block_k, wide, warps, stages, most_parts=1, norm_apart=True)
 
 
 def _dividing(width: int, longest: int) -> int:
@@ -201,21 +235,26 @@ def head_rule(
 ) -> ProductRule:
     """`product_rule` for weight rows of one head in block_n / 2 pairs half a head apart; `whole`: all its pairs.
 
-    Tiles of 8 take no more rows a program: what the rotation holds leaves no registers for them.
+    Steps that are loaded at once take no more than 8 rows a program: what the rotation holds leaves no registers for
+    them. Whole heads take 16 of many.
     """
     tile, width = tile_of(rows, tile), padded(columns)
     rule = product_rule(weight_rows, columns, rows, tile, itemsize, arch, short=short)
+    pairs = max(8, 1 << (head_dim // 2 - 1).bit_length())
     if arch and tile <= 8:
         large = width % 512 == 0
         rule = _streamed(weight_rows, width, tile, itemsize, large=large, short=short or itemsize == 4)
-    rule = rule._replace(most_parts=4)
-    pairs = max(8, 1 << (head_dim // 2 - 1).bit_length())
+        if whole:
+            rule = rule._replace(block_k=min(rule.block_k, 128 // itemsize))
+        blocks = tuple(n for n in (64, 32, 16) if n <= 2 * pairs)
+        rule = _shared_out(rule._replace(most_parts=4), weight_rows, rows, itemsize, arch, blocks)
     if not whole:
         return rule._replace(block_n=min(rule.block_n, 2 * pairs))
     block_k = min(rule.block_k, 128 // itemsize)
-    wide = min(rule.rows, 128 // itemsize) if arch else tile
+    wide = min(rule.rows, 32 // itemsize if tile <= 8 else 128 // itemsize) if arch else tile
     room = SHARED_BYTES // ((2 * pairs + wide) * block_k * itemsize)
-    return rule._replace(block_n=2 * pairs, block_k=block_k, rows=wide, stages=min(room, 8) if arch else 1)
+    stages = min(room, 8) if arch else 1
+    return rule._replace(block_n=2 * pairs, block_k=block_k, rows=wide, stages=stages)
 
 
 def route_rule(

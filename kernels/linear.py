@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from . import launch
 from .primitives import gelu_tanh, silu, wait_for_producers
-from .products import halves, prefetch_weight, row_product, statistics_first, weight_tile
+from .products import halves, prefetch_weight, row_product, statistics_first, weighed, weight_tile
 from .values import Matrix, Norm, Split, Stack
 
 # Sums of a program beside whose product registers hold what they are completed with.
@@ -70,6 +70,7 @@ def _linear_kernel(
     x_ptr,
     norm_ptr,
     norm_bias_ptr,
+    inverse_rms_ptr,
     w_ptr,
     bias_ptr,
     scale_ptr,
@@ -87,14 +88,15 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     PREFETCHED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """scale·activation(norm(x)·Wᵀ + bias) + residual → out.
 
-    x [R, K]; W [N, K_PADDED]; norm, norm_bias [K]; bias [N]; scale float32 [R]; active bool [R]; residual, out [R, N],
-    with "silu_gate" [R, N/2].
+    x [R, K]; W [N, K_PADDED]; norm, norm_bias [K]; inverse_rms float32 [R], of x that is `weighed`; bias [N]; scale
+    float32 [R]; active bool [R]; residual, out [R, N], with "silu_gate" [R, N/2].
     """
     GATED: tl.constexpr = ACTIVATION == "silu_gate"
     BLOCK: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
@@ -109,7 +111,7 @@ def _linear_kernel(
     mask_r = offs_r < rows
     mask_out = mask_r
     if active_ptr is None:
-        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K, PARTS)
+        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K, PARTS, CHUNK)
         if PREFETCHED > 0:
             prefetch_weight(w_ptr, offs_w * K_PADDED, mask_w, PREFETCHED)
         wait_for_producers(PDL)
@@ -118,7 +120,7 @@ def _linear_kernel(
         mask_out = mask_r & (tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0)
         if tl.max(mask_out.to(tl.int32), axis=0) == 0:
             return
-        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K, PARTS)
+        first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K, PARTS, CHUNK)
     offs_n = pid_n * BLOCK + tl.arange(0, BLOCK)
     mask = mask_out[None, :] & (offs_n < OUT)[:, None]
     offs_out = offs_r[None, :] * stride_out + offs_n[:, None]
@@ -126,6 +128,9 @@ def _linear_kernel(
         bias, scale, residual = _terms(
             bias_ptr, offs_w, mask_w, scale_ptr, offs_r, mask_r, residual_ptr, offs_out, mask
         )
+    inverse_rms = None
+    if inverse_rms_ptr is not None:
+        inverse_rms = tl.load(inverse_rms_ptr + offs_r, mask=mask_r, other=0.0)
     y = row_product(
         x_ptr,
         offs_r * stride_x,
@@ -136,12 +141,14 @@ def _linear_kernel(
         first,
         norm_ptr,
         norm_bias_ptr,
+        inverse_rms,
         eps,
         K,
         K_PADDED,
         BLOCK_N,
         BLOCK_K,
         PARTS,
+        CHUNK,
         ROWS,
     )
     if not EARLY:
@@ -188,10 +195,13 @@ def linear(
     short = statistics_first(norm, x.dtype)
     rule = launch.product_rule(weight.rows, weight.columns, rows, tile, x.element_size(), arch, short=short)
     block = rule.block_n // 2 if activation == "silu_gate" else rule.block_n
+    eps = 0.0 if norm is None else norm.eps
+    x, norm, inverse_rms = weighed(x, norm, rule)
     _linear_kernel[(triton.cdiv(rows, rule.rows), triton.cdiv(width, block))](
         x,
         None if norm is None else norm.weight,
         None if norm is None else norm.bias,
+        inverse_rms,
         weight.data,
         bias,
         None if scale is None else scale.contiguous(),
@@ -201,7 +211,7 @@ def linear(
         x.stride(0),
         out.stride(0),
         rows,
-        0.0 if norm is None else norm.eps,
+        eps,
         N=weight.rows,
         K=weight.columns,
         K_PADDED=weight.data.shape[-1],
@@ -209,6 +219,7 @@ def linear(
         BLOCK_N=rule.block_n,
         BLOCK_K=rule.block_k,
         PARTS=rule.parts,
+        CHUNK=rule.chunk,
         ROWS=rule.rows,
         PREFETCHED=launch.prefetched_columns(weight.rows, weight.columns, x.element_size(), arch),
         PDL=launch.dependent(arch),

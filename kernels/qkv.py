@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import launch
 from .primitives import ordered_sum, wait_for_producers
-from .products import halves, row_product, statistics_first, weight_tile
+from .products import halves, row_product, statistics_first, weighed, weight_tile
 from .values import Matrix, Norm, Rope, Slots, Split
 
 
@@ -95,10 +95,11 @@ def store_halves(
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["active_ptr", "write_ptr"])
-def _qkv_rope_append_kernel(
+def _qkv_rope_append_kernel(  # noqa: PLR0915
     x_ptr,
     norm_ptr,
     norm_bias_ptr,
+    inverse_rms_ptr,
     w_ptr,
     bias_ptr,
     q_norm_ptr,
@@ -130,10 +131,14 @@ def _qkv_rope_append_kernel(
     PAIRS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """q, k, v = norm(x)·Wᵀ + bias; RMSNorm of q and k over D; rotation; q [rows, HEADS, D], k, v to their slots."""
+    """q, k, v = norm(x)·Wᵀ + bias; RMSNorm of q and k over D; rotation; q [rows, HEADS, D], k, v to their slots.
+
+    inverse_rms float32 [rows], of x that is `weighed`.
+    """
     BLOCKS: tl.constexpr = (D // 2 + PAIRS - 1) // PAIRS
     pid_block = tl.program_id(1)
     head = pid_block // BLOCKS
@@ -146,7 +151,7 @@ def _qkv_rope_append_kernel(
     mask_r = offs_r < rows
     mask_out = mask_r
     if active_ptr is None and write_ptr is None:
-        first = weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K, PARTS)
+        first = weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K, PARTS, CHUNK)
         wait_for_producers(PDL)
     else:
         wait_for_producers(PDL)
@@ -157,13 +162,16 @@ def _qkv_rope_append_kernel(
             mask_out = mask_r & (tl.load(write_ptr + offs_r, mask=mask_r, other=0) != 0)
         if tl.max(mask_out.to(tl.int32), axis=0) == 0:
             return
-        first = weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K, PARTS)
+        first = weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K, PARTS, CHUNK)
 
     rotated = is_query | is_key
     bias = None
     norm = None
     cos = None
     sin = None
+    inverse_rms = None
+    if inverse_rms_ptr is not None:
+        inverse_rms = tl.load(inverse_rms_ptr + offs_r, mask=mask_r, other=0.0)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + head * D + offs_d, mask=mask_w, other=0.0).to(tl.float32)
     if q_norm_ptr is not None:
@@ -184,12 +192,14 @@ def _qkv_rope_append_kernel(
         first,
         norm_ptr,
         norm_bias_ptr,
+        inverse_rms,
         eps,
         K,
         K_PADDED,
         2 * PAIRS,
         BLOCK_K,
         PARTS,
+        CHUNK,
         ROWS,
         REDUCED=q_norm_ptr is not None,
     )
@@ -241,10 +251,12 @@ def qkv_rope_append(
     q = torch.empty(rows, heads, head_dim, dtype=x.dtype, device=x.device)
     blocks = triton.cdiv(head_dim // 2, pairs)
     grid = (triton.cdiv(rows, rule.rows), (heads + 2 * kv_heads) * blocks)
+    x, inside, inverse_rms = weighed(x, norm, rule)
     _qkv_rope_append_kernel[grid](
         x,
-        norm.weight,
-        norm.bias,
+        None if inside is None else inside.weight,
+        None if inside is None else inside.bias,
+        inverse_rms,
         weight.data,
         bias,
         q_norm if normed else None,
@@ -276,6 +288,7 @@ def qkv_rope_append(
         PAIRS=pairs,
         BLOCK_K=rule.block_k,
         PARTS=rule.parts,
+        CHUNK=rule.chunk,
         ROWS=rule.rows,
         PDL=launch.dependent(arch),
         **launch.options(rule.warps, rule.stages, rule.registers),

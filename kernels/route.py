@@ -103,7 +103,7 @@ def _route_kernel(
     mask_n = offs_n < N
     offs_w = offs_n.to(tl.int64) * K_PADDED
     offs_r = pid_r * ROWS + tl.arange(0, ROWS)
-    first = weight_tile(w_ptr, offs_w, mask_n, K_PADDED, BLOCK_K, PARTS)
+    first = weight_tile(w_ptr, offs_w, mask_n, K_PADDED, BLOCK_K, PARTS, BLOCK_K)
     wait_for_producers(PDL)
     code = row_product(
         x_ptr,
@@ -115,12 +115,14 @@ def _route_kernel(
         first,
         norm_ptr,
         norm_bias_ptr,
+        None,
         eps,
         K,
         K_PADDED,
         BLOCK_N,
         BLOCK_K,
         PARTS,
+        BLOCK_K,
         ROWS,
     )
     tl.store(code_ptr + offs_r[None, :] * N + offs_n[:, None], code, mask=mask_n[:, None], cache_modifier=".cg")

@@ -109,8 +109,14 @@ class Rehearsal:
                 self._rounds(method, self._prefilled(method, [0], short, count, params))
         longest = max(short, self._pages)
         self._rounds(method, self._prefilled(method, [0], longest, self._counts[-1], CHOICES[0]))
-        self._prefilled(method, [0] * min(self._context - 1, PREFILL_CHUNK), longest, 1, CHOICES[0])
+        for length in self._prompts():
+            self._prefilled(method, [0] * length, longest, 1, CHOICES[0])
         method.rehearse(self._model, self._cache)
+
+    def _prompts(self) -> Iterable[int]:
+        """A length for each power of two that a pass of a prompt can need."""
+        most = min(self._context - 1, PREFILL_CHUNK)
+        return {min(most, 1 << power) for power in range(most.bit_length() + 1)}
 
     def _prefilled(
         self, method: Method, prompt: list[int], pages: int, count: int, params: SamplingParams

@@ -260,24 +260,43 @@ def test_product_rules_fit_every_matrix_and_round_alike(model: str, arch: int, i
     for weight_rows, columns in [*matrices(model), (33, 7), (5, 40)]:
         rules = [
             launch.product_rule(weight_rows, columns, rows, tile, itemsize, arch)
-            for rows in [*range(1, 17), 32, 64, 144]
+            for rows in [*range(1, 19), 32, 33, 64, 144]
         ]
-        assert len({(rule.block_n, rule.block_k, rule.parts) for rule in rules}) == 1
+        assert len({(rule.block_k, rule.parts) for rule in rules}) == 1
         for rule in rules:
             assert rule.parts == 1 or (rule.block_k // rule.parts >= 16 and rule.warps <= rule.parts)
             assert rule.block_k & (rule.block_k - 1) == 0
             assert rule.block_k < 2 * launch.padded(columns), "a step that another half as long would hold"
+            assert rule.block_k % rule.chunk == 0
+            assert rule.chunk // rule.parts % 16 == 0
             assert rule.rows & (rule.rows - 1) == 0
-            assert rule.rows == tile or (arch and tile == 8 <= rule.rows <= 16)
-            # The first step is held in registers.
+            most = {2: {8: 64, 64: 128}, 4: {8: 16, 64: 64}}[itemsize][tile]
+            assert rule.rows == tile or (arch and tile <= rule.rows <= most)
+            # The first chunk is held in registers.
             buffers = rule.stages - 1
-            assert buffers * (rule.block_n + rule.rows) * rule.block_k * itemsize <= 99 * 1024 or arch == 0
+            assert buffers * (rule.block_n + rule.rows) * rule.chunk * itemsize <= 99 * 1024 or arch == 0
             assert rule.stages >= (2 if arch else 1)
+
+
+@pytest.mark.parametrize("weight_rows", [1000, 4096, 9000, 128256])
+def test_sums_over_weight_rows_do_not_follow_the_rows_of_a_pass(weight_rows: int) -> None:
+    rules = [launch.product_rule(weight_rows, 2048, rows, 8, 2, 90, summed=True) for rows in (1, 8, 16, 17, 64, 144)]
+    assert len({rule.block_n for rule in rules}) == 1
 
 
 def test_more_rows_take_wider_programs_until_these_are_full() -> None:
     widths = [launch.product_rule(4096, 4096, rows, 8, 2, 90).rows for rows in (1, 8, 9, 16, 17, 32, 33, 144)]
-    assert widths == [8, 8, 16, 16, 16, 16, 16, 16]
+    assert widths == [8, 8, 16, 16, 32, 32, 64, 64]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_many_rows_read_a_large_weight_from_memory_once(arch: int) -> None:
+    """What programs share with each other comes from the L2 cache, as little of it as registers allow."""
+    for rows, most in ((17, 1.6), (32, 1.6), (33, 2.1), (64, 2.1), (128, 4.1)):
+        rule = launch.product_rule(28672, 4096, rows, 8, 2, arch)
+        assert moved(rule, rows) <= most
+        assert rule.block_n * rule.rows * rule.parts <= 128 * 32 * rule.warps, "registers of the sums"
+        assert rule.norm_apart
 
 
 def test_a_processor_holds_two_wide_programs_of_a_large_weight() -> None:
@@ -297,30 +316,29 @@ def moved(rule: launch.ProductRule, rows: int) -> float:
     return -(-rows // rule.rows) + rows / rule.block_n
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("model", MODELS)
-def test_fast_rules_move_no_more_and_leave_work_for_every_processor(model: str, arch: int) -> None:
+def test_fast_numerics_takes_the_products_of_exact_numerics(model: str, arch: int, itemsize: int) -> None:
     for weight_rows, columns in matrices(model):
         for rows in (1, 3, 8, 9, 16, 17, 33, 64, 65, 100, 144, 512, 1024):
-            exact = launch.product_rule(weight_rows, columns, rows, 8 if rows <= 64 else 64, 2, arch)
-            fast = launch.product_rule(weight_rows, columns, rows, None, 2, arch)
-            assert launch.product_rule(weight_rows, columns, rows, None, 4, arch) == launch.product_rule(
-                weight_rows, columns, rows, launch.tile_of(rows, None), 4, arch
-            ), "float32 has no rules of its own"
-            if rows <= 16:
-                assert fast == exact
-                continue
-            assert moved(fast, rows) <= moved(exact, rows)
-            assert launch.padded(columns) % fast.block_k == 0
-            assert fast.stages * (fast.block_n + fast.rows) * fast.block_k * 2 <= 99 * 1024
-            assert fast.stages >= 2
-            programs = -(-weight_rows // fast.block_n) * -(-rows // fast.rows)
-            assert programs >= launch.ENOUGH_PROGRAMS or fast.block_n == exact.block_n
+            tile = 8 if rows <= 64 else 64
+            exact, fast = (launch.product_rule(weight_rows, columns, rows, t, itemsize, arch) for t in (tile, None))
+            assert fast == exact
 
 
-def test_fast_rules_halve_what_a_prompt_moves() -> None:
-    exact, fast = (launch.product_rule(4096, 4096, 1024, tile, 2, 90) for tile in (64, None))
-    assert (moved(exact, 1024), moved(fast, 1024), fast.warps) == (32, 16, 8)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("model", MODELS)
+def test_prompts_take_blocks_as_large_as_leave_work_for_every_processor(model: str, arch: int) -> None:
+    for weight_rows, columns in matrices(model):
+        rules = {rows: launch.product_rule(weight_rows, columns, rows, 64, 2, arch) for rows in (5, 64, 65, 512, 4096)}
+        assert len({(rule.block_k, rule.parts) for rule in rules.values()}) == 1
+        for rows, rule in rules.items():
+            padded = max(64, 1 << (rows - 1).bit_length())
+            assert weight_rows // rule.block_n * padded // rule.rows >= launch.ENOUGH_PROGRAMS or rule.block_n == 64
+            assert rule.rows <= padded
+            assert rule.stages * (rule.block_n + rule.rows) * rule.block_k * 2 <= 99 * 1024
+        assert moved(rules[4096], 4096) == 64
 
 
 @pytest.mark.parametrize("block_k", [32, 64, 128, 256])
@@ -348,6 +366,42 @@ def test_the_last_step_may_reach_past_the_weight(
     expected = wide @ around[:outputs].double().T
     error = (got.double() - expected).norm() / expected.norm()
     assert error < (1e-6 if dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize(("columns", "block_k"), [(208, 128), (256, 64), (200, 256), (80, 16)])
+def test_a_step_in_chunks_is_summed_as_the_step_is(monkeypatch: pytest.MonkeyPatch, columns: int, block_k: int) -> None:
+    """Each part adds its groups of 16 columns in order, step after step; then parts are added in pairs.
+
+    A group has one column that is not zero, so that its own sum has one order.
+    """
+    rule = launch.product_rule
+    monkeypatch.setattr(
+        launch,
+        "product_rule",
+        lambda *given, **options: rule(*given, **options)._replace(block_k=block_k, run=16),
+    )
+    groups = -(-columns // 16)
+    kept = torch.tensor([16 * group + group % 8 for group in range(groups)])
+    x = torch.zeros(9, columns).index_copy_(1, kept, torch.randn(9, groups) * 10 ** torch.randn(groups))
+    weight = torch.randn(33, columns)
+    parts = 4 if block_k >= 64 else 1
+    sums = torch.zeros(parts, 9, 33)
+    for group in range(groups):
+        column = kept[group]
+        sums[16 * group % block_k // (block_k // parts)] += x[:, column, None] * weight[:, column]
+    while len(sums) > 1:
+        sums = sums[::2] + sums[1::2]
+    assert torch.equal(linear(x, prepare(weight), tile=8), sums[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("columns", [40, 208])
+def test_a_norm_apart_has_the_bits_of_the_norm_inside(columns: int, kind: str, dtype: torch.dtype) -> None:
+    x, weight = randn(40, columns, dtype=dtype), prepare(randn(33, columns, dtype=dtype))
+    norm = a_norm(columns, kind, dtype)
+    inside = torch.cat([linear(x[start : start + 8], weight, tile=8, norm=norm) for start in range(0, 40, 8)])
+    assert torch.equal(linear(x, weight, tile=8, norm=norm), inside)
 
 
 def test_the_prefetch_is_off_and_takes_what_fits_where_a_kernel_waits(monkeypatch: pytest.MonkeyPatch) -> None:

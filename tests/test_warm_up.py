@@ -305,8 +305,8 @@ def test_there_was_a_search_that_could_have_compiled(name: str) -> None:
 def test_a_strict_engine_refuses_to_compile_and_says_what() -> None:
     result = found()["refusal"]
     assert result["kind"] == "CompilationError"
-    assert result["message"].startswith("_linear_kernel: ")
-    assert "ROWS=16" in result["message"]
+    assert result["message"].startswith("_qkv_rope_append_kernel: ")
+    assert "ROWS=32" in result["message"]
     assert "x_ptr: *bf16%16" in result["message"]
     assert result["compiled"] == 0
     assert (result["after"], result["held"]) == (8, 0), "the next request is served, and no page is lost"
