@@ -34,11 +34,12 @@ KERNELS = (*CHAIN, "head")
 
 
 class Product(NamedTuple):
-    """What replaces a part of `ProductRule`: weight rows and columns of a step, and stages. Its warps stay."""
+    """What replaces a part of `ProductRule`: weight rows and columns of a step, stages, warps where it has fewer."""
 
     block_n: int
     block_k: int
     stages: int
+    warps: int = 4
 
 
 class Attention(NamedTuple):
@@ -55,6 +56,8 @@ Chosen = Mapping[str, Candidate]
 PRODUCTS = tuple(starmap(Product, (
     (16, 256, 3), (16, 256, 5), (16, 512, 2), (16, 512, 3), (16, 512, 4), (16, 512, 6), (16, 1024, 2), (16, 1024, 3),
     (32, 128, 5), (32, 256, 3), (32, 256, 5), (32, 512, 2), (32, 512, 3), (64, 128, 3), (64, 256, 3),
+    # 64 KiB of a weight in flight before the wait, all of it where it has no more columns.
+    (16, 2048, 2, 8), (32, 1024, 2, 8),
 )))
 # fmt: on
 ATTENTIONS = tuple(starmap(Attention, product((64, 128), (4, 8))))
@@ -120,6 +123,9 @@ def candidates(model: Model, kernel: str, dry: bool) -> list[Candidate]:
     if kernel != "attend":
         columns = _weights(model)[kernel][1]
         every = [c for c in (DRY_PRODUCTS if dry else PRODUCTS) if _filled(c, columns)]
+    if kernel == "qkv":
+        # Its steps have four parts, which more warps would compute twice.
+        every = [c for c in every if c.warps <= 4]
     return [candidate for candidate in every if candidate != in_use(model, kernel)]
 
 
@@ -134,24 +140,25 @@ def in_use(model: Model, kernel: str) -> Candidate:
     rule = launch.product_rule(*given)
     if kernel == "qkv":
         rule = launch.head_rule(config.head_dim, config.qk_norm, *given)
-    return Product(rule.block_n, rule.block_k, rule.stages)
+    return Product(rule.block_n, rule.block_k, rule.stages, rule.warps)
 
 
 @contextmanager
 def replaced(model: Model, chosen: Chosen) -> Generator[None]:
     """Launch these kernels by these candidates and the others by the rules in use; weights are known by their shape."""
     usual = launch.product_rule, launch.head_rule, launch.attention_rule
-    weights, fields = _weights(model), {kernel: candidate._asdict() for kernel, candidate in chosen.items()}
-    own = {weights[kernel]: given for kernel, given in fields.items() if kernel in weights}
+    weights = _weights(model)
+    own = {weights[kernel]: candidate for kernel, candidate in chosen.items() if isinstance(candidate, Product)}
 
     def product_rule(*given: Any, **options: Any) -> launch.ProductRule:
-        return usual[0](*given, **options)._replace(**own.get(given[:2], {}))
+        return _with(usual[0](*given, **options), own.get(given[:2]))
 
     def head_rule(*given: Any, **options: Any) -> launch.ProductRule:
-        return usual[1](*given, **options)._replace(**own.get(given[2:4], {}))
+        return _with(usual[1](*given, **options), own.get(given[2:4]))
 
     def attention_rule(*given: Any) -> launch.AttentionRule:
-        return usual[2](*given)._replace(**fields.get("attend", {}))
+        rule, candidate = usual[2](*given), chosen.get("attend")
+        return rule if candidate is None else rule._replace(**candidate._asdict())
 
     launch.product_rule, launch.head_rule, launch.attention_rule = product_rule, head_rule, attention_rule
     try:
@@ -160,8 +167,15 @@ def replaced(model: Model, chosen: Chosen) -> Generator[None]:
         launch.product_rule, launch.head_rule, launch.attention_rule = usual
 
 
+def _with(rule: launch.ProductRule, candidate: Product | None) -> launch.ProductRule:
+    if candidate is None:
+        return rule
+    return rule._replace(**candidate._asdict() | {"warps": max(rule.warps, candidate.warps)})
+
+
 def _filled(candidate: Product, columns: int) -> bool:
-    return candidate.block_k < 2 * columns and candidate.stages <= -(-columns // candidate.block_k)
+    """Whether a weight has columns for the step, and for its stages, of which the first two are always there."""
+    return candidate.block_k < 2 * columns and candidate.stages <= max(2, -(-columns // candidate.block_k))
 
 
 def _weights(model: Model) -> dict[str, tuple[int, int]]:

@@ -28,6 +28,8 @@ LARGE_WEIGHT = 8192
 # Of an H100 or H200 (SXM), on whatever chip: only the depth of pipelines follows from it.
 PROCESSORS = 132
 STEP_BYTES = 32 * 1024
+# Chips whose programs may take 160 KiB of shared memory; others end at 99.
+ROOMY = (80, 90, 100, 103)
 LONG_STEP_ROWS = 16
 MANY_ROWS = 64
 LONG_WEIGHT = 8
@@ -142,6 +144,8 @@ def product_rule(
         return _computed(weight_rows, width, rows, tile_of(rows, tile), itemsize)
     large = weight_rows >= LARGE_WEIGHT
     rule = _streamed(weight_rows, width, rows, itemsize, large=large, short=short or itemsize == 4)
+    if arch in ROOMY:
+        rule = _in_one_step(rule, weight_rows, width, itemsize)
     return _shared_out(rule, weight_rows, rows, itemsize, arch, (rule.block_n,) if summed else (64, 32, 16))
 
 
@@ -166,6 +170,17 @@ def _streamed(weight_rows: int, width: int, rows: int, itemsize: int, *, large: 
     if wide <= 8 or rule.parts < 8:
         return rule
     return rule._replace(warps=8)
+
+
+def _in_one_step(rule: ProductRule, weight_rows: int, width: int, itemsize: int) -> ProductRule:
+    """Twice the step for a weight that then has one, and whose programs have a processor each.
+
+    All of it is on its way before the wait. Eight warps hold it.
+    """
+    whole, most = _power(width), 2 * STEP_BYTES // (rule.block_n * itemsize)
+    if rule.parts == 8 and rule.block_k < whole <= most and weight_rows <= rule.block_n * PROCESSORS:
+        return rule._replace(block_k=whole, warps=8, stages=2)
+    return rule
 
 
 def _shared_out(

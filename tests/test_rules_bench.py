@@ -60,9 +60,9 @@ class Costs(Clock):
 @pytest.mark.parametrize(
     ("columns", "out"),
     [
-        (576, "16x256x5 16x512x3 16x512x4 16x512x6 16x1024x2 16x1024x3 32x256x5 32x512x3"),
-        (1536, "16x512x4 16x512x6 16x1024x3"),
-        (2048, "16x512x6 16x1024x3"),
+        (576, "16x256x5x4 16x512x3x4 16x512x4x4 16x512x6x4 16x1024x3x4 16x2048x2x8 32x256x5x4 32x512x3x4"),
+        (1536, "16x512x4x4 16x512x6x4 16x1024x3x4"),
+        (2048, "16x512x6x4 16x1024x3x4"),
         (14336, ""),
     ],
 )
@@ -92,7 +92,16 @@ def test_one_kernel_is_launched_by_its_candidate_and_no_other(
     with torch.inference_mode(), replaced(bed.model, {kernel: marked}):
         assert [k for k in KERNELS if in_use(bed.model, k) == marked] == [kernel]
         run()
-    assert sum(count for own, count in launched.items() if marked[-1] in own) == 1
+    mark = marked.warps if isinstance(marked, Attention) else marked.stages
+    assert sum(count for own, count in launched.items() if mark in own) == 1
+
+
+def test_no_warp_is_added_where_a_step_has_no_part_for_it(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "_weights", lambda _: dict.fromkeys(("qkv", "up"), (4096, 4096)))
+    most = {kernel: max(c.warps for c in candidates(bed.model, kernel, dry=False)) for kernel in ("qkv", "up")}
+    assert most == {"qkv": 4, "up": 8}
+    with replaced(bed.model, {"up": Product(16, 512, 2, 4)}):
+        assert launch.product_rule(4096, 4096, 16, 8, 2, 90).warps == 8, "a candidate takes no warps away"
 
 
 def test_what_is_in_use_is_what_launchers_are_told(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,11 +156,11 @@ def test_the_descent_keeps_the_fastest_of_each_kernel(bed: Bed, monkeypatch: pyt
     assert kept == best | {"down": third}
     notes = {figure.name: figure.note for figure in found}
     assert len(notes) == len(found) == 6 + 5 * 3 + 3
-    assert notes["rule, output 16x32x2"] == "does not run: RuntimeError: out of resource: shared memory"
-    assert notes["rule, qkv 16x32x2"] == f"÷ rule in use {(1 + 4 * SLOW) / (5 * SLOW):.3f}"
-    assert notes["rule, output 16x32x1"] == "÷ rule in use 1.000"
+    assert notes["rule, output 16x32x2x4"] == "does not run: RuntimeError: out of resource: shared memory"
+    assert notes["rule, qkv 16x32x2x4"] == f"÷ rule in use {(1 + 4 * SLOW) / (5 * SLOW):.3f}"
+    assert notes["rule, output 16x32x1x4"] == "÷ rule in use 1.000"
     assert sum(note == "in use" for note in notes.values()) == len(KERNELS)
-    assert {figure.median for figure in found if figure.name == "rule, output 16x32x2"} == {None}
+    assert {figure.median for figure in found if figure.name == "rule, output 16x32x2x4"} == {None}
 
 
 def test_a_rule_in_use_that_fails_breaks_the_part(bed: Bed) -> None:
@@ -174,7 +183,7 @@ def test_chain_and_steps_are_timed_again_by_what_was_kept(monkeypatch: pytest.Mo
     class Halved(Clock):
         def times(self, function: Callable[[], Any], calls: int = 1, samples: int = 1) -> Times:
             up = launch.product_rule(256, 64, 1, 8, 2, 0)
-            return (1.0, 1.0, 1.0) if (up.block_n, up.block_k, up.stages) == kept else (2.0, 2.0, 2.0)
+            return (1.0, 1.0, 1.0) if (up.block_n, up.block_k, up.stages, up.warps) == kept else (2.0, 2.0, 2.0)
 
     monkeypatch.setattr(rules, "Clock", Halved)
     monkeypatch.setattr(rules, "PRODUCTS", (kept,))
@@ -185,7 +194,7 @@ def test_chain_and_steps_are_timed_again_by_what_was_kept(monkeypatch: pytest.Mo
     assert compiled == [(rules.compile_candidates, "tiny-llama", kernel) for kernel in KERNELS]
     assert {f.loop_bytes // f.bytes for f in found if f.name.startswith("chain")} == {3}
     ratios = {(f.name, f.rows): f.note for f in found if f.name.endswith("rules kept")}
-    assert ratios.pop(("chain, rules kept", 1)) == "÷ rule in use 0.500; up 16x32x2"
+    assert ratios.pop(("chain, rules kept", 1)) == "÷ rule in use 0.500; up 16x32x2x4"
     assert ratios == {("step, rules kept", rows): "÷ rule in use 0.500" for rows in (1, 8, 16)}
 
 

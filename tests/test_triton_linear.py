@@ -272,10 +272,19 @@ def test_product_rules_fit_every_matrix_and_round_alike(model: str, arch: int, i
             assert rule.rows & (rule.rows - 1) == 0
             most = {2: {8: 64, 64: 128}, 4: {8: 16, 64: 64}}[itemsize][tile]
             assert rule.rows == tile or (arch and tile <= rule.rows <= most)
-            # The first chunk is held in registers.
-            buffers = rule.stages - 1
+            # The first chunk is held in registers; a weight of one step needs no buffer for another.
+            buffers = min(rule.stages, -(-launch.padded(columns) // rule.chunk)) - 1
             assert buffers * (rule.block_n + rule.rows) * rule.chunk * itemsize <= 99 * 1024 or arch == 0
             assert rule.stages >= (2 if arch else 1)
+
+
+def test_a_small_weight_is_one_step_where_a_program_has_the_shared_memory_for_it() -> None:
+    for arch, step in ((80, 2048), (86, 1024), (89, 1024), (90, 2048), (100, 2048), (120, 1024)):
+        for rows in (1, 16, 64):
+            rule = launch.product_rule(2048, 2048, rows, 8, 2, arch)
+            assert (rule.block_k, rule.parts, rule.warps) == (step, 8, 8 if rows > 8 or step == 2048 else 4)
+    for weight_rows, columns, itemsize in ((2128, 2048, 2), (2048, 2064, 2), (2048, 1024, 2), (2048, 2048, 4)):
+        assert launch.product_rule(weight_rows, columns, 1, 8, itemsize, 90).block_k <= 1024
 
 
 @pytest.mark.parametrize("weight_rows", [1000, 4096, 9000, 128256])
