@@ -7,7 +7,8 @@ for every layer in turn, so that its weights come from memory as far as all laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -136,18 +137,34 @@ def _steps(clock: Clock, bed: Bed, copy: float | None) -> Iterator[Figure]:
 
 
 def _ablations(clock: Clock, bed: Bed) -> Iterator[Figure]:
-    """What fast numerics and the prefetch of weights change, each timed after the same step without it."""
+    """What a change makes of a step, each timed after the same step without it."""
     fast = bed._replace(model=Model(bed.model.config, bed.weights, select("triton", "fast")))
-    for name, other, count, mib in (("fast", fast, 1, 0), ("fast", fast, 16, 0), ("prefetch", bed, 1, PREFETCH_MIB)):
+    for name, other, count, constant in (
+        *(("fast", fast, count, None) for count in (1, 16)),
+        ("prefetch", bed, 1, ("PREFETCH_BYTES", PREFETCH_MIB << 20)),
+        ("runs of 32", bed, 32, ("RUN", 32)),
+        ("chunks", bed, 16, ("LONG_STEP_ROWS", 8)),
+    ):
         before = clock.times(bed.step(count))
-        usual = rules.PREFETCH_BYTES
-        rules.PREFETCH_BYTES = mib << 20 or usual
-        try:
+        with _set(constant):
             times = clock.times(other.step(count))
-        finally:
-            rules.PREFETCH_BYTES = usual
         note = "" if before[0] is None or times[0] is None else f"÷ without {times[0] / before[0]:.3f}"
         yield Figure(f"step, {name}", bed.shape, count, *times, bed.step_bytes, bed.step_bytes, None, note)
+
+
+@contextmanager
+def _set(constant: tuple[str, int] | None) -> Generator[None]:
+    """A constant of the launch rules has another value."""
+    if constant is None:
+        yield
+        return
+    name, value = constant
+    usual = getattr(rules, name)
+    setattr(rules, name, value)
+    try:
+        yield
+    finally:
+        setattr(rules, name, usual)
 
 
 def bubble_per_layer(seconds: float, read: int, bandwidth: float, layers: int) -> float:

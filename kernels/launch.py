@@ -32,6 +32,7 @@ STEP_BYTES = 32 * 1024
 ROOMY = (80, 90, 100, 103)
 LONG_STEP_ROWS = 16
 MANY_ROWS = 64
+RUN = 16
 LONG_WEIGHT = 8
 FLIGHT_BYTES = 72 * 1024
 SHARED_BYTES = 99 * 1024
@@ -200,7 +201,7 @@ def _shared_out(
         return rule._replace(registers=REGISTERS // (2 * 32 * rule.warps)) if two else rule
     wide = min(MANY_ROWS, _power(rows))
     block_n = next((n for n in blocks if weight_rows // n * _power(rows) // wide >= ENOUGH_PROGRAMS), blocks[-1])
-    rule = rule._replace(block_n=block_n, rows=wide, warps=max(4, rule.parts), run=16, norm_apart=True)
+    rule = rule._replace(block_n=block_n, rows=wide, warps=max(4, rule.parts), run=RUN, norm_apart=True)
     return rule._replace(stages=1 + min(3, SHARED_BYTES // ((block_n + wide) * rule.chunk * itemsize)))
 
 

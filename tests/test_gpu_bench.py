@@ -18,6 +18,7 @@ from skipjack.bench.gpu_parts import DRY, GPU, Finding, Setting
 from skipjack.bench.gpu_speed import of_steps
 from skipjack.bench.step import Figure
 from skipjack.bench.targets import Measurement, best, judge, of
+from skipjack.kernels import launch
 from skipjack.runtime.methods.policy import PlannedSteps
 
 ROOT = Path(__file__).parent.parent
@@ -160,8 +161,10 @@ def test_steps_run_dry_through_the_interpreter(monkeypatch: pytest.MonkeyPatch, 
     code, result = _part(monkeypatch, tmp_path, gpu.PARTS["steps"].run)
     assert (code, result["broken"]) == (0, None)
     assert {figure["name"] for figure in result["figures"]} == {
-        *("qkv", "attend", "output", "up", "down", "head", "step", "step, fast", "step, prefetch")
+        *("qkv", "attend", "output", "up", "down", "head", "step"),
+        *(f"step, {change}" for change in ("fast", "prefetch", "runs of 32", "chunks")),
     }
+    assert (launch.PREFETCH_BYTES, launch.RUN, launch.LONG_STEP_ROWS) == (0, 16, 16), "constants are as they were"
     assert {row["note"] for row in result["rows"] if row["id"] == "T6" and row["case"] == "8b"} == {
         "dry run, not measured"
     }
