@@ -270,7 +270,8 @@ def head_rule(
     wide = min(rule.rows, 32 // itemsize if tile <= 8 else 128 // itemsize) if arch else tile
     room = SHARED_BYTES // ((2 * pairs + wide) * block_k * itemsize)
     stages = min(room, 8) if arch else 1
-    return rule._replace(block_n=2 * pairs, block_k=block_k, rows=wide, stages=stages)
+    warps = 8 if tile > 8 and itemsize == 2 and 2 * pairs * wide > 64 * 64 else rule.warps
+    return rule._replace(block_n=2 * pairs, block_k=block_k, rows=wide, warps=warps, stages=stages)
 
 
 def route_rule(
