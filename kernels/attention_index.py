@@ -1,6 +1,7 @@
 """Which keys each row of a pass attends to, worked out once per pass and used by every layer."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -70,14 +71,22 @@ class AttentionIndex:
     ) -> None:
         self.tile = tile
         self.width = width
+        self.sequence = sequence.contiguous()
+        self.position = position.contiguous()
+        self.block_table = block_table.contiguous()
+        self.tree = None if tree is None else Tree(tree.length.contiguous(), tree.slot.contiguous())
         self._page_size = page_size
-        self._tree = tree
-        self._groups = [
-            (start, positions, ints(block_table[row, : None if tree is not None else max(positions) // page_size + 1]))
-            for row, start, positions in _groups(ints(sequence), ints(position), tile or page_size)
-        ]
         self._visible: dict[int, Tensor] = {}
         self._seen: dict[tuple[int | None, bool], list[Group]] = {}
+
+    @cached_property
+    def _groups(self) -> list[tuple[int, list[int], list[int]]]:
+        """First row, positions and pages of each group."""
+        size, tree = self._page_size, self.tree
+        return [
+            (start, at, ints(self.block_table[row, : None if tree is not None else max(at) // size + 1]))
+            for row, start, at in _groups(ints(self.sequence), ints(self.position), self.tile or size)
+        ]
 
     def groups(self, window: int | None, slopes: Tensor | None, kv_heads: int, group: int) -> list[Group]:
         """Every group of rows, with its blocks from the first page any of its rows sees."""
@@ -104,10 +113,10 @@ class AttentionIndex:
 
         count, end = len(positions), max(positions) // self._page_size + 1
         first = 0 if window is None else max(0, min(positions) - window + 1) // self._page_size
-        if self._tree is None:
+        if self.tree is None:
             return Group(start, count, [Block(pages[b], mask(b, positions)) for b in range(first, end)], [0] * count)
         leaves, branch = _branches(self._paths(start, positions))
-        common = max(first, int(self._tree.length[start : start + count].min()) // self._page_size)
+        common = max(first, int(self.tree.length[start : start + count].min()) // self._page_size)
         blocks = [Block(pages[b], mask(b, positions)) for b in range(first, min(common, end))]
         blocks += [
             Block(self._path(b, start, leaves, positions, pages), mask(b, positions)) for b in range(common, end)
@@ -116,13 +125,13 @@ class AttentionIndex:
 
     def _paths(self, start: int, positions: list[int]) -> list[list[int]]:
         """The slots of each row's path through the tree, its own last."""
-        tree = self._tree
+        tree = self.tree
         assert tree is not None
         return [ints(tree.slot[row, : at - int(tree.length[row]) + 1]) for row, at in enumerate(positions, start)]
 
     def _path(self, block: int, start: int, leaves: list[int], positions: list[int], pages: list[int]) -> Slots:
         """Where the keys of a block lie on the path of each leaf; positions after its own repeat that."""
-        tree, size, rows = self._tree, self._page_size, torch.tensor(leaves)
+        tree, size, rows = self.tree, self._page_size, torch.tensor(leaves)
         assert tree is not None
         own = torch.tensor(positions)[rows, None]
         position = torch.minimum(torch.arange(block * size, (block + 1) * size)[None], own)

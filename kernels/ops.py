@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -141,9 +142,18 @@ def obstacle(backend: str, device: torch.device) -> str | None:
     return None if INTERPRETED else "Triton needs a CUDA device, or its interpreter (TRITON_INTERPRET=1, for tests)"
 
 
+def compiles() -> bool:
+    """Whether the CPU's small operations are compiled: numba is there and SKIPJACK_CPU_KERNELS is not "torch"."""
+    return os.environ.get("SKIPJACK_CPU_KERNELS") != "torch" and find_spec("numba") is not None
+
+
 def select(backend: str, numerics: str = "exact") -> Ops:
     """The table "torch" or "triton", "exact" or "fast"; `obstacle` says whether it can run."""
-    if backend == "torch":
+    if backend == "torch" and compiles():
+        from .compiled import COMPILED
+
+        table = COMPILED
+    elif backend == "torch":
         table = TORCH
     else:
         from .triton_ops import TRITON

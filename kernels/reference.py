@@ -8,7 +8,7 @@ and a row's rounding may follow their number. Notation: R rows, H hidden size, D
 
 from collections.abc import Callable
 from functools import cache
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -72,25 +72,40 @@ def linear(
     silu(gate)·up, [R, N/2]; "gelu_tanh" is elementwise. `scale` float32 [R]. `active` bool [R]: rows that are False
     leave `residual` untouched (their result is undefined without one). Only active rows are computed.
     """
+    return linear_by(_AROUND, x, weight, tile, norm, bias, activation, residual, scale, active)
+
+
+class Around(NamedTuple):
+    """What a product is surrounded by: normalise(x, norm) → x; activate(y, activation) → [R, N or N/2]."""
+
+    normalise: Callable[[Tensor, Norm], Tensor]
+    activate: Callable[[Tensor, str], Tensor]
+
+
+def linear_by(
+    around: Around,
+    x: Tensor,
+    weight: Matrix,
+    tile: int | None,
+    norm: Norm | None,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    active: Tensor | None,
+) -> Tensor:
+    """`linear` with the norms and activations of a table."""
     if active is not None and not bool(active.all()):
         row = torch.nonzero(active).flatten()
         if not len(row):
             return x.new_empty(x.shape[0], _width(weight, activation)) if residual is None else residual
-        part = linear(
-            x[row],
-            weight,
-            tile=tile,
-            norm=norm,
-            bias=bias,
-            activation=activation,
-            residual=None if residual is None else residual[row],
-            scale=None if scale is None else scale[row],
-        )
+        added, factor = None if residual is None else residual[row], None if scale is None else scale[row]
+        part = linear_by(around, x[row], weight, tile, norm, bias, activation, added, factor, None)
         whole = x.new_empty(x.shape[0], part.shape[1]) if residual is None else residual
         return whole.index_copy_(0, row, part)
     added = residual if scale is None else None
     parts = [
-        _linear_tile(part, weight, norm, bias, activation, None if added is None else _tile_of(added, start, tile))
+        _linear_tile(around, part, weight, norm, bias, activation, None if added is None else _tile_of(added, start, tile))
         for start, part in _tiles(x, tile)
     ]
     y, rows = parts[0] if len(parts) == 1 else torch.cat(parts), x.shape[0]
@@ -125,22 +140,34 @@ def qkv_rope_append(
     write nothing: FlexiDepth keeps the keys and values of rows it computes no query for. Rows that are neither are not
     computed, and of a split weight only the part that a row needs is.
     """
+    qkv = project(linear, x, norm, weight, bias, tile, active, write)
+    return rope_append(qkv, q_norm, k_norm, norm.eps, rope, keys, values, slots, heads=heads, tile=tile, write=write)
+
+
+def rope_append(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    rope: Rope | None,
+    keys: Tensor,
+    values: Tensor,
+    slots: Slots,
+    *,
+    heads: int,
+    tile: int | None,
+    write: Tensor | None,
+) -> Tensor:
+    """`qkv_rope_append` after the product: qkv [R, (heads + 2·kv_heads)·D] → q [R, heads, D]."""
     _, kv_heads, _, head_dim = keys.shape
-    if isinstance(weight, Split):
-        above, below = (None, None) if bias is None else (bias[: weight.upper.rows], bias[weight.upper.rows :])
-        q = linear(x, weight.upper, tile=tile, norm=norm, bias=above, active=active)
-        qkv = torch.cat([q, linear(x, weight.lower, tile=tile, norm=norm, bias=below, active=write)], dim=1)
-    else:
-        needed = None if active is None or write is None else active | write
-        qkv = linear(x, weight, tile=tile, norm=norm, bias=bias, active=needed)
-    qkv = qkv.view(x.shape[0], -1, head_dim)
+    qkv = qkv.view(qkv.shape[0], -1, head_dim)
     qk, v = qkv.narrow(1, 0, heads + kv_heads), qkv.narrow(1, heads + kv_heads, kv_heads)
     if q_norm is not None and k_norm is not None:
-        q = _head_norm(qk[:, :heads], q_norm, norm.eps, tile)
-        qk = torch.cat([q, _head_norm(qk[:, heads:], k_norm, norm.eps, tile)], dim=1)
+        q = _head_norm(qk[:, :heads], q_norm, eps, tile)
+        qk = torch.cat([q, _head_norm(qk[:, heads:], k_norm, eps, tile)], dim=1)
     if rope is not None:
         wide = qk if qk.dtype == torch.float64 else qk.float()
-        qk = (wide * rope.cos).add_(torch.roll(wide, head_dim // 2, -1).mul_(rope.sin)).to(x.dtype)
+        qk = (wide * rope.cos).add_(torch.roll(wide, head_dim // 2, -1).mul_(rope.sin)).to(qkv.dtype)
     q, k = qk.narrow(1, 0, heads), qk.narrow(1, heads, kv_heads)
     page, offset = slots
     if write is not None:
@@ -148,6 +175,25 @@ def qkv_rope_append(
     keys.transpose(1, 2).index_put_((page, offset), k)
     values.transpose(1, 2).index_put_((page, offset), v)
     return q
+
+
+def project(
+    linear: Callable[..., Tensor],
+    x: Tensor,
+    norm: Norm,
+    weight: Matrix | Split,
+    bias: Tensor | None,
+    tile: int | None,
+    active: Tensor | None,
+    write: Tensor | None,
+) -> Tensor:
+    """norm(x)·Wᵀ + bias [R, (heads + 2·kv_heads)·D], of each row what it needs, by the `linear` of a table."""
+    if isinstance(weight, Split):
+        above, below = (None, None) if bias is None else (bias[: weight.upper.rows], bias[weight.upper.rows :])
+        q = linear(x, weight.upper, tile=tile, norm=norm, bias=above, active=active)
+        return torch.cat([q, linear(x, weight.lower, tile=tile, norm=norm, bias=below, active=write)], dim=1)
+    needed = None if active is None or write is None else active | write
+    return linear(x, weight, tile=tile, norm=norm, bias=bias, active=needed)
 
 
 def attend(
@@ -212,7 +258,11 @@ def head(
     ids int64 [V'], ascending: the tokens the rows of a reduced vocabulary's W [V', H] stand for. The results of rows
     that are not `active` bool [R] are undefined.
     """
-    scores = linear(x, weight, tile=tile, norm=norm, active=active)
+    return predict(linear(x, weight, tile=tile, norm=norm, active=active), top_k, ids)
+
+
+def predict(scores: Tensor, top_k: int | None, ids: Tensor | None) -> Prediction:
+    """`head` of logits [R, V]."""
     if top_k is None:
         value, token = scores.max(dim=-1)
     else:
@@ -240,15 +290,24 @@ def _tile_of(x: Tensor, start: int, tile: int | None) -> Tensor:
 
 
 def _linear_tile(
-    x: Tensor, weight: Matrix, norm: Norm | None, bias: Tensor | None, activation: str | None, residual: Tensor | None
+    around: Around,
+    x: Tensor,
+    weight: Matrix,
+    norm: Norm | None,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
 ) -> Tensor:
     if norm is not None:
-        x = normalise(x, norm)
+        x = around.normalise(x, norm)
     if residual is not None and residual.shape[0] < x.shape[0]:
         residual = functional.pad(residual, (0, 0, 0, x.shape[0] - residual.shape[0]))
     y = packed.product(x, weight, bias, residual)
-    if activation is None:
-        return y
+    return y if activation is None else around.activate(y, activation)
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    """"silu_gate": silu(gate)·up of gate before up, [R, 2·I] → [R, I]; "gelu_tanh": elementwise."""
     if activation == "silu_gate":
         gate, up = y.chunk(2, dim=-1)
         return steady(functional.silu, gate) * up
@@ -257,6 +316,9 @@ def _linear_tile(
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     return functional.gelu(x, approximate="tanh")
+
+
+_AROUND = Around(normalise, activate)
 
 
 def _head_norm(x: Tensor, weight: Tensor, eps: float, tile: int | None) -> Tensor:

@@ -1,5 +1,7 @@
 """The ops of per-token routing in PyTorch: row maps, FlexiDepth's router, and the cache fill of skipped layers."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -61,13 +63,35 @@ def fill_kv(
     [L, (heads + 2·kv_heads)·D, H], of which the first heads·D rows are not used; bias [L, N]; k_norm [L, D]; `rotated`
     bool [L]: layers that rotate, all where it is None; keys, values [L, pages, kv_heads, P, D].
     """
+    fill_layers(
+        reference.qkv_rope_append, x, rows, norm, weight, bias, k_norm, rope, rotated, keys, values, slots, heads, tile
+    )
+
+
+def fill_layers(
+    qkv_rope_append: Callable[..., Tensor],
+    x: Tensor,
+    rows: RowMap,
+    norm: Norm,
+    weight: Stack,
+    bias: Tensor | None,
+    k_norm: Tensor | None,
+    rope: Rope | None,
+    rotated: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    slots: Slots,
+    heads: int,
+    tile: int | None,
+) -> None:
+    """`fill_kv` by the `qkv_rope_append` of a table."""
     for layer, count in enumerate(ints(rows.count)):
         if count == 0:
             continue
         row = rows.row[layer, :count].long()
         turned = rope is not None and (rotated is None or bool(rotated[layer]))
         head_norm = None if k_norm is None else k_norm[layer]
-        reference.qkv_rope_append(
+        qkv_rope_append(
             x[row],
             Norm(norm.weight[layer], None if norm.bias is None else norm.bias[layer], norm.eps),
             weight[layer],

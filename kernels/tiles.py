@@ -19,6 +19,18 @@ FULL, OTHERS, PAGE = 8, (4, 16), 256
 
 def rounds_alike(weights: list[Matrix], heads: Heads, dtype: torch.dtype, tile: int) -> bool:
     """Whether random rows come out of `tile` as out of the full one, bit for bit: norms, products, attention."""
+    return alike_by(reference.normalise, reference.attend, weights, heads, dtype, tile)
+
+
+def alike_by(
+    normalise: Callable[[Tensor, Norm], Tensor],
+    attend: Callable[..., Tensor],
+    weights: list[Matrix],
+    heads: Heads,
+    dtype: torch.dtype,
+    tile: int,
+) -> bool:
+    """`rounds_alike` with the norms and the attention of a table."""
     generator = torch.Generator().manual_seed(0)
     most, least = max(FULL, tile), min(FULL, tile)
 
@@ -30,8 +42,8 @@ def rounds_alike(weights: list[Matrix], heads: Heads, dtype: torch.dtype, tile: 
         scale, shift = randn(2, weight.columns)
 
         def run(rows: slice) -> Tensor:
-            centred = reference.normalise(x[rows], Norm(scale, shift, 1e-5))
-            mixed = reference.normalise(x[rows], Norm(scale, None, 1e-5))
+            centred = normalise(x[rows], Norm(scale, shift, 1e-5))
+            mixed = normalise(x[rows], Norm(scale, None, 1e-5))
             once, biased = (packed.product(mixed, weight, b, None) for b in (None, bias))
             added = packed.product(mixed, weight, None, residual[rows])
             return torch.cat([centred, mixed, once, biased, added], dim=1)
@@ -46,7 +58,7 @@ def rounds_alike(weights: list[Matrix], heads: Heads, dtype: torch.dtype, tile: 
         def run(rows: slice) -> Tensor:
             table, size = torch.tensor([[0, 1]]), rows.stop - rows.start
             index = AttentionIndex(sequence[rows], position[rows], table, page_size=PAGE, tile=size)
-            return reference.attend(reference.normalise(q[rows], norm), keys, values, index, scale=heads.dim**-0.5)
+            return attend(normalise(q[rows], norm), keys, values, index, scale=heads.dim**-0.5)
 
         return _alike(run, most, least)
 

@@ -1,0 +1,286 @@
+"""Sixteen float32 side by side: what the kernels of a CPU are written in.
+
+A sum runs over lanes in the order the code says: nothing is reassociated or contracted, a product is fused with a sum
+where `fma` stands, and `total` adds halves. So an element has the same bits in every kernel, for any number of rows and
+on any processor; how many lanes an instruction takes is the compiler's affair.
+
+An address is an integer, and elements are counted from it; `half` says that they are bfloat16, not float32.
+"""
+
+# pyright: basic
+# ruff: noqa: ANN
+
+import hashlib
+import operator
+from pathlib import Path
+
+import numba
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, models, overload, register_model
+
+WIDTH = 16
+_FLOAT, _SHORT, _INT = ir.FloatType(), ir.IntType(16), ir.IntType(32)
+_FLOATS, _SHORTS, _INTS = (ir.VectorType(element, WIDTH) for element in (_FLOAT, _SHORT, _INT))
+_SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+_LOG2E, _LN2_HIGH, _LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
+_ROUNDER, _LEAST, _MOST = 12582912.0, -87.0, 88.0
+
+
+class Lanes(types.Type):
+    """Numba's type of sixteen float32."""
+
+    def __init__(self) -> None:
+        super().__init__("lanes")
+
+
+@register_model(Lanes)
+class _Model(models.PrimitiveModel):
+    def __init__(self, manager, kind) -> None:
+        super().__init__(manager, kind, _FLOATS)
+
+
+LANES = Lanes()
+
+
+def kernel(signature: str):
+    """Compile a function for one signature; numba keeps the code on disk where it finds a folder it may write to."""
+
+    def compiled(function):
+        # Numba notices changes of a kernel's own file; those of this one are told by the name.
+        function.__qualname__ += f".{_SOURCE}"
+        try:
+            return numba.njit(signature, nogil=True, cache=True)(function)
+        except RuntimeError:
+            return numba.njit(signature, nogil=True)(function)
+
+    return compiled
+
+
+part = numba.njit(nogil=True)
+
+
+@intrinsic
+def splat(context, value):
+    """A number in every lane."""
+
+    def build(context, builder, signature, arguments):
+        narrow = context.cast(builder, arguments[0], signature.args[0], types.float32)
+        return _splat(builder, narrow, _FLOATS)
+
+    return LANES(value), build
+
+
+@intrinsic
+def lane(context, x, i):
+    """The number in lane i."""
+    return types.float32(LANES, i), lambda _, builder, signature, given: builder.extract_element(*given)
+
+
+@intrinsic
+def _with_lane(context, x, i, value):
+    def build(context, builder, signature, given):
+        return builder.insert_element(given[0], given[2], given[1])
+
+    return LANES(LANES, i, types.float32), build
+
+
+@intrinsic
+def fma(context, x, y, z):
+    """x·y + z, rounded once."""
+
+    def build(context, builder, signature, given):
+        kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32"), given)
+
+    return LANES(LANES, LANES, LANES), build
+
+
+@intrinsic
+def greater(context, x, y):
+    """The greater of each two, or y where one is no number."""
+
+    def build(context, builder, signature, given):
+        return builder.select(builder.fcmp_ordered(">", *given), *given)
+
+    return LANES(LANES, LANES), build
+
+
+@intrinsic
+def lesser(context, x, y):
+    """The lesser of each two, or y where one is no number."""
+
+    def build(context, builder, signature, given):
+        return builder.select(builder.fcmp_ordered("<", *given), *given)
+
+    return LANES(LANES, LANES), build
+
+
+@intrinsic
+def total(context, x):
+    """The sum of all lanes, by halves: lane i and i + 8, then i + 4, i + 2, i + 1."""
+
+    def build(context, builder, signature, given):
+        return _folded(builder, given[0], builder.fadd)
+
+    return types.float32(LANES), build
+
+
+@intrinsic
+def greatest(context, x):
+    """The greatest of all lanes."""
+
+    def build(context, builder, signature, given):
+        return _folded(builder, given[0], lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+
+    return types.float32(LANES), build
+
+
+@intrinsic
+def _doubled(context, x, times):
+    """x·2ⁿ, n being the lowest bits of the fraction of `times`."""
+
+    def build(context, builder, signature, given):
+        x, times = (builder.bitcast(part, _INTS) for part in given)
+        return builder.bitcast(builder.add(x, builder.shl(times, _constant(23))), _FLOATS)
+
+    return LANES(LANES, LANES), build
+
+
+@intrinsic
+def _read_floats(context, address):
+    def build(context, builder, signature, given):
+        return builder.load(builder.inttoptr(given[0], _FLOATS.as_pointer()), align=4)
+
+    return LANES(types.int64), build
+
+
+@intrinsic
+def _read_halves(context, address):
+    def build(context, builder, signature, given):
+        bits = builder.load(builder.inttoptr(given[0], _SHORTS.as_pointer()), align=2)
+        return builder.bitcast(builder.shl(builder.zext(bits, _INTS), _constant(16)), _FLOATS)
+
+    return LANES(types.int64), build
+
+
+@intrinsic
+def _write_floats(context, address, x):
+    def build(context, builder, signature, given):
+        builder.store(given[1], builder.inttoptr(given[0], _FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, LANES), build
+
+
+@intrinsic
+def _write_halves(context, address, x):
+    """Rounded to the nearest, ties to even; what is no number stays none."""
+
+    def build(context, builder, signature, given):
+        address, x = given
+        bits = builder.bitcast(x, _INTS)
+        odd = builder.and_(builder.lshr(bits, _constant(16)), _constant(1))
+        rounded = builder.add(bits, builder.add(odd, _constant(0x7FFF)))
+        quiet = builder.or_(bits, _constant(0x400000))
+        chosen = builder.select(builder.fcmp_unordered("uno", x, x), quiet, rounded)
+        short = builder.trunc(builder.lshr(chosen, _constant(16)), _SHORTS)
+        builder.store(short, builder.inttoptr(address, _SHORTS.as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, LANES), build
+
+
+@intrinsic
+def whole(context, address):
+    """The int64 at an address."""
+
+    def build(context, builder, signature, given):
+        return builder.load(builder.inttoptr(given[0], ir.IntType(64).as_pointer()))
+
+    return types.int64(types.int64), build
+
+
+@intrinsic
+def number(context, address):
+    """The float32 at an address."""
+
+    def build(context, builder, signature, given):
+        return builder.load(builder.inttoptr(given[0], _FLOAT.as_pointer()))
+
+    return types.float32(types.int64), build
+
+
+@numba.njit
+def read(base, i, half):
+    """Elements i to i + 15 from an address on."""
+    if half:
+        return _read_halves(base + 2 * i)
+    return _read_floats(base + 4 * i)
+
+
+@numba.njit
+def write(base, i, x, half):
+    """x to elements i to i + 15, rounded to their type."""
+    if half:
+        _write_halves(base + 2 * i, x)
+    else:
+        _write_floats(base + 4 * i, x)
+
+
+@numba.njit
+def exp(x):
+    """eˣ to a unit in the last place (Cephes' polynomial), between e⁻⁸⁷ and e⁸⁸; what is no number stays none."""
+    x = lesser(splat(_MOST), greater(splat(_LEAST), x))
+    times = fma(x, splat(_LOG2E), splat(_ROUNDER))
+    n = times - splat(_ROUNDER)
+    r = fma(n, splat(-_LN2_LOW), fma(n, splat(-_LN2_HIGH), x))
+    p = splat(1.9875691500e-4)
+    p = fma(p, r, splat(1.3981999507e-3))
+    p = fma(p, r, splat(8.3334519073e-3))
+    p = fma(p, r, splat(4.1665795894e-2))
+    p = fma(p, r, splat(1.6666665459e-1))
+    p = fma(p, r, splat(5.0000001201e-1))
+    return _doubled(fma(p, r * r, r + splat(1.0)), times)
+
+
+def _operator(operation, instruction):
+    @intrinsic
+    def apply(context, x, y):
+        def build(context, builder, signature, given):
+            return getattr(builder, instruction)(*given)
+
+        return LANES(LANES, LANES), build
+
+    @overload(operation, inline="always")
+    def choose(x, y):
+        if isinstance(x, Lanes) and isinstance(y, Lanes):
+            return lambda x, y: apply(x, y)
+        return None
+
+
+_operator(operator.add, "fadd")
+_operator(operator.sub, "fsub")
+_operator(operator.mul, "fmul")
+_operator(operator.truediv, "fdiv")
+
+
+def _constant(value):
+    return ir.Constant(_INTS, [value] * WIDTH)
+
+
+def _splat(builder, value, kind):
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(first, first, ir.Constant(_INTS, [0] * WIDTH))
+
+
+def _folded(builder, x, combine):
+    width = WIDTH
+    while width > 1:
+        width //= 2
+        low, high = (
+            builder.shuffle_vector(x, x, ir.Constant(ir.VectorType(_INT, width), list(range(start, start + width))))
+            for start in (0, width)
+        )
+        x = combine(low, high)
+    return builder.extract_element(x, ir.Constant(_INT, 0))
