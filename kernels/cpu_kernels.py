@@ -7,7 +7,24 @@ import math
 
 import numpy as np
 
-from .lanes import WIDTH, exp, fma, greater, greatest, kernel, number, part, read, splat, total, whole, write
+from .lanes import (
+    WIDTH,
+    exp,
+    fma,
+    greater,
+    greatest,
+    kernel,
+    lane,
+    number,
+    part,
+    put_number,
+    put_whole,
+    read,
+    splat,
+    total,
+    whole,
+    write,
+)
 
 
 @part
@@ -73,6 +90,28 @@ def silu_gate(x, out, rows, width, half):
             gate = read(source, i, half)
             gate = gate / (splat(1.0) + exp(splat(0.0) - gate))
             write(target, i, gate * read(source, width + i, half), half)
+
+
+@kernel("void(int64, int64, int64, int64, int64, boolean)")
+def choose(scores, token, log_sum_exp, rows, width, half):
+    """The first greatest of each row of scores [rows, width], int64, and log Σ exp of the row, float32."""
+    for row in range(rows):
+        source = scores + row * width * (2 if half else 4)
+        peaks, masses = read(source, 0, half), splat(0.0)
+        for i in range(WIDTH, width, WIDTH):
+            peaks = greater(read(source, i, half), peaks)
+        peak = greatest(peaks)
+        for i in range(0, width, WIDTH):
+            masses = masses + exp(read(source, i, half) - splat(peak))
+        first, i = width, 0
+        while i < width and first == width:
+            x = read(source, i, half)
+            if greatest(x) == peak:
+                for j in range(WIDTH - 1, -1, -1):
+                    first = i + j if lane(x, j) == peak else first
+            i += WIDTH
+        put_whole(token + 8 * row, first % width)
+        put_number(log_sum_exp + 4 * row, np.float32(peak + np.float32(math.log(total(masses)))))
 
 
 @part

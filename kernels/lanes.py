@@ -78,14 +78,6 @@ def lane(context, x, i):
 
 
 @intrinsic
-def _with_lane(context, x, i, value):
-    def build(context, builder, signature, given):
-        return builder.insert_element(given[0], given[2], given[1])
-
-    return LANES(LANES, i, types.float32), build
-
-
-@intrinsic
 def fma(context, x, y, z):
     """x·y + z, rounded once."""
 
@@ -191,24 +183,29 @@ def _write_halves(context, address, x):
     return types.void(types.int64, LANES), build
 
 
-@intrinsic
-def whole(context, address):
-    """The int64 at an address."""
+def _scalar(kind, element):
+    """Reading and writing one number at an address."""
 
-    def build(context, builder, signature, given):
-        return builder.load(builder.inttoptr(given[0], ir.IntType(64).as_pointer()))
+    @intrinsic
+    def get(context, address):
+        def build(context, builder, signature, given):
+            return builder.load(builder.inttoptr(given[0], element.as_pointer()))
 
-    return types.int64(types.int64), build
+        return kind(types.int64), build
+
+    @intrinsic
+    def put(context, address, value):
+        def build(context, builder, signature, given):
+            builder.store(given[1], builder.inttoptr(given[0], element.as_pointer()))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, kind), build
+
+    return get, put
 
 
-@intrinsic
-def number(context, address):
-    """The float32 at an address."""
-
-    def build(context, builder, signature, given):
-        return builder.load(builder.inttoptr(given[0], _FLOAT.as_pointer()))
-
-    return types.float32(types.int64), build
+whole, put_whole = _scalar(types.int64, ir.IntType(64))
+number, put_number = _scalar(types.float32, _FLOAT)
 
 
 @numba.njit

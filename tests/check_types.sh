@@ -5,8 +5,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$BIN/python" -m build --outdir "$work/dist" . >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
 "$BIN/python" -m pip install --quiet --no-deps --target "$work/site" "$work"/dist/*.whl
-# Triton's language is Python in its syntax alone: files that define kernels are left to Triton's own compiler.
-kernels=$(cd "$work" && grep -rl --include='*.py' '@triton.jit' site/skipjack | sed 's/.*/"&"/' | paste -sd, -)
+# Triton's language and numba's are Python in their syntax alone: files that define kernels are left to their compilers.
+kernels=$(cd "$work" && grep -rlE --include='*.py' '@triton.jit|@kernel|@intrinsic' site/skipjack | sed 's/.*/"&"/' | paste -sd, -)
 cat >"$work/pyrightconfig.json" <<CONFIG
 {"include": ["site/skipjack"], "ignore": [$kernels], "typeCheckingMode": "strict", "pythonVersion": "3.10",
  "reportMissingTypeStubs": "none", "reportUnknownMemberType": "none", "reportPrivateUsage": "none"}

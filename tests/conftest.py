@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from skipjack import Engine
+from skipjack.kernels.ops import TORCH, Ops
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime.request import Output
@@ -77,6 +78,17 @@ def synthetic() -> Callable[..., Engine]:
         return Engine(config, synthetic_weights(config, 0, dtype, late_scale))
 
     return engine
+
+
+@pytest.fixture(params=["torch", "compiled"])
+def table(request: pytest.FixtureRequest) -> Ops:
+    """Either op table of the CPU; the compiled one where numba is installed."""
+    if request.param == "torch":
+        return TORCH
+    pytest.importorskip("numba", reason="numba is not installed")
+    from skipjack.kernels.compiled import COMPILED
+
+    return COMPILED
 
 
 @pytest.fixture(scope="session")

@@ -468,6 +468,9 @@ def test_doctor(capsys) -> None:
     }  # fmt: skip
     assert findings["backend"].startswith("torch")
     assert findings["advice"]
+    numba = findings["packages"]["numba"] is not None
+    assert ("compiled small operations" in findings["backend"]) == numba
+    assert any("numba is not installed" in line for line in findings["advice"]) != numba
     assert cli.run(["doctor"]) == 0
     assert findings["python"] in capsys.readouterr().out
 

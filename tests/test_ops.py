@@ -9,7 +9,7 @@ from torch import Tensor
 from skipjack.kernels import reference
 from skipjack.kernels.attention_index import AttentionIndex
 from skipjack.kernels.elementwise import ONE_THREAD, steady
-from skipjack.kernels.ops import TORCH
+from skipjack.kernels.ops import TORCH, Ops
 from skipjack.kernels.values import Norm, Rope, Slots
 
 TILE = TORCH.decode_tile
@@ -36,12 +36,12 @@ def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("columns", "rows"), SHAPES)
-def test_linear_with_norm_bias_and_residual_is_the_formula(columns: int, rows: int, dtype: torch.dtype) -> None:
+def test_linear_with_norm_bias_and_residual_is_the_formula(table: Ops, columns: int, rows: int, dtype: torch.dtype) -> None:
     x, weight = randn(11, columns, dtype=dtype), randn(rows, columns, dtype=dtype, seed=1) / columns**0.5
     bias, residual = randn(rows, dtype=dtype, seed=2), randn(11, rows, dtype=dtype, seed=3)
     scale = randn(columns, dtype=dtype, seed=4)
     expected = rms(x, scale, 1e-5) @ weight.double().T + bias.double() + residual.double()
-    got = reference.linear(
+    got = table.linear(
         x, TORCH.prepare(weight), tile=TILE, norm=Norm(scale, None, 1e-5), bias=bias, residual=residual
     )
     assert got is residual
@@ -49,21 +49,21 @@ def test_linear_with_norm_bias_and_residual_is_the_formula(columns: int, rows: i
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_activations_are_the_formulas(dtype: torch.dtype) -> None:
+def test_activations_are_the_formulas(table: Ops, dtype: torch.dtype) -> None:
     x, weight = randn(5, 48, dtype=dtype), randn(70, 48, dtype=dtype, seed=1) / 7
     y = x.double() @ weight.double().T
     gate, up = y.chunk(2, -1)
     matrix = TORCH.prepare(weight)
-    assert_near(reference.linear(x, matrix, tile=TILE, activation="silu_gate"), gate / (1 + (-gate).exp()) * up)
+    assert_near(table.linear(x, matrix, tile=TILE, activation="silu_gate"), gate / (1 + (-gate).exp()) * up)
     inner = math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)
-    assert_near(reference.linear(x, matrix, tile=TILE, activation="gelu_tanh"), 0.5 * y * (1 + inner.tanh()))
+    assert_near(table.linear(x, matrix, tile=TILE, activation="gelu_tanh"), 0.5 * y * (1 + inner.tanh()))
 
 
-def test_inactive_rows_keep_their_residual() -> None:
+def test_inactive_rows_keep_their_residual(table: Ops) -> None:
     x, weight, residual = randn(6, 32), randn(16, 32, seed=1), randn(6, 16, seed=2)
     active = torch.tensor([True, False, True, True, False, False])
     before = residual.clone()
-    reference.linear(x, TORCH.prepare(weight), tile=TILE, residual=residual, active=active)
+    table.linear(x, TORCH.prepare(weight), tile=TILE, residual=residual, active=active)
     assert torch.equal(residual[~active], before[~active])
     assert_near(residual[active], (before + x @ weight.T)[active])
 
@@ -72,7 +72,7 @@ def test_inactive_rows_keep_their_residual() -> None:
 @pytest.mark.parametrize("activation", [None, "silu_gate", "gelu_tanh"])
 @pytest.mark.parametrize(("columns", "rows"), [*SHAPES, (64, 28672)])
 def test_linear_rows_do_not_depend_on_their_number_or_place(
-    columns: int, rows: int, activation: str | None, dtype: torch.dtype
+    table: Ops, columns: int, rows: int, activation: str | None, dtype: torch.dtype
 ) -> None:
     rows += rows % 2
     x, residual = randn(64, columns, dtype=dtype), randn(64, rows, dtype=dtype, seed=1)
@@ -83,7 +83,7 @@ def test_linear_rows_do_not_depend_on_their_number_or_place(
 
     def run(part: slice) -> Tensor:
         added = residual[part].clone() if activation is None else None
-        return reference.linear(x[part], matrix, tile=TILE, norm=norm, activation=activation, residual=added)
+        return table.linear(x[part], matrix, tile=TILE, norm=norm, activation=activation, residual=added)
 
     alone = torch.cat([run(slice(i, i + 1)) for i in range(64)])
     for count in ROW_COUNTS if rows < 10000 else (3, 64):
@@ -122,10 +122,10 @@ class Cached:
                 self.keys[self.table[s, p]], self.values[self.table[s, p]] = span[0], span[1]
 
     def attend(
-        self, q: Tensor, sequence: Tensor, position: Tensor, window: int | None, slopes: Tensor | None
+        self, table: Ops, q: Tensor, sequence: Tensor, position: Tensor, window: int | None, slopes: Tensor | None
     ) -> Tensor:
         index = AttentionIndex(sequence, position, self.table, page_size=PAGE, tile=TILE)
-        return reference.attend(
+        return table.attend(
             q, self.keys, self.values, index, scale=q.shape[-1] ** -0.5, window=window, slopes=slopes
         )
 
@@ -143,13 +143,13 @@ ATTENTION = [
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "window", "alibi"), ATTENTION)
 @pytest.mark.parametrize("position", [0, 1, 15, 16, 127, 129, 255, 256, 1000])
 def test_attention_is_the_formula(
-    position: int, heads: int, kv_heads: int, head_dim: int, window: int | None, alibi: bool, dtype: torch.dtype
+    table: Ops, position: int, heads: int, kv_heads: int, head_dim: int, window: int | None, alibi: bool, dtype: torch.dtype
 ) -> None:
     cached = Cached(1024, kv_heads, head_dim, dtype)
     slopes = 2.0 ** -torch.arange(1, heads + 1) if alibi else None
     q = randn(3, heads, head_dim, dtype=dtype, seed=7)
     sequence, at = torch.tensor([0, 0, 1]), torch.tensor([position, position + 1, position])
-    got = cached.attend(q, sequence, at, window, slopes)
+    got = cached.attend(table, q, sequence, at, window, slopes)
     expected = torch.stack(
         [
             attention_oracle(q[i], *cached.flat[:, s], p, window, slopes)
@@ -162,7 +162,7 @@ def test_attention_is_the_formula(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "window", "alibi"), ATTENTION)
 def test_attention_rows_do_not_depend_on_their_neighbours(
-    heads: int, kv_heads: int, head_dim: int, window: int | None, alibi: bool, dtype: torch.dtype
+    table: Ops, heads: int, kv_heads: int, head_dim: int, window: int | None, alibi: bool, dtype: torch.dtype
 ) -> None:
     cached = Cached(1024, kv_heads, head_dim, dtype)
     slopes = 2.0 ** -torch.arange(1, heads + 1) if alibi else None
@@ -171,7 +171,7 @@ def test_attention_rows_do_not_depend_on_their_neighbours(
     q = randn(len(position), heads, head_dim, dtype=dtype, seed=8)
 
     def run(rows: list[int]) -> Tensor:
-        return cached.attend(q[rows], sequence[rows], position[rows], window, slopes)
+        return cached.attend(table, q[rows], sequence[rows], position[rows], window, slopes)
 
     alone = torch.cat([run([i]) for i in range(len(position))])
     for rows in (list(range(35)), list(range(5, 14)), [3, 11, 34], list(range(1, 35, 2)), [0, 13, 14, 15, 33]):
@@ -179,24 +179,24 @@ def test_attention_rows_do_not_depend_on_their_neighbours(
 
 
 @pytest.mark.parametrize("before", [1, 3, 5])
-def test_rows_may_follow_rows_of_no_sequence_in_a_tile_that_is_full(before: int) -> None:
+def test_rows_may_follow_rows_of_no_sequence_in_a_tile_that_is_full(table: Ops, before: int) -> None:
     """The draft of the first sequence of a pass has stopped, or its cycle needs no refill."""
     cached = Cached(300, 2, 8, torch.float32)
     q, rows = randn(TILE, 4, 8), slice(before, before + 3)
     sequence, position = torch.full((TILE,), -1), torch.zeros(TILE, dtype=torch.int64)
     sequence[rows], position[rows] = 1, torch.tensor([254, 255, 256])
     expected = [attention_oracle(q[i], *cached.flat[:, 1], int(position[i]), None, None) for i in range(TILE)[rows]]
-    assert_near(cached.attend(q, sequence, position, None, None)[rows], torch.stack(expected))
+    assert_near(cached.attend(table, q, sequence, position, None, None)[rows], torch.stack(expected))
 
 
-def test_attention_skips_padding_and_inactive_rows() -> None:
+def test_attention_skips_padding_and_inactive_rows(table: Ops) -> None:
     cached = Cached(300, 2, 8, torch.float32)
     q = randn(4, 4, 8)
     index = AttentionIndex(
         torch.tensor([0, 0, -1, 1]), torch.tensor([7, 8, 0, 290]), cached.table, page_size=PAGE, tile=TILE
     )
     active = torch.tensor([True, False, True, True])
-    out = reference.attend(q, cached.keys, cached.values, index, scale=1.0, active=active)
+    out = table.attend(q, cached.keys, cached.values, index, scale=1.0, active=active)
     assert out[1].eq(0).all()
     assert out[2].eq(0).all()
     assert out[0].ne(0).all()
@@ -205,7 +205,7 @@ def test_attention_skips_padding_and_inactive_rows() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_qkv_rope_append_is_the_formula(qk_norm: bool, dtype: torch.dtype) -> None:
+def test_qkv_rope_append_is_the_formula(table: Ops, qk_norm: bool, dtype: torch.dtype) -> None:
     heads, kv_heads, head_dim, hidden, rows = 4, 2, 12, 40, 11
     x, scale = randn(rows, hidden, dtype=dtype), randn(hidden, dtype=dtype, seed=1)
     weight = randn((heads + 2 * kv_heads) * head_dim, hidden, dtype=dtype, seed=2) / 6
@@ -215,7 +215,7 @@ def test_qkv_rope_append_is_the_formula(qk_norm: bool, dtype: torch.dtype) -> No
     cos, sin = angle.cos().repeat(1, 1, 2), torch.cat([-angle.sin(), angle.sin()], -1)
     slots = Slots(torch.tensor([1, 2] * 5 + [3]), torch.arange(rows) * 3)
     keys, values = torch.full((2, 4, kv_heads, 40, head_dim), torch.nan, dtype=dtype)
-    q = reference.qkv_rope_append(
+    q = table.qkv_rope_append(
         x, Norm(scale, None, 1e-6), TORCH.prepare(weight), bias, *norms, Rope(cos, sin), keys, values, slots,
         heads=heads, tile=TILE,
     )  # fmt: skip
@@ -236,10 +236,10 @@ def test_qkv_rope_append_is_the_formula(qk_norm: bool, dtype: torch.dtype) -> No
     assert keys.transpose(1, 2)[~written].isnan().all()
 
 
-def test_head_ties_go_to_the_lowest_id() -> None:
+def test_head_ties_go_to_the_lowest_id(table: Ops) -> None:
     weight = randn(16, 8).repeat(3, 1)
     x = randn(6, 8, seed=1)
-    prediction = reference.head(x, Norm(torch.ones(8), None, 1e-6), TORCH.prepare(weight), tile=TILE)
+    prediction = table.head(x, Norm(torch.ones(8), None, 1e-6), TORCH.prepare(weight), tile=TILE)
     logits = rms(x, torch.ones(8), 1e-6) @ weight.double().T
     assert prediction.token.lt(16).all()
     assert torch.equal(prediction.token, logits[:, :16].argmax(-1))
