@@ -2,7 +2,7 @@
 
 The products are those of `reference`, and so is what is rare: float16 and float64, sizes that are no multiple of the
 lanes, and the attention of prompts, whose tiles are large enough for a library. Which of the two computes something
-depends on the dtype, the model's shape and the pass's tile, and never on its rows; a kernel computes every row by itself.
+depends on the dtype, the model's shape and the pass's tile, and never on its rows; a kernel takes each row by itself.
 """
 
 from dataclasses import replace
@@ -203,6 +203,10 @@ def rounds_alike(weights: list[Matrix], heads: Heads, dtype: torch.dtype, tile: 
     return tiles.alike_by(normalise, attend, weights, heads, dtype, tile)
 
 
+def _describe(dtype: torch.dtype) -> str:
+    return f"{products(dtype)}, {'compiled' if dtype in _HALF else 'plain'} small operations"
+
+
 def _fits(x: Tensor, width: int) -> bool:
     return x.dtype in _HALF and width % WIDTH == 0
 
@@ -223,7 +227,7 @@ def _activate(y: Tensor, activation: str) -> Tensor:
 _AROUND = reference.Around(normalise, _activate)
 COMPILED: Ops = replace(
     TORCH,
-    describe=lambda dtype: f"{products(dtype)}, {'compiled' if dtype in _HALF else 'plain'} small operations",
+    describe=_describe,
     rounds_alike=rounds_alike,
     normalise=normalise,
     linear=linear,

@@ -1,8 +1,5 @@
 """The small operations between the products of a pass, for a CPU: one row after the other, each by itself."""
 
-# pyright: basic
-# ruff: noqa: ANN
-
 import math
 
 import numpy as np
@@ -229,11 +226,11 @@ def _mix(weights, values, places, share, out, width, half):
         write(out, j + 2 * WIDTH, third * splat(share), half)
         write(out, j + 3 * WIDTH, fourth * splat(share), half)
         j += 4 * WIDTH
-    for j in range(j, width, WIDTH):
+    for rest in range(j, width, WIDTH):
         mixed = splat(0.0)
         for i in range(len(places)):
-            mixed = fma(splat(weights[i]), read(values + places[i] * size, j, half), mixed)
-        write(out, j, mixed * splat(share), half)
+            mixed = fma(splat(weights[i]), read(values + places[i] * size, rest, half), mixed)
+        write(out, rest, mixed * splat(share), half)
 
 
 @kernel(

@@ -7,9 +7,6 @@ on any processor; how many lanes an instruction takes is the compiler's affair.
 An address is an integer, and elements are counted from it; `half` says that they are bfloat16, not float32.
 """
 
-# pyright: basic
-# ruff: noqa: ANN
-
 import hashlib
 import operator
 from pathlib import Path
@@ -252,7 +249,7 @@ def _operator(operation, instruction):
     @overload(operation, inline="always")
     def choose(x, y):
         if isinstance(x, Lanes) and isinstance(y, Lanes):
-            return lambda x, y: apply(x, y)
+            return lambda x, y: apply(x, y)  # noqa: PLW0108
         return None
 
 

@@ -105,7 +105,9 @@ def linear_by(
         return whole.index_copy_(0, row, part)
     added = residual if scale is None else None
     parts = [
-        _linear_tile(around, part, weight, norm, bias, activation, None if added is None else _tile_of(added, start, tile))
+        _linear_tile(
+            around, part, weight, norm, bias, activation, None if added is None else _tile_of(added, start, tile)
+        )
         for start, part in _tiles(x, tile)
     ]
     y, rows = parts[0] if len(parts) == 1 else torch.cat(parts), x.shape[0]
@@ -307,7 +309,7 @@ def _linear_tile(
 
 
 def activate(y: Tensor, activation: str) -> Tensor:
-    """"silu_gate": silu(gate)·up of gate before up, [R, 2·I] → [R, I]; "gelu_tanh": elementwise."""
+    """ "silu_gate": silu(gate)·up of gate before up, [R, 2·I] → [R, I]; "gelu_tanh": elementwise."""
     if activation == "silu_gate":
         gate, up = y.chunk(2, dim=-1)
         return steady(functional.silu, gate) * up

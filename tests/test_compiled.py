@@ -1,4 +1,4 @@
-"""The compiled operations of a CPU against float64, over memory that is poisoned, and the choice between the two tables."""
+"""The compiled operations of a CPU against float64, over memory that is poisoned; which of its two tables is in use."""
 
 import math
 import os
@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-numba = pytest.importorskip("numba", reason="numba is not installed")
+pytest.importorskip("numba", reason="numba is not installed")
+
+import numba
 
 from skipjack import Engine, SamplingParams
-from skipjack.kernels import compiled, cpu_kernels, ops, reference
+from skipjack.kernels import compiled, ops, reference
 from skipjack.kernels.attention_index import AttentionIndex
 from skipjack.kernels.lanes import exp, kernel, read, splat, write
 from skipjack.kernels.ops import TORCH
@@ -246,9 +248,7 @@ def test_tensors_that_are_parts_of_others_are_read_as_they_lie() -> None:
     table = torch.tensor([[9, 0, 1], [9, 2, 0]])[:, 1:]
     sequence, position = torch.tensor([0, 9, 0, 9, 1, 9])[::2], torch.tensor([70, 9, 71, 9, 80, 9])[::2]
     got, expected = (
-        compiled.attend(
-            q, keys, values, AttentionIndex(*rows, pages, page_size=64, tile=8), scale=0.1
-        )
+        compiled.attend(q, keys, values, AttentionIndex(*rows, pages, page_size=64, tile=8), scale=0.1)
         for q, rows, pages in (
             (whole[:, :4], (sequence, position), table),
             (whole[:, :4].clone(), (sequence.clone(), position.clone()), table.clone()),
@@ -276,7 +276,9 @@ def test_tensors_that_are_parts_of_others_are_read_as_they_lie() -> None:
 def test_attention_of_keys_that_differ_a_lot_is_finite_and_right(scale: float, dtype: torch.dtype) -> None:
     keys, values = randn(2, 1, 1, 256, 64, dtype=dtype)
     q = randn(3, 1, 64, dtype=dtype, seed=1)
-    index = AttentionIndex(torch.zeros(3).long(), torch.tensor([253, 254, 255]), torch.tensor([[0]]), page_size=256, tile=4)
+    index = AttentionIndex(
+        torch.zeros(3).long(), torch.tensor([253, 254, 255]), torch.tensor([[0]]), page_size=256, tile=4
+    )
     got = compiled.attend(q, keys, values, index, scale=scale)
     for row in range(3):
         k, v = keys[0, 0, : 254 + row].double(), values[0, 0, : 254 + row].double()
@@ -302,7 +304,9 @@ def test_head(vocabulary: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_which_rows_share_a_pass_changes_no_bit_of_a_model(synthetic: Callable[..., Engine], dtype: torch.dtype) -> None:
+def test_which_rows_share_a_pass_changes_no_bit_of_a_model(
+    synthetic: Callable[..., Engine], dtype: torch.dtype
+) -> None:
     """A short sequence beside long ones, by any method: the tokens each has alone."""
     engine = synthetic("tiny", dtype=dtype)
     assert "compiled small operations" in engine.backend
@@ -349,7 +353,8 @@ def run(code: str, **environment: str) -> str:
 
 
 def test_kernels_are_kept_on_disk_and_need_no_folder_to_keep_them(tmp_path: Path) -> None:
-    load = "from skipjack.kernels.cpu_kernels import rms_norm as k; print(len(k.stats.cache_hits), len(k.stats.cache_misses))"
+    load = "from skipjack.kernels.cpu_kernels import rms_norm as kernel; "
+    load += "print(len(kernel.stats.cache_hits), len(kernel.stats.cache_misses))"
     kept = str(tmp_path / "kept")
     assert run(load, NUMBA_CACHE_DIR=kept).split() == ["0", "1"]
     assert run(load, NUMBA_CACHE_DIR=kept).split() == ["1", "0"]

@@ -36,14 +36,14 @@ def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("columns", "rows"), SHAPES)
-def test_linear_with_norm_bias_and_residual_is_the_formula(table: Ops, columns: int, rows: int, dtype: torch.dtype) -> None:
+def test_linear_with_norm_bias_and_residual_is_the_formula(
+    table: Ops, columns: int, rows: int, dtype: torch.dtype
+) -> None:
     x, weight = randn(11, columns, dtype=dtype), randn(rows, columns, dtype=dtype, seed=1) / columns**0.5
     bias, residual = randn(rows, dtype=dtype, seed=2), randn(11, rows, dtype=dtype, seed=3)
     scale = randn(columns, dtype=dtype, seed=4)
     expected = rms(x, scale, 1e-5) @ weight.double().T + bias.double() + residual.double()
-    got = table.linear(
-        x, TORCH.prepare(weight), tile=TILE, norm=Norm(scale, None, 1e-5), bias=bias, residual=residual
-    )
+    got = table.linear(x, TORCH.prepare(weight), tile=TILE, norm=Norm(scale, None, 1e-5), bias=bias, residual=residual)
     assert got is residual
     assert_near(got, expected)
 
@@ -125,9 +125,7 @@ class Cached:
         self, table: Ops, q: Tensor, sequence: Tensor, position: Tensor, window: int | None, slopes: Tensor | None
     ) -> Tensor:
         index = AttentionIndex(sequence, position, self.table, page_size=PAGE, tile=TILE)
-        return table.attend(
-            q, self.keys, self.values, index, scale=q.shape[-1] ** -0.5, window=window, slopes=slopes
-        )
+        return table.attend(q, self.keys, self.values, index, scale=q.shape[-1] ** -0.5, window=window, slopes=slopes)
 
 
 ATTENTION = [
@@ -143,7 +141,14 @@ ATTENTION = [
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "window", "alibi"), ATTENTION)
 @pytest.mark.parametrize("position", [0, 1, 15, 16, 127, 129, 255, 256, 1000])
 def test_attention_is_the_formula(
-    table: Ops, position: int, heads: int, kv_heads: int, head_dim: int, window: int | None, alibi: bool, dtype: torch.dtype
+    table: Ops,
+    position: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int | None,
+    alibi: bool,
+    dtype: torch.dtype,
 ) -> None:
     cached = Cached(1024, kv_heads, head_dim, dtype)
     slopes = 2.0 ** -torch.arange(1, heads + 1) if alibi else None
