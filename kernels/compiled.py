@@ -80,9 +80,9 @@ def qkv_rope_append(
         )
     rows = x.shape[0]
     q = torch.empty((rows, heads, head_dim), dtype=x.dtype, device=x.device)
-    page, offset = (slot.contiguous() for slot in slots)
+    page, offset = slots.page.contiguous(), slots.offset.contiguous()
     page = page if write is None else torch.where(write, page, -1)
-    cos, sin = (None, None) if rope is None else (table.contiguous() for table in rope)
+    cos, sin = (None, None) if rope is None else (rope.cos.contiguous(), rope.sin.contiguous())
     cpu_kernels.rope_append(
         qkv.data_ptr(),
         0 if q_norm is None else q_norm.data_ptr(),
