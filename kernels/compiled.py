@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import cpu_kernels, packed, reference, reference_routes, tiles
+from . import cpu_kernels, packed, reference, reference_routes, team, tiles
 from .attention_index import AttentionIndex, Index
 from .lanes import WIDTH
 from .ops import TORCH, Ops, products
@@ -144,6 +144,9 @@ def attend(
         window or 0,
         scale,
         _HALF[q.dtype],
+        torch.get_num_threads(),
+        team.entry(),
+        cpu_kernels.attend_some.address,
     )
     return out
 
@@ -204,7 +207,9 @@ def rounds_alike(weights: list[Matrix], heads: Heads, dtype: torch.dtype, tile: 
 
 
 def _describe(dtype: torch.dtype) -> str:
-    return f"{products(dtype)}, {'compiled' if dtype in _HALF else 'plain'} small operations"
+    if dtype not in _HALF:
+        return f"{products(dtype)}, plain small operations"
+    return f"{products(dtype)}, compiled small operations{'' if team.entry() else ', attention on one thread'}"
 
 
 def _fits(x: Tensor, width: int) -> bool:

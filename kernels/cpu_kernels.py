@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from numba import carray
 
 from .lanes import (
     WIDTH,
@@ -18,10 +19,15 @@ from .lanes import (
     put_whole,
     read,
     splat,
+    taken,
+    together,
     total,
     whole,
+    worker,
     write,
 )
+
+_WORTH_A_TEAM = 2048
 
 
 @part
@@ -163,9 +169,8 @@ def rope_append(
 
 
 @part
-def _find(places, first, row, owner, table, pages, length, slot, depth, kv_heads, slots, width):
-    """Where the keys of positions `first` and after lie in a cache [pages, kv_heads, slots, width], in elements."""
-    end = first + len(places)
+def _find(places, first, end, row, owner, table, pages, length, slot, depth, kv_heads, slots, width):
+    """Where the keys of positions from `first` to `end` - 1 lie in [pages, kv_heads, slots, width], in elements."""
     for page in range(first // slots, (end - 1) // slots + 1):
         start = page * slots
         base = whole(table + 8 * (owner * pages + page)) * kv_heads * slots - start
@@ -180,11 +185,11 @@ def _find(places, first, row, owner, table, pages, length, slot, depth, kv_heads
 
 
 @part
-def _score(query, keys, places, scale, slope, scores, width, half):
-    """scale·q·k + slope·distance of a head's query float32 [width] and every key."""
-    size, count = 2 if half else 4, len(places)
+def _score(query, keys, places, scale, slope, scores, count, width, half):
+    """scale·q·k + slope·distance of a query float32 [width] and `count` keys."""
+    size = 2 if half else 4
     for i in range(count):
-        key, products = keys + places[i] * size, splat(0.0)
+        key, products = keys + whole(places + 8 * i) * size, splat(0.0)
         for j in range(0, width, WIDTH):
             products = fma(read(query, j, False), read(key, j, half), products)
         distance = np.float32(i + 1 - count)
@@ -210,13 +215,13 @@ def _softmax(scores, count):
 
 
 @part
-def _mix(weights, values, places, share, out, width, half):
-    """share·Σ weight·value, the positions in order; four vectors at a time, each a sum of its own."""
+def _mix(weights, values, places, share, out, count, width, half):
+    """share·Σ weight·value of `count` values in order; four vectors at a time, each a sum of its own."""
     size, j = 2 if half else 4, 0
     while j + 4 * WIDTH <= width:
         first, second, third, fourth = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
-        for i in range(len(places)):
-            weight, value = splat(weights[i]), values + (places[i] + j) * size
+        for i in range(count):
+            weight, value = splat(weights[i]), values + (whole(places + 8 * i) + j) * size
             first = fma(weight, read(value, 0, half), first)
             second = fma(weight, read(value, WIDTH, half), second)
             third = fma(weight, read(value, 2 * WIDTH, half), third)
@@ -228,42 +233,83 @@ def _mix(weights, values, places, share, out, width, half):
         j += 4 * WIDTH
     for rest in range(j, width, WIDTH):
         mixed = splat(0.0)
-        for i in range(len(places)):
-            mixed = fma(splat(weights[i]), read(values + places[i] * size, rest, half), mixed)
+        for i in range(count):
+            mixed = fma(splat(weights[i]), read(values + whole(places + 8 * i) * size, rest, half), mixed)
         write(out, rest, mixed * splat(share), half)
+
+
+@part
+def _keep(arrays):
+    """numba frees an array after its last use by name, even if its address is used later."""
+    return len(arrays)
+
+
+@part
+def _attend_some(block):
+    """Heads of rows as long as some are left; block[0] counts those taken, and `attend` says what the rest is."""
+    q, keys, values, out, places, counts = block[1], block[2], block[3], block[4], block[5], block[6]
+    longest, slopes, rows, heads, kv_heads = block[7], block[8], block[9], block[10], block[11]
+    width, slots, half, scale = block[12], block[13], block[14] != 0, block[15:].view(np.float64)[0]
+    size, query, scores = 2 if half else 4, np.empty(width, np.float32), np.empty(longest, np.float32)
+    task = taken(block.ctypes.data)
+    while task < rows * heads:
+        row, head = task // heads, task % heads
+        target, count, found = out + task * width * size, whole(counts + 8 * row), places + 8 * row * longest
+        for i in range(0, width, WIDTH):
+            write(query.ctypes.data, i, read(q + task * width * size, i, half), False)
+            write(target, i, splat(0.0), half)
+        if count:
+            own = head // (heads // kv_heads) * slots * width * size
+            slope = number(slopes + 4 * head) if slopes else np.float32(0.0)
+            seen = scores[: (count + WIDTH - 1) // WIDTH * WIDTH]
+            _score(query.ctypes.data, keys + own, found, scale, slope, seen, count, width, half)
+            share = _softmax(seen, count)
+            _mix(seen, values + own, found, share, target, count, width, half)
+        task = taken(block.ctypes.data)
+    _keep((query, scores))
+
+
+@worker
+def attend_some(block):
+    """`_attend_some` for a thread of a team."""
+    _attend_some(carray(block, 16))
 
 
 @kernel(
     "void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64,"
-    " int64, int64, int64, int64, int64, int64, float64, boolean)"
+    " int64, int64, int64, int64, int64, int64, float64, boolean, int64, int64, int64)"
 )
 def attend(
     q, keys, values, out, sequence, position, table, pages, length, slot, depth, slopes,
-    rows, heads, kv_heads, width, slots, window, scale, half,
+    rows, heads, kv_heads, width, slots, window, scale, half, threads, entry, some,
 ):  # fmt: skip
     """softmax(scale·q·kᵀ + slope·(key position − position))·v over the positions a row sees, in order.
 
     q [rows, heads, width] → out [rows, heads·width], zeros for rows of no sequence; keys, values [pages, kv_heads,
     slots, width]; sequence, position [rows]; table [sequences, pages]; of a tree length [rows], slot [rows, depth];
-    slopes float32 [heads]; window 0 for none.
+    slopes float32 [heads]; window 0 for none. With an `entry` (`team.entry`) that many threads run `some`, the address
+    of `attend_some`, where there is enough for them to do.
     """
-    size, query = 2 if half else 4, np.empty(width, np.float32)
+    counts, longest, seen = np.zeros(rows, np.int64), 0, 0
     for row in range(rows):
-        source, target = q + row * heads * width * size, out + row * heads * width * size
-        owner, last = whole(sequence + 8 * row), whole(position + 8 * row)
-        if owner < 0:
-            for i in range(0, heads * width, WIDTH):
-                write(target, i, splat(0.0), half)
-            continue
-        first = max(0, last - window + 1) if window else 0
-        count = last - first + 1
-        places, scores = np.empty(count, np.int64), np.empty((count + WIDTH - 1) // WIDTH * WIDTH, np.float32)
-        _find(places, first, row, owner, table, pages, length, slot, depth, kv_heads, slots, width)
-        for head in range(heads):
-            own = head // (heads // kv_heads) * slots * width * size
-            for i in range(0, width, WIDTH):
-                write(query.ctypes.data, i, read(source + head * width * size, i, half), False)
-            slope = number(slopes + 4 * head) if slopes else np.float32(0.0)
-            _score(query.ctypes.data, keys + own, places, scale, slope, scores, width, half)
-            share = _softmax(scores, count)
-            _mix(scores, values + own, places, share, target + head * width * size, width, half)
+        if whole(sequence + 8 * row) >= 0:
+            count = whole(position + 8 * row) + 1
+            counts[row] = min(count, window) if window else count
+            longest, seen = max(longest, counts[row]), seen + counts[row]
+    longest = (longest + WIDTH - 1) // WIDTH * WIDTH
+    places = np.empty((rows, longest), np.int64)
+    for row in range(rows):
+        if counts[row]:
+            owner, end = whole(sequence + 8 * row), whole(position + 8 * row) + 1
+            first = end - counts[row]
+            _find(places[row], first, end, row, owner, table, pages, length, slot, depth, kv_heads, slots, width)
+    block = np.empty(16, np.int64)
+    block[0], block[1], block[2], block[3], block[4] = 0, q, keys, values, out
+    block[5], block[6], block[7], block[8] = places.ctypes.data, counts.ctypes.data, longest, slopes
+    block[9], block[10], block[11], block[12], block[13] = rows, heads, kv_heads, width, slots
+    block[14], block[15:].view(np.float64)[0] = half, scale
+    if entry and threads > 1 and seen * heads >= _WORTH_A_TEAM:
+        together(entry, some, block.ctypes.data, threads)
+    else:
+        _attend_some(block)
+    _keep((counts, places, block))

@@ -17,7 +17,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic, models, overload, register_model
 
 WIDTH = 16
-_FLOAT, _SHORT, _INT = ir.FloatType(), ir.IntType(16), ir.IntType(32)
+_FLOAT, _SHORT, _INT, _LONG = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _FLOATS, _SHORTS, _INTS = (ir.VectorType(element, WIDTH) for element in (_FLOAT, _SHORT, _INT))
 _SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 _LOG2E, _LN2_HIGH, _LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
@@ -55,6 +55,41 @@ def kernel(signature: str):
 
 
 part = numba.njit(nogil=True)
+
+
+def worker(function):
+    """What every thread of a team runs: a function of the address of a block of int64, kept on disk as kernels are."""
+    function.__qualname__ += f".{_SOURCE}"
+    try:
+        return numba.cfunc("void(CPointer(int64))", cache=True)(function)
+    except RuntimeError:
+        return numba.cfunc("void(CPointer(int64))")(function)
+
+
+@intrinsic
+def together(context, entry, worker, block, threads):
+    """Call a worker on every thread of a team and wait for all: GOMP_parallel, by its address."""
+
+    def build(context, builder, signature, given):
+        entry, worker, block, threads = given
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, byte, _INT, _INT])
+        arguments = [builder.inttoptr(worker, byte), builder.inttoptr(block, byte), builder.trunc(threads, _INT)]
+        builder.call(builder.inttoptr(entry, kind.as_pointer()), [*arguments, ir.Constant(_INT, 0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), build
+
+
+@intrinsic
+def taken(context, address):
+    """The int64 at an address, which is one more from then on: each of several threads gets another."""
+
+    def build(context, builder, signature, given):
+        counter = builder.inttoptr(given[0], _LONG.as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(_LONG, 1), "monotonic")
+
+    return types.int64(types.int64), build
 
 
 @intrinsic
@@ -201,7 +236,7 @@ def _scalar(kind, element):
     return get, put
 
 
-whole, put_whole = _scalar(types.int64, ir.IntType(64))
+whole, put_whole = _scalar(types.int64, _LONG)
 number, put_number = _scalar(types.float32, _FLOAT)
 
 

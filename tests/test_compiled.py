@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +18,7 @@ pytest.importorskip("numba", reason="numba is not installed")
 import numba
 
 from skipjack import Engine, SamplingParams
-from skipjack.kernels import compiled, ops, reference
+from skipjack.kernels import compiled, ops, reference, team
 from skipjack.kernels.attention_index import AttentionIndex
 from skipjack.kernels.lanes import exp, kernel, read, splat, write
 from skipjack.kernels.ops import TORCH
@@ -284,6 +285,52 @@ def test_attention_of_keys_that_differ_a_lot_is_finite_and_right(scale: float, d
         k, v = keys[0, 0, : 254 + row].double(), values[0, 0, : 254 + row].double()
         expected = (k @ q[row, 0].double() * scale).softmax(0) @ v
         assert (got[row].double() - expected).norm() < 10 * RTOL[dtype] * (1 + scale) * expected.norm()
+
+
+class Rows:
+    """Rows of three sequences over shuffled pages, enough of them for a team of threads."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.keys, self.values = randn(2, 13, 2, 64, 32, dtype=torch.bfloat16, seed=seed)
+        self.q = randn(11, 6, 32, dtype=torch.bfloat16, seed=seed + 1)
+        table = torch.randperm(12, generator=torch.Generator().manual_seed(seed)).view(3, 4) + 1
+        sequence = torch.tensor([0] * 5 + [1] * 3 + [-1] + [2] * 2)
+        position = torch.tensor([200, 201, 202, 203, 204, 7, 8, 9, 0, 254, 255])
+        self.index = AttentionIndex(sequence, position, table, page_size=64, tile=16)
+
+    def run(self) -> Tensor:
+        return compiled.attend(self.q, self.keys, self.values, self.index, scale=0.2)
+
+
+def test_threads_change_no_bit_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, threads = Rows(), torch.get_num_threads()
+    with monkeypatch.context() as patch:
+        patch.setattr(team, "entry", lambda: 0)
+        alone = rows.run()
+        assert compiled.COMPILED.description(torch.bfloat16).count("attention on one thread") == 1
+    assert not alone.isnan().any()
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            for _ in range(50):
+                assert torch.equal(rows.run(), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_attention_may_be_called_by_several_threads_at_once() -> None:
+    cases = [Rows(seed) for seed in range(4)]
+    alone = [case.run() for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(50):
+            assert all(map(torch.equal, pool.map(Rows.run, cases), alone))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the library among what Linux has mapped")
+def test_the_team_is_that_of_the_library_torch_has_loaded() -> None:
+    if "OpenMP" not in torch.__config__.parallel_info():
+        pytest.skip("this PyTorch has other threads")
+    assert team.entry() > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
