@@ -10,6 +10,7 @@ An address is an integer, and elements are counted from it; `half` says that the
 import hashlib
 import operator
 from pathlib import Path
+from typing import Any
 
 import numba
 from llvmlite import ir
@@ -57,7 +58,7 @@ def kernel(signature: str):
 part = numba.njit(nogil=True)
 
 
-def worker(function):
+def worker(function) -> Any:
     """What every thread of a team runs: a function of the address of a block of int64, kept on disk as kernels are."""
     function.__qualname__ += f".{_SOURCE}"
     try:
