@@ -7,6 +7,7 @@ from numba import carray
 
 from .lanes import (
     WIDTH,
+    alone,
     exp,
     fma,
     greater,
@@ -244,9 +245,10 @@ def _keep(arrays):
     return len(arrays)
 
 
-@part
-def _attend_some(block):
+@worker
+def attend_some(address):
     """Heads of rows as long as some are left; block[0] counts those taken, and `attend` says what the rest is."""
+    block = carray(address, 16)
     q, keys, values, out, places, counts = block[1], block[2], block[3], block[4], block[5], block[6]
     longest, slopes, rows, heads, kv_heads = block[7], block[8], block[9], block[10], block[11]
     width, slots, half, scale = block[12], block[13], block[14] != 0, block[15:].view(np.float64)[0]
@@ -267,12 +269,6 @@ def _attend_some(block):
             _mix(seen, values + own, found, share, target, count, width, half)
         task = taken(block.ctypes.data)
     _keep((query, scores))
-
-
-@worker
-def attend_some(block):
-    """`_attend_some` for a thread of a team."""
-    _attend_some(carray(block, 16))
 
 
 @kernel(
@@ -311,5 +307,5 @@ def attend(
     if entry and threads > 1 and seen * heads >= _WORTH_A_TEAM:
         together(entry, some, block.ctypes.data, threads)
     else:
-        _attend_some(block)
+        alone(some, block.ctypes.data)
     _keep((counts, places, block))

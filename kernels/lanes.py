@@ -83,6 +83,21 @@ def together(context, entry, worker, block, threads):
 
 
 @intrinsic
+def alone(context, worker, block):
+    """Call a worker on this thread."""
+
+    def build(context, builder, signature, given):
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()])
+        worker, block = (
+            builder.inttoptr(x, to.as_pointer()) for x, to in zip(given, (kind, ir.IntType(8)), strict=True)
+        )
+        builder.call(worker, [block])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), build
+
+
+@intrinsic
 def taken(context, address):
     """The int64 at an address, which is one more from then on: each of several threads gets another."""
 
