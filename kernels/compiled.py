@@ -1,8 +1,8 @@
-"""The op table of a CPU whose small operations are compiled: what lies between two products is one kernel.
+"""The op table of a CPU whose operations are compiled: products, and one kernel for what lies between two of them.
 
-The products are those of `reference`, and so is what is rare: float16 and float64, sizes that are no multiple of the
-lanes, and the attention of prompts, whose tiles are large enough for a library. Which of the two computes something
-depends on the dtype, the model's shape and the pass's tile, and never on its rows; a kernel takes each row by itself.
+What is rare is `reference`'s: float16 and float64, sizes that are no multiple of the lanes, and the attention of
+prompts, whose tiles are large enough for a library. Which of the two computes something depends on the dtype, the
+model's shape and the pass's tile, and never on its rows; a kernel takes each row by itself.
 """
 
 from dataclasses import replace
@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import cpu_kernels, packed, reference, reference_routes, team, tiles
+from . import cpu_kernels, packed, panels, reference, reference_routes, team, tiles
 from .attention_index import AttentionIndex, Index
 from .lanes import WIDTH
 from .ops import TORCH, Ops, products
@@ -46,12 +46,31 @@ def linear(
     scale: Tensor | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
-    """As `reference.linear`; a whole tile, which every pass of decoding is, without the steps it does not need."""
-    if x.shape[0] == tile and scale is None and active is None:
-        y = packed.product(x if norm is None else normalise(x, norm), weight, bias, residual)
+    """As `reference.linear`; a weight in panels needs no tiles, and a whole tile none of the steps to make it one."""
+    tile = None if panels.holds(weight) else tile
+    if scale is None and active is None and tile in (None, x.shape[0]):
+        x = x if norm is None else normalise(x, norm)
+        if residual is not None and activation is None and panels.holds(weight) and residual.is_contiguous():
+            return panels.product(x, weight, bias, residual, out=residual)
+        y = packed.product(x, weight, bias, residual)
         y = y if activation is None else _activate(y, activation)
         return y if residual is None else residual.copy_(y)
     return reference.linear_by(_AROUND, x, weight, tile, norm, bias, activation, residual, scale, active)
+
+
+def prepare(weight: Tensor) -> Matrix:
+    """The physical layout of a weight [N, K]: panels, or what `reference.prepare` says of those that fit into none."""
+    return panels.pack(weight) if panels.fits(weight) else reference.prepare(weight)
+
+
+def prepare_stack(weight: Tensor) -> Stack:
+    """`prepare` for one weight of every layer, [L, N, K]."""
+    return Stack(tuple(prepare(layer) for layer in weight), None)
+
+
+def prepare_split(weight: Tensor, rows: int) -> Matrix | Split:
+    """`prepare` for a q/k/v weight [N, K] whose first `rows` rows, the queries, are often not needed."""
+    return Split(prepare(weight[:rows]), prepare(weight[rows:]))
 
 
 def qkv_rope_append(
@@ -209,7 +228,7 @@ def rounds_alike(weights: list[Matrix], heads: Heads, dtype: torch.dtype, tile: 
 def _describe(dtype: torch.dtype) -> str:
     if dtype not in _HALF:
         return f"{products(dtype)}, plain small operations"
-    return f"{products(dtype)}, compiled small operations{'' if team.entry() else ', attention on one thread'}"
+    return f"products in panels, compiled small operations{'' if team.entry() else ', all on one thread'}"
 
 
 def _fits(x: Tensor, width: int) -> bool:
@@ -233,6 +252,9 @@ _AROUND = reference.Around(normalise, _activate)
 COMPILED: Ops = replace(
     TORCH,
     describe=_describe,
+    prepare=prepare,
+    prepare_stack=prepare_stack,
+    prepare_split=prepare_split,
     rounds_alike=rounds_alike,
     normalise=normalise,
     linear=linear,

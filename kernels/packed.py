@@ -1,9 +1,9 @@
-"""Weights reordered for the CPU's matrix units.
+"""Weights reordered for the CPU's matrix units, and the products with them.
 
 oneDNN's blocked layout, through the two operators PyTorch's own compiler uses, costs about the same for one row and for
 a tile of eight, and rounds every row of a fixed tile alike. The operators are private to PyTorch, so they
 are probed once per dtype; where they are missing the plain product on the same tile is used, and `Ops.description`
-says which of the two is in use.
+says which of the two is in use. Where numba is installed most weights lie in `panels` instead.
 """
 
 from functools import cache
@@ -45,6 +45,11 @@ def pack(weight: Tensor) -> Matrix:
 
 def take_rows(weight: Matrix, rows: Tensor) -> Matrix:
     """The given rows int64 [N'] of a weight, as a weight of its own in the same layout."""
+    if weight.packed and not weight.data.is_mkldnn:
+        from . import panels
+
+        taken = panels.take(weight, rows)
+        return panels.pack(taken) if panels.fits(taken) else pack(taken)
     if weight.packed:
         return pack(weight.data.to_dense()[rows])
     return Matrix(weight.data[rows], len(rows), weight.columns, packed=False)
@@ -52,6 +57,10 @@ def take_rows(weight: Matrix, rows: Tensor) -> Matrix:
 
 def product(x: Tensor, weight: Matrix, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """x [M, columns] · weightᵀ + bias + residual → [M, rows], rounded once on the packed path."""
+    if weight.packed and not weight.data.is_mkldnn:
+        from . import panels
+
+        return panels.product(x, weight, bias, residual)
     if weight.packed and residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight.data, bias, "add")
     if weight.packed:

@@ -307,7 +307,7 @@ def test_threads_change_no_bit_of_attention(monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr(team, "entry", lambda: 0)
         alone = rows.run()
-        assert compiled.COMPILED.description(torch.bfloat16).count("attention on one thread") == 1
+        assert compiled.COMPILED.description(torch.bfloat16).count("all on one thread") == 1
     assert not alone.isnan().any()
     try:
         for count in (1, 2, 3, 5):

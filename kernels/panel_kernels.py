@@ -1,0 +1,196 @@
+"""Products of a CPU: rows of activations with the panels of a weight, forty-eight of its rows (`panels.pack`).
+
+An element is one chain of sums over the columns from the first to the last; which rows are computed together, by which
+thread and how many there are does not enter it. Eight rows share one reading of the weight.
+
+A chain adds products of float32, or pairs of products of bfloat16 by the processor's instruction for them where it has
+one: its bits are those of the processor's kind.
+"""
+
+import llvmlite.binding
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from .lanes import LANES, WIDTH, kernel, part, read, taken, together, worker, write
+
+VECTORS = 3
+PANEL = VECTORS * WIDTH
+_BYTES = 4 * PANEL
+_FEATURES = llvmlite.binding.get_host_cpu_features()
+# Sums of that many rows fit into the registers.
+MOST = 8 if _FEATURES.get("avx512f") else 2
+PAIRED = bool(_FEATURES.get("avx512bf16"))
+_INT, _LONG = ir.IntType(32), ir.IntType(64)
+_FLOATS, _INTS = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(_INT, WIDTH)
+
+
+class _BFloat(ir.types.Type):
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    intrinsic_name = "bf16"
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, _BFloat)
+
+    def __hash__(self):
+        return hash(_BFloat)
+
+
+_BFLOATS = ir.VectorType(_BFloat(), 2 * WIDTH)
+
+
+@intrinsic(prefer_literal=True)
+def _none(context, rows):
+    """The sums of `rows` rows before the first column."""
+    kind = types.UniTuple(LANES, VECTORS * rows.literal_value)
+
+    def build(context, builder, signature, given):
+        return ir.Constant(context.get_value_type(kind), None)
+
+    return kind(rows), build
+
+
+def _step(added):
+    """An intrinsic that goes on with sums by the column, or pair of them, at the addresses of a panel and of x."""
+
+    @intrinsic
+    def step(context, sums, panel, x, stride):
+        def build(context, builder, signature, given):
+            sums, panel, x, stride = given
+            found = sums
+            weights = [_load(builder, panel, 4 * WIDTH * i, _INTS) for i in range(VECTORS)]
+            for row in range(signature.args[0].count // VECTORS):
+                at = builder.add(x, builder.mul(stride, ir.Constant(_LONG, row)))
+                value = _spread(builder, _load(builder, at, 0, _INT))
+                for i, weight in enumerate(weights):
+                    place = VECTORS * row + i
+                    total = added(builder, builder.extract_value(sums, place), weight, value)
+                    found = builder.insert_value(found, total, place)
+            return found
+
+        return sums(sums, types.int64, types.int64, types.int64), build
+
+    return step
+
+
+def _single(builder, total, weight, x):
+    kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+    fma = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32")
+    return builder.call(fma, [builder.bitcast(weight, _FLOATS), builder.bitcast(x, _FLOATS), total])
+
+
+def _pair(builder, total, weight, x):
+    """The first of a pair lies in the lower half of 32 bits."""
+    if PAIRED:
+        kind = ir.FunctionType(_FLOATS, [_FLOATS, _BFLOATS, _BFLOATS])
+        dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+        return builder.call(dot, [total, builder.bitcast(weight, _BFLOATS), builder.bitcast(x, _BFLOATS)])
+    shift, high = (ir.Constant(_INTS, [value] * WIDTH) for value in (16, -65536))
+    total = _single(builder, total, builder.shl(weight, shift), builder.shl(x, shift))
+    return _single(builder, total, builder.and_(weight, high), builder.and_(x, high))
+
+
+def _load(builder, address, offset, kind):
+    address = builder.add(address, ir.Constant(_LONG, offset))
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
+
+
+def _spread(builder, value):
+    first = builder.insert_element(ir.Constant(_INTS, ir.Undefined), value, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(first, first, ir.Constant(_INTS, [0] * WIDTH))
+
+
+_with_column, _with_pair = _step(_single), _step(_pair)
+
+
+@intrinsic
+def _put(context, sums, address):
+    """Sums to memory, vector after vector."""
+
+    def build(context, builder, signature, given):
+        sums, address = given
+        for i in range(signature.args[0].count):
+            at = builder.add(address, ir.Constant(_LONG, 4 * WIDTH * i))
+            builder.store(builder.extract_value(sums, i), builder.inttoptr(at, _FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(sums, types.int64), build
+
+
+@part
+def _rows(sums, rows, x, panel, bias, residual, out, start, width, columns, half, scratch):
+    """out = x·panelᵀ + bias + residual of `rows` rows, from column `start` of out on; sums: `_none` of them."""
+    size = 2 if half else 4
+    if half:
+        for k in range(columns // 2):
+            sums = _with_pair(sums, panel + _BYTES * k, x + 4 * k, columns * 2)
+    else:
+        for k in range(columns):
+            sums = _with_column(sums, panel + _BYTES * k, x + 4 * k, columns * 4)
+    _put(sums, scratch)
+    for row in range(rows):
+        for i in range(0, min(PANEL, width - start), WIDTH):
+            y = read(scratch + 4 * PANEL * row, i, False)
+            if bias:
+                y = y + read(bias, start + i, half)
+            if residual:
+                y = y + read(residual + row * width * size, start + i, half)
+            write(out + row * width * size, start + i, y, half)
+
+
+@part
+def _take(block):
+    """What one thread does of `product`: panels that nobody has taken."""
+    x, panels, bias, residual, out, rows, width, columns, half = (
+        block[1], block[2], block[3], block[4], block[5], block[6], block[7], block[8], block[9] != 0,
+    )  # fmt: skip
+    size, count = 2 if half else 4, (width + PANEL - 1) // PANEL
+    memory = np.empty(MOST * PANEL, np.float32)
+    scratch, number = memory.ctypes.data, taken(block[10])
+    while number < count:
+        panel, start, row = panels + number * PANEL * columns * size, number * PANEL, 0
+        while row < rows:
+            source, target, rest = x + row * columns * size, out + row * width * size, rows - row
+            added = residual + row * width * size if residual else 0
+            if MOST >= 8 and rest >= 8:
+                _rows(_none(8), 8, source, panel, bias, added, target, start, width, columns, half, scratch)
+                row += 8
+            elif MOST >= 4 and rest >= 4:
+                _rows(_none(4), 4, source, panel, bias, added, target, start, width, columns, half, scratch)
+                row += 4
+            elif MOST < 4 and rest >= 2:
+                _rows(_none(2), 2, source, panel, bias, added, target, start, width, columns, half, scratch)
+                row += 2
+            else:
+                _rows(_none(1), 1, source, panel, bias, added, target, start, width, columns, half, scratch)
+                row += 1
+        number = taken(block[10])
+    # Memory whose address alone is in use is let go of.
+    memory[0] = 0
+
+
+@worker
+def share(block):
+    _take(block)
+
+
+@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, boolean, int64, int64, int64)")
+def product(x, panels, bias, residual, out, rows, width, columns, half, threads, entry, share):
+    """out = x·Wᵀ + bias + residual: x [rows, columns]; W of `width` rows in panels; bias [width]; [rows, width].
+
+    On `threads` of the team at `entry`, which run `share`; where there is none, on this one.
+    """
+    block = np.zeros(11, np.int64)
+    address = block.ctypes.data
+    block[1], block[2], block[3], block[4], block[5] = x, panels, bias, residual, out
+    block[6], block[7], block[8], block[9], block[10] = rows, width, columns, half, address
+    if entry and threads > 1:
+        together(entry, share, address, threads)
+    else:
+        _take(block)
+    block[0] = 0

@@ -1,0 +1,64 @@
+"""Weights in panels, for the products of a CPU.
+
+A panel is 48 rows of a weight, column after column, and of bfloat16 two columns side by side: memory is read in a
+straight line, and a vector holds one column of sixteen weight rows.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import panel_kernels, team
+from .lanes import WIDTH
+from .values import Matrix
+
+PANEL: int = panel_kernels.PANEL
+
+
+def fits(weight: Tensor) -> bool:
+    """Whether a weight [N, K] can lie in panels."""
+    rows, columns = weight.shape
+    return weight.dtype in (torch.float32, torch.bfloat16) and rows % WIDTH == 0 and columns % 2 == 0
+
+
+def pack(weight: Tensor) -> Matrix:
+    """A weight [N, K] that `fits`: panels [N / 48, K, 48, 1], of bfloat16 [N / 48, K / 2, 48, 2]; rows past N are 0."""
+    rows, columns = weight.shape
+    padded = functional.pad(weight, (0, 0, 0, -rows % PANEL))
+    each = 2 if weight.dtype == torch.bfloat16 else 1
+    data = padded.view(-1, PANEL, columns // each, each).transpose(1, 2).contiguous()
+    return Matrix(data, rows, columns, packed=True)
+
+
+def holds(weight: Matrix) -> bool:
+    """Whether a matrix lies in panels."""
+    return weight.packed and not weight.data.is_mkldnn
+
+
+def take(weight: Matrix, rows: Tensor) -> Tensor:
+    """Rows int64 [N'] of a matrix in panels: [N', K]."""
+    return weight.data[rows // PANEL, :, rows % PANEL].reshape(len(rows), weight.columns)
+
+
+def product(
+    x: Tensor, weight: Matrix, bias: Tensor | None, residual: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """x·Wᵀ + bias + residual, rounded once: x [R, K] → [R, N], in `out` if given, which may be the residual."""
+    x = x.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    out = torch.empty((x.shape[0], weight.rows), dtype=x.dtype) if out is None else out
+    panel_kernels.product(
+        x.data_ptr(),
+        weight.data.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        weight.rows,
+        weight.columns,
+        x.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+        team.entry(),
+        panel_kernels.share.address,
+    )
+    return out

@@ -1,0 +1,146 @@
+"""Products with weights in panels: against float64, and each row against itself among others."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("numba")
+
+from skipjack.kernels import compiled, packed, panels, reference, team
+from skipjack.kernels.values import Matrix, Norm
+
+RTOL = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+DTYPES = list(RTOL)
+
+
+def randn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def assert_near(got: Tensor, expected: Tensor) -> None:
+    error = (got.double() - expected).norm() / expected.norm()
+    assert error < RTOL[got.dtype], f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width", "columns"), [(1, 16, 2), (3, 48, 34), (9, 64, 576), (23, 112, 130)])
+@pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (True, True)])
+def test_a_product_is_the_sum(
+    dtype: torch.dtype, rows: int, width: int, columns: int, bias: bool, residual: bool
+) -> None:
+    x, weight = randn(rows, columns, dtype=dtype), randn(width, columns, dtype=dtype, seed=1)
+    shift, added = randn(width, dtype=dtype, seed=2), randn(rows, width, dtype=dtype, seed=3)
+    expected = x.double() @ weight.double().T
+    expected = expected + (shift.double() if bias else 0) + (added.double() if residual else 0)
+    around = torch.full((rows + 2, width), math.nan, dtype=dtype)
+    matrix, out = panels.pack(weight), around[1:-1]
+    panels.product(x, matrix, shift if bias else None, added if residual else None, out=out)
+    assert_near(out, expected)
+    assert around[[0, -1]].isnan().all(), "nothing is written beside the result"
+    if residual:
+        panels.product(x, matrix, shift if bias else None, added, out=added)
+        assert torch.equal(added, out), "in place"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_bits_it_has_alone(dtype: torch.dtype) -> None:
+    x, matrix = randn(37, 258, dtype=dtype), panels.pack(randn(176, 258, dtype=dtype, seed=1))
+    together = panels.product(x, matrix, None, None)
+    for count in (1, 2, 3, 4, 5, 7, 8, 12, 16, 37):
+        for start in {0, 5, 37 - count}:
+            rows = slice(start, start + count)
+            assert torch.equal(panels.product(x[rows], matrix, None, None), together[rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_neither_threads_nor_their_absence_change_a_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, matrix = randn(5, 128, dtype=dtype), panels.pack(randn(960, 128, dtype=dtype, seed=1))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = panels.product(x, matrix, None, None)
+        torch.set_num_threads(4)
+        assert torch.equal(panels.product(x, matrix, None, None), alone)
+        monkeypatch.setattr(team, "entry", lambda: 0)
+        assert torch.equal(panels.product(x, matrix, None, None), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_weight_are_taken_out_of_its_panels(dtype: torch.dtype) -> None:
+    weight, rows = randn(112, 34, dtype=dtype), torch.tensor([0, 47, 48, 95, 96, 111])
+    matrix = panels.pack(weight)
+    assert torch.equal(panels.take(matrix, torch.arange(112)), weight)
+    few = packed.take_rows(matrix, rows)
+    assert (few.rows, few.columns, panels.holds(few)) == (6, 34, False)
+    x = randn(8, 34, dtype=dtype)
+    assert_near(packed.product(x, few, None, None), x.double() @ weight[rows].double().T)
+    assert panels.holds(packed.take_rows(matrix, torch.arange(5, 101))), "sixteen at a time"
+
+
+def test_a_weight_that_fits_into_no_panel_is_laid_out_as_before() -> None:
+    for weight in (randn(40, 32, dtype=torch.float32), randn(48, 33, dtype=torch.bfloat16), torch.ones(48, 32).half()):
+        matrix = compiled.prepare(weight)
+        assert not panels.holds(matrix)
+        x = randn(8, weight.shape[1], dtype=weight.dtype)
+        expected = reference.linear(x, reference.prepare(weight), tile=8)
+        assert torch.equal(compiled.linear(x, matrix, tile=8), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_and_scaled_rows_have_the_bits_of_others(dtype: torch.dtype) -> None:
+    x, weight = randn(9, 64, dtype=dtype), compiled.prepare(randn(48, 64, dtype=dtype, seed=1))
+    norm, residual = Norm(randn(64, dtype=dtype, seed=2), None, 1e-5), randn(9, 48, dtype=dtype, seed=3)
+    whole = compiled.linear(x, weight, tile=8, norm=norm, residual=residual.clone())
+    active = torch.arange(9) % 3 == 1
+    some = compiled.linear(x, weight, tile=8, norm=norm, residual=residual.clone(), active=active)
+    assert torch.equal(some, torch.where(active[:, None], whole, residual))
+    twice = compiled.linear(x, weight, tile=8, norm=norm, scale=torch.full((9,), 2.0))
+    assert torch.equal(twice, 2 * compiled.linear(x, weight, tile=8, norm=norm))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_prompt_rounds_as_decoding_does(dtype: torch.dtype) -> None:
+    x, weight = randn(100, 64, dtype=dtype), compiled.prepare(randn(96, 64, dtype=dtype, seed=1))
+    prompt = compiled.linear(x, weight, tile=64)
+    assert torch.equal(torch.cat([compiled.linear(row[None], weight, tile=8) for row in x]), prompt)
+
+
+OTHER = """
+import llvmlite.binding, torch, skipjack.kernels.lanes
+llvmlite.binding.get_host_cpu_features = lambda: {}
+from skipjack.kernels import panel_kernels, panels
+assert not panel_kernels.PAIRED and panel_kernels.MOST == 2
+for dtype, most in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+    x, weight = torch.randn(5, 66).to(dtype), torch.randn(64, 66).to(dtype)
+    matrix = panels.pack(weight)
+    got, expected = panels.product(x, matrix, None, None), x.double() @ weight.double().T
+    assert (got.double() - expected).norm() / expected.norm() < most
+    assert torch.equal(panels.product(x[3:4], matrix, None, None), got[3:4])
+print("done")
+"""
+
+
+def test_a_processor_without_wide_registers_or_products_of_pairs(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER],
+        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.stdout == "done\n", done.stderr[-2000:]
+
+
+def test_what_lies_elsewhere_is_not_taken_for_panels() -> None:
+    plain = Matrix(torch.ones(16, 4), 16, 4, packed=False)
+    assert not panels.holds(plain)
+    assert not panels.holds(packed.pack(torch.ones(16, 4)))
