@@ -6,10 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .partials import block_peaks, partials_of, total_of_blocks
 from .primitives import wait_for_producers
 from .residual import draw, keep, place_of, probability, take, total_of
 from .values import Verdict
-from .warping import mass, peak, threshold_of, uniform
+from .warping import known, lowest_of_best, mass, segment_peaks, threshold_of, uniform
 
 ACCEPT_STREAM: tl.constexpr = tl.constexpr(1)
 
@@ -21,34 +22,56 @@ def _warping_kernel(
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
+    segment_ptr,
+    peak_ptr,
+    total_ptr,
+    list_ptr,
     warping_ptr,
     best_ptr,
+    stride_list,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """What turns a row of scores into probabilities: highest score, threshold and Σ exp((x − highest)/temperature).
 
-    scores [S, n, V]; temperature, top_k, top_p, min_p [S]; warping float32 [S, n, 3]; best int32 [S, n]: the argmax at
-    temperature 0, else −1.
+    scores [S, n, V]; temperature, top_k, top_p, min_p [S]; segment, peak, total as in `Partials`; list int32 [S, n,
+    segments]; warping float32 [S, n, 3]; best int32 [S, n]: the argmax at temperature 0, else −1.
     """
+    SEGMENTS: tl.constexpr = BLOCKS * BLOCK // SEGMENT
     pid_s = tl.program_id(0).to(tl.int64)
     pid_n = tl.program_id(1).to(tl.int64)
     row = pid_s * tl.num_programs(1) + pid_n
     row_ptr = scores_ptr + row * V
+    segment_ptr += row * SEGMENTS
+    list_ptr += row * stride_list
+    offs = tl.arange(0, BLOCK)
     wait_for_producers(PDL)
     temperature = tl.load(temperature_ptr + pid_s)
-    highest, best = peak(row_ptr, V, BLOCK)
+    peaks = block_peaks(peak_ptr + row * BLOCKS, BLOCKS)
+    highest = tl.max(peaks, axis=0)
     if temperature > 0.0:
         top_k = tl.load(top_k_ptr + pid_s)
         top_p = tl.load(top_p_ptr + pid_s)
         min_p = tl.load(min_p_ptr + pid_s)
-        threshold = threshold_of(row_ptr, highest, temperature, top_k, top_p, min_p, V, BLOCK)
+        total = total_of_blocks(total_ptr + row * BLOCKS, peaks, highest, temperature, BLOCKS)
+        threshold = threshold_of(
+            row_ptr, segment_ptr, list_ptr, total, highest, temperature, top_k, top_p, min_p, V, SEGMENTS, SEGMENT, TILE
+        )
+        if threshold > float("-inf"):
+            own = segment_peaks(segment_ptr, SEGMENTS)
+            total = mass(row_ptr, own, list_ptr, highest, temperature, threshold, V, SEGMENT, TILE)
         tl.store(warping_ptr + row * 3, highest)
         tl.store(warping_ptr + row * 3 + 1, threshold)
-        tl.store(warping_ptr + row * 3 + 2, mass(row_ptr, highest, temperature, threshold, V, BLOCK))
-        best = tl.full((), -1, tl.int32)
-    tl.store(best_ptr + row, best)
+        tl.store(warping_ptr + row * 3 + 2, total)
+        tl.store(best_ptr + row, -1)
+    else:
+        start = lowest_of_best(peaks, tl.arange(0, peaks.shape[0])) * BLOCK
+        x = known(tl.load(row_ptr + start + offs, mask=start + offs < V, other=float("-inf")))
+        tl.store(best_ptr + row, lowest_of_best(x, start + offs))
 
 
 @triton.jit(
@@ -264,16 +287,26 @@ def verify_rejection(
 
 def _warping(scores: Tensor, rules: list[Tensor]) -> tuple[Tensor, Tensor]:
     sequences, rows, size = scores.shape
-    rule = launch.vocabulary_rule(size)
+    rule = launch.sampling_rule(size)
+    segment, peak, total, _ = partials_of(scores.flatten(0, 1), rows, rules[0])
+    listed = torch.empty((sequences, rows, rule.listed), dtype=torch.int32, device=scores.device)
     warping = torch.empty((sequences, rows, 3), dtype=torch.float32, device=scores.device)
     best = torch.empty((sequences, rows), dtype=torch.int32, device=scores.device)
     _warping_kernel[(sequences, rows)](
         scores,
         *rules,
+        segment,
+        peak,
+        total,
+        listed,
         warping,
         best,
+        rule.listed,
         V=size,
         BLOCK=rule.block,
+        BLOCKS=rule.blocks,
+        SEGMENT=rule.segment,
+        TILE=rule.tile,
         PDL=launch.dependent(launch.architecture()),
         **launch.options(rule.warps),
     )

@@ -1,4 +1,8 @@
-"""Sampling: a token, or several distinct ones, per row of scores, warped and drawn in one launch."""
+"""Sampling: a token, or several distinct ones, per row of scores.
+
+Noise is bounded below by that of the best block, and the value of an id by its block's: the first launch leaves every
+block's best sum of score and noise, the second one looks again at the few blocks that may hold the winner.
+"""
 
 import torch
 import triton
@@ -6,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .partials import block_peaks, partials_of, total_of_blocks
 from .primitives import wait_for_producers
-from .warping import log, lowest_of_best, peak, threshold_of, uniform
+from .warping import known, log, lowest_of_best, threshold_of, uniform
 
 
 @triton.jit(do_not_specialize=["stream"])
@@ -19,68 +24,110 @@ def _sample_kernel(
     min_p_ptr,
     seed_ptr,
     position_ptr,
+    segment_ptr,
+    peak_ptr,
+    total_ptr,
+    race_ptr,
+    list_ptr,
     token_ptr,
     stride_scores,
+    stride_list,
     stream,
     COUNT: tl.constexpr,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The COUNT highest of (x − max x)/temperature + Gumbel(seed, position, id, stream) over the warped row, in order.
 
     At temperature 0 those of x. scores [R, V]; temperature, top_p, min_p float32 [R]; top_k, seed, position int64 [R];
-    token int64 [R, COUNT].
+    segment, peak, total, race as in `Partials`; list int32 [R, segments]; token int64 [R, COUNT].
     """
+    SEGMENTS: tl.constexpr = BLOCKS * BLOCK // SEGMENT
     pid_row = tl.program_id(0).to(tl.int64)
     row_ptr = scores_ptr + pid_row * stride_scores
     token_ptr += pid_row * COUNT
+    offs = tl.arange(0, BLOCK)
+    offs_b = tl.arange(0, triton.next_power_of_2(BLOCKS))
     wait_for_producers(PDL)
     temperature = tl.load(temperature_ptr + pid_row)
-    highest, token = peak(row_ptr, V, BLOCK)
-    # Draws only compare, so the size of their blocks rounds nothing; siblings take more registers.
-    DRAW: tl.constexpr = BLOCK // 2 if COUNT > 1 else BLOCK
-    offs = tl.arange(0, DRAW)
+    seed = tl.load(seed_ptr + pid_row)
+    position = tl.load(position_ptr + pid_row)
+    peaks = block_peaks(peak_ptr + pid_row * BLOCKS, BLOCKS)
+    highest = tl.max(peaks, axis=0)
+    threshold = tl.full((), float("-inf"), tl.float32)
+    # No id of a block has a higher value.
+    bounds = peaks
     if temperature > 0.0:
         top_k = tl.load(top_k_ptr + pid_row)
         top_p = tl.load(top_p_ptr + pid_row)
         min_p = tl.load(min_p_ptr + pid_row)
-        seed = tl.load(seed_ptr + pid_row)
-        position = tl.load(position_ptr + pid_row)
-        threshold = threshold_of(row_ptr, highest, temperature, top_k, top_p, min_p, V, BLOCK)
-        last = tl.full((), float("inf"), tl.float32)
-        last_id = tl.full((), -1, tl.int32)
-        first = last_id
-        for column in range(COUNT):
-            best = tl.full((DRAW,), float("-inf"), tl.float32)
-            ids = offs
-            for start in range(0, V, DRAW):
-                x = tl.load(row_ptr + start + offs, mask=start + offs < V, other=float("-inf")).to(tl.float32)
-                noise = -log(-log(uniform(seed, position, start, DRAW, stream)))
-                value = tl.where(x >= threshold, tl.div_rn(x - highest, temperature) + noise, float("-inf"))
-                if COUNT > 1:
-                    value = _after(value, start + offs, last, last_id)
-                ids = tl.where(value > best, start + offs, ids)
-                best = tl.maximum(best, value)
-            last = tl.max(best, axis=0)
-            last_id = lowest_of_best(best, ids)
-            first = tl.where(column == 0, last_id, first)
-            tl.store(token_ptr + column, tl.where(last > float("-inf"), last_id, first).to(tl.int64))
-    else:
-        tl.store(token_ptr, token.to(tl.int64))
-        last = highest
-        last_id = token
-        for column in range(1, COUNT):
-            best = tl.full((DRAW,), float("-inf"), tl.float32)
-            ids = offs
-            for start in range(0, V, DRAW):
-                x = tl.load(row_ptr + start + offs, mask=start + offs < V, other=float("-inf")).to(tl.float32)
-                value = _after(x, start + offs, last, last_id)
-                ids = tl.where(value > best, start + offs, ids)
-                best = tl.maximum(best, value)
-            last = tl.max(best, axis=0)
-            last_id = lowest_of_best(best, ids)
-            tl.store(token_ptr + column, tl.where(last > float("-inf"), last_id, token).to(tl.int64))
+        race = tl.load(race_ptr + pid_row * BLOCKS + offs_b, mask=offs_b < BLOCKS, other=0.0)
+        total = total_of_blocks(total_ptr + pid_row * BLOCKS, peaks, highest, temperature, BLOCKS)
+        threshold = threshold_of(
+            row_ptr,
+            segment_ptr + pid_row * SEGMENTS,
+            list_ptr + pid_row * stride_list,
+            total,
+            highest,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            V,
+            SEGMENTS,
+            SEGMENT,
+            TILE,
+        )
+        bounds = _bounds(race, tl.div_rn(peaks - highest, temperature))
+        bounds = tl.where(peaks >= threshold, bounds, float("-inf"))
+
+    last = tl.full((), float("inf"), tl.float32)
+    last_id = tl.full((), -1, tl.int32)
+    first = last_id + 1
+    for column in range(COUNT):
+        best = tl.full((), float("-inf"), tl.float32)
+        best_id = tl.full((), 2147483647, tl.int32)
+        unseen = bounds
+        bound = tl.max(unseen, axis=0)
+        block = lowest_of_best(unseen, offs_b)
+        while (bound > best) | ((bound == best) & (bound > float("-inf")) & (block * BLOCK < best_id)):
+            start = block * BLOCK
+            x = known(tl.load(row_ptr + start + offs, mask=start + offs < V, other=float("-inf")))
+            value = x
+            if temperature > 0.0:
+                noise = -log(-log(uniform(seed, position, start, BLOCK, stream)))
+                value = tl.div_rn(x - highest, temperature) + noise
+                value = tl.where((x >= threshold) & (x > float("-inf")), value, float("-inf"))
+            if COUNT > 1:
+                value = _after(value, start + offs, last, last_id)
+            own = tl.max(value, axis=0)
+            own_id = lowest_of_best(value, start + offs)
+            better = (own > best) | ((own == best) & (own_id < best_id))
+            best = tl.where(better, own, best)
+            best_id = tl.where(better, own_id, best_id)
+            bounds = tl.where(offs_b == block, own, bounds)
+            unseen = tl.where(offs_b == block, float("-inf"), unseen)
+            bound = tl.max(unseen, axis=0)
+            block = lowest_of_best(unseen, offs_b)
+        token = tl.where(best > float("-inf"), best_id, first)
+        first = tl.where(column == 0, token, first)
+        last = best
+        last_id = best_id
+        tl.store(token_ptr + column, token.to(tl.int64))
+
+
+@triton.jit
+def _bounds(race, far):
+    """What race + far, of a block, is at most when computed from each id's own distance to the highest score.
+
+    Both ways round a few times, by 2⁻²⁴ of what is rounded: distances of at most |race| + |far| + 17, noise below 17.
+    """
+    slack = (tl.abs(race) + tl.abs(far) + 64.0) * 9.5367431640625e-07
+    return tl.where(far > float("-inf"), race + far + slack, float("-inf"))
 
 
 @triton.jit
@@ -112,23 +159,32 @@ def sample(
     """
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     rows, size = scores.shape
-    rule = launch.vocabulary_rule(size)
+    rule = launch.sampling_rule(size)
     columns = 1 if count is None else count
-    token = torch.empty(rows, columns, dtype=torch.int64, device=scores.device)
+    temperature, seed, position = (field.contiguous() for field in (temperature, seed, position))
+    partials = partials_of(scores, 1, temperature, seed, position, stream)
+    listed = torch.empty((rows, rule.listed), dtype=torch.int32, device=scores.device)
+    token = torch.empty((rows, columns), dtype=torch.int64, device=scores.device)
     _sample_kernel[(rows,)](
         scores,
-        temperature.contiguous(),
+        temperature,
         top_k.contiguous(),
         top_p.contiguous(),
         min_p.contiguous(),
-        seed.contiguous(),
-        position.contiguous(),
+        seed,
+        position,
+        *partials,
+        listed,
         token,
         scores.stride(0),
+        rule.listed,
         stream,
         COUNT=columns,
         V=size,
         BLOCK=rule.block,
+        BLOCKS=rule.blocks,
+        SEGMENT=rule.segment,
+        TILE=rule.tile,
         PDL=launch.dependent(launch.architecture()),
         **launch.options(rule.warps),
     )

@@ -1,10 +1,14 @@
 """Triton functions that draw tokens: uniform noise, an accurate logarithm, and the warping of a row of scores.
 
-A row is walked in blocks of BLOCK ids in order from id 0, so that its sums do not depend on other rows.
+The highest score of every segment of a row says which segments hold what is looked for: of 64 ids each they are few
+where few ids are likely, and all of them where they must be. What a row adds up follows from the row alone.
 """
 
 import triton
 import triton.language as tl
+
+PIVOTS: tl.constexpr = tl.constexpr(8)
+COARSE: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
@@ -49,117 +53,185 @@ def lowest_of_best(best, ids):
 
 
 @triton.jit
-def peak(
-    row_ptr,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The highest score of a row [V] and its id, the lowest on ties."""
-    offs = tl.arange(0, BLOCK)
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    ids = offs
-    for start in range(0, V, BLOCK):
-        x = tl.load(row_ptr + start + offs, mask=start + offs < V, other=float("-inf")).to(tl.float32)
-        ids = tl.where(x > best, start + offs, ids)
-        best = tl.maximum(best, x)
-    return tl.max(best, axis=0), lowest_of_best(best, ids)
-
-
-@triton.jit
-def mass(
-    row_ptr,
-    highest,
-    temperature,
-    threshold,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Σ exp((x − highest)/temperature) over the scores x ≥ threshold of a row [V]."""
-    offs = tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        x = tl.load(row_ptr + start + offs, mask=start + offs < V, other=float("-inf")).to(tl.float32)
-        acc += tl.where(x >= threshold, tl.exp((x - highest) / temperature), 0.0)
-    return tl.sum(acc, axis=0)
+def known(x):
+    """Scores as float32, NaN as −∞."""
+    x = x.to(tl.float32)
+    return tl.where(x == x, x, float("-inf"))
 
 
 @triton.jit
 def threshold_of(
     row_ptr,
+    segment_ptr,
+    list_ptr,
+    total,
     highest,
     temperature,
     top_k,
     top_p,
     min_p,
     V: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """The lowest score of a row [V] that min-p, then top-k, then top-p leave; −∞ where all three are off.
+    """The lowest score of a row [V] that min-p, then top-k, then top-p leave, −∞ where all three are off; their mass.
 
     min-p: highest + temperature·ln(min_p); top-k: the k-th highest score; top-p: the lowest score of the smallest set
-    of most likely ids, among those left, whose probability reaches top_p.
+    of most likely ids, among those left, whose probability reaches top_p. mass: Σ exp((x − highest)/temperature), of
+    the whole row `total`, told where top-p needs it and by `mass` for the threshold itself. segment float32 [SEGMENTS]:
+    the highest scores of SEGMENT ids each; list int32: room for one number a segment, padded to a power of two.
     """
     threshold = tl.full((), float("-inf"), tl.float32)
-    if min_p > 0.0:
-        threshold = highest + temperature * log(min_p)
-    if (top_k > 0) & (top_k < V):
-        score = _highest_reaching(row_ptr, highest, temperature, threshold, top_k.to(tl.float32), True, V, BLOCK)
-        threshold = tl.maximum(threshold, score)
-    if top_p < 1.0:
-        goal = top_p * mass(row_ptr, highest, temperature, threshold, V, BLOCK)
-        score = _highest_reaching(row_ptr, highest, temperature, threshold, goal, False, V, BLOCK)
-        threshold = tl.maximum(threshold, score)
+    if (min_p > 0.0) | ((top_k > 0) & (top_k < V)) | (top_p < 1.0):
+        peaks = segment_peaks(segment_ptr, SEGMENTS)
+        if min_p > 0.0:
+            threshold = highest + temperature * log(min_p)
+        if (top_k > 0) & (top_k < V):
+            score = _highest_reaching(
+                row_ptr, peaks, list_ptr, highest, temperature, threshold, top_k.to(tl.float32), True, V, SEGMENT, TILE
+            )
+            threshold = tl.maximum(threshold, score)
+        if top_p < 1.0:
+            if threshold > float("-inf"):
+                total = mass(row_ptr, peaks, list_ptr, highest, temperature, threshold, V, SEGMENT, TILE)
+            score = _highest_reaching(
+                row_ptr, peaks, list_ptr, highest, temperature, threshold, top_p * total, False, V, SEGMENT, TILE
+            )
+            threshold = tl.maximum(threshold, score)
     return threshold
+
+
+@triton.jit
+def segment_peaks(segment_ptr, SEGMENTS: tl.constexpr):
+    """The highest scores of a row's segments, −∞ up to a power of two."""
+    PADDED: tl.constexpr = triton.next_power_of_2(SEGMENTS)
+    offs = tl.arange(0, PADDED)
+    return tl.load(segment_ptr + offs, mask=offs < SEGMENTS, other=float("-inf"))
+
+
+@triton.jit
+def mass(
+    row_ptr,
+    peaks,
+    list_ptr,
+    highest,
+    temperature,
+    threshold,
+    V: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Σ exp((x − highest)/temperature) over the scores x ≥ threshold of a row [V]."""
+    count = _listed(peaks >= threshold, list_ptr)
+    acc = tl.zeros((TILE // SEGMENT, SEGMENT), tl.float32)
+    for start in range(0, count, TILE // SEGMENT):
+        x = _scores_of(row_ptr, list_ptr, start, count, V, SEGMENT, TILE)
+        acc += tl.where(x >= threshold, tl.exp((x - highest) / temperature), 0.0)
+    return tl.sum(tl.sum(acc, axis=1), axis=0)
 
 
 @triton.jit
 def _highest_reaching(
     row_ptr,
+    peaks,
+    list_ptr,
     highest,
     temperature,
     threshold,
     goal,
     COUNT: tl.constexpr,
     V: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """The highest score t, at most `highest`, for which Σ w(x) over x ≥ t of a row [V] reaches goal.
+    """The highest score t, from `threshold` to `highest`, for which Σ w(x) over x ≥ t of a row [V] reaches goal.
 
-    COUNT: w = 1; else w = exp((x − highest)/temperature) where x ≥ threshold, 0 elsewhere. Found two bits at a time in
-    the order-preserving integers of float32; those of float16 and bfloat16 do not use all of them.
+    COUNT: w = 1; else w = exp((x − highest)/temperature) where x ≥ threshold, 0 elsewhere. Found by eight pivots at a
+    time among the order-preserving integers of float32, of which float16 and bfloat16 do not use the lowest bits. The
+    first search is one among the peaks: what they reach alone, the row reaches, so that t is not below, and segments
+    with a lower peak need not be read.
     """
-    LOWEST: tl.constexpr = (
-        16 if row_ptr.dtype.element_ty == tl.bfloat16 else 12 if row_ptr.dtype.element_ty == tl.float16 else 0
+    UNUSED: tl.constexpr = (
+        16 if row_ptr.dtype.element_ty == tl.bfloat16 else 13 if row_ptr.dtype.element_ty == tl.float16 else 0
     )
-    offs = tl.arange(0, BLOCK)
-    key = tl.full((), -2147483648, tl.int32)
-    for shift in range(30, LOWEST - 1, -2):
-        unit = tl.full((), 1, tl.int32) << shift
-        first = key + unit
-        second = first + unit
-        third = second + unit
-        acc_1 = tl.zeros((BLOCK,), tl.float32)
-        acc_2 = tl.zeros((BLOCK,), tl.float32)
-        acc_3 = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, V, BLOCK):
-            mask = start + offs < V
-            x = tl.load(row_ptr + start + offs, mask=mask, other=float("-inf")).to(tl.float32)
-            if COUNT:
-                weight = tl.where(mask, 1.0, 0.0)
-            else:
-                weight = tl.where(x >= threshold, tl.exp((x - highest) / temperature), 0.0)
-            x_key = _key(x)
-            acc_1 += tl.where(x_key >= first, weight, 0.0)
-            acc_2 += tl.where(x_key >= second, weight, 0.0)
-            acc_3 += tl.where(x_key >= third, weight, 0.0)
-        digit = (tl.sum(acc_1, axis=0) >= goal).to(tl.int32)
-        digit += (tl.sum(acc_2, axis=0) >= goal).to(tl.int32)
-        digit += (tl.sum(acc_3, axis=0) >= goal).to(tl.int32)
-        key += digit << shift
-    if LOWEST > 0:
-        key = tl.where(key < 0, key | ((1 << LOWEST) - 1), key)
-    key = tl.minimum(key, _key(highest))
+    offs_p = tl.arange(0, PIVOTS)
+    top = _key(highest)
+    bottom = tl.minimum(_key(threshold), top)
+
+    near = _key(peaks) >> COARSE
+    share = _weight(peaks, highest, temperature, threshold, COUNT)
+    low = (bottom >> COARSE).to(tl.int64)
+    high = (top >> COARSE).to(tl.int64) + 1
+    while high - low > 1:
+        step = (high - low + PIVOTS - 1) // PIVOTS
+        pivots = (low + offs_p * step).to(tl.int32)
+        sums = tl.sum(tl.where(near[None, :] >= pivots[:, None], share[None, :], 0.0), axis=1)
+        low += step * _reached(sums, goal)
+        high = tl.minimum(high, low + step)
+    count = _listed(near >= low.to(tl.int32), list_ptr)
+
+    low = tl.maximum((bottom >> UNUSED).to(tl.int64), low << (COARSE - UNUSED))
+    high = (top >> UNUSED).to(tl.int64) + 1
+    while high - low > 1:
+        step = (high - low + PIVOTS - 1) // PIVOTS
+        pivots = (low + offs_p * step).to(tl.int32)
+        acc = tl.zeros((PIVOTS, TILE), tl.float32)
+        for start in range(0, count, TILE // SEGMENT):
+            x = tl.reshape(_scores_of(row_ptr, list_ptr, start, count, V, SEGMENT, TILE), (TILE,))
+            key = _key(x) >> UNUSED
+            weight = _weight(x, highest, temperature, threshold, COUNT)
+            acc += tl.where(key[None, :] >= pivots[:, None], weight[None, :], 0.0)
+        low += step * _reached(tl.sum(acc, axis=1), goal)
+        high = tl.minimum(high, low + step)
+
+    key = low.to(tl.int32) << UNUSED
+    if UNUSED > 0:
+        key = tl.where(key < 0, key | ((1 << UNUSED) - 1), key)
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _weight(x, highest, temperature, threshold, COUNT: tl.constexpr):
+    if COUNT:
+        weight = tl.full(x.shape, 1.0, tl.float32)
+    else:
+        weight = tl.where(x >= threshold, tl.exp((x - highest) / temperature), 0.0)
+    return weight
+
+
+@triton.jit
+def _reached(sums, goal):
+    """How many of the pivots after the first, which is known to, reach goal."""
+    return tl.sum(((sums >= goal) & (tl.arange(0, PIVOTS) > 0)).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _listed(active, list_ptr):
+    """Write to list, in order, where active [N] holds; returns how often. Every thread may read the list after it."""
+    one = active.to(tl.int32)
+    place = tl.cumsum(one, axis=0) - one
+    tl.debug_barrier()
+    tl.store(list_ptr + place, tl.arange(0, active.shape[0]), mask=active)
+    tl.debug_barrier()
+    return tl.sum(one, axis=0)
+
+
+@triton.jit
+def _scores_of(
+    row_ptr,
+    list_ptr,
+    start,
+    count,
+    V: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The scores of the listed segments from number `start`, −∞ past the last: float32 [TILE / SEGMENT, SEGMENT]."""
+    offs_s = start + tl.arange(0, TILE // SEGMENT)
+    segment = tl.load(list_ptr + offs_s, mask=offs_s < count, other=0)
+    ids = segment[:, None] * SEGMENT + tl.arange(0, SEGMENT)[None, :]
+    return known(tl.load(row_ptr + ids, mask=(offs_s < count)[:, None] & (ids < V), other=float("-inf")))
 
 
 @triton.jit
