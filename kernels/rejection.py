@@ -10,7 +10,7 @@ from .partials import block_peaks, partials_of, total_of_blocks
 from .primitives import wait_for_producers
 from .residual import draw, keep, place_of, probability, take, total_of
 from .values import Verdict
-from .warping import known, lowest_of_best, mass, segment_peaks, threshold_of, uniform
+from .warping import known, lowest_of_best, mass, threshold_of, uniform
 
 ACCEPT_STREAM: tl.constexpr = tl.constexpr(1)
 
@@ -62,8 +62,9 @@ def _warping_kernel(
             row_ptr, segment_ptr, list_ptr, total, highest, temperature, top_k, top_p, min_p, V, SEGMENTS, SEGMENT, TILE
         )
         if threshold > float("-inf"):
-            own = segment_peaks(segment_ptr, SEGMENTS)
-            total = mass(row_ptr, own, list_ptr, highest, temperature, threshold, V, SEGMENT, TILE)
+            total = mass(
+                row_ptr, segment_ptr, list_ptr, highest, temperature, threshold, V, SEGMENTS, SEGMENT, TILE
+            )
         tl.store(warping_ptr + row * 3, highest)
         tl.store(warping_ptr + row * 3 + 1, threshold)
         tl.store(warping_ptr + row * 3 + 2, total)

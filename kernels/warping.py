@@ -75,12 +75,12 @@ def threshold_of(
     SEGMENT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The lowest score of a row [V] that min-p, then top-k, then top-p leave, −∞ where all three are off; their mass.
+    """The lowest score of a row [V] that min-p, then top-k, then top-p leave; −∞ where all three are off.
 
     min-p: highest + temperature·ln(min_p); top-k: the k-th highest score; top-p: the lowest score of the smallest set
-    of most likely ids, among those left, whose probability reaches top_p. mass: Σ exp((x − highest)/temperature), of
-    the whole row `total`, told where top-p needs it and by `mass` for the threshold itself. segment float32 [SEGMENTS]:
-    the highest scores of SEGMENT ids each; list int32: room for one number a segment, padded to a power of two.
+    of most likely ids, among those left, whose probability reaches top_p. total: Σ exp((x − highest)/temperature).
+    segment float32 [SEGMENTS]: the highest scores of SEGMENT ids each; list int32: room for the number of every
+    segment, and those up to a power of two.
     """
     threshold = tl.full((), float("-inf"), tl.float32)
     if (min_p > 0.0) | ((top_k > 0) & (top_k < V)) | (top_p < 1.0):
@@ -88,15 +88,24 @@ def threshold_of(
         if min_p > 0.0:
             threshold = highest + temperature * log(min_p)
         if (top_k > 0) & (top_k < V):
+            goal = top_k.to(tl.float32)
+            bottom = _highest_peak_reaching(peaks, highest, temperature, threshold, goal, True)
+            count = _listed(peaks >= bottom, list_ptr)
             score = _highest_reaching(
-                row_ptr, peaks, list_ptr, highest, temperature, threshold, top_k.to(tl.float32), True, V, SEGMENT, TILE
+                row_ptr, list_ptr, count, highest, temperature, threshold, bottom, goal, True, V, SEGMENT, TILE
             )
             threshold = tl.maximum(threshold, score)
         if top_p < 1.0:
+            bottom = threshold
             if threshold > float("-inf"):
-                total = mass(row_ptr, peaks, list_ptr, highest, temperature, threshold, V, SEGMENT, TILE)
+                count = _listed(peaks >= threshold, list_ptr)
+                goal = top_p * _mass(row_ptr, list_ptr, count, highest, temperature, threshold, V, SEGMENT, TILE)
+            else:
+                goal = top_p * total
+                bottom = _highest_peak_reaching(peaks, highest, temperature, threshold, goal, False)
+                count = _listed(peaks >= bottom, list_ptr)
             score = _highest_reaching(
-                row_ptr, peaks, list_ptr, highest, temperature, threshold, top_p * total, False, V, SEGMENT, TILE
+                row_ptr, list_ptr, count, highest, temperature, threshold, bottom, goal, False, V, SEGMENT, TILE
             )
             threshold = tl.maximum(threshold, score)
     return threshold
@@ -113,8 +122,26 @@ def segment_peaks(segment_ptr, SEGMENTS: tl.constexpr):
 @triton.jit
 def mass(
     row_ptr,
-    peaks,
+    segment_ptr,
     list_ptr,
+    highest,
+    temperature,
+    threshold,
+    V: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Σ exp((x − highest)/temperature) over the scores x ≥ threshold of a row [V]; the rest as in `threshold_of`."""
+    count = _listed(segment_peaks(segment_ptr, SEGMENTS) >= threshold, list_ptr)
+    return _mass(row_ptr, list_ptr, count, highest, temperature, threshold, V, SEGMENT, TILE)
+
+
+@triton.jit
+def _mass(
+    row_ptr,
+    list_ptr,
+    count,
     highest,
     temperature,
     threshold,
@@ -122,60 +149,66 @@ def mass(
     SEGMENT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Σ exp((x − highest)/temperature) over the scores x ≥ threshold of a row [V]."""
-    count = _listed(peaks >= threshold, list_ptr)
+    """`mass` of the `count` segments of the list."""
     acc = tl.zeros((TILE // SEGMENT, SEGMENT), tl.float32)
     for start in range(0, count, TILE // SEGMENT):
         x = _scores_of(row_ptr, list_ptr, start, count, V, SEGMENT, TILE)
-        acc += tl.where(x >= threshold, tl.exp((x - highest) / temperature), 0.0)
+        acc += _weight(x, highest, temperature, threshold, False)
     return tl.sum(tl.sum(acc, axis=1), axis=0)
+
+
+@triton.jit
+def _highest_peak_reaching(peaks, highest, temperature, threshold, goal, COUNT: tl.constexpr):
+    """A score from `threshold` to `highest` whose Σ w over the peaks from it on reaches goal, threshold if none is found.
+
+    w as in `_highest_reaching`. What the peaks reach, the row reaches: what is looked for is not below, and a segment
+    with a lower peak holds nothing that is above. Only the highest 16 bits are looked at.
+    """
+    key = _key(peaks) >> COARSE
+    weight = _weight(peaks, highest, temperature, threshold, COUNT)
+    bottom = _key(threshold)
+    first = _key(tl.min(tl.where(peaks > float("-inf"), peaks, float("inf")), axis=0))
+    first = tl.maximum(bottom, first) >> COARSE
+    low = tl.minimum(first, _key(highest) >> COARSE)
+    high = (_key(highest) >> COARSE) + 1
+    while high - low > 1:
+        step = (high - low + PIVOTS - 1) // PIVOTS
+        pivots = low + tl.arange(0, PIVOTS) * step
+        sums = tl.sum(tl.where(key[None, :] >= pivots[:, None], weight[None, :], 0.0), axis=1)
+        low += step * _reached(sums, goal)
+        high = tl.minimum(high, low + step)
+    return _value(tl.where(low > first, tl.maximum(bottom, low << COARSE), bottom))
 
 
 @triton.jit
 def _highest_reaching(
     row_ptr,
-    peaks,
     list_ptr,
+    count,
     highest,
     temperature,
     threshold,
+    bottom,
     goal,
     COUNT: tl.constexpr,
     V: tl.constexpr,
     SEGMENT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The highest score t, from `threshold` to `highest`, for which Σ w(x) over x ≥ t of a row [V] reaches goal.
+    """The highest score t, from `bottom` to `highest`, for which Σ w(x) over x ≥ t of a row [V] reaches goal.
 
-    COUNT: w = 1; else w = exp((x − highest)/temperature) where x ≥ threshold, 0 elsewhere. Found by eight pivots at a
-    time among the order-preserving integers of float32, of which float16 and bfloat16 do not use the lowest bits. The
-    first search is one among the peaks: what they reach alone, the row reaches, so that t is not below, and segments
-    with a lower peak need not be read.
+    COUNT: w = 1; else w = exp((x − highest)/temperature) where x ≥ threshold, 0 elsewhere. The list holds the segments
+    whose peaks are at least `bottom`. Found by eight pivots at a time among the order-preserving integers of float32,
+    of which float16 and bfloat16 do not use the lowest bits.
     """
     UNUSED: tl.constexpr = (
         16 if row_ptr.dtype.element_ty == tl.bfloat16 else 13 if row_ptr.dtype.element_ty == tl.float16 else 0
     )
-    offs_p = tl.arange(0, PIVOTS)
-    top = _key(highest)
-    bottom = tl.minimum(_key(threshold), top)
-
-    near = _key(peaks) >> COARSE
-    share = _weight(peaks, highest, temperature, threshold, COUNT)
-    low = (bottom >> COARSE).to(tl.int64)
-    high = (top >> COARSE).to(tl.int64) + 1
+    high = (_key(highest) >> UNUSED).to(tl.int64) + 1
+    low = tl.minimum((_key(bottom) >> UNUSED).to(tl.int64), high - 1)
     while high - low > 1:
         step = (high - low + PIVOTS - 1) // PIVOTS
-        pivots = (low + offs_p * step).to(tl.int32)
-        sums = tl.sum(tl.where(near[None, :] >= pivots[:, None], share[None, :], 0.0), axis=1)
-        low += step * _reached(sums, goal)
-        high = tl.minimum(high, low + step)
-    count = _listed(near >= low.to(tl.int32), list_ptr)
-
-    low = tl.maximum((bottom >> UNUSED).to(tl.int64), low << (COARSE - UNUSED))
-    high = (top >> UNUSED).to(tl.int64) + 1
-    while high - low > 1:
-        step = (high - low + PIVOTS - 1) // PIVOTS
-        pivots = (low + offs_p * step).to(tl.int32)
+        pivots = (low + tl.arange(0, PIVOTS) * step).to(tl.int32)
         acc = tl.zeros((PIVOTS, TILE), tl.float32)
         for start in range(0, count, TILE // SEGMENT):
             x = tl.reshape(_scores_of(row_ptr, list_ptr, start, count, V, SEGMENT, TILE), (TILE,))
@@ -184,11 +217,10 @@ def _highest_reaching(
             acc += tl.where(key[None, :] >= pivots[:, None], weight[None, :], 0.0)
         low += step * _reached(tl.sum(acc, axis=1), goal)
         high = tl.minimum(high, low + step)
-
     key = low.to(tl.int32) << UNUSED
     if UNUSED > 0:
         key = tl.where(key < 0, key | ((1 << UNUSED) - 1), key)
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return _value(key)
 
 
 @triton.jit
@@ -239,3 +271,8 @@ def _key(x):
     """int32 in the order of float32."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _value(key):
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
