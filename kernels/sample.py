@@ -1,7 +1,9 @@
 """Sampling: a token, or several distinct ones, per row of scores.
 
-Noise is bounded below by that of the best block, and the value of an id by its block's: the first launch leaves every
-block's best sum of score and noise, the second one looks again at the few blocks that may hold the winner.
+The first launch leaves every block's best sum of score and noise (`partials`); the second looks again at the few blocks
+that may hold the winner. What wins among all ids wins among those that top-k, top-p and min-p leave, if it is one of
+them: likely, and cheaper to see than where they end. Only if it is not is their threshold searched for, and a winner
+above it.
 """
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from . import launch
 from .partials import block_peaks, partials_of, total_of_blocks
 from .primitives import wait_for_producers
-from .warping import known, log, lowest_of_best, threshold_of, uniform
+from .warping import known, limits, log, lowest_of_best, surely_left, threshold_of, uniform
 
 
 @triton.jit(do_not_specialize=["stream"])
@@ -49,79 +51,108 @@ def _sample_kernel(
     SEGMENTS: tl.constexpr = BLOCKS * BLOCK // SEGMENT
     pid_row = tl.program_id(0).to(tl.int64)
     row_ptr = scores_ptr + pid_row * stride_scores
+    segment_ptr += pid_row * SEGMENTS
+    list_ptr += pid_row * stride_list
     token_ptr += pid_row * COUNT
     offs = tl.arange(0, BLOCK)
     offs_b = tl.arange(0, triton.next_power_of_2(BLOCKS))
     wait_for_producers(PDL)
     temperature = tl.load(temperature_ptr + pid_row)
+    top_k = tl.load(top_k_ptr + pid_row)
+    top_p = tl.load(top_p_ptr + pid_row)
+    min_p = tl.load(min_p_ptr + pid_row)
     seed = tl.load(seed_ptr + pid_row)
     position = tl.load(position_ptr + pid_row)
     peaks = block_peaks(peak_ptr + pid_row * BLOCKS, BLOCKS)
     highest = tl.max(peaks, axis=0)
-    threshold = tl.full((), float("-inf"), tl.float32)
     # No id of a block has a higher value.
-    bounds = peaks
+    ceilings = peaks
+    total = tl.zeros((), tl.float32)
     if temperature > 0.0:
-        top_k = tl.load(top_k_ptr + pid_row)
-        top_p = tl.load(top_p_ptr + pid_row)
-        min_p = tl.load(min_p_ptr + pid_row)
         race = tl.load(race_ptr + pid_row * BLOCKS + offs_b, mask=offs_b < BLOCKS, other=0.0)
+        ceilings = _ceilings(race, tl.div_rn(peaks - highest, temperature))
         total = total_of_blocks(total_ptr + pid_row * BLOCKS, peaks, highest, temperature, BLOCKS)
-        threshold = threshold_of(
-            row_ptr,
-            segment_ptr + pid_row * SEGMENTS,
-            list_ptr + pid_row * stride_list,
-            total,
-            highest,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            V,
-            SEGMENTS,
-            SEGMENT,
-            TILE,
-        )
-        bounds = _bounds(race, tl.div_rn(peaks - highest, temperature))
-        bounds = tl.where(peaks >= threshold, bounds, float("-inf"))
 
-    last = tl.full((), float("inf"), tl.float32)
-    last_id = tl.full((), -1, tl.int32)
-    first = last_id + 1
-    for column in range(COUNT):
-        best = tl.full((), float("-inf"), tl.float32)
-        best_id = tl.full((), 2147483647, tl.int32)
-        unseen = bounds
-        bound = tl.max(unseen, axis=0)
-        block = lowest_of_best(unseen, offs_b)
-        while (bound > best) | ((bound == best) & (bound > float("-inf")) & (block * BLOCK < best_id)):
-            start = block * BLOCK
-            x = known(tl.load(row_ptr + start + offs, mask=start + offs < V, other=float("-inf")))
-            value = x
-            if temperature > 0.0:
-                noise = -log(-log(uniform(seed, position, start, BLOCK, stream)))
-                value = tl.div_rn(x - highest, temperature) + noise
-                value = tl.where((x >= threshold) & (x > float("-inf")), value, float("-inf"))
-            if COUNT > 1:
-                value = _after(value, start + offs, last, last_id)
-            own = tl.max(value, axis=0)
-            own_id = lowest_of_best(value, start + offs)
-            better = (own > best) | ((own == best) & (own_id < best_id))
-            best = tl.where(better, own, best)
-            best_id = tl.where(better, own_id, best_id)
-            bounds = tl.where(offs_b == block, own, bounds)
-            unseen = tl.where(offs_b == block, float("-inf"), unseen)
+    threshold = tl.full((), float("-inf"), tl.float32)
+    unlimited = (temperature <= 0.0) | (limits(top_k, top_p, min_p, V) == 0)
+    drawing = tl.full((), 1, tl.int1)
+    while drawing:
+        bounds = tl.where(peaks >= threshold, ceilings, float("-inf"))
+        last = tl.full((), float("inf"), tl.float32)
+        last_id = tl.full((), -1, tl.int32)
+        lowest = last
+        first = last_id + 1
+        for column in range(COUNT):
+            best = tl.full((), float("-inf"), tl.float32)
+            best_id = tl.full((), 2147483647, tl.int32)
+            unseen = bounds
             bound = tl.max(unseen, axis=0)
             block = lowest_of_best(unseen, offs_b)
-        token = tl.where(best > float("-inf"), best_id, first)
-        first = tl.where(column == 0, token, first)
-        last = best
-        last_id = best_id
-        tl.store(token_ptr + column, token.to(tl.int64))
+            while (bound > best) | ((bound == best) & (bound > float("-inf")) & (block * BLOCK < best_id)):
+                start = block * BLOCK
+                x = known(tl.load(row_ptr + start + offs, mask=start + offs < V, other=float("-inf")))
+                value = x
+                if temperature > 0.0:
+                    noise = -log(-log(uniform(seed, position, start, BLOCK, stream)))
+                    value = tl.div_rn(x - highest, temperature) + noise
+                    value = tl.where((x >= threshold) & (x > float("-inf")), value, float("-inf"))
+                if COUNT > 1:
+                    value = _after(value, start + offs, last, last_id)
+                own = tl.max(value, axis=0)
+                own_id = lowest_of_best(value, start + offs)
+                better = (own > best) | ((own == best) & (own_id < best_id))
+                best = tl.where(better, own, best)
+                best_id = tl.where(better, own_id, best_id)
+                bounds = tl.where(offs_b == block, own, bounds)
+                unseen = tl.where(offs_b == block, float("-inf"), unseen)
+                bound = tl.max(unseen, axis=0)
+                block = lowest_of_best(unseen, offs_b)
+            token = tl.where(best > float("-inf"), best_id, first)
+            first = tl.where(column == 0, token, first)
+            lowest = tl.minimum(lowest, known(tl.load(row_ptr + token)))
+            last = best
+            last_id = best_id
+            tl.store(token_ptr + column, token.to(tl.int64))
+        drawing = tl.full((), 0, tl.int1)
+        if unlimited == 0:
+            left = surely_left(
+                row_ptr,
+                segment_ptr,
+                list_ptr,
+                total,
+                highest,
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                lowest,
+                V,
+                SEGMENTS,
+                SEGMENT,
+                TILE,
+            )
+            if left == 0:
+                drawing = tl.full((), 1, tl.int1)
+                threshold = threshold_of(
+                    row_ptr,
+                    segment_ptr,
+                    list_ptr,
+                    total,
+                    highest,
+                    temperature,
+                    top_k,
+                    top_p,
+                    min_p,
+                    V,
+                    SEGMENTS,
+                    SEGMENT,
+                    TILE,
+                )
+        unlimited = tl.full((), 1, tl.int1)
 
 
 @triton.jit
-def _bounds(race, far):
+def _ceilings(race, far):
     """What race + far, of a block, is at most when computed from each id's own distance to the highest score.
 
     Both ways round a few times, by 2⁻²⁴ of what is rounded: distances of at most |race| + |far| + 17, noise below 17.

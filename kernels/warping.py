@@ -83,7 +83,7 @@ def threshold_of(
     segment, and those up to a power of two.
     """
     threshold = tl.full((), float("-inf"), tl.float32)
-    if (min_p > 0.0) | ((top_k > 0) & (top_k < V)) | (top_p < 1.0):
+    if limits(top_k, top_p, min_p, V):
         peaks = segment_peaks(segment_ptr, SEGMENTS)
         if min_p > 0.0:
             threshold = highest + temperature * log(min_p)
@@ -109,6 +109,55 @@ def threshold_of(
             )
             threshold = tl.maximum(threshold, score)
     return threshold
+
+
+@triton.jit
+def limits(top_k, top_p, min_p, V: tl.constexpr):
+    """Whether any of the three limits what a row can give."""
+    return (min_p > 0.0) | ((top_k > 0) & (top_k < V)) | (top_p < 1.0)
+
+
+@triton.jit
+def surely_left(
+    row_ptr,
+    segment_ptr,
+    list_ptr,
+    total,
+    highest,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    score,
+    V: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Whether one look at the scores above it shows that `score` is not below what `threshold_of` would find.
+
+    Where top-p comes after another limit, the mass of what that leaves is at least that of `score` and those above it.
+    """
+    left = (min_p <= 0.0) | (score >= highest + temperature * log(min_p))
+    count = _listed(segment_peaks(segment_ptr, SEGMENTS) > score, list_ptr)
+    few = (top_k > 0) & (top_k < V)
+    # Every segment listed has a higher score.
+    left = left & ((count < top_k) | (few == 0))
+    count = tl.where(left, count, 0)
+    higher = tl.zeros((TILE // SEGMENT, SEGMENT), tl.int32)
+    acc = tl.zeros((TILE // SEGMENT, SEGMENT), tl.float32)
+    for start in range(0, count, TILE // SEGMENT):
+        x = _scores_of(row_ptr, list_ptr, start, count, V, SEGMENT, TILE)
+        higher += (x > score).to(tl.int32)
+        acc += tl.where(x > score, tl.exp((x - highest) / temperature), 0.0)
+    if few:
+        left = left & (tl.sum(tl.sum(higher, axis=1), axis=0) < top_k)
+    if top_p < 1.0:
+        above = tl.sum(tl.sum(acc, axis=1), axis=0)
+        if few | (min_p > 0.0):
+            total = above + tl.exp((score - highest) / temperature)
+        left = left & (above < top_p * total)
+    return left
 
 
 @triton.jit
