@@ -6,6 +6,7 @@ WEIGHT = r"\bw_ptrs? \+"
 CACHE = r"\b(keys|values)_ptr \+"
 SCORES = r"\brow_ptr \+ start\b"
 LISTED = r"\brow_ptr \+ ids\b"
+PROBABILITIES = r"\brow_ptr \+ offs\b"
 ROWS = r"\b(sequence|position|active|table)_ptr \+"
 TILE = ("BLOCK_N", "CHUNK")
 
@@ -29,6 +30,7 @@ KERNELS = {
     "_verify_kernel": Meaning(),
     "_warping_kernel": Meaning(streams=LISTED),
     "_rejection_kernel": Meaning(),
+    "_draw_kernel": Meaning(streams=PROBABILITIES),
     "_compact_kernel": Meaning(),
     "_matches_kernel": Meaning(),
     "_continuation_kernel": Meaning(),

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import launch
 from .partials import block_peaks, partials_of, total_of_blocks
 from .primitives import wait_for_producers
-from .residual import draw, keep, place_of, probability, take, total_of
+from .residual import Left, draw, keep, place_of, probability, take, total_of
 from .values import Verdict
 from .warping import known, lowest_of_best, mass, threshold_of, uniform
 
@@ -97,9 +97,12 @@ def _rejection_kernel(  # noqa: PLR0915
     residual_ptr,
     others_ptr,
     accepted_ptr,
-    token_ptr,
     next_length_ptr,
     path_ptr,
+    left_row_ptr,
+    left_side_ptr,
+    left_total_ptr,
+    arrivals_ptr,
     stride_node,
     stride_parent,
     stride_drawn,
@@ -111,12 +114,12 @@ def _rejection_kernel(  # noqa: PLR0915
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """From row 0: accept child x if u·q(x) ≤ p(x), or p ← norm(max(p − q, 0)), q ← norm(q without x); draw from p.
+    """From row 0: accept child x if u·q(x) ≤ p(x), or p ← norm(max(p − q, 0)), q ← norm(q without x).
 
     scores [S, k + 1, V]; draft_scores [S, drafts, V_DRAFT] or None: q certain; warping, best as `_warping_kernel` gives
     them; draft_ids int64 [V_DRAFT] or None; draft, parent int64 [S, k]; drawn int64 [S, k + 1] or None; residual
     float32 [S, 2, V]: p in turn, read from one and written to the other; others float32 [S, V_DRAFT]: q; path int64
-    [S, k + 1]; the rest [S].
+    [S, k + 1]; left and arrivals as in `Left`; the rest [S].
     """
     pid_s = tl.program_id(0).to(tl.int64)
     residual_ptr += pid_s * 2 * V
@@ -187,26 +190,14 @@ def _rejection_kernel(  # noqa: PLR0915
                 p_total = tl.where(total > 0.0, total, p_total)
                 side = tl.where(total > 0.0, 1 - side, side)
 
-    p_row_ptr = scores_ptr + (pid_s * (k + 1) + row) * V
-    p_warping_ptr = warping_ptr + (pid_s * (k + 1) + row) * 3
-    p_best = tl.load(best_ptr + pid_s * (k + 1) + row)
-    token = draw(
-        p_row_ptr,
-        p_warping_ptr,
-        p_best,
-        temperature,
-        residual_ptr + side * V,
-        p_total,
-        seed,
-        length + accepted + 1,
-        V,
-        BLOCK,
-    )
+    tl.store(left_row_ptr + pid_s, row)
+    tl.store(left_side_ptr + pid_s, side)
+    tl.store(left_total_ptr + pid_s, p_total)
+    tl.store(arrivals_ptr + pid_s, 0)
     offs_r = tl.arange(0, ROWS)
     last = tl.zeros((ROWS,), tl.int64) + row
     tl.store(path_ptr + pid_s * (k + 1) + offs_r, last, mask=(offs_r > accepted) & (offs_r <= k))
     tl.store(accepted_ptr + pid_s, accepted)
-    tl.store(token_ptr + pid_s, token.to(tl.int64))
     tl.store(next_length_ptr + pid_s, length + accepted + 1)
 
 
@@ -252,7 +243,8 @@ def verify_rejection(
         draft_warping, draft_best = _warping(draft_scores, rules)
     residual = torch.empty((sequences, 2, size), dtype=torch.float32, device=scores.device)
     others = torch.empty((sequences, draft_size), dtype=torch.float32, device=scores.device)
-    verdict = empty_verdict(draft)
+    verdict, left = empty_verdict(draft), Left.empty(sequences, draft.device)
+    seed = seed.contiguous()
     _rejection_kernel[(sequences,)](
         scores,
         warping,
@@ -267,10 +259,13 @@ def verify_rejection(
         count.contiguous(),
         length.contiguous(),
         rules[0],
-        seed.contiguous(),
+        seed,
         residual,
         others,
-        *verdict,
+        verdict.accepted,
+        verdict.length,
+        verdict.path,
+        *left,
         draft.stride(0),
         0 if parent is None else parent.stride(0),
         0 if drawn is None else drawn.stride(0),
@@ -281,8 +276,9 @@ def verify_rejection(
         BLOCK=max(16, rule.block // 2),
         ROWS=max(16, 1 << k.bit_length()),
         PDL=launch.dependent(launch.architecture()),
-        **launch.options(max(1, rule.warps // 2)),
+        **launch.options(max(1, rule.warps // 2), registers=launch.PRODUCT_REGISTERS),
     )
+    draw(scores, warping, best, rules[0], residual, seed, verdict, left)
     return verdict
 
 

@@ -4,12 +4,37 @@ A row's p or q is `rest`/`total` once something was taken from it, which a posit
 warped row of scores before.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .warping import log, lowest_of_best, uniform
+from . import launch
+from .primitives import wait_for_producers
+from .ranking import NONE, candidate, token_of
+from .values import Verdict
+from .warping import log, uniform
 
 DRAW_STREAM: tl.constexpr = tl.constexpr(2)
+
+
+class Left(NamedTuple):
+    """What the walk down a draft leaves to draw from: p of `row` int64 [S], or residual[s, side]/total if total > 0.
+
+    arrivals int32 [S]: zero, for the programs that draw.
+    """
+
+    row: Tensor
+    side: Tensor
+    total: Tensor
+    arrivals: Tensor
+
+    @staticmethod
+    def empty(sequences: int, device: torch.device) -> "Left":
+        kinds = (torch.int64, torch.int32, torch.float32, torch.int32)
+        return Left(*(torch.empty((sequences,), dtype=kind, device=device) for kind in kinds))
 
 
 @triton.jit
@@ -125,27 +150,94 @@ def total_of(
     return tl.sum(acc, axis=0)
 
 
-@triton.jit
-def draw(
-    row_ptr,
+@triton.jit(do_not_specialize=["rows"])
+def _draw_kernel(
+    scores_ptr,
     warping_ptr,
-    best,
-    temperature,
-    rest_ptr,
-    total,
-    seed,
-    position,
+    best_ptr,
+    temperature_ptr,
+    residual_ptr,
+    seed_ptr,
+    length_ptr,
+    row_ptr,
+    side_ptr,
+    total_ptr,
+    candidate_ptr,
+    arrivals_ptr,
+    token_ptr,
+    rows,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """argmax p/−ln u [V]: a draw from p, which need not be normalised."""
-    offs = tl.arange(0, BLOCK)
-    highest = tl.full((BLOCK,), -1.0, tl.float32)
-    tokens = offs
-    for start in range(0, V, BLOCK):
-        ids = start + offs
-        p = probability(row_ptr, warping_ptr, best, temperature, rest_ptr, total, ids, ids < V)
-        race = p / -log(uniform(seed, position, start, BLOCK, DRAW_STREAM))
-        tokens = tl.where(race > highest, ids, tokens)
-        highest = tl.maximum(highest, race)
-    return lowest_of_best(highest, tokens)
+    """token = argmax p/−ln u [V]: a draw from p, which need not be normalised; the last of BLOCKS programs tells it.
+
+    p is that of row `row` of a sequence's scores [S, rows, V], or residual[s, side]/total where total is positive; u of
+    position `length`. candidate int64 [S, BLOCKS]; arrivals int32 [S], zero before; the rest [S].
+    """
+    pid_s = tl.program_id(0).to(tl.int64)
+    pid_block = tl.program_id(1)
+    start = pid_block * BLOCK
+    ids = start + tl.arange(0, BLOCK)
+    wait_for_producers(PDL)
+    row = pid_s * rows + tl.load(row_ptr + pid_s)
+    p = probability(
+        scores_ptr + row * V,
+        warping_ptr + row * 3,
+        tl.load(best_ptr + row),
+        tl.load(temperature_ptr + pid_s),
+        residual_ptr + (2 * pid_s + tl.load(side_ptr + pid_s)) * V,
+        tl.load(total_ptr + pid_s),
+        ids,
+        ids < V,
+    )
+    race = p
+    if tl.max(p, axis=0) > 0.0:
+        race = p / -log(uniform(tl.load(seed_ptr + pid_s), tl.load(length_ptr + pid_s), start, BLOCK, DRAW_STREAM))
+    best = tl.max(tl.where(ids < V, candidate(race, ids), NONE), axis=0)
+    candidate_ptr += pid_s * BLOCKS
+    tl.store(candidate_ptr + pid_block, best)
+    # The barrier and the release let whoever arrives last, by its acquire, see what every program has stored.
+    tl.debug_barrier()
+    if tl.atomic_add(arrivals_ptr + pid_s, 1, sem="acq_rel") + 1 == BLOCKS:
+        offs_b = tl.arange(0, triton.next_power_of_2(BLOCKS))
+        bests = tl.load(candidate_ptr + offs_b, mask=offs_b < BLOCKS, other=NONE, cache_modifier=".cg")
+        tl.store(token_ptr + pid_s, token_of(tl.max(bests, axis=0)))
+
+
+def draw(
+    scores: Tensor,
+    warping: Tensor,
+    best: Tensor,
+    temperature: Tensor,
+    residual: Tensor,
+    seed: Tensor,
+    verdict: Verdict,
+    left: Left,
+) -> None:
+    """Write verdict.token: a draw from what the walk has `left` of each sequence's p, at position verdict.length."""
+    sequences, rows, size = scores.shape
+    rule = launch.sampling_rule(size)
+    candidates = torch.empty((sequences, rule.blocks), dtype=torch.int64, device=scores.device)
+    _draw_kernel[(sequences, rule.blocks)](
+        scores,
+        warping,
+        best,
+        temperature,
+        residual,
+        seed,
+        verdict.length,
+        left.row,
+        left.side,
+        left.total,
+        candidates,
+        left.arrivals,
+        verdict.token,
+        rows,
+        V=size,
+        BLOCK=rule.block,
+        BLOCKS=rule.blocks,
+        PDL=launch.dependent(launch.architecture()),
+        **launch.options(max(1, rule.block // 256)),
+    )

@@ -224,7 +224,7 @@ def _highest_peak_reaching(peaks, highest, temperature, threshold, goal, COUNT: 
         step = (high - low + PIVOTS - 1) // PIVOTS
         pivots = low + tl.arange(0, PIVOTS) * step
         sums = tl.sum(tl.where(key[None, :] >= pivots[:, None], weight[None, :], 0.0), axis=1)
-        low += step * _reached(sums, goal)
+        low = tl.minimum(low + step * _reached(sums, goal), high - 1)
         high = tl.minimum(high, low + step)
     return _value(tl.where(low > first, tl.maximum(bottom, low << COARSE), bottom))
 
@@ -264,7 +264,7 @@ def _highest_reaching(
             key = _key(x) >> UNUSED
             weight = _weight(x, highest, temperature, threshold, COUNT)
             acc += tl.where(key[None, :] >= pivots[:, None], weight[None, :], 0.0)
-        low += step * _reached(tl.sum(acc, axis=1), goal)
+        low = tl.minimum(low + step * _reached(tl.sum(acc, axis=1), goal), high - 1)
         high = tl.minimum(high, low + step)
     key = low.to(tl.int32) << UNUSED
     if UNUSED > 0:
