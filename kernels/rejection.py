@@ -273,7 +273,7 @@ def verify_rejection(
         0 if draft_scores is None else draft_scores.shape[1],
         V=size,
         V_DRAFT=draft_size,
-        BLOCK=max(16, rule.block // 2),
+        BLOCK=max(16, rule.block // 4),
         ROWS=max(16, 1 << k.bit_length()),
         PDL=launch.dependent(launch.architecture()),
         **launch.options(max(1, rule.warps // 2), registers=launch.PRODUCT_REGISTERS),
