@@ -62,9 +62,7 @@ def _warping_kernel(
             row_ptr, segment_ptr, list_ptr, total, highest, temperature, top_k, top_p, min_p, V, SEGMENTS, SEGMENT, TILE
         )
         if threshold > float("-inf"):
-            total = mass(
-                row_ptr, segment_ptr, list_ptr, highest, temperature, threshold, V, SEGMENTS, SEGMENT, TILE
-            )
+            total = mass(row_ptr, segment_ptr, list_ptr, highest, temperature, threshold, V, SEGMENTS, SEGMENT, TILE)
         tl.store(warping_ptr + row * 3, highest)
         tl.store(warping_ptr + row * 3 + 1, threshold)
         tl.store(warping_ptr + row * 3 + 2, total)

@@ -56,7 +56,7 @@ def lowest_of_best(best, ids):
 def known(x):
     """Scores as float32, NaN as −∞."""
     x = x.to(tl.float32)
-    return tl.where(x == x, x, float("-inf"))
+    return tl.where(x > float("-inf"), x, float("-inf"))
 
 
 @triton.jit
@@ -208,7 +208,7 @@ def _mass(
 
 @triton.jit
 def _highest_peak_reaching(peaks, highest, temperature, threshold, goal, COUNT: tl.constexpr):
-    """A score from `threshold` to `highest` whose Σ w over the peaks from it on reaches goal, threshold if none is found.
+    """A score from `threshold` to `highest` from which on Σ w of the peaks reaches goal; threshold if none is found.
 
     w as in `_highest_reaching`. What the peaks reach, the row reaches: what is looked for is not below, and a segment
     with a lower peak holds nothing that is above. Only the highest 16 bits are looked at.
