@@ -30,6 +30,7 @@ KERNELS = {
     "_verify_kernel": Meaning(),
     "_warping_kernel": Meaning(streams=LISTED),
     "_rejection_kernel": Meaning(),
+    "_chain_kernel": Meaning(streams=PROBABILITIES),
     "_draw_kernel": Meaning(streams=PROBABILITIES),
     "_compact_kernel": Meaning(),
     "_matches_kernel": Meaning(),

@@ -6,13 +6,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .chains import ACCEPT_STREAM, verify_chain
 from .partials import block_peaks, partials_of, total_of_blocks
 from .primitives import wait_for_producers
 from .residual import Left, draw, keep, place_of, probability, take, total_of
 from .values import Verdict
 from .warping import known, lowest_of_best, mass, threshold_of, uniform
-
-ACCEPT_STREAM: tl.constexpr = tl.constexpr(1)
 
 
 @triton.jit
@@ -28,6 +27,7 @@ def _warping_kernel(
     list_ptr,
     warping_ptr,
     best_ptr,
+    arrivals_ptr,
     stride_list,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -39,7 +39,8 @@ def _warping_kernel(
     """What turns a row of scores into probabilities: highest score, threshold and Σ exp((x − highest)/temperature).
 
     scores [S, n, V]; temperature, top_k, top_p, min_p [S]; segment, peak, total as in `Partials`; list int32 [S, n,
-    segments]; warping float32 [S, n, 3]; best int32 [S, n]: the argmax at temperature 0, else −1.
+    segments]; warping float32 [S, n, 3]; best int32 [S, n]: the argmax at temperature 0, else −1; arrivals int32 [S]:
+    zeroed, for a kernel after this one.
     """
     SEGMENTS: tl.constexpr = BLOCKS * BLOCK // SEGMENT
     pid_s = tl.program_id(0).to(tl.int64)
@@ -50,6 +51,8 @@ def _warping_kernel(
     list_ptr += row * stride_list
     offs = tl.arange(0, BLOCK)
     wait_for_producers(PDL)
+    if pid_n == 0:
+        tl.store(arrivals_ptr + pid_s, 0)
     temperature = tl.load(temperature_ptr + pid_s)
     peaks = block_peaks(peak_ptr + row * BLOCKS, BLOCKS)
     highest = tl.max(peaks, axis=0)
@@ -100,7 +103,6 @@ def _rejection_kernel(  # noqa: PLR0915
     left_row_ptr,
     left_side_ptr,
     left_total_ptr,
-    arrivals_ptr,
     stride_node,
     stride_parent,
     stride_drawn,
@@ -117,7 +119,7 @@ def _rejection_kernel(  # noqa: PLR0915
     scores [S, k + 1, V]; draft_scores [S, drafts, V_DRAFT] or None: q certain; warping, best as `_warping_kernel` gives
     them; draft_ids int64 [V_DRAFT] or None; draft, parent int64 [S, k]; drawn int64 [S, k + 1] or None; residual
     float32 [S, 2, V]: p in turn, read from one and written to the other; others float32 [S, V_DRAFT]: q; path int64
-    [S, k + 1]; left and arrivals as in `Left`; the rest [S].
+    [S, k + 1]; left as in `Left`; the rest [S].
     """
     pid_s = tl.program_id(0).to(tl.int64)
     residual_ptr += pid_s * 2 * V
@@ -191,7 +193,6 @@ def _rejection_kernel(  # noqa: PLR0915
     tl.store(left_row_ptr + pid_s, row)
     tl.store(left_side_ptr + pid_s, side)
     tl.store(left_total_ptr + pid_s, p_total)
-    tl.store(arrivals_ptr + pid_s, 0)
     offs_r = tl.arange(0, ROWS)
     last = tl.zeros((ROWS,), tl.int64) + row
     tl.store(path_ptr + pid_s * (k + 1) + offs_r, last, mask=(offs_r > accepted) & (offs_r <= k))
@@ -233,16 +234,22 @@ def verify_rejection(
     size = scores.shape[2]
     rule = launch.vocabulary_rule(size)
     rules = [field.contiguous() for field in (temperature, top_k, top_p, min_p)]
-    warping, best = _warping(scores, rules)
+    arrivals = torch.empty((sequences,), dtype=torch.int32, device=scores.device)
+    warping, best = _warping(scores, rules, arrivals)
     draft_size, draft_warping, draft_best = 1, None, None
     if draft_scores is not None:
         draft_scores = draft_scores.contiguous()
         draft_size = draft_scores.shape[2]
-        draft_warping, draft_best = _warping(draft_scores, rules)
+        draft_warping, draft_best = _warping(draft_scores, rules, arrivals)
+    count, length, seed = count.contiguous(), length.contiguous(), seed.contiguous()
+    verdict = empty_verdict(draft)
+    if parent is None and drawn is None and draft_ids is None:
+        drafter = None if draft_scores is None else (draft_scores, draft_warping, draft_best)
+        verify_chain((scores, warping, best), drafter, draft, count, length, rules[0], seed, arrivals, verdict)
+        return verdict
     residual = torch.empty((sequences, 2, size), dtype=torch.float32, device=scores.device)
     others = torch.empty((sequences, draft_size), dtype=torch.float32, device=scores.device)
-    verdict, left = empty_verdict(draft), Left.empty(sequences, draft.device)
-    seed = seed.contiguous()
+    left = Left.empty(sequences, draft.device)
     _rejection_kernel[(sequences,)](
         scores,
         warping,
@@ -254,8 +261,8 @@ def verify_rejection(
         draft,
         parent,
         drawn,
-        count.contiguous(),
-        length.contiguous(),
+        count,
+        length,
         rules[0],
         seed,
         residual,
@@ -276,11 +283,11 @@ def verify_rejection(
         PDL=launch.dependent(launch.architecture()),
         **launch.options(max(1, rule.warps // 2), registers=launch.PRODUCT_REGISTERS),
     )
-    draw(scores, warping, best, rules[0], residual, seed, verdict, left)
+    draw(scores, warping, best, rules[0], residual, seed, verdict, left, arrivals)
     return verdict
 
 
-def _warping(scores: Tensor, rules: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _warping(scores: Tensor, rules: list[Tensor], arrivals: Tensor) -> tuple[Tensor, Tensor]:
     sequences, rows, size = scores.shape
     rule = launch.sampling_rule(size)
     segment, peak, total, _ = partials_of(scores.flatten(0, 1), rows, rules[0])
@@ -296,6 +303,7 @@ def _warping(scores: Tensor, rules: list[Tensor]) -> tuple[Tensor, Tensor]:
         listed,
         warping,
         best,
+        arrivals,
         rule.listed,
         V=size,
         BLOCK=rule.block,

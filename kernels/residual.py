@@ -21,19 +21,15 @@ DRAW_STREAM: tl.constexpr = tl.constexpr(2)
 
 
 class Left(NamedTuple):
-    """What the walk down a draft leaves to draw from: p of `row` int64 [S], or residual[s, side]/total if total > 0.
-
-    arrivals int32 [S]: zero, for the programs that draw.
-    """
+    """What the walk down a draft leaves to draw from: p of `row` int64 [S], or residual[s, side]/total if total > 0."""
 
     row: Tensor
     side: Tensor
     total: Tensor
-    arrivals: Tensor
 
     @staticmethod
     def empty(sequences: int, device: torch.device) -> "Left":
-        kinds = (torch.int64, torch.int32, torch.float32, torch.int32)
+        kinds = (torch.int64, torch.int32, torch.float32)
         return Left(*(torch.empty((sequences,), dtype=kind, device=device) for kind in kinds))
 
 
@@ -51,7 +47,15 @@ def probability(
     """Probabilities of the ids at offs: rest/total where total is positive, else of the warped row of scores."""
     if total > 0.0:
         p = tl.load(rest_ptr + offs, mask=mask, other=0.0) / total
-    elif best >= 0:
+    else:
+        p = warped(row_ptr, warping_ptr, best, temperature, offs, mask)
+    return p
+
+
+@triton.jit
+def warped(row_ptr, warping_ptr, best, temperature, offs, mask):
+    """Probabilities of the ids at offs in a warped row of scores, whose one possible id is `best` unless that is −1."""
+    if best >= 0:
         p = tl.where(mask & (offs == best), 1.0, 0.0)
     else:
         x = tl.load(row_ptr + offs, mask=mask, other=float("-inf")).to(tl.float32)
@@ -195,15 +199,34 @@ def _draw_kernel(
     race = p
     if tl.max(p, axis=0) > 0.0:
         race = p / -log(uniform(tl.load(seed_ptr + pid_s), tl.load(length_ptr + pid_s), start, BLOCK, DRAW_STREAM))
-    best = tl.max(tl.where(ids < V, candidate(race, ids), NONE), axis=0)
     candidate_ptr += pid_s * BLOCKS
-    tl.store(candidate_ptr + pid_block, best)
-    # The barrier and the release let whoever arrives last, by its acquire, see what every program has stored.
+    tl.store(candidate_ptr + pid_block, best_of(race, ids, V))
+    if is_last(arrivals_ptr + pid_s, BLOCKS):
+        tl.store(token_ptr + pid_s, token_of(best_of_blocks(candidate_ptr, BLOCKS)))
+
+
+@triton.jit
+def best_of(race, ids, V: tl.constexpr):
+    """The `candidate` of the highest race [BLOCK] among the ids below V."""
+    return tl.max(tl.where(ids < V, candidate(race, ids), NONE), axis=0)
+
+
+@triton.jit
+def is_last(arrivals_ptr, BLOCKS: tl.constexpr):
+    """Whether this is the last of BLOCKS programs to arrive; it sees what all of them have stored, past the L1 cache.
+
+    The barrier puts every thread's stores before the release of its program, the acquire puts them before the loads of
+    the last one.
+    """
     tl.debug_barrier()
-    if tl.atomic_add(arrivals_ptr + pid_s, 1, sem="acq_rel") + 1 == BLOCKS:
-        offs_b = tl.arange(0, triton.next_power_of_2(BLOCKS))
-        bests = tl.load(candidate_ptr + offs_b, mask=offs_b < BLOCKS, other=NONE, cache_modifier=".cg")
-        tl.store(token_ptr + pid_s, token_of(tl.max(bests, axis=0)))
+    return tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1 == BLOCKS
+
+
+@triton.jit
+def best_of_blocks(candidate_ptr, BLOCKS: tl.constexpr):
+    """The highest candidate of all blocks, which other programs have stored."""
+    offs_b = tl.arange(0, triton.next_power_of_2(BLOCKS))
+    return tl.max(tl.load(candidate_ptr + offs_b, mask=offs_b < BLOCKS, other=NONE, cache_modifier=".cg"), axis=0)
 
 
 def draw(
@@ -215,8 +238,12 @@ def draw(
     seed: Tensor,
     verdict: Verdict,
     left: Left,
+    arrivals: Tensor,
 ) -> None:
-    """Write verdict.token: a draw from what the walk has `left` of each sequence's p, at position verdict.length."""
+    """Write verdict.token: a draw from what the walk has `left` of each sequence's p, at position verdict.length.
+
+    arrivals int32 [S]: zero.
+    """
     sequences, rows, size = scores.shape
     rule = launch.sampling_rule(size)
     candidates = torch.empty((sequences, rule.blocks), dtype=torch.int64, device=scores.device)
@@ -228,11 +255,9 @@ def draw(
         residual,
         seed,
         verdict.length,
-        left.row,
-        left.side,
-        left.total,
+        *left,
         candidates,
-        left.arrivals,
+        arrivals,
         verdict.token,
         rows,
         V=size,

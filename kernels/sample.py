@@ -18,7 +18,7 @@ from .warping import known, limits, log, lowest_of_best, surely_left, threshold_
 
 
 @triton.jit(do_not_specialize=["stream"])
-def _sample_kernel(
+def _sample_kernel(  # noqa: PLR0915
     scores_ptr,
     temperature_ptr,
     top_k_ptr,

@@ -284,7 +284,9 @@ def test_thresholds_and_masses(size: int, dtype: torch.dtype, poison: Callable[[
     scores = (torch.randn(len(table), size, generator=generator) * spread[:, None]).to(dtype)
     temperature = torch.rand(len(table), generator=generator) + 0.5
     rule = [field.to(DEVICE) for field in (temperature, k, p.float(), m.float())]
-    warping, best = rejection._warping(scores.to(DEVICE)[:, None], rule)
+    arrivals = torch.full((len(table),), 7, dtype=torch.int32, device=DEVICE)
+    warping, best = rejection._warping(scores.to(DEVICE)[:, None], rule, arrivals)
+    assert arrivals.eq(0).all()
     assert best.eq(-1).all()
     ordered = scores.double().sort(dim=1, descending=True).values
     for row in range(len(table)):

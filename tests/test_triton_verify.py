@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from skipjack.kernels import partials, reference_verify, rejection, residual
+from skipjack.kernels import chains, partials, reference_verify, rejection, residual
 from skipjack.kernels.compact import compact
 from skipjack.kernels.values import Verdict
 from skipjack.kernels.verify import verify, verify_rejection
@@ -20,7 +20,7 @@ BUSH = [0, 0, 0, 1]
 
 @pytest.fixture(autouse=True)
 def poisoned(poison: Callable[[ModuleType], None]) -> None:
-    for module in (partials, rejection, residual):
+    for module in (chains, partials, rejection, residual):
         poison(module)
 
 
