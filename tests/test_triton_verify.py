@@ -107,7 +107,11 @@ def test_rejection(size: int, dtype: torch.dtype, parent: list[int], drafter: st
         "parent": None if chain else torch.tensor(parent, device=DEVICE).expand(sequences, k),
         "draft_ids": None if ids is None else ids.to(DEVICE),
     }
-    same(verify_rejection(*arguments, **options), reference_verify.verify_rejection(*arguments, **options))
+    expected = reference_verify.verify_rejection(*arguments, **options)
+    same(verify_rejection(*arguments, **options), expected)
+    if chain:
+        options["parent"] = torch.tensor(parent, dtype=torch.int64, device=DEVICE).expand(sequences, k)
+        same(verify_rejection(*arguments, **options), expected)
 
 
 @pytest.mark.parametrize("op", [verify_rejection, reference_verify.verify_rejection], ids=["triton", "torch"])
