@@ -9,6 +9,7 @@ from . import launch
 from .primitives import wait_for_producers
 from .ranking import token_of, value_of
 from .residual import DRAW_STREAM, best_of, best_of_blocks, is_last, warped
+from .sampling_rule import sampling_rule
 from .values import Verdict
 from .warping import log, uniform
 
@@ -138,7 +139,7 @@ def verify_chain(
     """Write the verdict about a draft [S, k]. target, drafter: scores [S, n, V] with their warping and best tokens."""
     sequences, k = draft.shape
     scores = target[0]
-    rule = launch.sampling_rule(scores.shape[2])
+    rule = sampling_rule(scores.shape[2])
     candidates = torch.empty((sequences, 2, rule.blocks), dtype=torch.int64, device=scores.device)
     _chain_kernel[(sequences, rule.blocks)](
         *target,

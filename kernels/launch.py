@@ -101,20 +101,6 @@ class MergeRule(NamedTuple):
     warps: int
 
 
-class SamplingRule(NamedTuple):
-    """Parameters of what draws from rows of scores: blocks, ids of a block, a segment and a tile of segments, launch.
-
-    listed: room for the numbers of the segments of a row.
-    """
-
-    blocks: int
-    block: int
-    segment: int
-    tile: int
-    warps: int
-    listed: int
-
-
 class LookupRule(NamedTuple):
     """Parameters of a lookup: positions of a block, blocks a text has at most, places kept of each, launch."""
 
@@ -353,18 +339,6 @@ def vocabulary_rule(size: int) -> NormRule:
     """Blocks that a row of scores is walked in, sixteen elements a thread."""
     block = max(16, min(8192, 1 << (size - 1).bit_length()))
     return NormRule(block, warps=max(1, block // 512))
-
-
-def sampling_rule(size: int) -> SamplingRule:
-    """Blocks enough to occupy the processors with one row of a large vocabulary, segments of a cache line or two.
-
-    A tile is eight ids a thread: the segments that hold the 50 likeliest ids are two tiles, more only on ties.
-    """
-    segment, power = 64, 1 << (size - 1).bit_length()
-    block = max(segment, min(1024, power))
-    blocks, tile = -(-size // block), max(segment, min(2048, power))
-    listed = 1 << (blocks * block // segment - 1).bit_length()
-    return SamplingRule(blocks, block, segment, tile, max(1, tile // 256), listed)
 
 
 def merge_rule(blocks: int, kept: int, arch: int) -> MergeRule:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import launch
 from .primitives import wait_for_producers
+from .sampling_rule import sampling_rule
 from .warping import known, log, uniform
 
 
@@ -78,7 +79,7 @@ def partials_of(
 ) -> Partials:
     """Of scores [S·width, V], rows contiguous; temperature float32, seed and position int64 [S], contiguous."""
     rows, size = scores.shape
-    rule = launch.sampling_rule(size)
+    rule = sampling_rule(size)
     device, floats = scores.device, torch.float32
     segment = torch.empty((rows, rule.blocks * rule.block // rule.segment), dtype=floats, device=device)
     peak = torch.empty((rows, rule.blocks), dtype=floats, device=device)

@@ -10,6 +10,7 @@ from .chains import ACCEPT_STREAM, verify_chain
 from .partials import block_peaks, partials_of, total_of_blocks
 from .primitives import wait_for_producers
 from .residual import Left, draw, keep, place_of, probability, take, total_of
+from .sampling_rule import sampling_rule
 from .values import Verdict
 from .warping import known, lowest_of_best, mass, threshold_of, uniform
 
@@ -289,7 +290,7 @@ def verify_rejection(
 
 def _warping(scores: Tensor, rules: list[Tensor], arrivals: Tensor) -> tuple[Tensor, Tensor]:
     sequences, rows, size = scores.shape
-    rule = launch.sampling_rule(size)
+    rule = sampling_rule(size)
     segment, peak, total, _ = partials_of(scores.flatten(0, 1), rows, rules[0])
     listed = torch.empty((sequences, rows, rule.listed), dtype=torch.int32, device=scores.device)
     warping = torch.empty((sequences, rows, 3), dtype=torch.float32, device=scores.device)
@@ -311,7 +312,7 @@ def _warping(scores: Tensor, rules: list[Tensor], arrivals: Tensor) -> tuple[Ten
         SEGMENT=rule.segment,
         TILE=rule.tile,
         PDL=launch.dependent(launch.architecture()),
-        **launch.options(rule.warps),
+        **launch.options(rule.warps, registers=launch.PRODUCT_REGISTERS),
     )
     return warping, best
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import launch
 from .primitives import wait_for_producers
 from .ranking import NONE, candidate, token_of
+from .sampling_rule import sampling_rule
 from .values import Verdict
 from .warping import log, uniform
 
@@ -245,7 +246,7 @@ def draw(
     arrivals int32 [S]: zero.
     """
     sequences, rows, size = scores.shape
-    rule = launch.sampling_rule(size)
+    rule = sampling_rule(size)
     candidates = torch.empty((sequences, rule.blocks), dtype=torch.int64, device=scores.device)
     _draw_kernel[(sequences, rule.blocks)](
         scores,

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import launch
 from .partials import block_peaks, partials_of, total_of_blocks
 from .primitives import wait_for_producers
+from .sampling_rule import sampling_rule
 from .warping import known, limits, log, lowest_of_best, surely_left, threshold_of, uniform
 
 
@@ -190,7 +191,7 @@ def sample(
     """
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     rows, size = scores.shape
-    rule = launch.sampling_rule(size)
+    rule = sampling_rule(size)
     columns = 1 if count is None else count
     temperature, seed, position = (field.contiguous() for field in (temperature, seed, position))
     partials = partials_of(scores, 1, temperature, seed, position, stream)
@@ -217,6 +218,6 @@ def sample(
         SEGMENT=rule.segment,
         TILE=rule.tile,
         PDL=launch.dependent(launch.architecture()),
-        **launch.options(rule.warps),
+        **launch.options(rule.warps, registers=launch.PRODUCT_REGISTERS),
     )
     return token[:, 0] if count is None else token

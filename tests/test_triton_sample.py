@@ -15,6 +15,7 @@ import triton.language as tl
 from skipjack.kernels import launch, noise, partials, reference_verify, rejection
 from skipjack.kernels import sample as sample_kernel
 from skipjack.kernels.sample import sample
+from skipjack.kernels.sampling_rule import sampling_rule
 from skipjack.kernels.warping import log, uniform
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -309,10 +310,10 @@ def test_thresholds_and_masses(size: int, dtype: torch.dtype, poison: Callable[[
 
 
 def test_blocks_and_segments_are_fixed_by_the_size_of_a_row() -> None:
-    assert launch.sampling_rule(1) == launch.sampling_rule(64) == (1, 64, 64, 64, 1, 1)
-    assert launch.sampling_rule(65) == (1, 128, 64, 128, 1, 2)
-    assert launch.sampling_rule(128256) == (126, 1024, 64, 2048, 8, 2048)
-    assert launch.sampling_rule(250880) == (245, 1024, 64, 2048, 8, 4096)
+    assert sampling_rule(1) == sampling_rule(64) == (1, 64, 64, 64, 1, 1)
+    assert sampling_rule(65) == (1, 128, 64, 128, 1, 2)
+    assert sampling_rule(128256) == (126, 1024, 64, 2048, 8, 2048)
+    assert sampling_rule(250880) == (245, 1024, 64, 2048, 8, 4096)
 
 
 def test_a_row_is_walked_in_blocks_fixed_by_its_size() -> None:
