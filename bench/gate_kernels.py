@@ -5,6 +5,8 @@ from .gate_checks import Meaning
 WEIGHT = r"\bw_ptrs? \+"
 CACHE = r"\b(keys|values)_ptr \+"
 SCORES = r"\brow_ptr \+ start\b"
+LISTED = r"\brow_ptr \+ ids\b"
+PROBABILITIES = r"\brow_ptr \+ offs\b"
 ROWS = r"\b(sequence|position|active|table)_ptr \+"
 TILE = ("BLOCK_N", "CHUNK")
 
@@ -22,11 +24,14 @@ KERNELS = {
     "_route_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=("BLOCK_N", "BLOCK_K")),
     "_fill_kv_kernel": Meaning(streams=WEIGHT, mma=True),
     "_reshape_logits_kernel": Meaning(streams=SCORES),
-    "_sample_kernel": Meaning(streams=SCORES),
+    "_partials_kernel": Meaning(streams=SCORES),
+    "_sample_kernel": Meaning(streams=LISTED),
     "_logprobs_kernel": Meaning(streams=SCORES),
     "_verify_kernel": Meaning(),
-    "_warping_kernel": Meaning(streams=SCORES),
+    "_warping_kernel": Meaning(streams=LISTED),
     "_rejection_kernel": Meaning(),
+    "_chain_kernel": Meaning(streams=PROBABILITIES),
+    "_draw_kernel": Meaning(streams=PROBABILITIES),
     "_compact_kernel": Meaning(),
     "_matches_kernel": Meaning(),
     "_continuation_kernel": Meaning(),

@@ -14,6 +14,7 @@ import torch
 from ..runtime.engine import Engine
 from ..runtime.plan import LayerPlan
 from ..runtime.request import Output, SamplingParams
+from . import sampled
 from .gpu_parts import Setting, engine_of
 from .methods import PLAIN, head_layers
 from .rotation import NAMES, cells
@@ -26,7 +27,7 @@ ROUND_SHAPE, UNIFIED = "1b", "unified:speedup=2"
 
 
 def steps(setting: Setting) -> Found:
-    """T1 to T7: whole steps of 1, 8 and 16 rows, and the kernels of a layer."""
+    """T1 to T7: whole steps of 1, 8 and 16 rows, and the kernels of a layer; and what it costs to choose tokens."""
     shapes = setting.named(SHAPES)
     found: list[Figure] = []
     for figure in figures(setting.device, shapes.values(), setting.dry):
@@ -34,6 +35,7 @@ def steps(setting: Setting) -> Found:
         yield figure
     for label, shape in shapes.items():
         yield from of_steps(label, setting.config(shape).num_layers, [f for f in found if f.shape in (shape, "")])
+    yield from sampled.figures(setting.device, setting.dry)
 
 
 def of_steps(label: str, layers: int, found: Iterable[Figure]) -> Iterator[Measurement]:

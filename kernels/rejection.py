@@ -6,12 +6,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .chains import ACCEPT_STREAM, verify_chain
+from .partials import block_peaks, partials_of, total_of_blocks
 from .primitives import wait_for_producers
-from .residual import draw, keep, place_of, probability, take, total_of
+from .residual import Left, draw, keep, place_of, probability, take, total_of
+from .sampling_rule import sampling_rule
 from .values import Verdict
-from .warping import mass, peak, threshold_of, uniform
-
-ACCEPT_STREAM: tl.constexpr = tl.constexpr(1)
+from .warping import known, lowest_of_best, mass, threshold_of, uniform
 
 
 @triton.jit
@@ -21,34 +22,59 @@ def _warping_kernel(
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
+    segment_ptr,
+    peak_ptr,
+    total_ptr,
+    list_ptr,
     warping_ptr,
     best_ptr,
+    arrivals_ptr,
+    stride_list,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """What turns a row of scores into probabilities: highest score, threshold and Σ exp((x − highest)/temperature).
 
-    scores [S, n, V]; temperature, top_k, top_p, min_p [S]; warping float32 [S, n, 3]; best int32 [S, n]: the argmax at
-    temperature 0, else −1.
+    scores [S, n, V]; temperature, top_k, top_p, min_p [S]; segment, peak, total as in `Partials`; list int32 [S, n,
+    segments]; warping float32 [S, n, 3]; best int32 [S, n]: the argmax at temperature 0, else −1; arrivals int32 [S]:
+    zeroed, for a kernel after this one.
     """
+    SEGMENTS: tl.constexpr = BLOCKS * BLOCK // SEGMENT
     pid_s = tl.program_id(0).to(tl.int64)
     pid_n = tl.program_id(1).to(tl.int64)
     row = pid_s * tl.num_programs(1) + pid_n
     row_ptr = scores_ptr + row * V
+    segment_ptr += row * SEGMENTS
+    list_ptr += row * stride_list
+    offs = tl.arange(0, BLOCK)
     wait_for_producers(PDL)
+    if pid_n == 0:
+        tl.store(arrivals_ptr + pid_s, 0)
     temperature = tl.load(temperature_ptr + pid_s)
-    highest, best = peak(row_ptr, V, BLOCK)
+    peaks = block_peaks(peak_ptr + row * BLOCKS, BLOCKS)
+    highest = tl.max(peaks, axis=0)
     if temperature > 0.0:
         top_k = tl.load(top_k_ptr + pid_s)
         top_p = tl.load(top_p_ptr + pid_s)
         min_p = tl.load(min_p_ptr + pid_s)
-        threshold = threshold_of(row_ptr, highest, temperature, top_k, top_p, min_p, V, BLOCK)
+        total = total_of_blocks(total_ptr + row * BLOCKS, peaks, highest, temperature, BLOCKS)
+        threshold = threshold_of(
+            row_ptr, segment_ptr, list_ptr, total, highest, temperature, top_k, top_p, min_p, V, SEGMENTS, SEGMENT, TILE
+        )
+        if threshold > float("-inf"):
+            total = mass(row_ptr, segment_ptr, list_ptr, highest, temperature, threshold, V, SEGMENTS, SEGMENT, TILE)
         tl.store(warping_ptr + row * 3, highest)
         tl.store(warping_ptr + row * 3 + 1, threshold)
-        tl.store(warping_ptr + row * 3 + 2, mass(row_ptr, highest, temperature, threshold, V, BLOCK))
-        best = tl.full((), -1, tl.int32)
-    tl.store(best_ptr + row, best)
+        tl.store(warping_ptr + row * 3 + 2, total)
+        tl.store(best_ptr + row, -1)
+    else:
+        start = lowest_of_best(peaks, tl.arange(0, peaks.shape[0])) * BLOCK
+        x = known(tl.load(row_ptr + start + offs, mask=start + offs < V, other=float("-inf")))
+        tl.store(best_ptr + row, lowest_of_best(x, start + offs))
 
 
 @triton.jit(
@@ -73,9 +99,11 @@ def _rejection_kernel(  # noqa: PLR0915
     residual_ptr,
     others_ptr,
     accepted_ptr,
-    token_ptr,
     next_length_ptr,
     path_ptr,
+    left_row_ptr,
+    left_side_ptr,
+    left_total_ptr,
     stride_node,
     stride_parent,
     stride_drawn,
@@ -87,12 +115,12 @@ def _rejection_kernel(  # noqa: PLR0915
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """From row 0: accept child x if u·q(x) ≤ p(x), or p ← norm(max(p − q, 0)), q ← norm(q without x); draw from p.
+    """From row 0: accept child x if u·q(x) ≤ p(x), or p ← norm(max(p − q, 0)), q ← norm(q without x).
 
     scores [S, k + 1, V]; draft_scores [S, drafts, V_DRAFT] or None: q certain; warping, best as `_warping_kernel` gives
     them; draft_ids int64 [V_DRAFT] or None; draft, parent int64 [S, k]; drawn int64 [S, k + 1] or None; residual
     float32 [S, 2, V]: p in turn, read from one and written to the other; others float32 [S, V_DRAFT]: q; path int64
-    [S, k + 1]; the rest [S].
+    [S, k + 1]; left as in `Left`; the rest [S].
     """
     pid_s = tl.program_id(0).to(tl.int64)
     residual_ptr += pid_s * 2 * V
@@ -163,26 +191,13 @@ def _rejection_kernel(  # noqa: PLR0915
                 p_total = tl.where(total > 0.0, total, p_total)
                 side = tl.where(total > 0.0, 1 - side, side)
 
-    p_row_ptr = scores_ptr + (pid_s * (k + 1) + row) * V
-    p_warping_ptr = warping_ptr + (pid_s * (k + 1) + row) * 3
-    p_best = tl.load(best_ptr + pid_s * (k + 1) + row)
-    token = draw(
-        p_row_ptr,
-        p_warping_ptr,
-        p_best,
-        temperature,
-        residual_ptr + side * V,
-        p_total,
-        seed,
-        length + accepted + 1,
-        V,
-        BLOCK,
-    )
+    tl.store(left_row_ptr + pid_s, row)
+    tl.store(left_side_ptr + pid_s, side)
+    tl.store(left_total_ptr + pid_s, p_total)
     offs_r = tl.arange(0, ROWS)
     last = tl.zeros((ROWS,), tl.int64) + row
     tl.store(path_ptr + pid_s * (k + 1) + offs_r, last, mask=(offs_r > accepted) & (offs_r <= k))
     tl.store(accepted_ptr + pid_s, accepted)
-    tl.store(token_ptr + pid_s, token.to(tl.int64))
     tl.store(next_length_ptr + pid_s, length + accepted + 1)
 
 
@@ -220,15 +235,22 @@ def verify_rejection(
     size = scores.shape[2]
     rule = launch.vocabulary_rule(size)
     rules = [field.contiguous() for field in (temperature, top_k, top_p, min_p)]
-    warping, best = _warping(scores, rules)
+    arrivals = torch.empty((sequences,), dtype=torch.int32, device=scores.device)
+    warping, best = _warping(scores, rules, arrivals)
     draft_size, draft_warping, draft_best = 1, None, None
     if draft_scores is not None:
         draft_scores = draft_scores.contiguous()
         draft_size = draft_scores.shape[2]
-        draft_warping, draft_best = _warping(draft_scores, rules)
+        draft_warping, draft_best = _warping(draft_scores, rules, arrivals)
+    count, length, seed = count.contiguous(), length.contiguous(), seed.contiguous()
+    verdict = empty_verdict(draft)
+    if parent is None and drawn is None and draft_ids is None:
+        drafter = None if draft_scores is None else (draft_scores, draft_warping, draft_best)
+        verify_chain((scores, warping, best), drafter, draft, count, length, rules[0], seed, arrivals, verdict)
+        return verdict
     residual = torch.empty((sequences, 2, size), dtype=torch.float32, device=scores.device)
     others = torch.empty((sequences, draft_size), dtype=torch.float32, device=scores.device)
-    verdict = empty_verdict(draft)
+    left = Left.empty(sequences, draft.device)
     _rejection_kernel[(sequences,)](
         scores,
         warping,
@@ -240,13 +262,16 @@ def verify_rejection(
         draft,
         parent,
         drawn,
-        count.contiguous(),
-        length.contiguous(),
+        count,
+        length,
         rules[0],
-        seed.contiguous(),
+        seed,
         residual,
         others,
-        *verdict,
+        verdict.accepted,
+        verdict.length,
+        verdict.path,
+        *left,
         draft.stride(0),
         0 if parent is None else parent.stride(0),
         0 if drawn is None else drawn.stride(0),
@@ -254,28 +279,40 @@ def verify_rejection(
         0 if draft_scores is None else draft_scores.shape[1],
         V=size,
         V_DRAFT=draft_size,
-        BLOCK=max(16, rule.block // 2),
+        BLOCK=max(16, rule.block // 4),
         ROWS=max(16, 1 << k.bit_length()),
         PDL=launch.dependent(launch.architecture()),
-        **launch.options(max(1, rule.warps // 2)),
+        **launch.options(max(1, rule.warps // 2), registers=launch.PRODUCT_REGISTERS),
     )
+    draw(scores, warping, best, rules[0], residual, seed, verdict, left, arrivals)
     return verdict
 
 
-def _warping(scores: Tensor, rules: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _warping(scores: Tensor, rules: list[Tensor], arrivals: Tensor) -> tuple[Tensor, Tensor]:
     sequences, rows, size = scores.shape
-    rule = launch.vocabulary_rule(size)
+    rule = sampling_rule(size)
+    segment, peak, total, _ = partials_of(scores.flatten(0, 1), rows, rules[0])
+    listed = torch.empty((sequences, rows, rule.listed), dtype=torch.int32, device=scores.device)
     warping = torch.empty((sequences, rows, 3), dtype=torch.float32, device=scores.device)
     best = torch.empty((sequences, rows), dtype=torch.int32, device=scores.device)
     _warping_kernel[(sequences, rows)](
         scores,
         *rules,
+        segment,
+        peak,
+        total,
+        listed,
         warping,
         best,
+        arrivals,
+        rule.listed,
         V=size,
         BLOCK=rule.block,
+        BLOCKS=rule.blocks,
+        SEGMENT=rule.segment,
+        TILE=rule.tile,
         PDL=launch.dependent(launch.architecture()),
-        **launch.options(rule.warps),
+        **launch.options(rule.warps, registers=launch.PRODUCT_REGISTERS),
     )
     return warping, best
 

@@ -4,12 +4,34 @@ A row's p or q is `rest`/`total` once something was taken from it, which a posit
 warped row of scores before.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .warping import log, lowest_of_best, uniform
+from . import launch
+from .primitives import wait_for_producers
+from .ranking import NONE, candidate, token_of
+from .sampling_rule import sampling_rule
+from .values import Verdict
+from .warping import log, uniform
 
 DRAW_STREAM: tl.constexpr = tl.constexpr(2)
+
+
+class Left(NamedTuple):
+    """What the walk down a draft leaves to draw from: p of `row` int64 [S], or residual[s, side]/total if total > 0."""
+
+    row: Tensor
+    side: Tensor
+    total: Tensor
+
+    @staticmethod
+    def empty(sequences: int, device: torch.device) -> "Left":
+        kinds = (torch.int64, torch.int32, torch.float32)
+        return Left(*(torch.empty((sequences,), dtype=kind, device=device) for kind in kinds))
 
 
 @triton.jit
@@ -26,7 +48,15 @@ def probability(
     """Probabilities of the ids at offs: rest/total where total is positive, else of the warped row of scores."""
     if total > 0.0:
         p = tl.load(rest_ptr + offs, mask=mask, other=0.0) / total
-    elif best >= 0:
+    else:
+        p = warped(row_ptr, warping_ptr, best, temperature, offs, mask)
+    return p
+
+
+@triton.jit
+def warped(row_ptr, warping_ptr, best, temperature, offs, mask):
+    """Probabilities of the ids at offs in a warped row of scores, whose one possible id is `best` unless that is −1."""
+    if best >= 0:
         p = tl.where(mask & (offs == best), 1.0, 0.0)
     else:
         x = tl.load(row_ptr + offs, mask=mask, other=float("-inf")).to(tl.float32)
@@ -125,27 +155,115 @@ def total_of(
     return tl.sum(acc, axis=0)
 
 
-@triton.jit
-def draw(
-    row_ptr,
+@triton.jit(do_not_specialize=["rows"])
+def _draw_kernel(
+    scores_ptr,
     warping_ptr,
-    best,
-    temperature,
-    rest_ptr,
-    total,
-    seed,
-    position,
+    best_ptr,
+    temperature_ptr,
+    residual_ptr,
+    seed_ptr,
+    length_ptr,
+    row_ptr,
+    side_ptr,
+    total_ptr,
+    candidate_ptr,
+    arrivals_ptr,
+    token_ptr,
+    rows,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """argmax p/−ln u [V]: a draw from p, which need not be normalised."""
-    offs = tl.arange(0, BLOCK)
-    highest = tl.full((BLOCK,), -1.0, tl.float32)
-    tokens = offs
-    for start in range(0, V, BLOCK):
-        ids = start + offs
-        p = probability(row_ptr, warping_ptr, best, temperature, rest_ptr, total, ids, ids < V)
-        race = p / -log(uniform(seed, position, start, BLOCK, DRAW_STREAM))
-        tokens = tl.where(race > highest, ids, tokens)
-        highest = tl.maximum(highest, race)
-    return lowest_of_best(highest, tokens)
+    """token = argmax p/−ln u [V]: a draw from p, which need not be normalised; the last of BLOCKS programs tells it.
+
+    p is that of row `row` of a sequence's scores [S, rows, V], or residual[s, side]/total where total is positive; u of
+    position `length`. candidate int64 [S, BLOCKS]; arrivals int32 [S], zero before; the rest [S].
+    """
+    pid_s = tl.program_id(0).to(tl.int64)
+    pid_block = tl.program_id(1)
+    start = pid_block * BLOCK
+    ids = start + tl.arange(0, BLOCK)
+    wait_for_producers(PDL)
+    row = pid_s * rows + tl.load(row_ptr + pid_s)
+    p = probability(
+        scores_ptr + row * V,
+        warping_ptr + row * 3,
+        tl.load(best_ptr + row),
+        tl.load(temperature_ptr + pid_s),
+        residual_ptr + (2 * pid_s + tl.load(side_ptr + pid_s)) * V,
+        tl.load(total_ptr + pid_s),
+        ids,
+        ids < V,
+    )
+    race = p
+    if tl.max(p, axis=0) > 0.0:
+        race = p / -log(uniform(tl.load(seed_ptr + pid_s), tl.load(length_ptr + pid_s), start, BLOCK, DRAW_STREAM))
+    candidate_ptr += pid_s * BLOCKS
+    tl.store(candidate_ptr + pid_block, best_of(race, ids, V))
+    if is_last(arrivals_ptr + pid_s, BLOCKS):
+        tl.store(token_ptr + pid_s, token_of(best_of_blocks(candidate_ptr, BLOCKS)))
+
+
+@triton.jit
+def best_of(race, ids, V: tl.constexpr):
+    """The `candidate` of the highest race [BLOCK] among the ids below V."""
+    return tl.max(tl.where(ids < V, candidate(race, ids), NONE), axis=0)
+
+
+@triton.jit
+def is_last(arrivals_ptr, BLOCKS: tl.constexpr):
+    """Whether this is the last of BLOCKS programs to arrive; it sees what all of them have stored, past the L1 cache.
+
+    The barrier puts every thread's stores before the release of its program, the acquire puts them before the loads of
+    the last one.
+    """
+    tl.debug_barrier()
+    return tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1 == BLOCKS
+
+
+@triton.jit
+def best_of_blocks(candidate_ptr, BLOCKS: tl.constexpr):
+    """The highest candidate of all blocks, which other programs have stored."""
+    offs_b = tl.arange(0, triton.next_power_of_2(BLOCKS))
+    return tl.max(tl.load(candidate_ptr + offs_b, mask=offs_b < BLOCKS, other=NONE, cache_modifier=".cg"), axis=0)
+
+
+def draw(
+    scores: Tensor,
+    warping: Tensor,
+    best: Tensor,
+    temperature: Tensor,
+    residual: Tensor,
+    seed: Tensor,
+    verdict: Verdict,
+    left: Left,
+    arrivals: Tensor,
+) -> None:
+    """Write verdict.token: a draw from what the walk has `left` of each sequence's p, at position verdict.length.
+
+    arrivals int32 [S]: zero.
+    """
+    sequences, rows, size = scores.shape
+    rule = sampling_rule(size)
+    candidates = torch.empty((sequences, rule.blocks), dtype=torch.int64, device=scores.device)
+    _draw_kernel[(sequences, rule.blocks)](
+        scores,
+        warping,
+        best,
+        temperature,
+        residual,
+        seed,
+        verdict.length,
+        *left,
+        candidates,
+        arrivals,
+        verdict.token,
+        rows,
+        V=size,
+        BLOCK=rule.block,
+        BLOCKS=rule.blocks,
+        PDL=launch.dependent(launch.architecture()),
+        **launch.options(max(1, rule.block // 256)),
+    )

@@ -1,4 +1,10 @@
-"""Sampling: a token, or several distinct ones, per row of scores, warped and drawn in one launch."""
+"""Sampling: a token, or several distinct ones, per row of scores.
+
+The first launch leaves every block's best sum of score and noise (`partials`); the second looks again at the few blocks
+that may hold the winner. What wins among all ids wins among those that top-k, top-p and min-p leave, if it is one of
+them: likely, and cheaper to see than where they end. Only if it is not is their threshold searched for, and a winner
+above it.
+"""
 
 import torch
 import triton
@@ -6,12 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .partials import block_peaks, partials_of, total_of_blocks
 from .primitives import wait_for_producers
-from .warping import log, lowest_of_best, peak, threshold_of, uniform
+from .sampling_rule import sampling_rule
+from .warping import known, limits, log, lowest_of_best, surely_left, threshold_of, uniform
 
 
 @triton.jit(do_not_specialize=["stream"])
-def _sample_kernel(
+def _sample_kernel(  # noqa: PLR0915
     scores_ptr,
     temperature_ptr,
     top_k_ptr,
@@ -19,68 +27,139 @@ def _sample_kernel(
     min_p_ptr,
     seed_ptr,
     position_ptr,
+    segment_ptr,
+    peak_ptr,
+    total_ptr,
+    race_ptr,
+    list_ptr,
     token_ptr,
     stride_scores,
+    stride_list,
     stream,
     COUNT: tl.constexpr,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The COUNT highest of (x − max x)/temperature + Gumbel(seed, position, id, stream) over the warped row, in order.
 
     At temperature 0 those of x. scores [R, V]; temperature, top_p, min_p float32 [R]; top_k, seed, position int64 [R];
-    token int64 [R, COUNT].
+    segment, peak, total, race as in `Partials`; list int32 [R, segments]; token int64 [R, COUNT].
     """
+    SEGMENTS: tl.constexpr = BLOCKS * BLOCK // SEGMENT
     pid_row = tl.program_id(0).to(tl.int64)
     row_ptr = scores_ptr + pid_row * stride_scores
+    segment_ptr += pid_row * SEGMENTS
+    list_ptr += pid_row * stride_list
     token_ptr += pid_row * COUNT
+    offs = tl.arange(0, BLOCK)
+    offs_b = tl.arange(0, triton.next_power_of_2(BLOCKS))
     wait_for_producers(PDL)
     temperature = tl.load(temperature_ptr + pid_row)
-    highest, token = peak(row_ptr, V, BLOCK)
-    # Draws only compare, so the size of their blocks rounds nothing; siblings take more registers.
-    DRAW: tl.constexpr = BLOCK // 2 if COUNT > 1 else BLOCK
-    offs = tl.arange(0, DRAW)
+    top_k = tl.load(top_k_ptr + pid_row)
+    top_p = tl.load(top_p_ptr + pid_row)
+    min_p = tl.load(min_p_ptr + pid_row)
+    seed = tl.load(seed_ptr + pid_row)
+    position = tl.load(position_ptr + pid_row)
+    peaks = block_peaks(peak_ptr + pid_row * BLOCKS, BLOCKS)
+    highest = tl.max(peaks, axis=0)
+    # No id of a block has a higher value.
+    ceilings = peaks
+    total = tl.zeros((), tl.float32)
     if temperature > 0.0:
-        top_k = tl.load(top_k_ptr + pid_row)
-        top_p = tl.load(top_p_ptr + pid_row)
-        min_p = tl.load(min_p_ptr + pid_row)
-        seed = tl.load(seed_ptr + pid_row)
-        position = tl.load(position_ptr + pid_row)
-        threshold = threshold_of(row_ptr, highest, temperature, top_k, top_p, min_p, V, BLOCK)
+        race = tl.load(race_ptr + pid_row * BLOCKS + offs_b, mask=offs_b < BLOCKS, other=0.0)
+        ceilings = _ceilings(race, tl.div_rn(peaks - highest, temperature))
+        total = total_of_blocks(total_ptr + pid_row * BLOCKS, peaks, highest, temperature, BLOCKS)
+
+    threshold = tl.full((), float("-inf"), tl.float32)
+    unlimited = (temperature <= 0.0) | (limits(top_k, top_p, min_p, V) == 0)
+    drawing = tl.full((), 1, tl.int1)
+    while drawing:
+        bounds = tl.where(peaks >= threshold, ceilings, float("-inf"))
         last = tl.full((), float("inf"), tl.float32)
         last_id = tl.full((), -1, tl.int32)
-        first = last_id
+        lowest = last
+        first = last_id + 1
         for column in range(COUNT):
-            best = tl.full((DRAW,), float("-inf"), tl.float32)
-            ids = offs
-            for start in range(0, V, DRAW):
-                x = tl.load(row_ptr + start + offs, mask=start + offs < V, other=float("-inf")).to(tl.float32)
-                noise = -log(-log(uniform(seed, position, start, DRAW, stream)))
-                value = tl.where(x >= threshold, tl.div_rn(x - highest, temperature) + noise, float("-inf"))
+            best = tl.full((), float("-inf"), tl.float32)
+            best_id = tl.full((), 2147483647, tl.int32)
+            unseen = bounds
+            bound = tl.max(unseen, axis=0)
+            block = lowest_of_best(unseen, offs_b)
+            while (bound > best) | ((bound == best) & (bound > float("-inf")) & (block * BLOCK < best_id)):
+                start = block * BLOCK
+                x = known(tl.load(row_ptr + start + offs, mask=start + offs < V, other=float("-inf")))
+                value = x
+                if temperature > 0.0:
+                    noise = -log(-log(uniform(seed, position, start, BLOCK, stream)))
+                    value = tl.div_rn(x - highest, temperature) + noise
+                    value = tl.where((x >= threshold) & (x > float("-inf")), value, float("-inf"))
                 if COUNT > 1:
                     value = _after(value, start + offs, last, last_id)
-                ids = tl.where(value > best, start + offs, ids)
-                best = tl.maximum(best, value)
-            last = tl.max(best, axis=0)
-            last_id = lowest_of_best(best, ids)
-            first = tl.where(column == 0, last_id, first)
-            tl.store(token_ptr + column, tl.where(last > float("-inf"), last_id, first).to(tl.int64))
-    else:
-        tl.store(token_ptr, token.to(tl.int64))
-        last = highest
-        last_id = token
-        for column in range(1, COUNT):
-            best = tl.full((DRAW,), float("-inf"), tl.float32)
-            ids = offs
-            for start in range(0, V, DRAW):
-                x = tl.load(row_ptr + start + offs, mask=start + offs < V, other=float("-inf")).to(tl.float32)
-                value = _after(x, start + offs, last, last_id)
-                ids = tl.where(value > best, start + offs, ids)
-                best = tl.maximum(best, value)
-            last = tl.max(best, axis=0)
-            last_id = lowest_of_best(best, ids)
-            tl.store(token_ptr + column, tl.where(last > float("-inf"), last_id, token).to(tl.int64))
+                own = tl.max(value, axis=0)
+                own_id = lowest_of_best(value, start + offs)
+                better = (own > best) | ((own == best) & (own_id < best_id))
+                best = tl.where(better, own, best)
+                best_id = tl.where(better, own_id, best_id)
+                bounds = tl.where(offs_b == block, own, bounds)
+                unseen = tl.where(offs_b == block, float("-inf"), unseen)
+                bound = tl.max(unseen, axis=0)
+                block = lowest_of_best(unseen, offs_b)
+            token = tl.where(best > float("-inf"), best_id, first)
+            first = tl.where(column == 0, token, first)
+            lowest = tl.minimum(lowest, known(tl.load(row_ptr + token)))
+            last = best
+            last_id = best_id
+            tl.store(token_ptr + column, token.to(tl.int64))
+        drawing = tl.full((), 0, tl.int1)
+        if unlimited == 0:
+            left = surely_left(
+                row_ptr,
+                segment_ptr,
+                list_ptr,
+                total,
+                highest,
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                lowest,
+                V,
+                SEGMENTS,
+                SEGMENT,
+                TILE,
+            )
+            if left == 0:
+                drawing = tl.full((), 1, tl.int1)
+                threshold = threshold_of(
+                    row_ptr,
+                    segment_ptr,
+                    list_ptr,
+                    total,
+                    highest,
+                    temperature,
+                    top_k,
+                    top_p,
+                    min_p,
+                    V,
+                    SEGMENTS,
+                    SEGMENT,
+                    TILE,
+                )
+        unlimited = tl.full((), 1, tl.int1)
+
+
+@triton.jit
+def _ceilings(race, far):
+    """What race + far, of a block, is at most when computed from each id's own distance to the highest score.
+
+    Both ways round a few times, by 2⁻²⁴ of what is rounded: distances of at most |race| + |far| + 17, noise below 17.
+    """
+    slack = (tl.abs(race) + tl.abs(far) + 64.0) * 9.5367431640625e-07
+    return tl.where(far > float("-inf"), race + far + slack, float("-inf"))
 
 
 @triton.jit
@@ -112,24 +191,33 @@ def sample(
     """
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     rows, size = scores.shape
-    rule = launch.vocabulary_rule(size)
+    rule = sampling_rule(size)
     columns = 1 if count is None else count
-    token = torch.empty(rows, columns, dtype=torch.int64, device=scores.device)
+    temperature, seed, position = (field.contiguous() for field in (temperature, seed, position))
+    partials = partials_of(scores, 1, temperature, seed, position, stream)
+    listed = torch.empty((rows, rule.listed), dtype=torch.int32, device=scores.device)
+    token = torch.empty((rows, columns), dtype=torch.int64, device=scores.device)
     _sample_kernel[(rows,)](
         scores,
-        temperature.contiguous(),
+        temperature,
         top_k.contiguous(),
         top_p.contiguous(),
         min_p.contiguous(),
-        seed.contiguous(),
-        position.contiguous(),
+        seed,
+        position,
+        *partials,
+        listed,
         token,
         scores.stride(0),
+        rule.listed,
         stream,
         COUNT=columns,
         V=size,
         BLOCK=rule.block,
+        BLOCKS=rule.blocks,
+        SEGMENT=rule.segment,
+        TILE=rule.tile,
         PDL=launch.dependent(launch.architecture()),
-        **launch.options(rule.warps),
+        **launch.options(rule.warps, registers=launch.PRODUCT_REGISTERS),
     )
     return token[:, 0] if count is None else token

@@ -1,10 +1,14 @@
 """Triton functions that draw tokens: uniform noise, an accurate logarithm, and the warping of a row of scores.
 
-A row is walked in blocks of BLOCK ids in order from id 0, so that its sums do not depend on other rows.
+The highest score of every segment of a row says which segments hold what is looked for: of 64 ids each they are few
+where few ids are likely, and all of them where they must be. What a row adds up follows from the row alone.
 """
 
 import triton
 import triton.language as tl
+
+PIVOTS: tl.constexpr = tl.constexpr(8)
+COARSE: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
@@ -49,117 +53,266 @@ def lowest_of_best(best, ids):
 
 
 @triton.jit
-def peak(
-    row_ptr,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The highest score of a row [V] and its id, the lowest on ties."""
-    offs = tl.arange(0, BLOCK)
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    ids = offs
-    for start in range(0, V, BLOCK):
-        x = tl.load(row_ptr + start + offs, mask=start + offs < V, other=float("-inf")).to(tl.float32)
-        ids = tl.where(x > best, start + offs, ids)
-        best = tl.maximum(best, x)
-    return tl.max(best, axis=0), lowest_of_best(best, ids)
-
-
-@triton.jit
-def mass(
-    row_ptr,
-    highest,
-    temperature,
-    threshold,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Σ exp((x − highest)/temperature) over the scores x ≥ threshold of a row [V]."""
-    offs = tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        x = tl.load(row_ptr + start + offs, mask=start + offs < V, other=float("-inf")).to(tl.float32)
-        acc += tl.where(x >= threshold, tl.exp((x - highest) / temperature), 0.0)
-    return tl.sum(acc, axis=0)
+def known(x):
+    """Scores as float32, NaN as −∞."""
+    x = x.to(tl.float32)
+    return tl.where(x > float("-inf"), x, float("-inf"))
 
 
 @triton.jit
 def threshold_of(
     row_ptr,
+    segment_ptr,
+    list_ptr,
+    total,
     highest,
     temperature,
     top_k,
     top_p,
     min_p,
     V: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """The lowest score of a row [V] that min-p, then top-k, then top-p leave; −∞ where all three are off.
 
     min-p: highest + temperature·ln(min_p); top-k: the k-th highest score; top-p: the lowest score of the smallest set
-    of most likely ids, among those left, whose probability reaches top_p.
+    of most likely ids, among those left, whose probability reaches top_p. total: Σ exp((x − highest)/temperature).
+    segment float32 [SEGMENTS]: the highest scores of SEGMENT ids each; list int32: room for the number of every
+    segment, and those up to a power of two.
     """
     threshold = tl.full((), float("-inf"), tl.float32)
-    if min_p > 0.0:
-        threshold = highest + temperature * log(min_p)
-    if (top_k > 0) & (top_k < V):
-        score = _highest_reaching(row_ptr, highest, temperature, threshold, top_k.to(tl.float32), True, V, BLOCK)
-        threshold = tl.maximum(threshold, score)
-    if top_p < 1.0:
-        goal = top_p * mass(row_ptr, highest, temperature, threshold, V, BLOCK)
-        score = _highest_reaching(row_ptr, highest, temperature, threshold, goal, False, V, BLOCK)
-        threshold = tl.maximum(threshold, score)
+    if limits(top_k, top_p, min_p, V):
+        peaks = segment_peaks(segment_ptr, SEGMENTS)
+        if min_p > 0.0:
+            threshold = highest + temperature * log(min_p)
+        if (top_k > 0) & (top_k < V):
+            goal = top_k.to(tl.float32)
+            bottom = _highest_peak_reaching(peaks, highest, temperature, threshold, goal, True)
+            count = _listed(peaks >= bottom, list_ptr)
+            score = _highest_reaching(
+                row_ptr, list_ptr, count, highest, temperature, threshold, bottom, goal, True, V, SEGMENT, TILE
+            )
+            threshold = tl.maximum(threshold, score)
+        if top_p < 1.0:
+            bottom = threshold
+            if threshold > float("-inf"):
+                count = _listed(peaks >= threshold, list_ptr)
+                goal = top_p * _mass(row_ptr, list_ptr, count, highest, temperature, threshold, V, SEGMENT, TILE)
+            else:
+                goal = top_p * total
+                bottom = _highest_peak_reaching(peaks, highest, temperature, threshold, goal, False)
+                count = _listed(peaks >= bottom, list_ptr)
+            score = _highest_reaching(
+                row_ptr, list_ptr, count, highest, temperature, threshold, bottom, goal, False, V, SEGMENT, TILE
+            )
+            threshold = tl.maximum(threshold, score)
     return threshold
+
+
+@triton.jit
+def limits(top_k, top_p, min_p, V: tl.constexpr):
+    """Whether any of the three limits what a row can give."""
+    return (min_p > 0.0) | ((top_k > 0) & (top_k < V)) | (top_p < 1.0)
+
+
+@triton.jit
+def surely_left(
+    row_ptr,
+    segment_ptr,
+    list_ptr,
+    total,
+    highest,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    score,
+    V: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Whether one look at the scores above it shows that `score` is not below what `threshold_of` would find.
+
+    Where top-p comes after another limit, the mass of what that leaves is at least that of `score` and those above it.
+    """
+    left = (min_p <= 0.0) | (score >= highest + temperature * log(min_p))
+    count = _listed(segment_peaks(segment_ptr, SEGMENTS) > score, list_ptr)
+    few = (top_k > 0) & (top_k < V)
+    # Every segment listed has a higher score.
+    left = left & ((count < top_k) | (few == 0))
+    count = tl.where(left, count, 0)
+    higher = tl.zeros((TILE // SEGMENT, SEGMENT), tl.int32)
+    acc = tl.zeros((TILE // SEGMENT, SEGMENT), tl.float32)
+    for start in range(0, count, TILE // SEGMENT):
+        x = _scores_of(row_ptr, list_ptr, start, count, V, SEGMENT, TILE)
+        higher += (x > score).to(tl.int32)
+        acc += tl.where(x > score, tl.exp((x - highest) / temperature), 0.0)
+    if few:
+        left = left & (tl.sum(tl.sum(higher, axis=1), axis=0) < top_k)
+    if top_p < 1.0:
+        above = tl.sum(tl.sum(acc, axis=1), axis=0)
+        if few | (min_p > 0.0):
+            total = above + tl.exp((score - highest) / temperature)
+        left = left & (above < top_p * total)
+    return left
+
+
+@triton.jit
+def segment_peaks(segment_ptr, SEGMENTS: tl.constexpr):
+    """The highest scores of a row's segments, −∞ up to a power of two."""
+    PADDED: tl.constexpr = triton.next_power_of_2(SEGMENTS)
+    offs = tl.arange(0, PADDED)
+    return tl.load(segment_ptr + offs, mask=offs < SEGMENTS, other=float("-inf"))
+
+
+@triton.jit
+def mass(
+    row_ptr,
+    segment_ptr,
+    list_ptr,
+    highest,
+    temperature,
+    threshold,
+    V: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Σ exp((x − highest)/temperature) over the scores x ≥ threshold of a row [V]; the rest as in `threshold_of`."""
+    count = _listed(segment_peaks(segment_ptr, SEGMENTS) >= threshold, list_ptr)
+    return _mass(row_ptr, list_ptr, count, highest, temperature, threshold, V, SEGMENT, TILE)
+
+
+@triton.jit
+def _mass(
+    row_ptr,
+    list_ptr,
+    count,
+    highest,
+    temperature,
+    threshold,
+    V: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """`mass` of the `count` segments of the list."""
+    acc = tl.zeros((TILE // SEGMENT, SEGMENT), tl.float32)
+    for start in range(0, count, TILE // SEGMENT):
+        x = _scores_of(row_ptr, list_ptr, start, count, V, SEGMENT, TILE)
+        acc += _weight(x, highest, temperature, threshold, False)
+    return tl.sum(tl.sum(acc, axis=1), axis=0)
+
+
+@triton.jit
+def _highest_peak_reaching(peaks, highest, temperature, threshold, goal, COUNT: tl.constexpr):
+    """A score from `threshold` to `highest` from which on Σ w of the peaks reaches goal; threshold if none is found.
+
+    w as in `_highest_reaching`. What the peaks reach, the row reaches: what is looked for is not below, and a segment
+    with a lower peak holds nothing that is above. Only the highest 16 bits are looked at.
+    """
+    key = _key(peaks) >> COARSE
+    weight = _weight(peaks, highest, temperature, threshold, COUNT)
+    bottom = _key(threshold)
+    first = _key(tl.min(tl.where(peaks > float("-inf"), peaks, float("inf")), axis=0))
+    first = tl.maximum(bottom, first) >> COARSE
+    low = tl.minimum(first, _key(highest) >> COARSE)
+    high = (_key(highest) >> COARSE) + 1
+    while high - low > 1:
+        step = (high - low + PIVOTS - 1) // PIVOTS
+        pivots = low + tl.arange(0, PIVOTS) * step
+        sums = tl.sum(tl.where(key[None, :] >= pivots[:, None], weight[None, :], 0.0), axis=1)
+        low = tl.minimum(low + step * _reached(sums, goal), high - 1)
+        high = tl.minimum(high, low + step)
+    return _value(tl.where(low > first, tl.maximum(bottom, low << COARSE), bottom))
 
 
 @triton.jit
 def _highest_reaching(
     row_ptr,
+    list_ptr,
+    count,
     highest,
     temperature,
     threshold,
+    bottom,
     goal,
     COUNT: tl.constexpr,
     V: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """The highest score t, at most `highest`, for which Σ w(x) over x ≥ t of a row [V] reaches goal.
+    """The highest score t, from `bottom` to `highest`, for which Σ w(x) over x ≥ t of a row [V] reaches goal.
 
-    COUNT: w = 1; else w = exp((x − highest)/temperature) where x ≥ threshold, 0 elsewhere. Found two bits at a time in
-    the order-preserving integers of float32; those of float16 and bfloat16 do not use all of them.
+    COUNT: w = 1; else w = exp((x − highest)/temperature) where x ≥ threshold, 0 elsewhere. The list holds the segments
+    whose peaks are at least `bottom`. Found by eight pivots at a time among the order-preserving integers of float32,
+    of which float16 and bfloat16 do not use the lowest bits.
     """
-    LOWEST: tl.constexpr = (
-        16 if row_ptr.dtype.element_ty == tl.bfloat16 else 12 if row_ptr.dtype.element_ty == tl.float16 else 0
+    UNUSED: tl.constexpr = (
+        16 if row_ptr.dtype.element_ty == tl.bfloat16 else 13 if row_ptr.dtype.element_ty == tl.float16 else 0
     )
-    offs = tl.arange(0, BLOCK)
-    key = tl.full((), -2147483648, tl.int32)
-    for shift in range(30, LOWEST - 1, -2):
-        unit = tl.full((), 1, tl.int32) << shift
-        first = key + unit
-        second = first + unit
-        third = second + unit
-        acc_1 = tl.zeros((BLOCK,), tl.float32)
-        acc_2 = tl.zeros((BLOCK,), tl.float32)
-        acc_3 = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, V, BLOCK):
-            mask = start + offs < V
-            x = tl.load(row_ptr + start + offs, mask=mask, other=float("-inf")).to(tl.float32)
-            if COUNT:
-                weight = tl.where(mask, 1.0, 0.0)
-            else:
-                weight = tl.where(x >= threshold, tl.exp((x - highest) / temperature), 0.0)
-            x_key = _key(x)
-            acc_1 += tl.where(x_key >= first, weight, 0.0)
-            acc_2 += tl.where(x_key >= second, weight, 0.0)
-            acc_3 += tl.where(x_key >= third, weight, 0.0)
-        digit = (tl.sum(acc_1, axis=0) >= goal).to(tl.int32)
-        digit += (tl.sum(acc_2, axis=0) >= goal).to(tl.int32)
-        digit += (tl.sum(acc_3, axis=0) >= goal).to(tl.int32)
-        key += digit << shift
-    if LOWEST > 0:
-        key = tl.where(key < 0, key | ((1 << LOWEST) - 1), key)
-    key = tl.minimum(key, _key(highest))
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    high = (_key(highest) >> UNUSED).to(tl.int64) + 1
+    low = tl.minimum((_key(bottom) >> UNUSED).to(tl.int64), high - 1)
+    while high - low > 1:
+        step = (high - low + PIVOTS - 1) // PIVOTS
+        pivots = (low + tl.arange(0, PIVOTS) * step).to(tl.int32)
+        acc = tl.zeros((PIVOTS, TILE), tl.float32)
+        for start in range(0, count, TILE // SEGMENT):
+            x = tl.reshape(_scores_of(row_ptr, list_ptr, start, count, V, SEGMENT, TILE), (TILE,))
+            key = _key(x) >> UNUSED
+            weight = _weight(x, highest, temperature, threshold, COUNT)
+            acc += tl.where(key[None, :] >= pivots[:, None], weight[None, :], 0.0)
+        low = tl.minimum(low + step * _reached(tl.sum(acc, axis=1), goal), high - 1)
+        high = tl.minimum(high, low + step)
+    key = low.to(tl.int32) << UNUSED
+    if UNUSED > 0:
+        key = tl.where(key < 0, key | ((1 << UNUSED) - 1), key)
+    return _value(key)
+
+
+@triton.jit
+def _weight(x, highest, temperature, threshold, COUNT: tl.constexpr):
+    if COUNT:
+        weight = tl.full(x.shape, 1.0, tl.float32)
+    else:
+        weight = tl.where(x >= threshold, tl.exp((x - highest) / temperature), 0.0)
+    return weight
+
+
+@triton.jit
+def _reached(sums, goal):
+    """How many of the pivots after the first, which is known to, reach goal."""
+    return tl.sum(((sums >= goal) & (tl.arange(0, PIVOTS) > 0)).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _listed(active, list_ptr):
+    """Write to list, in order, where active [N] holds; returns how often. Every thread may read the list after it."""
+    one = active.to(tl.int32)
+    place = tl.cumsum(one, axis=0) - one
+    tl.debug_barrier()
+    tl.store(list_ptr + place, tl.arange(0, active.shape[0]), mask=active)
+    tl.debug_barrier()
+    return tl.sum(one, axis=0)
+
+
+@triton.jit
+def _scores_of(
+    row_ptr,
+    list_ptr,
+    start,
+    count,
+    V: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The scores of the listed segments from number `start`, −∞ past the last: float32 [TILE / SEGMENT, SEGMENT]."""
+    offs_s = start + tl.arange(0, TILE // SEGMENT)
+    segment = tl.load(list_ptr + offs_s, mask=offs_s < count, other=0)
+    ids = segment[:, None] * SEGMENT + tl.arange(0, SEGMENT)[None, :]
+    return known(tl.load(row_ptr + ids, mask=(offs_s < count)[:, None] & (ids < V), other=float("-inf")))
 
 
 @triton.jit
@@ -167,3 +320,8 @@ def _key(x):
     """int32 in the order of float32."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _value(key):
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from typer.testing import CliRunner
 
-from skipjack.bench import gpu, gpu_check, gpu_parts, targets
+from skipjack.bench import gpu, gpu_check, gpu_parts, sampled, targets
 from skipjack.bench.gpu_methods import of_decode, of_peers
 from skipjack.bench.gpu_parts import DRY, GPU, Finding, Setting
 from skipjack.bench.gpu_speed import of_steps
@@ -163,6 +163,8 @@ def test_steps_run_dry_through_the_interpreter(monkeypatch: pytest.MonkeyPatch, 
     assert {figure["name"] for figure in result["figures"]} == {
         *("qkv", "attend", "output", "up", "down", "head", "step"),
         *(f"step, {change}" for change in ("fast", "prefetch", "runs of 32", "chunks")),
+        *(f"sample, {name}" for name in sampled.CHOICES),
+        "rejection, top-p 0.9",
     }
     assert (launch.PREFETCH_BYTES, launch.RUN, launch.LONG_STEP_ROWS) == (0, 16, 16), "constants are as they were"
     assert {row["note"] for row in result["rows"] if row["id"] == "T6" and row["case"] == "8b"} == {

@@ -1,5 +1,8 @@
 """The sampling kernel against the PyTorch op, and its noise and logarithm against their definitions."""
 
+from collections.abc import Callable
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,9 +12,10 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from skipjack.kernels import launch, noise, reference_verify
+from skipjack.kernels import launch, noise, partials, reference_verify, rejection
 from skipjack.kernels import sample as sample_kernel
 from skipjack.kernels.sample import sample
+from skipjack.kernels.sampling_rule import sampling_rule
 from skipjack.kernels.warping import log, uniform
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,17 +37,9 @@ def _uniform_kernel(seed_ptr, position_ptr, out_ptr, start, SIZE: tl.constexpr, 
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token the kernel does not write is −1."""
-
-    class Torch:
-        def __getattr__(self, name: str) -> object:
-            return getattr(torch, name)
-
-        def empty(self, *shape: object, **kwargs: object) -> Tensor:
-            return torch.empty(*shape, **kwargs).fill_(-1)
-
-    monkeypatch.setattr(sample_kernel, "torch", Torch())
+def poisoned(poison: Callable[[ModuleType], None]) -> None:
+    poison(sample_kernel)
+    poison(partials)
 
 
 def test_logarithm_of_every_uniform_and_of_its_logarithm() -> None:
@@ -112,6 +108,11 @@ def seeds(rows: int) -> tuple[Tensor, Tensor]:
         (33, torch.bfloat16, 16),
         (49152, torch.float32, 3),
         (1, torch.float32, 2),
+        (64, torch.float16, 10),
+        (65, torch.bfloat16, 10),
+        (1023, torch.float32, 10),
+        (1025, torch.bfloat16, 10),
+        (2048, torch.float16, 10),
     ],
 )
 def test_sample_draws_the_reference_tokens(size: int, dtype: torch.dtype, rows: int) -> None:
@@ -167,9 +168,9 @@ def test_what_is_drawn_does_not_depend_on_the_batch() -> None:
 def test_sample_takes_rows_of_wider_tensors() -> None:
     wide, rule = scores_of(4, 80, torch.float32, 3), rules(4)
     view = wide[:, 16:49]
-    expected = reference_verify.sample(view.contiguous(), *rule, *seeds(4))
-    assert torch.equal(sample(view, *rule, *seeds(4)), expected)
-    assert torch.equal(sample(wide.T.contiguous().T[:, 16:49], *rule, *seeds(4)), expected)
+    drawn = reference_verify.sample(view.contiguous(), *rule, *seeds(4))
+    assert torch.equal(sample(view, *rule, *seeds(4)), drawn)
+    assert torch.equal(sample(wide.T.contiguous().T[:, 16:49], *rule, *seeds(4)), drawn)
 
 
 def test_greedy_ties_go_to_the_lowest_id_and_hopeless_rows_give_an_id() -> None:
@@ -179,6 +180,140 @@ def test_greedy_ties_go_to_the_lowest_id_and_hopeless_rows_give_an_id() -> None:
     zero = torch.zeros(3, device=DEVICE)
     token = sample(scores, zero, zero.long(), zero + 1, zero, *seeds(3))
     assert token.tolist() == [0, 0, 7]
+
+
+def expected(scores: Tensor, rule: tuple[Tensor, ...], rows: int, **options: int) -> Tensor:
+    return reference_verify.sample(scores, *rule, *seeds(rows), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (1e-6, 0, 1.0, 0.0),
+        (1e4, 0, 1.0, 0.0),
+        (1e4, 3, 1.0, 0.0),
+        (30.0, 0, 0.03, 0.0),
+        (30.0, 700, 0.9, 0.0),
+        (3.0, 2500, 1.0, 0.0),
+        (3.0, 0, 1.0, 0.9),
+        (3.0, 40, 0.95, 0.02),
+        (1e-6, 5, 0.9, 0.5),
+    ],
+)
+def test_likely_ids_may_lie_in_every_block(
+    temperature: float, top_k: int, top_p: float, min_p: float, dtype: torch.dtype
+) -> None:
+    """Values decided by the noise, by the scores, and limits that the first winner does not meet."""
+    rows, size = 4, 3000
+    generator = torch.Generator().manual_seed(11)
+    scores = torch.randn(rows, size, generator=generator) * torch.tensor([[1.0], [4.0], [100.0], [0.01]])
+    scores = scores.to(DEVICE, dtype)
+    rule = tuple(torch.full((rows,), given, device=DEVICE) for given in (temperature, top_k, top_p, min_p))
+    for count in (None, 4):
+        token = sample(scores, *rule, *seeds(rows), count=count)
+        assert torch.equal(token, expected(scores, rule, rows, count=count))
+
+
+def test_ties_at_a_threshold_stay_in_whatever_block_they_lie() -> None:
+    rows, size = 60, 2500
+    scores = torch.full((rows, size), -40.0, device=DEVICE)
+    tied = [5, 700, 1024, 1999, 2048, 2499]
+    scores[:, tied] = 1.0
+    scores[:, 1500] = 2.0
+    scores[1::2, 1500] = 1.0
+    one = torch.ones(rows, device=DEVICE)
+    for rule in (
+        (one * 2, one.long() * 2, one, one * 0),
+        (one * 2, one.long() * 0, one * 0.3, one * 0),
+        (one * 2, one.long() * 0, one, one * 0.5),
+    ):
+        token = sample(scores, *rule, *seeds(rows))
+        assert torch.equal(token, expected(scores, rule, rows))
+        assert set(token.tolist()) == {*tied, 1500}
+
+
+def test_more_siblings_than_are_left() -> None:
+    rows, size = 3, 2100
+    scores = scores_of(rows, size, torch.bfloat16, 4)
+    scores[:, [3, 1030, 2099]] = torch.tensor([11.0, 10.0, 12.0], device=DEVICE, dtype=torch.bfloat16)
+    one = torch.ones(rows, device=DEVICE)
+    token = sample(scores, one, one.long() * 3, one, one * 0, *seeds(rows), count=6)
+    assert torch.equal(token, expected(scores, (one, one.long() * 3, one, one * 0), rows, count=6))
+    assert token[:, :3].sort(dim=1).values.tolist() == [[3, 1030, 2099]] * rows
+    assert token[:, 3:].eq(token[:, :1]).all()
+
+
+def test_hopeless_rows_and_scores_that_are_no_numbers() -> None:
+    """NaN counts as −∞, and of a row without a possible id the first one is told."""
+    scores = scores_of(8, 1100, torch.float32, 6)
+    scores[2] = -torch.inf
+    scores[3] = torch.nan
+    scores[4:, ::3] = torch.nan
+    scores[6] = -torch.inf
+    scores[6, 1050] = -3.0
+    clean = torch.where(scores.isnan(), -torch.inf, scores)
+    for rule in (rules(8), tuple(field.flip(0) for field in rules(8))):
+        for count in (1, 3):
+            token = sample(scores, *rule, *seeds(8), count=count)
+            hopeful = torch.tensor([0, 1, 4, 5, 6, 7], device=DEVICE)
+            assert torch.equal(token[hopeful], expected(clean, rule, 8, count=count)[hopeful])
+            assert token[2:4].eq(0).all()
+
+
+def test_a_large_row_draws_the_same_in_any_batch() -> None:
+    scores, rule, (seed, position) = scores_of(10, 3000, torch.bfloat16, 2), rules(10), seeds(10)
+    together = sample(scores, *rule, seed, position, count=3)
+    for row in range(10):
+        part = slice(row, row + 1)
+        alone = sample(scores[part], *(field[part] for field in rule), seed[part], position[part], count=3)
+        assert torch.equal(alone, together[part])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [7, 1024, 4500])
+def test_thresholds_and_masses(size: int, dtype: torch.dtype, poison: Callable[[ModuleType], None]) -> None:
+    """Against sorting in float64; no two sums of these scores are as close as they are rounded."""
+    poison(rejection)
+    generator = torch.Generator().manual_seed(size)
+    table = [
+        (k, p, m, spread)
+        for k, spread in ((0, 0.3), (0, 6.0), (1, 0.3), (60, 0.3), (60, 6.0), (size - 1, 6.0), (size + 1, 0.3))
+        for p, m in ((1.0, 0.0), (0.5, 0.0), (0.95, 0.0), (1.0, 0.05), (0.9, 0.02), (0.0, 0.0), (1.0, 1.0))
+    ]
+    k, p, m, spread = (torch.tensor(column) for column in zip(*table, strict=True))
+    scores = (torch.randn(len(table), size, generator=generator) * spread[:, None]).to(dtype)
+    temperature = torch.rand(len(table), generator=generator) + 0.5
+    rule = [field.to(DEVICE) for field in (temperature, k, p.float(), m.float())]
+    arrivals = torch.full((len(table),), 7, dtype=torch.int32, device=DEVICE)
+    warping, best = rejection._warping(scores.to(DEVICE)[:, None], rule, arrivals)
+    assert arrivals.eq(0).all()
+    assert best.eq(-1).all()
+    ordered = scores.double().sort(dim=1, descending=True).values
+    for row in range(len(table)):
+        x, t = ordered[row], temperature[row].double()
+        weight = ((x - x[0]) / t).exp()
+        left = torch.ones(size, dtype=torch.bool)
+        if m[row] > 0:
+            left &= weight >= m[row].double() * (1 - 1e-6)
+        if 0 < k[row] < size:
+            left &= x >= x[k[row] - 1]
+        if p[row] < 1:
+            inside = weight * left
+            before = inside.cumsum(0) - inside
+            reached = x[int((before < p[row].float().double() * inside.sum()).sum().clamp(min=1)) - 1]
+            left &= x >= reached
+        highest, threshold, mass = warping[row, 0].cpu().double()
+        assert highest == x[0]
+        assert torch.equal(x >= threshold, left)
+        assert mass == pytest.approx(float((weight * left).sum()), rel=3e-6)
+
+
+def test_blocks_and_segments_are_fixed_by_the_size_of_a_row() -> None:
+    assert sampling_rule(1) == sampling_rule(64) == (1, 64, 64, 64, 1, 1)
+    assert sampling_rule(65) == (1, 128, 64, 128, 1, 2)
+    assert sampling_rule(128256) == (126, 1024, 64, 2048, 8, 2048)
+    assert sampling_rule(250880) == (245, 1024, 64, 2048, 8, 4096)
 
 
 def test_a_row_is_walked_in_blocks_fixed_by_its_size() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from skipjack.kernels import reference_verify, rejection
+from skipjack.kernels import chains, partials, reference_verify, rejection, residual
 from skipjack.kernels.compact import compact
 from skipjack.kernels.values import Verdict
 from skipjack.kernels.verify import verify, verify_rejection
@@ -20,7 +20,8 @@ BUSH = [0, 0, 0, 1]
 
 @pytest.fixture(autouse=True)
 def poisoned(poison: Callable[[ModuleType], None]) -> None:
-    poison(rejection)
+    for module in (chains, partials, rejection, residual):
+        poison(module)
 
 
 def same(got: Verdict, expected: Verdict) -> None:
@@ -106,7 +107,11 @@ def test_rejection(size: int, dtype: torch.dtype, parent: list[int], drafter: st
         "parent": None if chain else torch.tensor(parent, device=DEVICE).expand(sequences, k),
         "draft_ids": None if ids is None else ids.to(DEVICE),
     }
-    same(verify_rejection(*arguments, **options), reference_verify.verify_rejection(*arguments, **options))
+    expected = reference_verify.verify_rejection(*arguments, **options)
+    same(verify_rejection(*arguments, **options), expected)
+    if chain:
+        options["parent"] = torch.tensor(parent, dtype=torch.int64, device=DEVICE).expand(sequences, k)
+        same(verify_rejection(*arguments, **options), expected)
 
 
 @pytest.mark.parametrize("op", [verify_rejection, reference_verify.verify_rejection], ids=["triton", "torch"])
