@@ -262,9 +262,11 @@ def test_chat_refusals(folder):
         (["hi"], r"messages\[0\]: expected an object"),
         ([{"role": "user"}], r"messages\[0\]\.content: expected a string, found None"),
         ([CHATS[0][0], {"role": 3, "content": "x"}], r"messages\[1\]\.role: expected a string, found 3"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}], r"messages\[0\]\.tool_calls: expected a"),
     ):
         with pytest.raises(TokenizerError, match=message):
             tokenizer.chat(messages)
+    assert tokenizer.chat([CHATS[0][0] | {"tool_calls": None}]) == tokenizer.chat(CHATS[0])
 
 
 @pytest.mark.parametrize(
