@@ -301,6 +301,40 @@ def test_malformed_tokenizers_refused(tmp_path, content, message):
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("field", "kind", "more"),
+    [
+        ("normalizer", "normalizers", []),
+        ("decoder", "decoders", [{"type": "Fuse"}]),
+    ],
+)
+def test_text_that_would_grow_without_bound_is_refused_at_once(folder, field, kind, more):
+    """Twelve replacements, each of which takes a letter for ten: two letters would come to two billion."""
+    grow = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    for depth, times in ((1, 2), (1, 12), (3, 12)):
+        parts = {"type": "Sequence", kind: [*more, *[grow] * times]}
+        for _ in range(depth - 1):
+            parts = {"type": "Sequence", kind: [parts]}
+        (folder / "tokenizer.json").write_text(json.dumps(tree | {field: parts}))
+        if times == 2:
+            assert load(folder) is not None
+            continue
+        with pytest.raises(TokenizerError, match=rf"tokenizer\.json: {field}: expected text to grow at most"):
+            load(folder)
+
+
+def test_a_template_that_adds_more_ids_than_a_prompt_has_is_refused(folder):
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    tree["post_processor"]["special_tokens"]["<s>"] |= {"ids": [0] * 600, "tokens": ["<s>"] * 600}
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    assert load(folder) is not None
+    tree["post_processor"]["single"] += tree["post_processor"]["single"][:1]
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: post_processor: expected at most 1024 ids to be added"):
+        load(folder)
+
+
 def test_ids_beyond_the_model_refused(folder, tmp_path):
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: vocab: expected ids below vocab_size 100 .* found \d+"):
         Tokenizer.load(folder, config(100))
