@@ -82,7 +82,8 @@ def checked_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, st
     """The messages as plain dictionaries of `role` and `content`.
 
     Raises:
-        TokenizerError: no messages, or one without a role and a content that are strings.
+        TokenizerError: no messages, or one without a role and a content, or with a field that is no string; a field
+        that is None counts as absent.
     """
     entries = _as_sequence(messages)
     if not entries:
@@ -92,10 +93,11 @@ def checked_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, st
         if not isinstance(message, Mapping):
             raise TokenizerError(f"messages[{number}]: expected an object, found {shown(message)}")
         fields = cast("Mapping[str, object]", message)
-        for name in ("role", "content"):
-            if not isinstance(fields.get(name), str):
-                raise TokenizerError(f"messages[{number}].{name}: expected a string, found {shown(fields.get(name))}")
-        checked.append({str(name): value for name, value in fields.items() if isinstance(value, str)})
+        given = {name: value for name, value in fields.items() if value is not None}
+        for name, value in ({"role": None, "content": None} | given).items():
+            if not isinstance(value, str):
+                raise TokenizerError(f"messages[{number}].{name}: expected a string, found {shown(value)}")
+        checked.append({str(name): cast("str", value) for name, value in given.items()})
     return checked
 
 

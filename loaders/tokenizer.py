@@ -12,6 +12,7 @@ from .chat_template import ChatTemplate, checked_messages
 from .config import ModelConfig
 from .errors import TokenizerError
 from .json_files import present, read_bytes
+from .tokenizer_growth import check_growth
 
 MAX_TOKENIZER_BYTES: Final = 64_000_000
 _UNFINISHED: Final = "\N{REPLACEMENT CHARACTER}"
@@ -37,7 +38,8 @@ class Tokenizer:
         """The tokenizer of a model folder; None where there is no tokenizer.json.
 
         Raises:
-            TokenizerError: a file is malformed, or the tokenizer has ids that the model does not.
+            TokenizerError: a file is malformed, the tokenizer has ids that the model does not, or a text may grow in it
+            beyond measure.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
@@ -52,6 +54,7 @@ class Tokenizer:
         # A tokenizer.json may ask for prompts to be cut or padded; neither may happen unseen.
         backend.no_truncation()
         backend.no_padding()
+        check_growth(backend, str(path))
         highest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         if highest >= config.vocab_size:
             raise TokenizerError(

@@ -173,6 +173,7 @@ class Engine:
 
         Raises:
             RequestError: the request cannot be served; nothing was generated.
+            TokenizerError: chat messages are malformed, or the model's template refuses them or is missing.
             CapacityError: it needs more cache than there is.
         """
         with closing(self.stream(prompt, params, method=method)) as stream:

@@ -10,6 +10,8 @@ from typing import Any, cast
 from .errors import RequestError
 
 MAX_STOP_STRINGS = 64
+# Logits divided or multiplied by it must stay within float32.
+REPETITION_PENALTIES = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,12 @@ class SamplingParams:
         _number("top_p", self.top_p, 0.0, 1.0, low_open=True)
         integer("top_k", self.top_k, -1, 2**63 - 1)
         _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, low_open=True)
+        _number("repetition_penalty", self.repetition_penalty, *REPETITION_PENALTIES)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         integer("n", self.n, 1, 256)
+        if not isinstance(cast("object", self.ignore_eos), bool):
+            raise RequestError(f"ignore_eos: expected True or False, got {self.ignore_eos!r}")
         if self.seed is not None:
             integer("seed", self.seed, 0, 2**64 - 1)
         if self.logprobs is not None:

@@ -23,8 +23,11 @@ class TextStream:
 
     def push(self, token: int, *, may_stop: bool = True) -> str:
         """The text that is safe to show now; a stop string that is complete before it `may_stop` is plain text."""
+        known = len(self._held)
         self._held += self._decoder.step(token)
-        found = min((at for at in map(self._held.find, self._stop) if at >= 0), default=-1)
+        # One that was complete before this token is plain text, held back for a longer one's sake.
+        places = (self._held.find(stop, max(0, known + 1 - len(stop))) for stop in self._stop)
+        found = min((at for at in places if at >= 0), default=-1)
         if found >= 0 and may_stop:
             self.stopped = True
             return self._release(found, keep=False)
@@ -41,7 +44,7 @@ class TextStream:
         """Length of the longest end of the held text that begins a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
         for size in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-size:]) for stop in self._stop):
+            if any(len(stop) > size and stop.startswith(self._held[-size:]) for stop in self._stop):
                 return size
         return 0
 

@@ -37,6 +37,10 @@ from skipjack import ConfigError, Engine, RequestError, SamplingParams
         ({"logit_bias": [1]}, "logit_bias: expected a mapping"),
         ({"logit_bias": {"5": 1.0}}, "logit_bias: expected an integer"),
         ({"max_tokens": None}, "max_tokens"),
+        ({"repetition_penalty": 1e-45}, "repetition_penalty"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty"),
+        ({"ignore_eos": "no"}, "ignore_eos: expected True or False"),
+        ({"ignore_eos": None}, "ignore_eos: expected True or False"),
     ],
 )
 def test_sampling_parameters_out_of_range_are_named(fields: dict[str, object], name: str) -> None:

@@ -64,6 +64,24 @@ def test_a_stop_string_before_min_tokens_is_text() -> None:
     assert stream.text == "a"
 
 
+@pytest.mark.parametrize(
+    ("pieces", "stop", "shown", "stopped"),
+    [
+        (["ab", "c"], ["b", "xyz"], ["ab", "c"], False),
+        (["ab", "c", "x"], ["b", "bcd"], ["a", "", "bcx"], False),
+        (["ab", "c", "d"], ["b", "bcd"], ["a", "", ""], True),
+        (["ab", "b"], ["b", "bcd"], ["a", "b"], True),
+    ],
+)
+def test_a_stop_string_before_min_tokens_ends_nothing_later(
+    pieces: list[str], stop: list[str], shown: list[str], stopped: bool
+) -> None:
+    """Not even where its text is held back, because a longer stop string begins with it."""
+    stream = TextStream(Letters(*pieces), stop)
+    assert [stream.push(token, may_stop=token >= 1) for token in range(len(pieces))] == shown
+    assert stream.stopped == stopped
+
+
 PROMPT = [{"role": "user", "content": "Count from one to ten in words, one per line."}]
 
 

@@ -262,9 +262,11 @@ def test_chat_refusals(folder):
         (["hi"], r"messages\[0\]: expected an object"),
         ([{"role": "user"}], r"messages\[0\]\.content: expected a string, found None"),
         ([CHATS[0][0], {"role": 3, "content": "x"}], r"messages\[1\]\.role: expected a string, found 3"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}], r"messages\[0\]\.tool_calls: expected a"),
     ):
         with pytest.raises(TokenizerError, match=message):
             tokenizer.chat(messages)
+    assert tokenizer.chat([CHATS[0][0] | {"tool_calls": None}]) == tokenizer.chat(CHATS[0])
 
 
 @pytest.mark.parametrize(
@@ -297,6 +299,40 @@ def test_malformed_tokenizers_refused(tmp_path, content, message):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(TokenizerError, match=rf"tokenizer\.json: {message}"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "kind", "more"),
+    [
+        ("normalizer", "normalizers", []),
+        ("decoder", "decoders", [{"type": "Fuse"}]),
+    ],
+)
+def test_text_that_would_grow_without_bound_is_refused_at_once(folder, field, kind, more):
+    """Twelve replacements, each of which takes a letter for ten: two letters would come to two billion."""
+    grow = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    for depth, times in ((1, 2), (1, 12), (3, 12)):
+        parts = {"type": "Sequence", kind: [*more, *[grow] * times]}
+        for _ in range(depth - 1):
+            parts = {"type": "Sequence", kind: [parts]}
+        (folder / "tokenizer.json").write_text(json.dumps(tree | {field: parts}))
+        if times == 2:
+            assert load(folder) is not None
+            continue
+        with pytest.raises(TokenizerError, match=rf"tokenizer\.json: {field}: expected text to grow at most"):
+            load(folder)
+
+
+def test_a_template_that_adds_more_ids_than_a_prompt_has_is_refused(folder):
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    tree["post_processor"]["special_tokens"]["<s>"] |= {"ids": [0] * 600, "tokens": ["<s>"] * 600}
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    assert load(folder) is not None
+    tree["post_processor"]["single"] += tree["post_processor"]["single"][:1]
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: post_processor: expected at most 1024 ids to be added"):
+        load(folder)
 
 
 def test_ids_beyond_the_model_refused(folder, tmp_path):
