@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import tokenizers
 
@@ -37,7 +37,7 @@ def check_growth(backend: tokenizers.Tokenizer, source: str) -> None:
 
 def _parts(backend: tokenizers.Tokenizer, field: str) -> Iterator[dict[str, object]]:
     """The parts of a component in the order they work in; sequences of them are opened."""
-    component = cast("Any", getattr(backend, field))
+    component: Any = getattr(backend, field)
     if component is None:
         return
     pending: list[object] = [json.loads(component.__getstate__())]
