@@ -156,7 +156,7 @@ def plain_because() -> str | None:
         return "numba is not installed"
     try:
         import_module("numba")
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # The second of its libraries.
         return f"numba cannot be imported: {error}"
     return None
 
