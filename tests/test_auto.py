@@ -1,6 +1,8 @@
 """The method that chooses: the same text, a ledger that holds on a virtual clock, and reports of what it did."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -241,6 +243,45 @@ def test_what_choosing_costs_is_booked(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     made.observe(None, None, done)
     assert (made._ledger.decoding, made._ledger.balance) == pytest.approx((1.1, -0.1))
+
+
+def plain_round(run: Run, draft_s: float, verify_s: float) -> Round:
+    one, tokens = torch.tensor([0]), torch.zeros(1, 1).long()
+    draft, verdict = Draft(torch.zeros(1, 0).long(), one), Verdict(one, one, one, tokens)
+    return Round(run.batch, draft, tokens, tokens, verdict, [1], draft_s, verify_s, None)
+
+
+def test_to_learn_that_a_context_is_long_is_no_loss() -> None:
+    run = Run(method(search_budget=0.0))
+    for _ in range(30):
+        run.made.observe(None, None, plain_round(run, 0.0, 1.5))
+    assert run.made._costs.pace > 1.4
+    assert run.made._ledger.balance == pytest.approx(0.0)
+
+
+def test_guesses_are_looked_for_when_that_and_the_lookup_are_covered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking costs more than the ledger allows a round: it is done now and then, and never for nothing."""
+    run, looked = Run(method(search_budget=0.0)), list[int]()
+    made, model = run.made, SimpleNamespace(mark=lambda *_: nullcontext())
+
+    def found(*_: object) -> Guess:
+        looked.append(step)
+        return Guess(1, [4], [0])
+
+    monkeypatch.setattr(auto, "likeliest", found)
+    # Eight rows cost a tenth more than one, and a guess of one token is not believed in: it risks something.
+    made._costs.per_row = 0.1
+    for step in range(200):
+        before = len(looked)
+        made.propose(model, None, run.batch)
+        cost = 0.05 if len(looked) > before else 0.0
+        if made._choice.name == "plain":
+            made.observe(None, None, plain_round(run, cost, 1.0))
+        else:
+            assert made._ledger.affords(made._choice.loss)
+            break
+    assert made._choice.name == "lookup"
+    assert len(looked) < step / 4, "most rounds cost what plain decoding does"
 
 
 def test_no_room_is_plain_decoding() -> None:

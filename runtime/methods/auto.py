@@ -138,6 +138,8 @@ class Auto(Method):
         self._slowness = {LOOKUP: 1.0, SKIP: 1.0, CASCADE: 1.0}
         self._costs: Costs | None = None
         self._guesses: list[Guess] = []
+        # What looking for guesses may lose: the time it last took, and what the lookup that was found risked.
+        self._stake = self._risked = 0.0
         self._memory = Memory(options.remember)
         self._choice = Choice(PLAIN, 0, 1.0, 1.0, 0.0)
         self._why = ""
@@ -174,9 +176,11 @@ class Auto(Method):
         if self._costs is None:
             self._costs = calibrate(model, cache, self._clock)
         k, ngram = self._options.num_draft_tokens, self._options.max_ngram
+        looks = self._ledger.affords(self._stake)
         with model.mark("draft", len(batch), 0, 0):
             self._guesses = [
-                likeliest(text_of(s), ngram, max(0, min(k, s.room)), self._memory.text) for s in batch.sequences
+                likeliest(text_of(s), ngram, max(0, min(k, s.room)), self._memory.text) if looks else Guess(0, [], [])
+                for s in batch.sequences
             ]
         self._choose(self.choices(self._costs, len(batch), int(batch.room.max())))
         if self._choice.name in (LOOKUP, CASCADE):
@@ -287,8 +291,9 @@ class Auto(Method):
         assert costs is not None
         sequences = len(done.batch)
         drafted, accepted = ints(done.draft.length), ints(done.verdict.accepted)
-        plain = costs.verify(sequences)
         seconds = done.draft_s + done.verify_s
+        if any(guess.tokens for guess in self._guesses) and choice.name in (PLAIN, LOOKUP):
+            self._stake = done.draft_s + max(0.0, self._risked)
         if choice.name == PLAIN:
             costs.observe(sequences, done.verify_s)
         elif choice.name == LOOKUP:
@@ -303,6 +308,8 @@ class Auto(Method):
                 self._left += 0.1 * (sum(drafted) / sequences - self._left)
         for rate in self._passed_over:
             rate.idle += 1
+        # After the pace of this round is known: to learn it is no loss.
+        plain = costs.verify(sequences)
         chosen, overhead = self._cost(costs, done, drafted)
         self._ledger.book(chosen + overhead, plain * sum(done.emitted) / sequences)
         self._tell(seconds, plain, done)
@@ -334,6 +341,7 @@ class Auto(Method):
 
     def _choose(self, choices: list[Choice]) -> None:
         plain = choices[0]
+        self._risked = next((choice.loss for choice in choices if choice.name == LOOKUP), self._risked)
         covered = [choice for choice in choices if self._ledger.affords(choice.loss)]
         best = max(covered, key=lambda choice: choice.tokens_per_s)
         why = "predicted fastest"
