@@ -114,9 +114,9 @@ class Rehearsal:
         method.rehearse(self._model, self._cache)
 
     def _prompts(self) -> Iterable[int]:
-        """A length for each power of two that a pass of a prompt can need."""
-        most = min(self._context - 1, PREFILL_CHUNK)
-        return {min(most, 1 << power) for power in range(most.bit_length() + 1)}
+        """A length for each power of two of a prompt's rows that has kernels of its own: from a tile of them on."""
+        most, tile = min(self._context - 1, PREFILL_CHUNK), self._model.ops.prefill_tile or 1
+        return {min(most, tile << power) for power in range((most // tile).bit_length() + 1)}
 
     def _prefilled(
         self, method: Method, prompt: list[int], pages: int, count: int, params: SamplingParams
