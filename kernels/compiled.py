@@ -47,10 +47,10 @@ def linear(
     active: Tensor | None = None,
 ) -> Tensor:
     """As `reference.linear`; a weight in panels needs no tiles, and a whole tile none of the steps to make it one."""
-    tile = None if panels.holds(weight) else tile
+    tile = None if weight.in_panels else tile
     if scale is None and active is None and tile in (None, x.shape[0]):
         x = x if norm is None else normalise(x, norm)
-        if residual is not None and activation is None and panels.holds(weight) and residual.is_contiguous():
+        if residual is not None and activation is None and weight.in_panels and residual.is_contiguous():
             return panels.product(x, weight, bias, residual, out=residual)
         y = packed.product(x, weight, bias, residual)
         y = y if activation is None else _activate(y, activation)

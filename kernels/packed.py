@@ -45,7 +45,7 @@ def pack(weight: Tensor) -> Matrix:
 
 def take_rows(weight: Matrix, rows: Tensor) -> Matrix:
     """The given rows int64 [N'] of a weight, as a weight of its own in the same layout."""
-    if weight.packed and not weight.data.is_mkldnn:
+    if weight.in_panels:
         from . import panels
 
         taken = panels.take(weight, rows)
@@ -57,7 +57,7 @@ def take_rows(weight: Matrix, rows: Tensor) -> Matrix:
 
 def product(x: Tensor, weight: Matrix, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """x [M, columns] · weightᵀ + bias + residual → [M, rows], rounded once on the packed path."""
-    if weight.packed and not weight.data.is_mkldnn:
+    if weight.in_panels:
         from . import panels
 
         return panels.product(x, weight, bias, residual)

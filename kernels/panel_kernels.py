@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .lanes import LANES, WIDTH, kernel, part, read, taken, together, worker, write
+from .lanes import LANES, WIDTH, _splat, alone, kernel, part, read, taken, together, worker, write
 
 VECTORS = 3
 PANEL = VECTORS * WIDTH
@@ -66,7 +66,7 @@ def _step(added):
             weights = [_load(builder, panel, 4 * WIDTH * i, _INTS) for i in range(VECTORS)]
             for row in range(signature.args[0].count // VECTORS):
                 at = builder.add(x, builder.mul(stride, ir.Constant(_LONG, row)))
-                value = _spread(builder, _load(builder, at, 0, _INT))
+                value = _splat(builder, _load(builder, at, 0, _INT), _INTS)
                 for i, weight in enumerate(weights):
                     place = VECTORS * row + i
                     total = added(builder, builder.extract_value(sums, place), weight, value)
@@ -98,11 +98,6 @@ def _pair(builder, total, weight, x):
 def _load(builder, address, offset, kind):
     address = builder.add(address, ir.Constant(_LONG, offset))
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
-
-
-def _spread(builder, value):
-    first = builder.insert_element(ir.Constant(_INTS, ir.Undefined), value, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(first, first, ir.Constant(_INTS, [0] * WIDTH))
 
 
 _with_column, _with_pair = _step(_single), _step(_pair)
@@ -143,8 +138,8 @@ def _rows(sums, rows, x, panel, bias, residual, out, start, width, columns, half
             write(out + row * width * size, start + i, y, half)
 
 
-@part
-def _take(block):
+@worker
+def share(block):
     """What one thread does of `product`: panels that nobody has taken."""
     x, panels, bias, residual, out, rows, width, columns, half = (
         block[1], block[2], block[3], block[4], block[5], block[6], block[7], block[8], block[9] != 0,
@@ -174,11 +169,6 @@ def _take(block):
     memory[0] = 0
 
 
-@worker
-def share(block):
-    _take(block)
-
-
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, boolean, int64, int64, int64)")
 def product(x, panels, bias, residual, out, rows, width, columns, half, threads, entry, share):
     """out = x·Wᵀ + bias + residual: x [rows, columns]; W of `width` rows in panels; bias [width]; [rows, width].
@@ -192,5 +182,5 @@ def product(x, panels, bias, residual, out, rows, width, columns, half, threads,
     if entry and threads > 1:
         together(entry, share, address, threads)
     else:
-        _take(block)
+        alone(share, address)
     block[0] = 0

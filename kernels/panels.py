@@ -30,11 +30,6 @@ def pack(weight: Tensor) -> Matrix:
     return Matrix(data, rows, columns, packed=True)
 
 
-def holds(weight: Matrix) -> bool:
-    """Whether a matrix lies in panels."""
-    return weight.packed and not weight.data.is_mkldnn
-
-
 def take(weight: Matrix, rows: Tensor) -> Tensor:
     """Rows int64 [N'] of a matrix in panels: [N', K]."""
     return weight.data[rows // PANEL, :, rows % PANEL].reshape(len(rows), weight.columns)

@@ -22,6 +22,11 @@ class Matrix:
     columns: int
     packed: bool
 
+    @property
+    def in_panels(self) -> bool:
+        """Whether it lies as `panels.pack` lays it, and not as oneDNN does."""
+        return self.packed and not self.data.is_mkldnn
+
 
 @dataclass(frozen=True)
 class Split:

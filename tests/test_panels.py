@@ -79,16 +79,16 @@ def test_rows_of_a_weight_are_taken_out_of_its_panels(dtype: torch.dtype) -> Non
     matrix = panels.pack(weight)
     assert torch.equal(panels.take(matrix, torch.arange(112)), weight)
     few = packed.take_rows(matrix, rows)
-    assert (few.rows, few.columns, panels.holds(few)) == (6, 34, False)
+    assert (few.rows, few.columns, few.in_panels) == (6, 34, False)
     x = randn(8, 34, dtype=dtype)
     assert_near(packed.product(x, few, None, None), x.double() @ weight[rows].double().T)
-    assert panels.holds(packed.take_rows(matrix, torch.arange(5, 101))), "sixteen at a time"
+    assert packed.take_rows(matrix, torch.arange(5, 101)).in_panels, "sixteen at a time"
 
 
 def test_a_weight_that_fits_into_no_panel_is_laid_out_as_before() -> None:
     for weight in (randn(40, 32, dtype=torch.float32), randn(48, 33, dtype=torch.bfloat16), torch.ones(48, 32).half()):
         matrix = compiled.prepare(weight)
-        assert not panels.holds(matrix)
+        assert not matrix.in_panels
         x = randn(8, weight.shape[1], dtype=weight.dtype)
         expected = reference.linear(x, reference.prepare(weight), tile=8)
         assert torch.equal(compiled.linear(x, matrix, tile=8), expected)
@@ -142,5 +142,5 @@ def test_a_processor_without_wide_registers_or_products_of_pairs(tmp_path: Path)
 
 def test_what_lies_elsewhere_is_not_taken_for_panels() -> None:
     plain = Matrix(torch.ones(16, 4), 16, 4, packed=False)
-    assert not panels.holds(plain)
-    assert not panels.holds(packed.pack(torch.ones(16, 4)))
+    assert not plain.in_panels
+    assert not packed.pack(torch.ones(16, 4)).in_panels
