@@ -25,6 +25,8 @@ from ..runtime.rows import one_sequence
 from .op_cases import CASES, Side
 
 SEVERAL_ROWS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 32, 33, 64, 144)
+# A length for every block that the products of a prompt may have.
+PROMPTS = (20, 64, 65, 130, 300, 520, 1024)
 # Of a norm-wise relative error: a few roundings of the dtype, the smallest of which is 2**-9 in bfloat16.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 DECODE_ONLY = ("head", "sample, verify", "reshape_logits, logprobs", "lookup", "enter, extend, commit", "branch")
@@ -81,6 +83,7 @@ class Setting:
     shapes: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     rows: tuple[int, ...]
+    prompts: tuple[int, ...]
     long_run: int
     dry: bool
     captured: tuple[str, ...] = tuple(CAPTURED)
@@ -93,7 +96,7 @@ class Setting:
         """Settings that together make up this one, for a part that may run in several processes."""
         if part == "graphs":
             return [replace(self, captured=(shape,)) for shape in self.captured]
-        if part not in ("ops", "rows", "exact"):
+        if part not in ("ops", "rows", "prompts", "exact"):
             return [self]
         models = list(product(self.shapes, self.dtypes)) if part == "ops" else self.models()
         return [replace(self, shapes=(shape,), dtypes=(dtype,)) for shape, dtype in models]
@@ -114,10 +117,11 @@ GPU = Setting(
     ("135m", "1b"),
     (torch.bfloat16, torch.float16),
     SEVERAL_ROWS,
+    PROMPTS,
     1200,
     dry=False,
 )
-DRY = Setting(torch.device("cpu"), ("tiny-llama",), (torch.float32,), (1, 2, 9), 12, dry=True)
+DRY = Setting(torch.device("cpu"), ("tiny-llama",), (torch.float32,), (1, 2, 9), (9, 70), 12, dry=True)
 
 
 def ops(setting: Setting) -> Iterator[Finding]:
@@ -153,6 +157,15 @@ def invariance(setting: Setting) -> Iterator[Finding]:
         yield Finding(
             "rows", f"{shape} {_name(dtype)}", not different, f"row counts that differ: {different or 'none'}"
         )
+
+
+def prompts(setting: Setting) -> Iterator[Finding]:
+    """A token of a prompt has the bits it has in a longer one, whose blocks are wider."""
+    for shape, dtype in setting.models():
+        engine = engine_of(shape, dtype, setting)
+        different = _prompts_that_differ(engine, setting.prompts)
+        detail = f"prompt lengths that differ: {different or 'none'} of {setting.prompts}"
+        yield Finding("prompts", f"{shape} {_name(dtype)}", not different, detail)
 
 
 def exactness(setting: Setting) -> Iterator[Finding]:
@@ -241,6 +254,7 @@ def compilations(setting: Setting) -> Iterator[Finding]:
 PARTS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
     "ops": ops,
     "rows": invariance,
+    "prompts": prompts,
     "exact": exactness,
     "demo": demo,
     "race": races,
@@ -297,6 +311,20 @@ def _rows_that_differ(engine: Engine, counts: tuple[int, ...]) -> list[int]:
                     different.append(count)
         cache.release(pages)
     return sorted(set(different))
+
+
+def _prompts_that_differ(engine: Engine, lengths: tuple[int, ...]) -> list[int]:
+    """Those in whose pass the tokens of the shortest have other residual streams."""
+    model, cache = engine._loaded()  # pyright: ignore[reportPrivateUsage]
+    text = [(11 * i) % 500 + 3 for i in range(max(lengths))]
+    passes: dict[int, torch.Tensor] = {}
+    with torch.inference_mode():
+        pages = cache.reserve(max(lengths))
+        for length in lengths:
+            rows = one_sequence(text[:length], 0, pages, model.ops.prefill_tile, model.device)
+            passes[length] = model.forward(rows, cache, model.full)[: min(lengths)]
+        cache.release(pages)
+    return [length for length, found in passes.items() if not torch.equal(found, passes[min(lengths)])]
 
 
 def _workload(engine: Engine, lengths: tuple[int, ...], batches: tuple[int, ...]) -> None:
