@@ -86,7 +86,7 @@ class Setting:
     prompts: tuple[int, ...]
     long_run: int
     dry: bool
-    captured: tuple[str, ...] = tuple(CAPTURED)
+    captured: tuple[tuple[str, str], ...] = tuple((shape, name) for shape, names in CAPTURED.items() for name in names)
 
     def models(self) -> list[tuple[str, torch.dtype]]:
         """The models whole passes are made with: the smallest shape in every dtype, the others in the first."""
@@ -95,7 +95,7 @@ class Setting:
     def split(self, part: str) -> list[Setting]:
         """Settings that together make up this one, for a part that may run in several processes."""
         if part == "graphs":
-            return [replace(self, captured=(shape,)) for shape in self.captured]
+            return [replace(self, captured=(one,)) for one in self.captured]
         if part not in ("ops", "rows", "prompts", "exact"):
             return [self]
         models = list(product(self.shapes, self.dtypes)) if part == "ops" else self.models()
@@ -190,26 +190,25 @@ def demo(setting: Setting) -> Iterator[Finding]:
 
 def graphs(setting: Setting) -> Iterator[Finding]:
     """Rounds captured as graphs give the tokens of those the host steers; a dry run captures nothing."""
-    for shape in setting.captured:
+    for shape, method in setting.captured:
         config = ModelConfig.parse(synthetic_config(shape), shape)
         weights = synthetic_weights(config, 1, setting.dtypes[0], device=setting.device)
         backend = "torch" if setting.dry else "triton"
-        for method in CAPTURED[shape]:
-            host, device = (Engine(config, weights, method=method, backend=backend, graphs=on) for on in (False, True))
-            different = rounds = captured = 0
-            with host, device:
-                for fields in CHOICES:
-                    params = SamplingParams(max_tokens=90, seed=5, ignore_eos=True, **fields)
-                    prompts = [[(7 * i + j) % 500 + 3 for j in range(4 + 5 * i)] for i in range(3)]
-                    for expected, output in zip(
-                        host.generate(prompts, params), device.generate(prompts, params), strict=True
-                    ):
-                        different += output.choices != expected.choices
-                        rounds += output.stats.rounds
-                        captured += output.stats.graph_rounds
-            detail = f"{captured} of {rounds} rounds alone, {different} continuations differ"
-            alone = captured > 0 if method.startswith(RECORDING) else captured == rounds
-            yield Finding("graphs", f"{shape} {method}", different == 0 and alone, detail)
+        host, device = (Engine(config, weights, method=method, backend=backend, graphs=on) for on in (False, True))
+        different = rounds = captured = 0
+        with host, device:
+            for fields in CHOICES:
+                params = SamplingParams(max_tokens=90, seed=5, ignore_eos=True, **fields)
+                prompts = [[(7 * i + j) % 500 + 3 for j in range(4 + 5 * i)] for i in range(3)]
+                for expected, output in zip(
+                    host.generate(prompts, params), device.generate(prompts, params), strict=True
+                ):
+                    different += output.choices != expected.choices
+                    rounds += output.stats.rounds
+                    captured += output.stats.graph_rounds
+        detail = f"{captured} of {rounds} rounds alone, {different} continuations differ"
+        alone = captured > 0 if method.startswith(RECORDING) else captured == rounds
+        yield Finding("graphs", f"{shape} {method}", different == 0 and alone, detail)
 
 
 def races(setting: Setting) -> Iterator[Finding]:

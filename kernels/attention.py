@@ -15,12 +15,15 @@ from torch import Tensor
 
 from . import launch
 from .attention_index import Index, TritonIndex
-from .primitives import dot, wait_for_producers
+from .primitives import dot, prefetch, wait_for_producers
 from .row_groups import row_groups
 from .splits import FAR_FACTOR, blocks_of, pages_of, split_length, split_of
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 UNSEEN: tl.constexpr = tl.constexpr(-1e30)
+# Rows × heads that are merged at once.
+MERGED: tl.constexpr = tl.constexpr(16)
+CACHE_LINE: tl.constexpr = tl.constexpr(launch.CACHE_LINE)
 
 
 def attend(
@@ -51,7 +54,7 @@ def attend(
         return out
     arch = launch.architecture()
     tile = launch.tile_of(rows, index.tile)
-    rule = launch.attention_rule(head_dim, group, tile, q.element_size(), arch)
+    rule = launch.attention_rule(head_dim, group, tile, q.element_size(), arch, index.width)
     groups = row_groups(index, rule.rows) if index.width is None else None
     bound = groups.bound if groups else index.block_table.shape[0] * triton.cdiv(index.width or 1, rule.rows)
     splits = launch.attention_splits(index.capacity, rule.split)
@@ -186,6 +189,12 @@ def _attend_kernel(  # noqa: PLR0915
     pages = pages_of(table_ptr, first_split + pid_split, length, oldest, last, BLOCK, SPLIT, EVEN)
     if first_ptr is None:
         # Where rows stand was known before the kernel that is waited for: that wrote queries and the newest keys.
+        if PDL:
+            head = pid_kv.to(tl.int64) * stride_head
+            _prefetch_blocks(
+                keys_ptr + head, values_ptr + head, pages, first_split + pid_split, length, oldest, last, stride_page,
+                stride_slot, BLOCK, SPLIT, D, EVEN,
+            )  # fmt: skip
         wait_for_producers(PDL)
     if last < 0 or pid_split >= splits:
         return
@@ -243,15 +252,88 @@ def _attend_kernel(  # noqa: PLR0915
         if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1 < tl.minimum(splits, tl.num_programs(2)):
             return
         tl.store(arrivals_ptr, 0)
-        # Sums that came out of the loop above would keep the layout of its products, and each split be turned into it.
-        peak, total, acc = _nothing_seen(M, D_PADDED)
-        for split in range(first_split, first_split + splits):
-            base = split * stride_split + first * HEADS
-            split_peak, split_total, split_acc = _load_split(
-                partial_ptr + base * D, state_ptr + 2 * base, offs_state, offs_out, mask_m, mask
-            )
-            peak, total, acc = _fold_split(peak, total, acc, split_peak, split_total, split_acc)
+        _merge(
+            partial_ptr + first * (HEADS * D), state_ptr + first * (2 * HEADS), out_ptr + first * (HEADS * D),
+            first_split, first_split + splits, stride_split, pid_kv, count, HEADS, GROUP, D, D_PADDED, GROUP_ROWS,
+        )  # fmt: skip
+        return
     _store_mean(out_ptr + first * (HEADS * D), offs_out, total, acc, mask_m, mask)
+
+
+@triton.jit
+def _prefetch_blocks(
+    keys_ptr,
+    values_ptr,
+    pages,
+    split,
+    length,
+    oldest,
+    last,
+    stride_page,
+    stride_slot,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    D: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Ask for the first blocks of a split, as many as the shortest has, before anything waits."""
+    LINE: tl.constexpr = CACHE_LINE // (keys_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    LINES: tl.constexpr = triton.next_power_of_2((D + LINE - 1) // LINE)
+    begin, end = blocks_of(split, length, oldest, last, BLOCK, EVEN)
+    offs_page = begin + tl.arange(0, FAR_FACTOR * SPLIT // BLOCK)
+    offs = tl.arange(0, BLOCK)[:, None] * stride_slot + tl.minimum(tl.arange(0, LINES) * LINE, D - 1)[None, :]
+    for block in tl.static_range(SPLIT // BLOCK):
+        # No branch: one that is not there is the last one once more.
+        page = tl.sum(tl.where(offs_page == tl.minimum(begin + block, end - 1), pages, 0), axis=0) * stride_page
+        prefetch(keys_ptr + page + offs)
+        prefetch(values_ptr + page + offs)
+
+
+@triton.jit
+def _merge(
+    partial_ptr,
+    state_ptr,
+    out_ptr,
+    begin,
+    end,
+    stride_split,
+    pid_kv,
+    count,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+):
+    """The splits that programs left of the first `count` rows, from `begin` to before `end` and in order.
+
+    A load takes much longer than what is done with it, so that four are on their way at any time.
+    """
+    HEADS_PADDED: tl.constexpr = triton.next_power_of_2(GROUP)
+    M: tl.constexpr = min(GROUP_ROWS * HEADS_PADDED, max(MERGED, HEADS_PADDED))
+    offs_head = tl.arange(0, M) % HEADS_PADDED
+    offs_d = tl.arange(0, D_PADDED)
+    for row in range(0, count, M // HEADS_PADDED):
+        offs_row = row + tl.arange(0, M) // HEADS_PADDED
+        mask_m = (offs_head < GROUP) & (offs_row < count)
+        mask = mask_m[:, None] & (offs_d < D)[None, :]
+        offs_m = offs_row * HEADS + pid_kv * GROUP + offs_head
+        offs = offs_m[:, None] * D + offs_d[None, :]
+        peak, total, acc = _nothing_seen(M, D_PADDED)
+        one = _load_split(partial_ptr, state_ptr, begin, end, stride_split, offs_m, offs, mask_m, mask, D)
+        two = _load_split(partial_ptr, state_ptr, begin + 1, end, stride_split, offs_m, offs, mask_m, mask, D)
+        three = _load_split(partial_ptr, state_ptr, begin + 2, end, stride_split, offs_m, offs, mask_m, mask, D)
+        four = _load_split(partial_ptr, state_ptr, begin + 3, end, stride_split, offs_m, offs, mask_m, mask, D)
+        for at in range(begin + 4, end + 4, 4):
+            peak, total, acc = _fold_split(peak, total, acc, one[0], one[1], one[2])
+            one = _load_split(partial_ptr, state_ptr, at, end, stride_split, offs_m, offs, mask_m, mask, D)
+            peak, total, acc = _fold_split(peak, total, acc, two[0], two[1], two[2])
+            two = _load_split(partial_ptr, state_ptr, at + 1, end, stride_split, offs_m, offs, mask_m, mask, D)
+            peak, total, acc = _fold_split(peak, total, acc, three[0], three[1], three[2])
+            three = _load_split(partial_ptr, state_ptr, at + 2, end, stride_split, offs_m, offs, mask_m, mask, D)
+            peak, total, acc = _fold_split(peak, total, acc, four[0], four[1], four[2])
+            four = _load_split(partial_ptr, state_ptr, at + 3, end, stride_split, offs_m, offs, mask_m, mask, D)
+        _store_mean(out_ptr, offs, total, acc, mask_m, mask)
 
 
 @triton.jit
@@ -262,11 +344,27 @@ def _store_mean(out_ptr, offs_out, total, acc, mask_m, mask):
 
 
 @triton.jit
-def _load_split(partial_ptr, state_ptr, offs_state, offs_out, mask_m, mask):
-    """What another program left of a split, past the first-level cache."""
-    peak = tl.load(state_ptr + offs_state, mask=mask_m, other=UNSEEN, cache_modifier=".cg")
-    total = tl.load(state_ptr + offs_state + 1, mask=mask_m, other=0.0, cache_modifier=".cg")
-    return peak, total, tl.load(partial_ptr + offs_out, mask=mask, other=0.0, cache_modifier=".cg")
+def _load_split(
+    partial_ptr,
+    state_ptr,
+    split,
+    end,
+    stride_split,
+    offs_m,
+    offs,
+    mask_m,
+    mask,
+    D: tl.constexpr,
+):
+    """What another program left of a split, past the first-level cache; from `end` on what changes nothing."""
+    base = split * stride_split
+    state_ptr += 2 * base
+    mask_m = mask_m & (split + tl.zeros(mask_m.shape, tl.int32) < end)
+    mask = mask & mask_m[:, None]
+    peak = tl.load(state_ptr + 2 * offs_m, mask=mask_m, other=UNSEEN, cache_modifier=".cg")
+    total = tl.load(state_ptr + 2 * offs_m + 1, mask=mask_m, other=0.0, cache_modifier=".cg")
+    acc = tl.load(partial_ptr + base * D + offs, mask=mask, other=0.0, cache_modifier=".cg")
+    return peak, total, acc
 
 
 @triton.jit

@@ -286,25 +286,30 @@ def route_rule(
     return rule._replace(block_n=16, block_k=min(rule.block_k, 128 if short else 512), most_parts=4)
 
 
-def attention_rule(head_dim: int, group: int, tile: int, itemsize: int, arch: int) -> AttentionRule:
+def attention_rule(
+    head_dim: int, group: int, tile: int, itemsize: int, arch: int, width: int | None = None
+) -> AttentionRule:
     """Passes of tiles of `tile` rows, `group` query heads to a key head: one product takes 16 or more rows × heads.
 
     32 are enough to read keys once for a verified draft, 16 are what float32 has registers for; sm_90 has wider matrix
-    units for prompts. Stages are what fits into shared memory.
+    units for prompts, which round otherwise. Of sequences with `width` rows each a program takes no more than these,
+    up to the power of two: the same instructions, fewer of them. Stages are what fits into shared memory.
     """
-    width = (1 << (head_dim - 1).bit_length()) * itemsize
+    size = (1 << (head_dim - 1).bit_length()) * itemsize
     wide = 90 <= arch < 100 and itemsize == 2 and head_dim <= 128
     heads = 1 << (group - 1).bit_length()
     single = itemsize > 2
-    products = 64 if wide else 16 if single or width > 256 else 32
+    products = 64 if wide else 16 if single or size > 256 else 32
     rows = max(1, min(1 << (tile.bit_length() - 1), 16, products // heads))
+    if arch and width and rows * heads < 64:
+        rows = min(rows, _power(width))
     heads = max(heads, 16 // rows)
-    queries = rows * heads * (width + 64 * itemsize)
+    queries = rows * heads * (size + 64 * itemsize)
     held = 0 if rows * heads >= 64 else 1
-    stages = next((n for n in (3, 2) if queries + (n - held) * 128 * width <= 96 << 10), 1)
-    if single and arch < 90:
+    stages = next((n for n in (3, 2) if queries + (n - held) * 128 * size <= 96 << 10), 1)
+    if single:
         return AttentionRule(rows, heads, 128, 8, 1, 255)
-    return AttentionRule(rows, heads, 128, 4 if width <= 128 or single else 8, stages, None if single else 255)
+    return AttentionRule(rows, heads, 128, 4 if size <= 128 else 8, stages, 255)
 
 
 def attention_splits(positions: int, split: int) -> int:

@@ -140,17 +140,15 @@ def test_no_speed_beside_a_wrong_result(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert (code, result["broken"]) == (1, "no figures: a check failed")
 
 
-def test_captured_rounds_are_held_against_those_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gpu_parts.CAPTURED, "tiny-dmtd", ("dmtd",))
-    (finding,) = gpu_parts.graphs(replace(DRY, captured=("tiny-dmtd",)))
+def test_captured_rounds_are_held_against_those_of_the_host() -> None:
+    (finding,) = gpu_parts.graphs(replace(DRY, captured=(("tiny-dmtd", "dmtd"),)))
     assert (finding.name, finding.passed) == ("tiny-dmtd dmtd", True)
 
 
 def test_captured_rounds_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gpu_parts.CAPTURED, "tiny", ("unified:speedup=2",))
     step = PlannedSteps.step
     monkeypatch.setattr(PlannedSteps, "step", lambda *given: (-step(*given)[0], step(*given)[1]))
-    (finding,) = gpu_parts.graphs(replace(DRY, captured=("tiny",)))
+    (finding,) = gpu_parts.graphs(replace(DRY, captured=(("tiny", "unified:speedup=2"),)))
     assert not finding.passed
     assert "9 continuations differ" in finding.detail
 
@@ -176,7 +174,8 @@ def test_parts_of_a_check_make_up_the_whole() -> None:
     cases = {(shape, dtype) for own in GPU.split("ops") for shape in own.shapes for dtype in own.dtypes}
     assert cases == {(shape, dtype) for shape in GPU.shapes for dtype in GPU.dtypes}
     assert [model for own in GPU.split("rows") for model in own.models()] == GPU.models()
-    assert [shape for own in GPU.split("graphs") for shape in own.captured] == list(gpu_parts.CAPTURED)
+    assert [one for own in GPU.split("graphs") for one in own.captured] == list(GPU.captured)
+    assert {shape for shape, _ in GPU.captured} == set(gpu_parts.CAPTURED)
     assert GPU.split("race") == [GPU]
 
 
