@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels import launch
+from ..kernels import attention_rules, launch
 from ..runtime.model import Model
 from .gpu_check import in_processes
 from .gpu_parts import Setting
@@ -134,10 +134,11 @@ def in_use(model: Model, kernel: str) -> Candidate:
     config, tile, size, arch = model.config, model.tile(1), model.dtype.itemsize, launch.architecture()
     if kernel == "attend":
         group = config.num_heads // config.num_kv_heads
-        rule = launch.attention_rule(config.head_dim, group, launch.tile_of(1, tile), size, arch)
+        rows = launch.tile_of(1, tile)
+        rule = attention_rules.attention_rule(config.head_dim, group, config.num_kv_heads, rows, size, arch, 1)
         return Attention(rule.split, rule.warps)
     given = (*_weights(model)[kernel], 1, tile, size, arch)
-    rule = launch.product_rule(*given)
+    rule = launch.product_rule(*given, normed=kernel not in ("output", "down"))
     if kernel == "qkv":
         rule = launch.head_rule(config.head_dim, config.qk_norm, *given)
     return Product(rule.block_n, rule.block_k, rule.stages, rule.warps)
@@ -146,7 +147,7 @@ def in_use(model: Model, kernel: str) -> Candidate:
 @contextmanager
 def replaced(model: Model, chosen: Chosen) -> Generator[None]:
     """Launch these kernels by these candidates and the others by the rules in use; weights are known by their shape."""
-    usual = launch.product_rule, launch.head_rule, launch.attention_rule
+    usual = launch.product_rule, launch.head_rule, attention_rules.attention_rule
     weights = _weights(model)
     own = {weights[kernel]: candidate for kernel, candidate in chosen.items() if isinstance(candidate, Product)}
 
@@ -156,15 +157,15 @@ def replaced(model: Model, chosen: Chosen) -> Generator[None]:
     def head_rule(*given: Any, **options: Any) -> launch.ProductRule:
         return _with(usual[1](*given, **options), own.get(given[2:4]))
 
-    def attention_rule(*given: Any) -> launch.AttentionRule:
+    def attention_rule(*given: Any) -> attention_rules.AttentionRule:
         rule, candidate = usual[2](*given), chosen.get("attend")
         return rule if candidate is None else rule._replace(**candidate._asdict())
 
-    launch.product_rule, launch.head_rule, launch.attention_rule = product_rule, head_rule, attention_rule
+    launch.product_rule, launch.head_rule, attention_rules.attention_rule = product_rule, head_rule, attention_rule
     try:
         yield
     finally:
-        launch.product_rule, launch.head_rule, launch.attention_rule = usual
+        launch.product_rule, launch.head_rule, attention_rules.attention_rule = usual
 
 
 def _with(rule: launch.ProductRule, candidate: Product | None) -> launch.ProductRule:

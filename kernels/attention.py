@@ -13,16 +13,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import attention_rules, launch
 from .attention_index import Index, TritonIndex
 from .primitives import dot, prefetch, wait_for_producers
 from .row_groups import row_groups
-from .splits import FAR_FACTOR, blocks_of, pages_of, split_length, split_of
+from .splits import (
+    FAR_FACTOR,
+    blocks_of,
+    fold_split,
+    merge,
+    nothing_seen,
+    pages_of,
+    split_length,
+    split_of,
+    store_mean,
+)
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-UNSEEN: tl.constexpr = tl.constexpr(-1e30)
-# Rows × heads that are merged at once.
-MERGED: tl.constexpr = tl.constexpr(16)
 CACHE_LINE: tl.constexpr = tl.constexpr(launch.CACHE_LINE)
 
 
@@ -54,13 +61,13 @@ def attend(
         return out
     arch = launch.architecture()
     tile = launch.tile_of(rows, index.tile)
-    rule = launch.attention_rule(head_dim, group, tile, q.element_size(), arch, index.width)
+    rule = attention_rules.attention_rule(head_dim, group, kv_heads, tile, q.element_size(), arch, index.width)
     groups = row_groups(index, rule.rows) if index.width is None else None
     bound = groups.bound if groups else index.block_table.shape[0] * triton.cdiv(index.width or 1, rule.rows)
-    splits = launch.attention_splits(index.capacity, rule.split)
+    splits = attention_rules.attention_splits(index.capacity, rule.split)
     tiles, scratch_bytes = bound * kv_heads, 4 * splits * q.numel()
-    in_order = launch.attention_in_order(tiles, scratch_bytes)
-    programs = launch.attention_programs(tiles, splits, scratch_bytes)
+    in_order = attention_rules.attention_in_order(tiles, scratch_bytes)
+    programs = attention_rules.attention_programs(tiles, splits, scratch_bytes)
     scratch = (None, None, None) if in_order else index.scratch(tiles, splits, heads, head_dim)
     tree = index.tree
     _attend_kernel[(bound, kv_heads, programs)](
@@ -186,14 +193,15 @@ def _attend_kernel(  # noqa: PLR0915
     first_split = split_of(oldest, length, EVEN)
     splits = split_of(last, length, EVEN) + 1 - first_split
     table_ptr += tl.max(owner, axis=0) * stride_table
+    keys_ptr += pid_kv.to(tl.int64) * stride_head
+    values_ptr += pid_kv.to(tl.int64) * stride_head
     pages = pages_of(table_ptr, first_split + pid_split, length, oldest, last, BLOCK, SPLIT, EVEN)
     if first_ptr is None:
         # Where rows stand was known before the kernel that is waited for: that wrote queries and the newest keys.
         if PDL:
-            head = pid_kv.to(tl.int64) * stride_head
             _prefetch_blocks(
-                keys_ptr + head, values_ptr + head, pages, first_split + pid_split, length, oldest, last, stride_page,
-                stride_slot, BLOCK, SPLIT, D, EVEN,
+                keys_ptr, values_ptr, pages, first_split + pid_split, length, oldest, last, stride_page, stride_slot,
+                BLOCK, SPLIT, D, EVEN,
             )  # fmt: skip
         wait_for_producers(PDL)
     if last < 0 or pid_split >= splits:
@@ -202,8 +210,6 @@ def _attend_kernel(  # noqa: PLR0915
     mask = mask_m[:, None] & (offs_d < D)[None, :]
     q_ptr += first * stride_q_row
     q = tl.load(q_ptr + (offs_row * stride_q_row + offs_head * stride_q_head)[:, None] + offs_d[None, :], mask, 0.0)
-    keys_ptr += pid_kv.to(tl.int64) * stride_head
-    values_ptr += pid_kv.to(tl.int64) * stride_head
     slope = None
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + offs_head, mask=mask_m, other=0.0) * LOG2_E
@@ -216,11 +222,11 @@ def _attend_kernel(  # noqa: PLR0915
     offs_state = 2 * (offs_row * HEADS + offs_head)
     offs_out = (offs_row * HEADS + offs_head)[:, None] * D + offs_d[None, :]
     stride_split = rows.to(tl.int64) * HEADS
-    peak, total, acc = _nothing_seen(M, D_PADDED)
+    peak, total, acc = nothing_seen(M, D_PADDED)
     for split in tl.range(first_split + pid_split, first_split + splits, tl.num_programs(2), disable_licm=True):
         begin, end = blocks_of(split, length, oldest, last, BLOCK, EVEN)
         offs_page = begin + tl.arange(0, FAR_FACTOR * SPLIT // BLOCK)
-        split_peak, split_total, split_acc = _nothing_seen(M, D_PADDED)
+        split_peak, split_total, split_acc = nothing_seen(M, D_PADDED)
         for block in range(begin, tl.minimum(end, shared)):
             page = tl.sum(tl.where(offs_page == block, pages, 0), axis=0) * stride_page
             split_peak, split_total, split_acc = _fold_block(
@@ -234,9 +240,9 @@ def _attend_kernel(  # noqa: PLR0915
                 slope, scale, window, split_peak, split_total, split_acc, BLOCK, D,
             )  # fmt: skip
         if IN_ORDER:
-            peak, total, acc = _fold_split(peak, total, acc, split_peak, split_total, split_acc)
+            peak, total, acc = fold_split(peak, total, acc, split_peak, split_total, split_acc)
         elif splits == 1:
-            _store_mean(out_ptr + first * (HEADS * D), offs_out, split_total, split_acc, mask_m, mask)
+            store_mean(out_ptr + first * (HEADS * D), offs_out, split_total, split_acc, mask_m, mask)
         else:
             base = split * stride_split + first * HEADS
             tl.store(partial_ptr + base * D + offs_out, split_acc, mask=mask)
@@ -252,12 +258,12 @@ def _attend_kernel(  # noqa: PLR0915
         if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1 < tl.minimum(splits, tl.num_programs(2)):
             return
         tl.store(arrivals_ptr, 0)
-        _merge(
+        merge(
             partial_ptr + first * (HEADS * D), state_ptr + first * (2 * HEADS), out_ptr + first * (HEADS * D),
             first_split, first_split + splits, stride_split, pid_kv, count, HEADS, GROUP, D, D_PADDED, GROUP_ROWS,
         )  # fmt: skip
         return
-    _store_mean(out_ptr + first * (HEADS * D), offs_out, total, acc, mask_m, mask)
+    store_mean(out_ptr + first * (HEADS * D), offs_out, total, acc, mask_m, mask)
 
 
 @triton.jit
@@ -287,90 +293,6 @@ def _prefetch_blocks(
         page = tl.sum(tl.where(offs_page == tl.minimum(begin + block, end - 1), pages, 0), axis=0) * stride_page
         prefetch(keys_ptr + page + offs)
         prefetch(values_ptr + page + offs)
-
-
-@triton.jit
-def _merge(
-    partial_ptr,
-    state_ptr,
-    out_ptr,
-    begin,
-    end,
-    stride_split,
-    pid_kv,
-    count,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-):
-    """The splits that programs left of the first `count` rows, from `begin` to before `end` and in order.
-
-    A load takes much longer than what is done with it, so that four are on their way at any time.
-    """
-    HEADS_PADDED: tl.constexpr = triton.next_power_of_2(GROUP)
-    M: tl.constexpr = min(GROUP_ROWS * HEADS_PADDED, max(MERGED, HEADS_PADDED))
-    offs_head = tl.arange(0, M) % HEADS_PADDED
-    offs_d = tl.arange(0, D_PADDED)
-    for row in range(0, count, M // HEADS_PADDED):
-        offs_row = row + tl.arange(0, M) // HEADS_PADDED
-        mask_m = (offs_head < GROUP) & (offs_row < count)
-        mask = mask_m[:, None] & (offs_d < D)[None, :]
-        offs_m = offs_row * HEADS + pid_kv * GROUP + offs_head
-        offs = offs_m[:, None] * D + offs_d[None, :]
-        peak, total, acc = _nothing_seen(M, D_PADDED)
-        one = _load_split(partial_ptr, state_ptr, begin, end, stride_split, offs_m, offs, mask_m, mask, D)
-        two = _load_split(partial_ptr, state_ptr, begin + 1, end, stride_split, offs_m, offs, mask_m, mask, D)
-        three = _load_split(partial_ptr, state_ptr, begin + 2, end, stride_split, offs_m, offs, mask_m, mask, D)
-        four = _load_split(partial_ptr, state_ptr, begin + 3, end, stride_split, offs_m, offs, mask_m, mask, D)
-        for at in range(begin + 4, end + 4, 4):
-            peak, total, acc = _fold_split(peak, total, acc, one[0], one[1], one[2])
-            one = _load_split(partial_ptr, state_ptr, at, end, stride_split, offs_m, offs, mask_m, mask, D)
-            peak, total, acc = _fold_split(peak, total, acc, two[0], two[1], two[2])
-            two = _load_split(partial_ptr, state_ptr, at + 1, end, stride_split, offs_m, offs, mask_m, mask, D)
-            peak, total, acc = _fold_split(peak, total, acc, three[0], three[1], three[2])
-            three = _load_split(partial_ptr, state_ptr, at + 2, end, stride_split, offs_m, offs, mask_m, mask, D)
-            peak, total, acc = _fold_split(peak, total, acc, four[0], four[1], four[2])
-            four = _load_split(partial_ptr, state_ptr, at + 3, end, stride_split, offs_m, offs, mask_m, mask, D)
-        _store_mean(out_ptr, offs, total, acc, mask_m, mask)
-
-
-@triton.jit
-def _store_mean(out_ptr, offs_out, total, acc, mask_m, mask):
-    """The weighted mean of the values."""
-    out = acc / tl.where(mask_m, total, 1.0)[:, None]
-    tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _load_split(
-    partial_ptr,
-    state_ptr,
-    split,
-    end,
-    stride_split,
-    offs_m,
-    offs,
-    mask_m,
-    mask,
-    D: tl.constexpr,
-):
-    """What another program left of a split, past the first-level cache; from `end` on what changes nothing."""
-    base = split * stride_split
-    state_ptr += 2 * base
-    mask_m = mask_m & (split + tl.zeros(mask_m.shape, tl.int32) < end)
-    mask = mask & mask_m[:, None]
-    peak = tl.load(state_ptr + 2 * offs_m, mask=mask_m, other=UNSEEN, cache_modifier=".cg")
-    total = tl.load(state_ptr + 2 * offs_m + 1, mask=mask_m, other=0.0, cache_modifier=".cg")
-    acc = tl.load(partial_ptr + base * D + offs, mask=mask, other=0.0, cache_modifier=".cg")
-    return peak, total, acc
-
-
-@triton.jit
-def _nothing_seen(M: tl.constexpr, D_PADDED: tl.constexpr):
-    """Maximum, sum of weights and weighted sum of values before any key."""
-    return tl.full((M,), UNSEEN, tl.float32), tl.zeros((M,), tl.float32), tl.zeros((M, D_PADDED), tl.float32)
 
 
 @triton.jit
@@ -462,15 +384,4 @@ def _fold_block(
     p = tl.exp2(scores - higher[:, None])
     total = tl.fma(total, rescale, tl.sum(p, axis=1))
     acc = dot(p.to(v.dtype), v, acc * rescale[:, None])
-    return higher, total, acc
-
-
-@triton.jit
-def _fold_split(peak, total, acc, split_peak, split_total, split_acc):
-    """Softmax sums over all splits so far with those of the next one added."""
-    higher = tl.maximum(peak, split_peak)
-    rescale = tl.exp2(peak - higher)
-    weight = tl.exp2(split_peak - higher)
-    total = tl.fma(total, rescale, split_total * weight)
-    acc = tl.fma(acc, rescale[:, None], split_acc * weight[:, None])
     return higher, total, acc

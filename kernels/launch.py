@@ -16,10 +16,6 @@ from triton.runtime import driver
 INTERPRETED = bool(knobs.runtime.interpret)
 DEPENDENT_LAUNCH = os.environ.get("SKIPJACK_PDL", "1") != "0"
 PREFETCH_BYTES = int(os.environ.get("SKIPJACK_PREFETCH_MIB", "0")) << 20
-NEAR_SPLITS = 8
-FAR_FACTOR = 4
-BUSY_PROGRAMS = 128
-SCRATCH_BYTES = 1 << 28
 ROW_MAP_BLOCK = 1024
 LOOKUP_BLOCK = 1024
 LOOKUP_BLOCKS = 64
@@ -28,14 +24,14 @@ LARGE_WEIGHT = 8192
 # Of an H100 or H200 (SXM), on whatever chip: only the depth of pipelines follows from it.
 PROCESSORS = 132
 STEP_BYTES = 32 * 1024
-# Chips whose programs may take 160 KiB of shared memory; others end at 99.
-ROOMY = (80, 90, 100, 103)
 LONG_STEP_ROWS = 16
 MANY_ROWS = 64
-RUN = 16
+RUN = 64
 LONG_WEIGHT = 8
 FLIGHT_BYTES = 72 * 1024
+# What a program may take of shared memory: on some chips more than on others, which end at SHARED_BYTES.
 SHARED_BYTES = 99 * 1024
+ROOM = {80: 160 * 1024, 90: 200 * 1024, 100: 200 * 1024, 103: 200 * 1024}
 REGISTERS = 65536
 PRODUCT_REGISTERS = 255
 ENOUGH_PROGRAMS = 96
@@ -70,20 +66,6 @@ class ProductRule(NamedTuple):
     def chunk(self) -> int:
         """Columns of a step that are loaded at once."""
         return self.block_k if self.run is None else min(self.block_k, self.parts * self.run)
-
-
-class AttentionRule(NamedTuple):
-    """Parameters of attention: rows and (padded) heads of a program, positions of a near split, launch.
-
-    registers: what a thread may take; None leaves it to the assembler, which may spill to fit more programs.
-    """
-
-    rows: int
-    heads: int
-    split: int
-    warps: int
-    stages: int
-    registers: int | None
 
 
 class NormRule(NamedTuple):
@@ -123,6 +105,7 @@ def product_rule(
     itemsize: int,
     arch: int,
     *,
+    normed: bool = True,
     short: bool = False,
     summed: bool = False,
 ) -> ProductRule:
@@ -133,8 +116,8 @@ def product_rule(
     What one program takes, block_n and `rows`, fixes nothing, as columns of an instruction are independent, nor does
     what is loaded at once; these follow the power of two that the rows of the pass do not exceed, so that few kernels
     are compiled. The interpreter's products are not independent, so there the rows are the tile. Tiles of 8 stream the
-    weight, wider ones compute. `short`: a loop for the norm's statistics comes before the product's, and registers hold
-    no long step in both. `summed`: the kernel also sums over the weight rows of a program, which therefore do not
+    weight, wider ones compute. `normed`: a norm comes before, which reads all columns first. `short`: a loop for the
+    norm's statistics comes before the product's, and registers hold no long step in both. `summed`: the kernel also sums over the weight rows of a program, which therefore do not
     follow `rows`.
     """
     width = padded(columns)
@@ -144,24 +127,27 @@ def product_rule(
     if tile_of(rows, tile) > 8:
         return _computed(weight_rows, width, rows, tile_of(rows, tile), itemsize)
     large = weight_rows >= LARGE_WEIGHT
-    rule = _streamed(weight_rows, width, rows, itemsize, large=large, short=short or itemsize == 4)
-    if arch in ROOMY:
-        rule = _in_one_step(rule, weight_rows, width, itemsize)
+    reach = _reach(width, normed)
+    rule = _streamed(weight_rows, width, reach, rows, itemsize, large=large, short=short or itemsize == 4)
+    if arch in ROOM:
+        rule = _alone(rule, weight_rows, width, reach, itemsize)
     return _shared_out(rule, weight_rows, rows, itemsize, arch, (rule.block_n,) if summed else (64, 32, 16))
 
 
-def _streamed(weight_rows: int, width: int, rows: int, itemsize: int, *, large: bool, short: bool) -> ProductRule:
+def _streamed(
+    weight_rows: int, width: int, reach: int, rows: int, itemsize: int, *, large: bool, short: bool
+) -> ProductRule:
     """Steps so long that one or two programs keep a processor's share of the memory busy.
 
     With the room in shared memory that they take, programs of the next kernel, which start while these run, spread over
-    all processors. The last step of a small weight may reach past its width. Registers hold a long step against
-    LONG_STEP_ROWS rows; `short` steps leave room for float32.
+    all processors. The steps of a small weight are no longer than `reach`, which may be past its width.
+    Registers hold a long step against LONG_STEP_ROWS rows; `short` steps leave room for float32.
 
     Eight warps share a step where each has a part of it, or they would repeat each other's products.
     """
     block_n = 32 if large else 16
     longest = (STEP_BYTES // 4 if short else STEP_BYTES) // (block_n * itemsize)
-    block_k = _dividing(width, longest) if large or short else min(longest, _power(width))
+    block_k = _dividing(width, longest) if large or short else min(longest, reach)
     wide = min(LONG_STEP_ROWS, max(8, _power(rows)))
     steps, alone = -(-width // block_k), weight_rows <= block_n * PROCESSORS
     buffers = (2 if alone or steps >= LONG_WEIGHT else 1) * STEP_BYTES // (block_n * block_k * itemsize)
@@ -173,15 +159,24 @@ def _streamed(weight_rows: int, width: int, rows: int, itemsize: int, *, large: 
     return rule._replace(warps=8)
 
 
-def _in_one_step(rule: ProductRule, weight_rows: int, width: int, itemsize: int) -> ProductRule:
-    """Twice the step for a weight that then has one, and whose programs have a processor each.
+def _alone(rule: ProductRule, weight_rows: int, width: int, reach: int, itemsize: int) -> ProductRule:
+    """Twice the step, up to the weight's width, for programs that have a processor each: what these have in flight.
 
-    All of it is on its way before the wait. Eight warps hold it.
+    Eight warps hold it. Against more than 8 rows there is room for a half of it, unless it is all there is.
     """
-    whole, most = _power(width), 2 * STEP_BYTES // (rule.block_n * itemsize)
-    if rule.parts == 8 and rule.block_k < whole <= most and weight_rows <= rule.block_n * PROCESSORS:
-        return rule._replace(block_k=whole, warps=8, stages=2)
+    longer = min(reach, 2 * STEP_BYTES // (rule.block_n * itemsize))
+    if rule.parts < 8 or rule.block_k >= longer or weight_rows > rule.block_n * PROCESSORS:
+        return rule
+    rule = rule._replace(block_k=longer, warps=8, stages=2)
+    if rule.rows > 8 and width > longer:
+        return rule._replace(run=longer // 2 // rule.parts, norm_apart=True)
     return rule
+
+
+def _reach(width: int, normed: bool) -> int:
+    """The longest step for so many columns: past them by no more than half, unless a norm is to see all of them."""
+    power = _power(width)
+    return power if normed or 2 * power <= 3 * width else power // 2
 
 
 def _shared_out(
@@ -191,7 +186,8 @@ def _shared_out(
 
     For every byte of a weight programs together read ⌈rows ÷ wide⌉ bytes of it and rows ÷ block_n of activations, most
     of them from the L2 cache. Both shrink as blocks widen: to the first of `blocks` that leaves most processors a
-    program. Registers hold the sums of every part, so that the step is loaded in short chunks.
+    program, and room for two chunks of the step. Registers hold the sums of every part, and chunks are as long as the
+    room allows: runs of a whole cache line, if it does.
 
     A processor holds two programs of eight warps of a large weight, which has that many; in the registers this leaves,
     blocks of 16 rows spill, and all do on sm_100.
@@ -199,10 +195,17 @@ def _shared_out(
     if rows <= LONG_STEP_ROWS or itemsize == 4:
         two = weight_rows >= LARGE_WEIGHT and rule.warps == 8 and arch < 100
         return rule._replace(registers=REGISTERS // (2 * 32 * rule.warps)) if two else rule
-    wide = min(MANY_ROWS, _power(rows))
-    block_n = next((n for n in blocks if weight_rows // n * _power(rows) // wide >= ENOUGH_PROGRAMS), blocks[-1])
-    rule = rule._replace(block_n=block_n, rows=wide, warps=max(4, rule.parts), run=RUN, norm_apart=True)
-    return rule._replace(stages=1 + min(3, SHARED_BYTES // ((block_n + wide) * rule.chunk * itemsize)))
+    wide, room = min(MANY_ROWS, _power(rows)), ROOM.get(arch, SHARED_BYTES)
+    rule = rule._replace(rows=wide, warps=max(4, rule.parts), norm_apart=True)
+    for run in (RUN, RUN // 2, RUN // 4):
+        rule = rule._replace(run=run)
+        chunks = {n: room // ((n + wide) * rule.chunk * itemsize) for n in blocks}
+        fits = [n for n in blocks if chunks[n] >= 2]
+        if fits:
+            break
+    enough = (n for n in fits if weight_rows // n * _power(rows) // wide >= ENOUGH_PROGRAMS)
+    block_n = next(enough, fits[-1])
+    return rule._replace(block_n=block_n, stages=1 + min(3, chunks[block_n]))
 
 
 def _computed(weight_rows: int, width: int, rows: int, tile: int, itemsize: int) -> ProductRule:
@@ -258,8 +261,9 @@ def head_rule(
     rule = product_rule(weight_rows, columns, rows, tile, itemsize, arch, short=short)
     pairs = max(8, 1 << (head_dim // 2 - 1).bit_length())
     if arch and tile <= 8:
-        large = width % 512 == 0
-        rule = _streamed(weight_rows, width, tile, itemsize, large=large, short=short or itemsize == 4)
+        large = width % 512 == 0 and weight_rows >= 32 * PROCESSORS
+        reach = _reach(width, normed=True)
+        rule = _streamed(weight_rows, width, reach, tile, itemsize, large=large, short=short or itemsize == 4)
         if whole:
             rule = rule._replace(block_k=min(rule.block_k, 128 // itemsize))
         blocks = tuple(n for n in (64, 32, 16) if n <= 2 * pairs)
@@ -284,54 +288,6 @@ def route_rule(
     tile = tile_of(rows, tile)
     rule = product_rule(weight_rows, columns, min(rows, tile), tile, itemsize, arch, short=short)
     return rule._replace(block_n=16, block_k=min(rule.block_k, 128 if short else 512), most_parts=4)
-
-
-def attention_rule(
-    head_dim: int, group: int, tile: int, itemsize: int, arch: int, width: int | None = None
-) -> AttentionRule:
-    """Passes of tiles of `tile` rows, `group` query heads to a key head: one product takes 16 or more rows × heads.
-
-    32 are enough to read keys once for a verified draft, 16 are what float32 has registers for; sm_90 has wider matrix
-    units for prompts, which round otherwise. Of sequences with `width` rows each a program takes no more than these,
-    up to the power of two: the same instructions, fewer of them. Stages are what fits into shared memory.
-    """
-    size = (1 << (head_dim - 1).bit_length()) * itemsize
-    wide = 90 <= arch < 100 and itemsize == 2 and head_dim <= 128
-    heads = 1 << (group - 1).bit_length()
-    single = itemsize > 2
-    products = 64 if wide else 16 if single or size > 256 else 32
-    rows = max(1, min(1 << (tile.bit_length() - 1), 16, products // heads))
-    if arch and width and rows * heads < 64:
-        rows = min(rows, _power(width))
-    heads = max(heads, 16 // rows)
-    queries = rows * heads * (size + 64 * itemsize)
-    held = 0 if rows * heads >= 64 else 1
-    stages = next((n for n in (3, 2) if queries + (n - held) * 128 * size <= 96 << 10), 1)
-    if single:
-        return AttentionRule(rows, heads, 128, 8, 1, 255)
-    return AttentionRule(rows, heads, 128, 4 if size <= 128 else 8, stages, 255)
-
-
-def attention_splits(positions: int, split: int) -> int:
-    """Splits of a sequence: eight of `split` positions, then longer ones, so that long contexts have fewer to merge."""
-    near, far = NEAR_SPLITS * split, FAR_FACTOR * split
-    return -(-min(positions, near) // split) + -(-max(positions - near, 0) // far)
-
-
-def attention_in_order(tiles: int, scratch_bytes: int) -> bool:
-    """Whether one program folds the splits of each of `tiles` (row group, key head) one after the other.
-
-    What a program takes does not round: splits are merged in order by whoever has them. The rule has a threshold in
-    rows and in positions and no way back, so that two passes compile both kinds.
-    """
-    return tiles >= BUSY_PROGRAMS or scratch_bytes > SCRATCH_BYTES
-
-
-def attention_programs(tiles: int, splits: int, scratch_bytes: int) -> int:
-    """Programs that share the splits of each of `tiles`."""
-    if attention_in_order(tiles, scratch_bytes):
-        return 1
-    return min(splits, -(-4 * BUSY_PROGRAMS // tiles))
 
 
 def norm_rule(columns: int) -> NormRule:

@@ -193,7 +193,9 @@ def linear(
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device) if residual is None else residual
     arch = launch.architecture()
     short = statistics_first(norm, x.dtype)
-    rule = launch.product_rule(weight.rows, weight.columns, rows, tile, x.element_size(), arch, short=short)
+    rule = launch.product_rule(
+        weight.rows, weight.columns, rows, tile, x.element_size(), arch, normed=norm is not None, short=short
+    )
     block = rule.block_n // 2 if activation == "silu_gate" else rule.block_n
     eps = 0.0 if norm is None else norm.eps
     x, norm, inverse_rms = weighed(x, norm, rule)

@@ -1,12 +1,15 @@
-"""Where attention divides positions: into splits that programs share, and blocks of one page in them."""
+"""Where attention divides positions: into splits that programs share, and blocks of one page in them; their merge."""
 
 import triton
 import triton.language as tl
 
-from . import launch
+from . import attention_rules
 
-NEAR_SPLITS: tl.constexpr = tl.constexpr(launch.NEAR_SPLITS)
-FAR_FACTOR: tl.constexpr = tl.constexpr(launch.FAR_FACTOR)
+NEAR_SPLITS: tl.constexpr = tl.constexpr(attention_rules.NEAR_SPLITS)
+FAR_FACTOR: tl.constexpr = tl.constexpr(attention_rules.FAR_FACTOR)
+UNSEEN: tl.constexpr = tl.constexpr(-1e30)
+# Rows × heads that are merged at once.
+MERGED: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
@@ -54,3 +57,98 @@ def split_of(position, length, EVEN: tl.constexpr):
         near = NEAR_SPLITS * length
         split = tl.minimum(position, near) // length + tl.maximum(position - near, 0) // (FAR_FACTOR * length)
     return split
+
+
+@triton.jit
+def nothing_seen(M: tl.constexpr, D_PADDED: tl.constexpr):
+    """Maximum, sum of weights and weighted sum of values before any key."""
+    return tl.full((M,), UNSEEN, tl.float32), tl.zeros((M,), tl.float32), tl.zeros((M, D_PADDED), tl.float32)
+
+
+@triton.jit
+def fold_split(peak, total, acc, split_peak, split_total, split_acc):
+    """Softmax sums over all splits so far with those of the next one added."""
+    higher = tl.maximum(peak, split_peak)
+    rescale = tl.exp2(peak - higher)
+    weight = tl.exp2(split_peak - higher)
+    total = tl.fma(total, rescale, split_total * weight)
+    acc = tl.fma(acc, rescale[:, None], split_acc * weight[:, None])
+    return higher, total, acc
+
+
+@triton.jit
+def store_mean(out_ptr, offs_out, total, acc, mask_m, mask):
+    """The weighted mean of the values."""
+    out = acc / tl.where(mask_m, total, 1.0)[:, None]
+    tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def merge(
+    partial_ptr,
+    state_ptr,
+    out_ptr,
+    begin,
+    end,
+    stride_split,
+    pid_kv,
+    count,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+):
+    """The splits that programs left of the first `count` rows, from `begin` to before `end` and in order.
+
+    A load takes much longer than what is done with it, so that four are on their way at any time.
+    """
+    HEADS_PADDED: tl.constexpr = triton.next_power_of_2(GROUP)
+    M: tl.constexpr = min(GROUP_ROWS * HEADS_PADDED, max(MERGED, HEADS_PADDED))
+    offs_head = tl.arange(0, M) % HEADS_PADDED
+    offs_d = tl.arange(0, D_PADDED)
+    for row in range(0, count, M // HEADS_PADDED):
+        offs_row = row + tl.arange(0, M) // HEADS_PADDED
+        mask_m = (offs_head < GROUP) & (offs_row < count)
+        mask = mask_m[:, None] & (offs_d < D)[None, :]
+        offs_m = offs_row * HEADS + pid_kv * GROUP + offs_head
+        offs = offs_m[:, None] * D + offs_d[None, :]
+        peak, total, acc = nothing_seen(M, D_PADDED)
+        one = _load_split(partial_ptr, state_ptr, begin, end, stride_split, offs_m, offs, mask_m, mask, D)
+        two = _load_split(partial_ptr, state_ptr, begin + 1, end, stride_split, offs_m, offs, mask_m, mask, D)
+        three = _load_split(partial_ptr, state_ptr, begin + 2, end, stride_split, offs_m, offs, mask_m, mask, D)
+        four = _load_split(partial_ptr, state_ptr, begin + 3, end, stride_split, offs_m, offs, mask_m, mask, D)
+        for at in range(begin + 4, end + 4, 4):
+            peak, total, acc = fold_split(peak, total, acc, one[0], one[1], one[2])
+            one = _load_split(partial_ptr, state_ptr, at, end, stride_split, offs_m, offs, mask_m, mask, D)
+            peak, total, acc = fold_split(peak, total, acc, two[0], two[1], two[2])
+            two = _load_split(partial_ptr, state_ptr, at + 1, end, stride_split, offs_m, offs, mask_m, mask, D)
+            peak, total, acc = fold_split(peak, total, acc, three[0], three[1], three[2])
+            three = _load_split(partial_ptr, state_ptr, at + 2, end, stride_split, offs_m, offs, mask_m, mask, D)
+            peak, total, acc = fold_split(peak, total, acc, four[0], four[1], four[2])
+            four = _load_split(partial_ptr, state_ptr, at + 3, end, stride_split, offs_m, offs, mask_m, mask, D)
+        store_mean(out_ptr, offs, total, acc, mask_m, mask)
+
+
+@triton.jit
+def _load_split(
+    partial_ptr,
+    state_ptr,
+    split,
+    end,
+    stride_split,
+    offs_m,
+    offs,
+    mask_m,
+    mask,
+    D: tl.constexpr,
+):
+    """What another program left of a split, past the first-level cache; from `end` on what changes nothing."""
+    base = split * stride_split
+    state_ptr += 2 * base
+    mask_m = mask_m & (split + tl.zeros(mask_m.shape, tl.int32) < end)
+    mask = mask & mask_m[:, None]
+    peak = tl.load(state_ptr + 2 * offs_m, mask=mask_m, other=UNSEEN, cache_modifier=".cg")
+    total = tl.load(state_ptr + 2 * offs_m + 1, mask=mask_m, other=0.0, cache_modifier=".cg")
+    acc = tl.load(partial_ptr + base * D + offs, mask=mask, other=0.0, cache_modifier=".cg")
+    return peak, total, acc

@@ -18,9 +18,9 @@ from skipjack.bench import gpu, rules
 from skipjack.bench.gpu_parts import DRY
 from skipjack.bench.rules import KERNELS, Attention, Candidate, Product, candidates, descend, in_use, replaced
 from skipjack.bench.step import Bed, Clock, Times
-from skipjack.kernels import launch
+from skipjack.kernels import attention_rules, launch
 
-RULES = ("product_rule", "head_rule", "attention_rule")
+RULES = ((launch, "product_rule"), (launch, "head_rule"), (attention_rules, "attention_rule"))
 SLOW = 10.0
 
 
@@ -108,19 +108,19 @@ def test_what_is_in_use_is_what_launchers_are_told(bed: Bed, monkeypatch: pytest
     expected = {rules._weights(bed.model).get(kernel): in_use(bed.model, kernel) for kernel in KERNELS}
     told: dict[tuple[int, int] | None, Candidate] = {}
 
-    def heard(name: str, kind: type[Candidate], weight: slice | None) -> None:
-        usual = getattr(launch, name)
+    def heard(module: Any, name: str, kind: type[Candidate], weight: slice | None) -> None:
+        usual = getattr(module, name)
 
         def rule(*given: Any, **options: Any) -> Any:
             found = usual(*given, **options)
             told[given[weight] if weight else None] = kind(*(getattr(found, field) for field in kind._fields))
             return found
 
-        monkeypatch.setattr(launch, name, rule)
+        monkeypatch.setattr(module, name, rule)
 
-    heard("product_rule", Product, slice(2))
-    heard("head_rule", Product, slice(2, 4))
-    heard("attention_rule", Attention, None)
+    heard(launch, "product_rule", Product, slice(2))
+    heard(launch, "head_rule", Product, slice(2, 4))
+    heard(attention_rules, "attention_rule", Attention, None)
     with torch.inference_mode():
         rules._chain(bed).run()
         rules._head(bed).run()
@@ -129,10 +129,10 @@ def test_what_is_in_use_is_what_launchers_are_told(bed: Bed, monkeypatch: pytest
 
 @pytest.mark.parametrize("chosen", [{}, {"qkv": Product(16, 32, 2), "attend": Attention(64, 4)}])
 def test_rules_are_back_after_an_exception(bed: Bed, chosen: dict[str, Candidate]) -> None:
-    before = [getattr(launch, name) for name in RULES]
+    before = [getattr(*rule) for rule in RULES]
     with pytest.raises(ZeroDivisionError), replaced(bed.model, chosen):
         raise ZeroDivisionError
-    assert [getattr(launch, name) for name in RULES] == before
+    assert [getattr(*rule) for rule in RULES] == before
 
 
 def test_the_descent_keeps_the_fastest_of_each_kernel(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,10 +148,10 @@ def test_the_descent_keeps_the_fastest_of_each_kernel(bed: Bed, monkeypatch: pyt
         return total + (0.5 if given["down"] == (third if given["up"] == first else second) else SLOW)
 
     kept: dict[str, Candidate] = {}
-    before = [getattr(launch, name) for name in RULES]
+    before = [getattr(*rule) for rule in RULES]
     found = []
     for figure in descend(Costs(bed.model.device, False, bed, cost), bed, kept):
-        assert [getattr(launch, name) for name in RULES] == before, "the rules are those of the code between figures"
+        assert [getattr(*rule) for rule in RULES] == before, "the rules are those of the code between figures"
         found.append(figure)
     assert kept == best | {"down": third}
     notes = {figure.name: figure.note for figure in found}

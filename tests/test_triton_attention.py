@@ -6,7 +6,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from skipjack.kernels import attention, launch
+from skipjack.kernels import attention, attention_rules
 from skipjack.kernels.attention_index import AttentionIndex, TritonIndex
 
 PAGE = 64
@@ -152,7 +152,7 @@ def test_rows_of_a_ragged_pass_are_those_rows_alone(
         for i in valid[:: 2 if window is None else 5]
     }
     if programs is not None:
-        monkeypatch.setattr(launch, "attention_programs", lambda *_: programs)
+        monkeypatch.setattr(attention_rules, "attention_programs", lambda *_: programs)
     got = cached.attend(q, cached.index(sequence, position), window)
     cached.assert_formula(got, q, sequence, position, window, rows=valid)
     assert got[sequence < 0].isnan().all()
@@ -187,7 +187,7 @@ def test_sharing_splits_does_not_round(programs: int | None, monkeypatch: pytest
     usual = cached.attend(q, cached.index(sequence, position))
     cached.assert_formula(usual, q, sequence, position)
     if programs is not None:
-        monkeypatch.setattr(launch, "attention_programs", lambda *_: programs)
+        monkeypatch.setattr(attention_rules, "attention_programs", lambda *_: programs)
     assert torch.equal(cached.attend(q, cached.index(sequence, position)), usual)
 
 
@@ -198,17 +198,17 @@ def test_even_splits_are_the_formula(window: int | None, programs: int | None, m
     position = torch.tensor([0, 127, 128, 1023, 1024, 1279, 1280, 2047, 3071, 3072, 3583, 3584, 3699])
     sequence, q = torch.zeros_like(position), randn(len(position), 2, 16, seed=2)
     if programs is not None:
-        monkeypatch.setattr(launch, "attention_programs", lambda *_: programs)
+        monkeypatch.setattr(attention_rules, "attention_programs", lambda *_: programs)
     for rows in (slice(0, 3), slice(3, 8), slice(6, 9), slice(8, 13), slice(12, 13)):
         got = cached.attend(q[rows], cached.index(sequence[rows], position[rows], None), window)
         cached.assert_formula(got, q[rows], sequence[rows], position[rows], window)
 
 
 def test_even_splits_are_never_more_and_never_longer_than_uneven_ones() -> None:
-    near = 128 * launch.NEAR_SPLITS
+    near = 128 * attention_rules.NEAR_SPLITS
     for positions in range(1, 9000):
         even = 128 if positions <= near else 256 if positions <= 3 * near else 512
-        assert -(-positions // even) <= launch.attention_splits(positions, 128)
+        assert -(-positions // even) <= attention_rules.attention_splits(positions, 128)
         assert even <= (128 if positions <= near else 512)
 
 
@@ -289,36 +289,47 @@ def test_row_groups_are_runs_of_a_sequence(rows: int, seed: int) -> None:
     assert found == expected
 
 
-def test_the_rule_does_not_depend_on_rows_or_context() -> None:
-    for arch in (0, 80, 90, 100):
-        for head_dim, group, itemsize in ((64, 4, 2), (128, 4, 2), (64, 3, 2), (128, 4, 4), (80, 1, 2), (256, 71, 2)):
-            for tile in (8, 64):
-                rule = launch.attention_rule(head_dim, group, tile, itemsize, arch)
-                assert rule.rows <= tile
+@pytest.mark.parametrize("arch", [0, 80, 90, 100])
+def test_a_program_takes_no_more_rows_than_there_are_and_rounds_as_with_all_of_a_tile(arch: int) -> None:
+    for head_dim, group, itemsize in ((64, 4, 2), (128, 4, 2), (64, 3, 2), (128, 4, 4), (80, 1, 2), (256, 71, 2)):
+        for tile in (8, 64):
+            whole = attention_rules.attention_rule(head_dim, group, 8, tile, itemsize, arch)
+            assert whole.rows <= tile
+            assert 16 <= whole.rows * whole.heads <= max(64 if arch == 90 else 32, whole.heads)
+            for width in (1, 2, 3, 5, 8, 33):
+                rule = attention_rules.attention_rule(head_dim, group, 8, tile, itemsize, arch, width)
                 assert rule.heads >= group
-                assert 16 <= rule.rows * rule.heads <= max(64 if arch == 90 else 32, rule.heads)
-                assert rule.split % PAGE == 0
+                assert rule.rows * rule.heads >= 16
+                assert rule.rows == whole.rows or width <= rule.rows < 2 * width
+                assert (rule.split, rule.warps) == (whole.split, whole.warps)
+                # From 64 on sm_90 multiplies by another instruction, whose sums have another order.
+                assert (rule.rows * rule.heads >= 64) == (whole.rows * whole.heads >= 64)
+
+
+def test_splits_are_short_where_keys_are_wide_or_programs_few() -> None:
+    for head_dim, kv_heads, split in ((64, 8, 128), (64, 3, 64), (128, 8, 64)):
+        assert attention_rules.attention_rule(head_dim, 4, kv_heads, 8, 2, 90).split == split
 
 
 def test_splits_cover_every_position() -> None:
     for positions in (1, 64, 128, 129, 1023, 1024, 1025, 1536, 1537, 10**6):
-        splits = launch.attention_splits(positions, 128)
-        near, far = min(splits, launch.NEAR_SPLITS) * 128, max(splits - launch.NEAR_SPLITS, 0) * 512
+        splits = attention_rules.attention_splits(positions, 128)
+        near, far = min(splits, attention_rules.NEAR_SPLITS) * 128, max(splits - attention_rules.NEAR_SPLITS, 0) * 512
         assert positions <= near + far < positions + 512
 
 
 def test_programs_stay_within_the_splits_and_the_scratch() -> None:
-    assert launch.attention_programs(8, 22, 1 << 20) == 22
-    assert launch.attention_programs(127, 70, 1 << 20) == 5
-    assert launch.attention_programs(128, 70, 1 << 20) == 1
-    assert launch.attention_programs(8, 22, 1 << 29) == 1
+    assert attention_rules.attention_programs(8, 22, 1 << 20) == 22
+    assert attention_rules.attention_programs(127, 70, 1 << 20) == 5
+    assert attention_rules.attention_programs(128, 70, 1 << 20) == 1
+    assert attention_rules.attention_programs(8, 22, 1 << 29) == 1
 
 
 def test_splits_are_folded_in_order_by_one_program_past_a_threshold() -> None:
-    assert not launch.attention_in_order(127, 1 << 28)
-    assert launch.attention_in_order(128, 1)
-    assert launch.attention_in_order(1, (1 << 28) + 1)
-    assert launch.attention_programs(8, 1, 1 << 20) == 1, "one split has nothing to share, whoever folds it"
+    assert not attention_rules.attention_in_order(127, 1 << 28)
+    assert attention_rules.attention_in_order(128, 1)
+    assert attention_rules.attention_in_order(1, (1 << 28) + 1)
+    assert attention_rules.attention_programs(8, 1, 1 << 20) == 1, "one split has nothing to share, whoever folds it"
 
 
 def test_an_index_of_another_backend_is_refused() -> None:

@@ -258,12 +258,13 @@ def matrices(model: str) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("model", MODELS)
 def test_product_rules_fit_every_matrix_and_round_alike(model: str, arch: int, itemsize: int, tile: int) -> None:
     for weight_rows, columns in [*matrices(model), (33, 7), (5, 40)]:
-        rules = [
-            launch.product_rule(weight_rows, columns, rows, tile, itemsize, arch)
-            for rows in [*range(1, 19), 32, 33, 64, 144]
+        every = [*range(1, 19), 32, 33, 64, 144]
+        both = [
+            [launch.product_rule(weight_rows, columns, rows, tile, itemsize, arch, normed=normed) for rows in every]
+            for normed in (True, False)
         ]
-        assert len({(rule.block_k, rule.parts) for rule in rules}) == 1
-        for rule in rules:
+        assert all(len({(rule.block_k, rule.parts) for rule in rules}) == 1 for rules in both)
+        for rule in (rule for rules in both for rule in rules):
             assert rule.parts == 1 or (rule.block_k // rule.parts >= 16 and rule.warps <= rule.parts)
             assert rule.block_k & (rule.block_k - 1) == 0
             assert rule.block_k < 2 * launch.padded(columns), "a step that another half as long would hold"
@@ -274,7 +275,8 @@ def test_product_rules_fit_every_matrix_and_round_alike(model: str, arch: int, i
             assert rule.rows == tile or (arch and tile <= rule.rows <= most)
             # The first chunk is held in registers; a weight of one step needs no buffer for another.
             buffers = min(rule.stages, -(-launch.padded(columns) // rule.chunk)) - 1
-            assert buffers * (rule.block_n + rule.rows) * rule.chunk * itemsize <= 99 * 1024 or arch == 0
+            room = launch.ROOM.get(arch, launch.SHARED_BYTES)
+            assert buffers * (rule.block_n + rule.rows) * rule.chunk * itemsize <= room or arch == 0
             assert rule.stages >= (2 if arch else 1)
 
 
@@ -283,8 +285,20 @@ def test_a_small_weight_is_one_step_where_a_program_has_the_shared_memory_for_it
         for rows in (1, 16, 64):
             rule = launch.product_rule(2048, 2048, rows, 8, 2, arch)
             assert (rule.block_k, rule.parts, rule.warps) == (step, 8, 8 if rows > 8 or step == 2048 else 4)
-    for weight_rows, columns, itemsize in ((2128, 2048, 2), (2048, 2064, 2), (2048, 1024, 2), (2048, 2048, 4)):
+    for weight_rows, columns, itemsize in ((2128, 2048, 2), (2048, 1024, 2), (2048, 2048, 4)):
         assert launch.product_rule(weight_rows, columns, 1, 8, itemsize, 90).block_k <= 1024
+
+
+def test_programs_with_a_processor_each_have_twice_the_step_on_its_way() -> None:
+    one, nine, many = (launch.product_rule(2048, 8192, rows, 8, 2, 90, normed=False) for rows in (1, 9, 40))
+    assert (one.block_k, one.chunk, one.warps) == (2048, 2048, 8)
+    assert (nine.block_k, nine.chunk, nine.warps) == (2048, 1024, 8), "the rows take the room of the other half"
+    assert (many.block_k, many.chunk, many.warps) == (2048, 512, 8)
+
+
+def test_a_step_is_mostly_past_a_weight_only_behind_a_norm() -> None:
+    for columns, normed, step in ((576, True, 1024), (576, False, 512), (1536, False, 2048), (700, False, 1024)):
+        assert launch.product_rule(576, columns, 1, 8, 2, 90, normed=normed).block_k == step
 
 
 @pytest.mark.parametrize("weight_rows", [1000, 4096, 9000, 128256])
@@ -301,7 +315,7 @@ def test_more_rows_take_wider_programs_until_these_are_full() -> None:
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_many_rows_read_a_large_weight_from_memory_once(arch: int) -> None:
     """What programs share with each other comes from the L2 cache, as little of it as registers allow."""
-    for rows, most in ((17, 1.6), (32, 1.6), (33, 2.1), (64, 2.1), (128, 4.1)):
+    for rows, most in ((17, 2.1), (32, 2.1), (33, 5.1), (64, 5.1), (128, 10.1)):
         rule = launch.product_rule(28672, 4096, rows, 8, 2, arch)
         assert moved(rule, rows) <= most
         assert rule.block_n * rule.rows * rule.parts <= 128 * 32 * rule.warps, "registers of the sums"

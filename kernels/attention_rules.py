@@ -1,0 +1,75 @@
+"""How attention is launched: pure rules from shapes and architecture, as those of `launch`.
+
+Where a split begins fixes the order of sums, and depends on the shape alone.
+"""
+
+from typing import NamedTuple
+
+NEAR_SPLITS = 8
+FAR_FACTOR = 4
+BUSY_PROGRAMS = 128
+SCRATCH_BYTES = 1 << 28
+
+
+class AttentionRule(NamedTuple):
+    """Parameters of attention: rows and (padded) heads of a program, positions of a near split, launch.
+
+    registers: what a thread may take.
+    """
+
+    rows: int
+    heads: int
+    split: int
+    warps: int
+    stages: int
+    registers: int
+
+
+def attention_rule(
+    head_dim: int, group: int, kv_heads: int, tile: int, itemsize: int, arch: int, width: int | None = None
+) -> AttentionRule:
+    """Passes of tiles of `tile` rows, `group` query heads to a key head: one product takes 16 or more rows × heads.
+
+    32 are enough to read keys once for a verified draft, 16 are what float32 has registers for; sm_90 has wider matrix
+    units for prompts, which round otherwise. Of sequences with `width` rows each a program takes no more than these,
+    up to the power of two: the same instructions, fewer of them. Stages are what fits into shared memory. Splits are
+    short where their keys are wide, or where few key heads make few programs.
+    """
+    size = (1 << (head_dim - 1).bit_length()) * itemsize
+    wide = 90 <= arch < 100 and itemsize == 2 and head_dim <= 128
+    heads = 1 << (group - 1).bit_length()
+    single = itemsize > 2
+    split = 64 if head_dim > 64 or kv_heads < 8 else 128
+    products = 64 if wide else 16 if single or size > 256 else 32
+    rows = max(1, min(1 << (tile.bit_length() - 1), 16, products // heads))
+    if arch and width and rows * heads < 64:
+        rows = min(rows, 1 << (width - 1).bit_length())
+    heads = max(heads, 16 // rows)
+    queries = rows * heads * (size + 64 * itemsize)
+    held = 0 if rows * heads >= 64 else 1
+    stages = next((n for n in (3, 2) if queries + (n - held) * 128 * size <= 96 << 10), 1)
+    if single:
+        return AttentionRule(rows, heads, split, 8, 1, 255)
+    return AttentionRule(rows, heads, split, 4 if size <= 128 else 8, stages, 255)
+
+
+def attention_splits(positions: int, split: int) -> int:
+    """Splits of a sequence: eight of `split` positions, then longer ones, so that long contexts have fewer to merge."""
+    near, far = NEAR_SPLITS * split, FAR_FACTOR * split
+    return -(-min(positions, near) // split) + -(-max(positions - near, 0) // far)
+
+
+def attention_in_order(tiles: int, scratch_bytes: int) -> bool:
+    """Whether one program folds the splits of each of `tiles` (row group, key head) one after the other.
+
+    What a program takes does not round: splits are merged in order by whoever has them. The rule has a threshold in
+    rows and in positions and no way back, so that two passes compile both kinds.
+    """
+    return tiles >= BUSY_PROGRAMS or scratch_bytes > SCRATCH_BYTES
+
+
+def attention_programs(tiles: int, splits: int, scratch_bytes: int) -> int:
+    """Programs that share the splits of each of `tiles`."""
+    if attention_in_order(tiles, scratch_bytes):
+        return 1
+    return min(splits, -(-4 * BUSY_PROGRAMS // tiles))
