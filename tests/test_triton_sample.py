@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from skipjack.kernels import launch, noise, partials, reference_verify, rejection
+from skipjack.kernels import launch, noise, partials, probabilities, reference_verify
 from skipjack.kernels import sample as sample_kernel
 from skipjack.kernels.sample import sample
 from skipjack.kernels.sampling_rule import sampling_rule
@@ -274,7 +274,7 @@ def test_a_large_row_draws_the_same_in_any_batch() -> None:
 @pytest.mark.parametrize("size", [7, 1024, 4500])
 def test_thresholds_and_masses(size: int, dtype: torch.dtype, poison: Callable[[ModuleType], None]) -> None:
     """Against sorting in float64; no two sums of these scores are as close as they are rounded."""
-    poison(rejection)
+    poison(probabilities)
     generator = torch.Generator().manual_seed(size)
     table = [
         (k, p, m, spread)
@@ -286,7 +286,7 @@ def test_thresholds_and_masses(size: int, dtype: torch.dtype, poison: Callable[[
     temperature = torch.rand(len(table), generator=generator) + 0.5
     rule = [field.to(DEVICE) for field in (temperature, k, p.float(), m.float())]
     arrivals = torch.full((len(table),), 7, dtype=torch.int32, device=DEVICE)
-    warping, best = rejection._warping(scores.to(DEVICE)[:, None], rule, arrivals)
+    warping, best = probabilities.warping_of(scores.to(DEVICE)[:, None], rule, arrivals)
     assert arrivals.eq(0).all()
     assert best.eq(-1).all()
     ordered = scores.double().sort(dim=1, descending=True).values
@@ -315,7 +315,7 @@ def test_a_nucleus_may_end_anywhere(dtype: torch.dtype, poison: Callable[[Module
 
     The program that samples looks for it alone.
     """
-    poison(rejection)
+    poison(probabilities)
     size, generator = 40000, torch.Generator().manual_seed(3)
     assert sampling_rule(size).parts > 1
     spread, temperature, top_p = zip(
@@ -335,7 +335,7 @@ def test_a_nucleus_may_end_anywhere(dtype: torch.dtype, poison: Callable[[Module
     t, p = torch.tensor([*temperature, 1.0]), torch.tensor([*top_p, 0.9995])
     rule = [t, torch.zeros(len(t), dtype=torch.int64), p, torch.zeros(len(t))]
     arrivals = torch.empty(len(t), dtype=torch.int32, device=DEVICE)
-    warping, _ = rejection._warping(scores.to(DEVICE)[:, None], [field.to(DEVICE) for field in rule], arrivals)
+    warping, _ = probabilities.warping_of(scores.to(DEVICE)[:, None], [field.to(DEVICE) for field in rule], arrivals)
     for row in range(len(t)):
         x = scores[row].double()
         weight = ((x - x.max()) / t[row].double()).exp()
