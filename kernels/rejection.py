@@ -7,74 +7,11 @@ from torch import Tensor
 
 from . import launch
 from .chains import ACCEPT_STREAM, verify_chain
-from .partials import block_peaks, partials_of, total_of_blocks
 from .primitives import wait_for_producers
-from .residual import Left, draw, keep, place_of, probability, take, total_of
-from .sampling_rule import sampling_rule
+from .probabilities import warping_of
+from .residual import Left, draw, keep, place_of, probability, subtract, take, total_of
 from .values import Verdict
-from .warping import known, lowest_of_best, mass, threshold_of, uniform
-
-
-@triton.jit
-def _warping_kernel(
-    scores_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    segment_ptr,
-    peak_ptr,
-    total_ptr,
-    list_ptr,
-    warping_ptr,
-    best_ptr,
-    arrivals_ptr,
-    stride_list,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    TILE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """What turns a row of scores into probabilities: highest score, threshold and Σ exp((x − highest)/temperature).
-
-    scores [S, n, V]; temperature, top_k, top_p, min_p [S]; segment, peak, total as in `Partials`; list int32 [S, n,
-    segments]; warping float32 [S, n, 3]; best int32 [S, n]: the argmax at temperature 0, else −1; arrivals int32 [S]:
-    zeroed, for a kernel after this one.
-    """
-    SEGMENTS: tl.constexpr = BLOCKS * BLOCK // SEGMENT
-    pid_s = tl.program_id(0).to(tl.int64)
-    pid_n = tl.program_id(1).to(tl.int64)
-    row = pid_s * tl.num_programs(1) + pid_n
-    row_ptr = scores_ptr + row * V
-    segment_ptr += row * SEGMENTS
-    list_ptr += row * stride_list
-    offs = tl.arange(0, BLOCK)
-    wait_for_producers(PDL)
-    if pid_n == 0:
-        tl.store(arrivals_ptr + pid_s, 0)
-    temperature = tl.load(temperature_ptr + pid_s)
-    peaks = block_peaks(peak_ptr + row * BLOCKS, BLOCKS)
-    highest = tl.max(peaks, axis=0)
-    if temperature > 0.0:
-        top_k = tl.load(top_k_ptr + pid_s)
-        top_p = tl.load(top_p_ptr + pid_s)
-        min_p = tl.load(min_p_ptr + pid_s)
-        total = total_of_blocks(total_ptr + row * BLOCKS, peaks, highest, temperature, BLOCKS)
-        threshold = threshold_of(
-            row_ptr, segment_ptr, list_ptr, total, highest, temperature, top_k, top_p, min_p, V, SEGMENTS, SEGMENT, TILE
-        )
-        if threshold > float("-inf"):
-            total = mass(row_ptr, segment_ptr, list_ptr, highest, temperature, threshold, V, SEGMENTS, SEGMENT, TILE)
-        tl.store(warping_ptr + row * 3, highest)
-        tl.store(warping_ptr + row * 3 + 1, threshold)
-        tl.store(warping_ptr + row * 3 + 2, total)
-        tl.store(best_ptr + row, -1)
-    else:
-        start = lowest_of_best(peaks, tl.arange(0, peaks.shape[0])) * BLOCK
-        x = known(tl.load(row_ptr + start + offs, mask=start + offs < V, other=float("-inf")))
-        tl.store(best_ptr + row, lowest_of_best(x, start + offs))
+from .warping import uniform
 
 
 @triton.jit(
@@ -122,6 +59,8 @@ def _rejection_kernel(  # noqa: PLR0915
     float32 [S, 2, V]: p in turn, read from one and written to the other; others float32 [S, V_DRAFT]: q; path int64
     [S, k + 1]; left as in `Left`; the rest [S].
     """
+    REDUCED: tl.constexpr = draft_scores_ptr is not None and draft_ids_ptr is not None
+    WHOLE: tl.constexpr = draft_scores_ptr is not None and draft_ids_ptr is None
     pid_s = tl.program_id(0).to(tl.int64)
     residual_ptr += pid_s * 2 * V
     others_ptr += pid_s * V_DRAFT
@@ -169,25 +108,47 @@ def _rejection_kernel(  # noqa: PLR0915
                 tl.store(path_ptr + pid_s * (k + 1) + accepted, row)
             else:
                 new_ptr = residual_ptr + (1 - side) * V
-                gone = tl.where(q_x > 0.0, -1, x)
-                keep(p_row_ptr, p_warping_ptr, p_best, temperature, old_ptr, p_total, new_ptr, gone, V, BLOCK)
-                if draft_scores_ptr is not None and q_x > 0.0:
-                    rest = take(
+                total = tl.zeros((), tl.float32)
+                rest = tl.zeros((), tl.float32)
+                if WHOLE and q_x > 0.0:
+                    total, rest = subtract(
+                        p_row_ptr,
+                        p_warping_ptr,
+                        p_best,
                         q_row_ptr,
                         q_warping_ptr,
                         q_best,
                         temperature,
+                        old_ptr,
+                        p_total,
                         others_ptr,
                         q_total,
                         new_ptr,
-                        draft_ids_ptr,
                         place,
-                        V_DRAFT,
+                        V,
                         BLOCK,
                     )
+                else:
+                    gone = tl.where(q_x > 0.0, -1, x)
+                    keep(p_row_ptr, p_warping_ptr, p_best, temperature, old_ptr, p_total, new_ptr, gone, V, BLOCK)
+                    if REDUCED and q_x > 0.0:
+                        rest = take(
+                            q_row_ptr,
+                            q_warping_ptr,
+                            q_best,
+                            temperature,
+                            others_ptr,
+                            q_total,
+                            new_ptr,
+                            draft_ids_ptr,
+                            place,
+                            V_DRAFT,
+                            BLOCK,
+                        )
+                    total = total_of(new_ptr, V, BLOCK)
+                if q_x > 0.0:
                     # Even with nothing left q is what is in others_ptr.
                     q_total = tl.where(rest > 0.0, rest, 1.0)
-                total = total_of(new_ptr, V, BLOCK)
                 p_total = tl.where(total > 0.0, total, p_total)
                 side = tl.where(total > 0.0, 1 - side, side)
 
@@ -236,12 +197,12 @@ def verify_rejection(
     rule = launch.vocabulary_rule(size)
     rules = [field.contiguous() for field in (temperature, top_k, top_p, min_p)]
     arrivals = torch.empty((sequences,), dtype=torch.int32, device=scores.device)
-    warping, best = _warping(scores, rules, arrivals)
+    warping, best = warping_of(scores, rules, arrivals)
     draft_size, draft_warping, draft_best = 1, None, None
     if draft_scores is not None:
         draft_scores = draft_scores.contiguous()
         draft_size = draft_scores.shape[2]
-        draft_warping, draft_best = _warping(draft_scores, rules, arrivals)
+        draft_warping, draft_best = warping_of(draft_scores, rules, arrivals)
     count, length, seed = count.contiguous(), length.contiguous(), seed.contiguous()
     verdict = empty_verdict(draft)
     if parent is None and drawn is None and draft_ids is None:
@@ -286,35 +247,6 @@ def verify_rejection(
     )
     draw(scores, warping, best, rules[0], residual, seed, verdict, left, arrivals)
     return verdict
-
-
-def _warping(scores: Tensor, rules: list[Tensor], arrivals: Tensor) -> tuple[Tensor, Tensor]:
-    sequences, rows, size = scores.shape
-    rule = sampling_rule(size)
-    segment, peak, total, _ = partials_of(scores.flatten(0, 1), rows, rules[0])
-    listed = torch.empty((sequences, rows, rule.listed), dtype=torch.int32, device=scores.device)
-    warping = torch.empty((sequences, rows, 3), dtype=torch.float32, device=scores.device)
-    best = torch.empty((sequences, rows), dtype=torch.int32, device=scores.device)
-    _warping_kernel[(sequences, rows)](
-        scores,
-        *rules,
-        segment,
-        peak,
-        total,
-        listed,
-        warping,
-        best,
-        arrivals,
-        rule.listed,
-        V=size,
-        BLOCK=rule.block,
-        BLOCKS=rule.blocks,
-        SEGMENT=rule.segment,
-        TILE=rule.tile,
-        PDL=launch.dependent(launch.architecture()),
-        **launch.options(rule.warps, registers=launch.PRODUCT_REGISTERS),
-    )
-    return warping, best
 
 
 def empty_verdict(draft: Tensor) -> Verdict:

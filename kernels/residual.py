@@ -109,6 +109,44 @@ def keep(
 
 
 @triton.jit
+def subtract(
+    p_row_ptr,
+    p_warping_ptr,
+    p_best,
+    q_row_ptr,
+    q_warping_ptr,
+    q_best,
+    temperature,
+    old_ptr,
+    p_total,
+    others_ptr,
+    q_total,
+    new_ptr,
+    place,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """new = max(p − q, 0) [V]; others = q without the id at `place`. Returns the sums of both."""
+    offs = tl.arange(0, BLOCK)
+    left = tl.zeros((BLOCK,), tl.float32)
+    rest = tl.zeros((BLOCK,), tl.float32)
+    tl.debug_barrier()
+    for start in range(0, V, BLOCK):
+        ids = start + offs
+        mask = ids < V
+        p = probability(p_row_ptr, p_warping_ptr, p_best, temperature, old_ptr, p_total, ids, mask)
+        q = probability(q_row_ptr, q_warping_ptr, q_best, temperature, others_ptr, q_total, ids, mask)
+        p = tl.maximum(p - q, 0.0)
+        q = tl.where(ids == place, 0.0, q)
+        tl.store(new_ptr + ids, p, mask=mask)
+        tl.store(others_ptr + ids, q, mask=mask)
+        left += p
+        rest += q
+    tl.debug_barrier()
+    return tl.sum(left, axis=0), tl.sum(rest, axis=0)
+
+
+@triton.jit
 def take(
     row_ptr,
     warping_ptr,
@@ -132,9 +170,7 @@ def take(
         rest = tl.where(places == place, 0.0, q)
         acc += rest
         tl.store(others_ptr + places, rest, mask=mask)
-        ids = places.to(tl.int64)
-        if ids_ptr is not None:
-            ids = tl.load(ids_ptr + places, mask=mask, other=0)
+        ids = tl.load(ids_ptr + places, mask=mask, other=0)
         p = tl.load(new_ptr + ids, mask=mask, other=0.0)
         tl.store(new_ptr + ids, tl.maximum(p - q, 0.0), mask=mask)
     tl.debug_barrier()

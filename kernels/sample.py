@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .nucleus import EDGES, limited_by_nucleus, nucleus_of
 from .partials import block_peaks, partials_of, total_of_blocks
 from .primitives import wait_for_producers
 from .sampling_rule import sampling_rule
@@ -30,8 +31,10 @@ def _sample_kernel(  # noqa: PLR0915
     segment_ptr,
     peak_ptr,
     total_ptr,
+    edge_ptr,
     race_ptr,
     list_ptr,
+    kept_ptr,
     token_ptr,
     stride_scores,
     stride_list,
@@ -42,12 +45,13 @@ def _sample_kernel(  # noqa: PLR0915
     BLOCKS: tl.constexpr,
     SEGMENT: tl.constexpr,
     TILE: tl.constexpr,
+    ROOM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The COUNT highest of (x − max x)/temperature + Gumbel(seed, position, id, stream) over the warped row, in order.
 
     At temperature 0 those of x. scores [R, V]; temperature, top_p, min_p float32 [R]; top_k, seed, position int64 [R];
-    segment, peak, total, race as in `Partials`; list int32 [R, segments]; token int64 [R, COUNT].
+    segment, peak, total, edge, race as in `Partials`; list int32 [R, segments]; kept [R, ROOM]; token int64 [R, COUNT].
     """
     SEGMENTS: tl.constexpr = BLOCKS * BLOCK // SEGMENT
     pid_row = tl.program_id(0).to(tl.int64)
@@ -134,21 +138,39 @@ def _sample_kernel(  # noqa: PLR0915
             )
             if left == 0:
                 drawing = tl.full((), 1, tl.int1)
-                threshold = threshold_of(
-                    row_ptr,
-                    segment_ptr,
-                    list_ptr,
-                    total,
-                    highest,
-                    temperature,
-                    top_k,
-                    top_p,
-                    min_p,
-                    V,
-                    SEGMENTS,
-                    SEGMENT,
-                    TILE,
-                )
+                if limited_by_nucleus(top_k, top_p, min_p, V):
+                    threshold = nucleus_of(
+                        row_ptr,
+                        segment_ptr,
+                        edge_ptr + pid_row * BLOCKS * EDGES,
+                        list_ptr,
+                        kept_ptr + pid_row * ROOM,
+                        peaks,
+                        total,
+                        highest,
+                        temperature,
+                        top_p,
+                        ROOM,
+                        V,
+                        SEGMENTS,
+                        SEGMENT,
+                        TILE,
+                    )
+                else:
+                    threshold = threshold_of(
+                        row_ptr,
+                        segment_ptr,
+                        list_ptr,
+                        highest,
+                        temperature,
+                        top_k,
+                        top_p,
+                        min_p,
+                        V,
+                        SEGMENTS,
+                        SEGMENT,
+                        TILE,
+                    )
         unlimited = tl.full((), 1, tl.int1)
 
 
@@ -193,20 +215,20 @@ def sample(
     rows, size = scores.shape
     rule = sampling_rule(size)
     columns = 1 if count is None else count
-    temperature, seed, position = (field.contiguous() for field in (temperature, seed, position))
-    partials = partials_of(scores, 1, temperature, seed, position, stream)
+    rules = [field.contiguous() for field in (temperature, top_k, top_p, min_p)]
+    seed, position = seed.contiguous(), position.contiguous()
+    partials = partials_of(scores, 1, rules, seed, position, stream)
     listed = torch.empty((rows, rule.listed), dtype=torch.int32, device=scores.device)
+    kept = torch.empty((rows, rule.kept), dtype=scores.dtype, device=scores.device)
     token = torch.empty((rows, columns), dtype=torch.int64, device=scores.device)
     _sample_kernel[(rows,)](
         scores,
-        temperature,
-        top_k.contiguous(),
-        top_p.contiguous(),
-        min_p.contiguous(),
+        *rules,
         seed,
         position,
         *partials,
         listed,
+        kept,
         token,
         scores.stride(0),
         rule.listed,
@@ -217,6 +239,7 @@ def sample(
         BLOCKS=rule.blocks,
         SEGMENT=rule.segment,
         TILE=rule.tile,
+        ROOM=rule.kept,
         PDL=launch.dependent(launch.architecture()),
         **launch.options(rule.warps, registers=launch.PRODUCT_REGISTERS),
     )

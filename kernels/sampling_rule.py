@@ -6,7 +6,8 @@ from typing import NamedTuple
 class SamplingRule(NamedTuple):
     """Parameters of what draws from rows of scores: blocks, ids of a block, a segment and a tile of segments, launch.
 
-    listed: room for the numbers of the segments of a row.
+    listed: room for the numbers of the segments of a row; kept: for the scores among which its nucleus ends; parts:
+    programs that look for them.
     """
 
     blocks: int
@@ -15,6 +16,8 @@ class SamplingRule(NamedTuple):
     tile: int
     warps: int
     listed: int
+    kept: int
+    parts: int
 
 
 def sampling_rule(size: int) -> SamplingRule:
@@ -26,4 +29,5 @@ def sampling_rule(size: int) -> SamplingRule:
     block = max(segment, min(1024, power))
     blocks, tile = -(-size // block), max(segment, min(2048, power))
     listed = 1 << (blocks * block // segment - 1).bit_length()
-    return SamplingRule(blocks, block, segment, tile, max(1, tile // 256), listed)
+    kept = max(tile, min(16384, power))
+    return SamplingRule(blocks, block, segment, tile, max(1, tile // 256), listed, kept, max(1, min(8, listed // 256)))

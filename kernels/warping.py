@@ -64,7 +64,6 @@ def threshold_of(
     row_ptr,
     segment_ptr,
     list_ptr,
-    total,
     highest,
     temperature,
     top_k,
@@ -75,12 +74,12 @@ def threshold_of(
     SEGMENT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The lowest score of a row [V] that min-p, then top-k, then top-p leave; −∞ where all three are off.
+    """The lowest score of a row [V] that min-p, then top-k, then top-p leave; −∞ where the first two are off.
 
     min-p: highest + temperature·ln(min_p); top-k: the k-th highest score; top-p: the lowest score of the smallest set
-    of most likely ids, among those left, whose probability reaches top_p. total: Σ exp((x − highest)/temperature).
-    segment float32 [SEGMENTS]: the highest scores of SEGMENT ids each; list int32: room for the number of every
-    segment, and those up to a power of two.
+    of most likely ids, among those left, whose probability reaches top_p (alone: `nucleus_of`). segment float32
+    [SEGMENTS]: the highest scores of SEGMENT ids each; list int32: room for the number of every segment, and those up
+    to a power of two.
     """
     threshold = tl.full((), float("-inf"), tl.float32)
     if limits(top_k, top_p, min_p, V):
@@ -89,23 +88,17 @@ def threshold_of(
             threshold = highest + temperature * log(min_p)
         if (top_k > 0) & (top_k < V):
             goal = top_k.to(tl.float32)
-            bottom = _highest_peak_reaching(peaks, highest, temperature, threshold, goal, True)
-            count = _listed(peaks >= bottom, list_ptr)
-            score = _highest_reaching(
+            bottom = _highest_peak_reaching(peaks, highest, threshold, goal)
+            count = listed(peaks >= bottom, list_ptr, 0)
+            score = highest_reaching(
                 row_ptr, list_ptr, count, highest, temperature, threshold, bottom, goal, True, V, SEGMENT, TILE
             )
             threshold = tl.maximum(threshold, score)
-        if top_p < 1.0:
-            bottom = threshold
-            if threshold > float("-inf"):
-                count = _listed(peaks >= threshold, list_ptr)
-                goal = top_p * _mass(row_ptr, list_ptr, count, highest, temperature, threshold, V, SEGMENT, TILE)
-            else:
-                goal = top_p * total
-                bottom = _highest_peak_reaching(peaks, highest, temperature, threshold, goal, False)
-                count = _listed(peaks >= bottom, list_ptr)
-            score = _highest_reaching(
-                row_ptr, list_ptr, count, highest, temperature, threshold, bottom, goal, False, V, SEGMENT, TILE
+        if (top_p < 1.0) & (threshold > float("-inf")):
+            count = listed(peaks >= threshold, list_ptr, 0)
+            goal = top_p * mass_of(row_ptr, list_ptr, count, highest, temperature, threshold, V, SEGMENT, TILE)
+            score = highest_reaching(
+                row_ptr, list_ptr, count, highest, temperature, threshold, threshold, goal, False, V, SEGMENT, TILE
             )
             threshold = tl.maximum(threshold, score)
     return threshold
@@ -139,17 +132,19 @@ def surely_left(
     Where top-p comes after another limit, the mass of what that leaves is at least that of `score` and those above it.
     """
     left = (min_p <= 0.0) | (score >= highest + temperature * log(min_p))
-    count = _listed(segment_peaks(segment_ptr, SEGMENTS) > score, list_ptr)
+    count = listed(segment_peaks(segment_ptr, SEGMENTS) > score, list_ptr, 0)
     few = (top_k > 0) & (top_k < V)
     # Every segment listed has a higher score.
     left = left & ((count < top_k) | (few == 0))
     count = tl.where(left, count, 0)
     higher = tl.zeros((TILE // SEGMENT, SEGMENT), tl.int32)
     acc = tl.zeros((TILE // SEGMENT, SEGMENT), tl.float32)
+    x = scores_of(row_ptr, list_ptr, 0, count, V, SEGMENT, TILE)
     for start in range(0, count, TILE // SEGMENT):
-        x = _scores_of(row_ptr, list_ptr, start, count, V, SEGMENT, TILE)
+        following = scores_of(row_ptr, list_ptr, start + TILE // SEGMENT, count, V, SEGMENT, TILE)
         higher += (x > score).to(tl.int32)
         acc += tl.where(x > score, tl.exp((x - highest) / temperature), 0.0)
+        x = following
     if few:
         left = left & (tl.sum(tl.sum(higher, axis=1), axis=0) < top_k)
     if top_p < 1.0:
@@ -182,12 +177,12 @@ def mass(
     TILE: tl.constexpr,
 ):
     """Σ exp((x − highest)/temperature) over the scores x ≥ threshold of a row [V]; the rest as in `threshold_of`."""
-    count = _listed(segment_peaks(segment_ptr, SEGMENTS) >= threshold, list_ptr)
-    return _mass(row_ptr, list_ptr, count, highest, temperature, threshold, V, SEGMENT, TILE)
+    count = listed(segment_peaks(segment_ptr, SEGMENTS) >= threshold, list_ptr, 0)
+    return mass_of(row_ptr, list_ptr, count, highest, temperature, threshold, V, SEGMENT, TILE)
 
 
 @triton.jit
-def _mass(
+def mass_of(
     row_ptr,
     list_ptr,
     count,
@@ -200,37 +195,38 @@ def _mass(
 ):
     """`mass` of the `count` segments of the list."""
     acc = tl.zeros((TILE // SEGMENT, SEGMENT), tl.float32)
+    x = scores_of(row_ptr, list_ptr, 0, count, V, SEGMENT, TILE)
     for start in range(0, count, TILE // SEGMENT):
-        x = _scores_of(row_ptr, list_ptr, start, count, V, SEGMENT, TILE)
-        acc += _weight(x, highest, temperature, threshold, False)
+        following = scores_of(row_ptr, list_ptr, start + TILE // SEGMENT, count, V, SEGMENT, TILE)
+        acc += weight_of(x, highest, temperature, threshold, False)
+        x = following
     return tl.sum(tl.sum(acc, axis=1), axis=0)
 
 
 @triton.jit
-def _highest_peak_reaching(peaks, highest, temperature, threshold, goal, COUNT: tl.constexpr):
-    """A score from `threshold` to `highest` from which on Σ w of the peaks reaches goal; threshold if none is found.
+def _highest_peak_reaching(peaks, highest, threshold, goal):
+    """A score from `threshold` to `highest` from which on there are `goal` peaks; threshold if none is found.
 
-    w as in `_highest_reaching`. What the peaks reach, the row reaches: what is looked for is not below, and a segment
-    with a lower peak holds nothing that is above. Only the highest 16 bits are looked at.
+    What the peaks reach, the row reaches: what is looked for is not below, and a segment with a lower peak holds
+    nothing that is above. Only the highest 16 bits are looked at.
     """
-    key = _key(peaks) >> COARSE
-    weight = _weight(peaks, highest, temperature, threshold, COUNT)
-    bottom = _key(threshold)
-    first = _key(tl.min(tl.where(peaks > float("-inf"), peaks, float("inf")), axis=0))
+    key = key_of(peaks) >> COARSE
+    bottom = key_of(threshold)
+    first = key_of(tl.min(tl.where(peaks > float("-inf"), peaks, float("inf")), axis=0))
     first = tl.maximum(bottom, first) >> COARSE
-    low = tl.minimum(first, _key(highest) >> COARSE)
-    high = (_key(highest) >> COARSE) + 1
+    low = tl.minimum(first, key_of(highest) >> COARSE)
+    high = (key_of(highest) >> COARSE) + 1
     while high - low > 1:
         step = (high - low + PIVOTS - 1) // PIVOTS
         pivots = low + tl.arange(0, PIVOTS) * step
-        sums = tl.sum(tl.where(key[None, :] >= pivots[:, None], weight[None, :], 0.0), axis=1)
+        sums = tl.sum(tl.where(key[None, :] >= pivots[:, None], 1.0, 0.0), axis=1)
         low = tl.minimum(low + step * _reached(sums, goal), high - 1)
         high = tl.minimum(high, low + step)
     return _value(tl.where(low > first, tl.maximum(bottom, low << COARSE), bottom))
 
 
 @triton.jit
-def _highest_reaching(
+def highest_reaching(
     row_ptr,
     list_ptr,
     count,
@@ -250,30 +246,42 @@ def _highest_reaching(
     whose peaks are at least `bottom`. Found by eight pivots at a time among the order-preserving integers of float32,
     of which float16 and bfloat16 do not use the lowest bits.
     """
-    UNUSED: tl.constexpr = (
-        16 if row_ptr.dtype.element_ty == tl.bfloat16 else 13 if row_ptr.dtype.element_ty == tl.float16 else 0
-    )
-    high = (_key(highest) >> UNUSED).to(tl.int64) + 1
-    low = tl.minimum((_key(bottom) >> UNUSED).to(tl.int64), high - 1)
+    UNUSED: tl.constexpr = unused_bits(row_ptr.dtype.element_ty)
+    high = (key_of(highest) >> UNUSED).to(tl.int64) + 1
+    low = tl.minimum((key_of(bottom) >> UNUSED).to(tl.int64), high - 1)
     while high - low > 1:
         step = (high - low + PIVOTS - 1) // PIVOTS
         pivots = (low + tl.arange(0, PIVOTS) * step).to(tl.int32)
         acc = tl.zeros((PIVOTS, TILE), tl.float32)
+        x = scores_of(row_ptr, list_ptr, 0, count, V, SEGMENT, TILE)
         for start in range(0, count, TILE // SEGMENT):
-            x = tl.reshape(_scores_of(row_ptr, list_ptr, start, count, V, SEGMENT, TILE), (TILE,))
-            key = _key(x) >> UNUSED
-            weight = _weight(x, highest, temperature, threshold, COUNT)
-            acc += tl.where(key[None, :] >= pivots[:, None], weight[None, :], 0.0)
+            following = scores_of(row_ptr, list_ptr, start + TILE // SEGMENT, count, V, SEGMENT, TILE)
+            flat = tl.reshape(x, (TILE,))
+            weight = weight_of(flat, highest, temperature, threshold, COUNT)
+            acc += tl.where((key_of(flat) >> UNUSED)[None, :] >= pivots[:, None], weight[None, :], 0.0)
+            x = following
         low = tl.minimum(low + step * _reached(tl.sum(acc, axis=1), goal), high - 1)
         high = tl.minimum(high, low + step)
-    key = low.to(tl.int32) << UNUSED
+    return score_of(low.to(tl.int32), UNUSED)
+
+
+@triton.constexpr_function
+def unused_bits(dtype):
+    """How many of the lowest bits of float32 scores of that type do not use."""
+    return {tl.bfloat16: 16, tl.float16: 13}.get(dtype, 0)
+
+
+@triton.jit
+def score_of(key, UNUSED: tl.constexpr):
+    """The score whose `key_of` begins with the bits of key, without UNUSED ones."""
+    key = key << UNUSED
     if UNUSED > 0:
         key = tl.where(key < 0, key | ((1 << UNUSED) - 1), key)
     return _value(key)
 
 
 @triton.jit
-def _weight(x, highest, temperature, threshold, COUNT: tl.constexpr):
+def weight_of(x, highest, temperature, threshold, COUNT: tl.constexpr):
     if COUNT:
         weight = tl.full(x.shape, 1.0, tl.float32)
     else:
@@ -288,18 +296,18 @@ def _reached(sums, goal):
 
 
 @triton.jit
-def _listed(active, list_ptr):
-    """Write to list, in order, where active [N] holds; returns how often. Every thread may read the list after it."""
+def listed(active, list_ptr, first):
+    """Write first + i to list, in order, where active [i] holds; returns how often. Every thread may read it then."""
     one = active.to(tl.int32)
     place = tl.cumsum(one, axis=0) - one
     tl.debug_barrier()
-    tl.store(list_ptr + place, tl.arange(0, active.shape[0]), mask=active)
+    tl.store(list_ptr + place, first + tl.arange(0, active.shape[0]), mask=active)
     tl.debug_barrier()
     return tl.sum(one, axis=0)
 
 
 @triton.jit
-def _scores_of(
+def scores_of(
     row_ptr,
     list_ptr,
     start,
@@ -316,7 +324,7 @@ def _scores_of(
 
 
 @triton.jit
-def _key(x):
+def key_of(x):
     """int32 in the order of float32."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from skipjack.kernels import launch, noise, partials, reference_verify, rejection
+from skipjack.kernels import launch, noise, partials, probabilities, reference_verify
 from skipjack.kernels import sample as sample_kernel
 from skipjack.kernels.sample import sample
 from skipjack.kernels.sampling_rule import sampling_rule
@@ -274,7 +274,7 @@ def test_a_large_row_draws_the_same_in_any_batch() -> None:
 @pytest.mark.parametrize("size", [7, 1024, 4500])
 def test_thresholds_and_masses(size: int, dtype: torch.dtype, poison: Callable[[ModuleType], None]) -> None:
     """Against sorting in float64; no two sums of these scores are as close as they are rounded."""
-    poison(rejection)
+    poison(probabilities)
     generator = torch.Generator().manual_seed(size)
     table = [
         (k, p, m, spread)
@@ -286,7 +286,7 @@ def test_thresholds_and_masses(size: int, dtype: torch.dtype, poison: Callable[[
     temperature = torch.rand(len(table), generator=generator) + 0.5
     rule = [field.to(DEVICE) for field in (temperature, k, p.float(), m.float())]
     arrivals = torch.full((len(table),), 7, dtype=torch.int32, device=DEVICE)
-    warping, best = rejection._warping(scores.to(DEVICE)[:, None], rule, arrivals)
+    warping, best = probabilities.warping_of(scores.to(DEVICE)[:, None], rule, arrivals)
     assert arrivals.eq(0).all()
     assert best.eq(-1).all()
     ordered = scores.double().sort(dim=1, descending=True).values
@@ -309,11 +309,52 @@ def test_thresholds_and_masses(size: int, dtype: torch.dtype, poison: Callable[[
         assert mass == pytest.approx(float((weight * left).sum()), rel=3e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_nucleus_may_end_anywhere(dtype: torch.dtype, poison: Callable[[ModuleType], None]) -> None:
+    """Among scores that several programs look for, too many to keep, too far down to be told apart, and at one score.
+
+    The program that samples looks for it alone.
+    """
+    poison(probabilities)
+    size, generator = 40000, torch.Generator().manual_seed(3)
+    assert sampling_rule(size).parts > 1
+    spread, temperature, top_p = zip(
+        (2.5, 1.0, 0.9),
+        (0.01, 1.0, 0.5),
+        (1.0, 1e-7, 0.9),
+        (30.0, 8.0, 0.4),
+        (3.0, 0.7, 0.0),
+        (0.0, 1.0, 0.3),
+        strict=True,
+    )
+    scores = torch.randn(len(spread) + 1, size, generator=generator)
+    scores[:-1] *= torch.tensor(spread)[:, None]
+    scores[-1] = -17.0 - torch.randint(8, (size,), generator=generator) / 8
+    scores[-1, 777] = 0.0
+    scores = scores.to(dtype)
+    t, p = torch.tensor([*temperature, 1.0]), torch.tensor([*top_p, 0.9995])
+    rule = [t, torch.zeros(len(t), dtype=torch.int64), p, torch.zeros(len(t))]
+    arrivals = torch.empty(len(t), dtype=torch.int32, device=DEVICE)
+    warping, _ = probabilities.warping_of(scores.to(DEVICE)[:, None], [field.to(DEVICE) for field in rule], arrivals)
+    for row in range(len(t)):
+        x = scores[row].double()
+        weight = ((x - x.max()) / t[row].double()).exp()
+        ordered, order = x.sort(descending=True)
+        inside = weight[order]
+        reached = ordered[int((inside.cumsum(0) - inside < p[row].double() * inside.sum()).sum().clamp(min=1)) - 1]
+        highest, threshold, mass = warping[row, 0].cpu().double()
+        assert highest == x.max()
+        assert torch.equal(x >= threshold, x >= reached)
+        assert mass == pytest.approx(float(weight[x >= reached].sum()), rel=1e-5)
+    token = sample(scores.to(DEVICE), *(field.to(DEVICE) for field in rule), *seeds(len(t)))
+    assert torch.equal(token, expected(scores.to(DEVICE), tuple(field.to(DEVICE) for field in rule), len(t)))
+
+
 def test_blocks_and_segments_are_fixed_by_the_size_of_a_row() -> None:
-    assert sampling_rule(1) == sampling_rule(64) == (1, 64, 64, 64, 1, 1)
-    assert sampling_rule(65) == (1, 128, 64, 128, 1, 2)
-    assert sampling_rule(128256) == (126, 1024, 64, 2048, 8, 2048)
-    assert sampling_rule(250880) == (245, 1024, 64, 2048, 8, 4096)
+    assert sampling_rule(1) == sampling_rule(64) == (1, 64, 64, 64, 1, 1, 64, 1)
+    assert sampling_rule(65) == (1, 128, 64, 128, 1, 2, 128, 1)
+    assert sampling_rule(128256) == (126, 1024, 64, 2048, 8, 2048, 16384, 8)
+    assert sampling_rule(250880) == (245, 1024, 64, 2048, 8, 4096, 16384, 8)
 
 
 def test_a_row_is_walked_in_blocks_fixed_by_its_size() -> None:
