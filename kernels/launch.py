@@ -117,8 +117,8 @@ def product_rule(
     what is loaded at once; these follow the power of two that the rows of the pass do not exceed, so that few kernels
     are compiled. The interpreter's products are not independent, so there the rows are the tile. Tiles of 8 stream the
     weight, wider ones compute. `normed`: a norm comes before, which reads all columns first. `short`: a loop for the
-    norm's statistics comes before the product's, and registers hold no long step in both. `summed`: the kernel also sums over the weight rows of a program, which therefore do not
-    follow `rows`.
+    norm's statistics comes before the product's, and registers hold no long step in both. `summed`: the kernel also
+    sums over the weight rows of a program, which therefore do not follow `rows`.
     """
     width = padded(columns)
     if arch == 0:
