@@ -62,10 +62,10 @@ def syncs(setting: Setting) -> Found:
     if setting.dry:
         _run(engine, method, 3)
     else:
-        _run(engine, method, 64)
-        # One token comes of the prompt alone: what it waits for is no round's.
-        (several, rounds), (prompt, _) = _waits(engine, method, 64), _waits(engine, method, 1)
-        value = (several - prompt) / rounds
+        _run(engine, method, 96)
+        # What a request waits for once, at its prompt and where its rounds begin and end, is no round's.
+        (several, rounds), (few, least) = _waits(engine, method, 96), _waits(engine, method, 32)
+        value = (several - few) / (rounds - least)
     yield Measurement("T10", "host syncs", value)
 
 

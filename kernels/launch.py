@@ -29,6 +29,8 @@ MANY_ROWS = 64
 RUN = 64
 LONG_WEIGHT = 8
 FLIGHT_BYTES = 72 * 1024
+# Of a thread's registers, beside which it holds a chunk of weights and one of activations.
+SUMS = 64
 # What a program may take of shared memory: on some chips more than on others, which end at SHARED_BYTES.
 SHARED_BYTES = 99 * 1024
 ROOM = {80: 160 * 1024, 90: 200 * 1024, 100: 200 * 1024, 103: 200 * 1024}
@@ -186,8 +188,10 @@ def _shared_out(
 
     For every byte of a weight programs together read ⌈rows ÷ wide⌉ bytes of it and rows ÷ block_n of activations, most
     of them from the L2 cache. Both shrink as blocks widen: to the first of `blocks` that leaves most processors a
-    program, and room for two chunks of the step. Registers hold the sums of every part, and chunks are as long as the
-    room allows: runs of a whole cache line, if it does.
+    program, registers for the sums of every part, and room for two chunks of the step. Chunks are as long as the room
+    allows: runs of a whole cache line, if it does.
+
+    Where a sum over the weight rows leaves one block to choose, each warp has all of its rows: chunks are half as long.
 
     A processor holds two programs of eight warps of a large weight, which has that many; in the registers this leaves,
     blocks of 16 rows spill, and all do on sm_100.
@@ -197,10 +201,12 @@ def _shared_out(
         return rule._replace(registers=REGISTERS // (2 * 32 * rule.warps)) if two else rule
     wide, room = min(MANY_ROWS, _power(rows)), ROOM.get(arch, SHARED_BYTES)
     rule = rule._replace(rows=wide, warps=max(4, rule.parts), norm_apart=True)
-    for run in (RUN, RUN // 2, RUN // 4):
+    most = SUMS * 32 * rule.warps // (wide * rule.parts)
+    longest = RUN if len(blocks) > 1 else RUN // 2
+    for run in (longest, longest // 2, longest // 4):
         rule = rule._replace(run=run)
         chunks = {n: room // ((n + wide) * rule.chunk * itemsize) for n in blocks}
-        fits = [n for n in blocks if chunks[n] >= 2]
+        fits = [n for n in blocks if chunks[n] >= 2 and n <= max(most, blocks[-1])]
         if fits:
             break
     enough = (n for n in fits if weight_rows // n * _power(rows) // wide >= ENOUGH_PROGRAMS)

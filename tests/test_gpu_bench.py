@@ -164,7 +164,7 @@ def test_steps_run_dry_through_the_interpreter(monkeypatch: pytest.MonkeyPatch, 
         *(f"sample, {name}" for name in sampled.CHOICES),
         "rejection, top-p 0.9",
     }
-    assert (launch.PREFETCH_BYTES, launch.RUN, launch.LONG_STEP_ROWS) == (0, 16, 16), "constants are as they were"
+    assert (launch.PREFETCH_BYTES, launch.RUN, launch.LONG_STEP_ROWS) == (0, 64, 16), "constants are as they were"
     assert {row["note"] for row in result["rows"] if row["id"] == "T6" and row["case"] == "8b"} == {
         "dry run, not measured"
     }

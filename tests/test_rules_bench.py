@@ -80,7 +80,7 @@ def test_neither_twice_the_columns_nor_the_rule_in_use_is_tried(bed: Bed, monkey
     every = (Product(16, 128, 1), Product(16, 64, 1), Product(16, 32, 2), Product(16, 32, 3), usual)
     monkeypatch.setattr(rules, "PRODUCTS", every)
     assert candidates(bed.model, "up", dry=False) == [Product(16, 64, 1), Product(16, 32, 2)]
-    assert candidates(bed.model, "attend", dry=False) == [Attention(64, 4), Attention(64, 8), Attention(128, 4)]
+    assert candidates(bed.model, "attend", dry=False) == [Attention(64, 4), Attention(128, 4), Attention(128, 8)]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -138,7 +138,7 @@ def test_rules_are_back_after_an_exception(bed: Bed, chosen: dict[str, Candidate
 def test_the_descent_keeps_the_fastest_of_each_kernel(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, third = Product(16, 32, 1), Product(16, 32, 2), Product(32, 32, 2)
     monkeypatch.setattr(rules, "PRODUCTS", (first, second, third))
-    best = {"qkv": second, "attend": Attention(64, 8), "up": first, "head": third}
+    best = {"qkv": second, "attend": Attention(128, 8), "up": first, "head": third}
 
     def cost(given: dict[str, Candidate]) -> float:
         if given["output"] == second:
