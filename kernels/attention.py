@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import launch
 from .attention_index import Index, TritonIndex
-from .primitives import dot, prefetch, wait_for_producers
+from .primitives import dot, flags, prefetch, wait_for_producers
 from .row_groups import row_groups
 from .splits import FAR_FACTOR, blocks_of, pages_of, split_length, split_of
 
@@ -175,8 +175,7 @@ def _attend_kernel(  # noqa: PLR0915
     position = tl.load(position_ptr + first + offs_row, mask=mask_m, other=-1, cache_modifier=".cg")
     mask_m = mask_m & (owner >= 0)
     if active_ptr is not None:
-        active = tl.load(active_ptr + first + offs_row, mask=mask_m, other=0, cache_modifier=".cg")
-        mask_m = mask_m & (active != 0)
+        mask_m = mask_m & flags(active_ptr, first + offs_row, mask_m)
     position = tl.where(mask_m, position, -1).to(tl.int32)
     last = tl.max(position, axis=0)
     oldest = last * 0

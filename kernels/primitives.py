@@ -61,6 +61,19 @@ def _split_sum(x):
 
 
 @triton.jit
+def flags(ptr, offs, mask):
+    """Which of the bools at ptr + offs are true, none where not `mask`, read in the words of 32 bits they lie in.
+
+    The compiler takes the narrowest load behind an operand of a product as its width, and sums the columns in another
+    order: with a load of 8-bit values there, rows that may be inactive would not have the bits of those that may not.
+    """
+    address = (ptr + offs).to(tl.int64)
+    word_ptr = (address & -4).to(tl.pointer_type(tl.int32))
+    word = tl.load(word_ptr, mask=mask, other=0, cache_modifier=".cg")
+    return (word >> ((address & 3) * 8).to(tl.int32)) & 255 != 0
+
+
+@triton.jit
 def wait_for_producers(PDL: tl.constexpr):
     """Everything earlier kernels wrote is visible after this; before every dependent load, every store, every exit.
 

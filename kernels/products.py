@@ -8,7 +8,8 @@ the sums is that of the step.
 
 Where a product feeds a sum, it is said that the two are fused or, by adding 0, that they are not: left to the compiler,
 the choice could follow the number of rows. No offset or mask given here may come from a load of 8-bit values such as a
-bool: the compiler takes the narrowest load behind an operand as its width, and sums the columns in another order.
+bool, unless by `flags`: the compiler takes the narrowest load behind an operand as its width, and sums the columns in
+another order.
 """
 
 import torch
