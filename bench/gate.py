@@ -213,7 +213,7 @@ def _conclude(binding: Sequence[Finding], report: Sequence[Finding], differing: 
     for line in _grouped(binding):
         typer.echo(line)
     for name, reason in differing.items():
-        typer.echo(f"{name} | rounds differently by the number of rows | {reason}")
+        typer.echo(f"{name} | its cases round differently | {reason}")
 
 
 def _grouped(findings: Sequence[Finding]) -> Iterable[str]:

@@ -60,13 +60,14 @@ EPS = 1e-5
 
 
 class Step(NamedTuple):
-    """What one op does in a pass."""
+    """What one op does in a pass. `alike`: the label of the step it must round like, its own without one."""
 
     op: str
     label: str
     floor: int
     launch: Callable[[], object]
     masked: bool = False
+    alike: str | None = None
 
 
 def cases() -> list[Case]:
@@ -100,10 +101,11 @@ class Pass:
         if not self.prefill and self.tile is not None and self.rows <= FEW_ROWS:
             steps += [*self._routing(), *self._choosing()]
         for place, step in enumerate(steps):
+            alike = step.label if self.tile is None else step.alike or step.label
             yield Case(
                 op=step.op,
                 name=f"{kind} {step.label}, {self.rows} {'row' if self.rows == 1 else 'rows'}",
-                group=f"{kind} {step.label}",
+                group=f"{kind} {alike}",
                 layer=f"{kind}, {self.rows}" if step.label in LAYER else "",
                 place=place,
                 rows=self.rows,
@@ -132,15 +134,18 @@ class Pass:
         if self.rows == 1:
             output = self._linear("output, prefetched", x, self.matrix(s.hidden, s.hidden), residual=x)
             yield output._replace(launch=partial(_prefetching, output.launch))
-        yield self._qkv("qkv, masked", active=active, write=active)
-        yield self._attend("attention, masked", active=active, chains=not self.prefill)
+        yield self._qkv("qkv, masked", active=active, write=active)._replace(alike="qkv")
+        attention = self._attend("attention, masked", active=active, chains=not self.prefill)
+        yield attention._replace(alike="attention")
         scale = self.tensor(self.rows, dtype=torch.float32)
         down = self.matrix(s.hidden, s.inner)
-        yield self._linear("down, masked", gated, down, residual=x, scale=scale, active=active)
+        masked = self._linear("down, masked", gated, down, residual=x, scale=scale, active=active)
+        yield masked._replace(alike="down")
         if not self.prefill:
             tree = Tree(self.ids(self.rows), self.ids(self.rows, DRAFTED + 1))
-            yield self._attend("attention, tree", tree=tree)
-            yield self._attend("attention, rows")
+            yield self._attend("attention, tree", tree=tree)._replace(alike="attention")
+            yield self._attend("attention, masked tree", tree=tree, active=active)._replace(alike="attention")
+            yield self._attend("attention, rows")._replace(alike="attention")
 
     def _head(self) -> Iterator[Step]:
         s = self.shape
@@ -156,7 +161,7 @@ class Pass:
         masked = Step(
             "head", "head, masked", size(weight), lambda: TRITON.head(x, norm, weight, tile=tile, active=active)
         )
-        yield masked._replace(masked=True)
+        yield masked._replace(masked=True, alike="head")
         yield Step(
             "head", "head of 8", size(reduced), lambda: TRITON.head(x, norm, reduced, tile=tile, top_k=8, ids=ids)
         )

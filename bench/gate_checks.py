@@ -43,9 +43,9 @@ class Meaning:
 class Case:
     """One call of an op.
 
-    group: the same call with any number of rows, whose members must round alike. layer: the pass it is part of, where
-    it runs in every layer; place: where in the pass. masked: rows may be inactive, so that nothing is read before the
-    mask is known. floor: bytes of weights, cache or scores that it must read.
+    group: the same call with any number of rows, masked or not, whose members must round alike. layer: the pass it is
+    part of, where it runs in every layer; place: where in the pass. masked: rows may be inactive, so that nothing is
+    read before the mask is known. floor: bytes of weights, cache or scores that it must read.
     """
 
     op: str
@@ -174,7 +174,7 @@ def mma_opcodes(code: MachineCode) -> list[str]:
 
 
 def disagreements(findings: Sequence[Finding]) -> dict[str, str]:
-    """Groups of launches that differ in nothing but the number of rows and yet may round differently, and why."""
+    """Groups of launches that must round alike and may not, and why."""
     groups: dict[str, list[Finding]] = defaultdict(list)
     for finding in findings:
         if not finding.failures:
@@ -182,9 +182,9 @@ def disagreements(findings: Sequence[Finding]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, members in groups.items():
         for how in (_instructions, _sums):
-            kinds = {member.rows: how(member) for member in members}
+            kinds = {(member.rows, member.case): how(member) for member in members}
             if len(set(kinds.values())) > 1:
-                found[name] = "; ".join(f"{rows} rows: {', '.join(kind)}" for rows, kind in sorted(kinds.items()))
+                found[name] = "; ".join(f"{case}: {', '.join(kind)}" for (_, case), kind in sorted(kinds.items()))
     return found
 
 

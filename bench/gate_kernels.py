@@ -7,7 +7,7 @@ CACHE = r"\b(keys|values)_ptr \+"
 SCORES = r"\brow_ptr \+ start\b"
 LISTED = r"\brow_ptr \+ ids\b"
 PROBABILITIES = r"\brow_ptr \+ offs\b"
-ROWS = r"\b(sequence|position|active|table)_ptr \+"
+ROWS = r"\b(sequence|position|table)_ptr \+|\bword_ptr\b"
 TILE = ("BLOCK_N", "CHUNK")
 
 KERNELS = {

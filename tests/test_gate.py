@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from skipjack.bench import gate, order, sass
+from skipjack.bench import gate, gate_cases, order, sass
 from skipjack.bench.gate_checks import Case, Finding, Launch, Meaning, beside_next, disagreements, failures
 from skipjack.kernels import launch
 from skipjack.kernels.primitives import dot, prefetch, wait_for_producers
@@ -299,6 +299,9 @@ def test_order_of_sums_is_read() -> None:
     assert of(SUM.replace("128x8x", "2x8x")) == []
     sliced = SUM.replace("tensor<128x8xf32, #blocked>", "tensor<8xf32, #ttg.slice<{dim = 0, parent = #linear}>>")
     assert of(sliced) == ["reduce of 8 f32: #ttg.linear register [1], lane [], warp [2], block []"]
+    pair = "tensor<16x64xbf16, #ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 4}>> * tensor<64x16xbf16, #other>"
+    assert of(f"%1 = tt.dot %a, %b, %c : {pair}") == ["tt.dot kWidth 4"]
+    assert of("%1 = ttng.warp_group_dot %a, %b, %c") == ["ttng.warp_group_dot"]
 
 
 def finding(**fields: object) -> Finding:
@@ -313,6 +316,7 @@ def test_rows_that_round_differently_are_found() -> None:
     assert len(disagreements([one, replace(other, sums=("b",))])) == 1
     assert disagreements([one, replace(other, sums=("b",), arch="100")]) == {}
     assert disagreements([one, replace(other, sums=("b",), group="other")]) == {}
+    assert len(disagreements([one, replace(other, sums=("b",), rows=1, case="some, masked")])) == 1
 
 
 def test_neighbours_share_an_sm() -> None:
@@ -351,6 +355,17 @@ def test_tritons_set_aside_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SKIPJACK_GATE_TRITON", str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="SKIPJACK_GATE_TRITON"):
         gate.tritons()
+
+
+def test_attention_rounds_alike_whatever_rows_it_is_given() -> None:
+    group = "SmolLM2-135M bfloat16 attention"
+    names = [case.name for case in gate_cases.cases() if case.group == group and case.rows in (1, 16)]
+    assert len(names) == 10
+    here = gate.tritons()
+    found = gate.compile_all({gate.Target(version, here[version], "90"): names for version in here})
+    assert len(found) >= len(names) * len(here)
+    assert not any(finding.failures for finding in found)
+    assert disagreements([one for one in found if one.kernel == "_attend_kernel"]) == {}
 
 
 def test_sample_of_the_kernels_is_as_meant() -> None:

@@ -230,6 +230,22 @@ def test_inactive_rows_are_neither_read_nor_written() -> None:
     assert nothing.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", RTOL)
+def test_a_mask_changes_no_bit_of_active_rows_wherever_it_starts(dtype: torch.dtype) -> None:
+    cached = Cached([150], 2, 16, dtype=dtype)
+    position = torch.arange(131, 150)
+    sequence = torch.zeros_like(position)
+    q = randn(len(position), 4, 16, dtype=dtype, seed=3)
+    usual = cached.attend(q, cached.index(sequence, position))
+    # Three of four masks start between two words of memory.
+    masks = torch.rand(8, len(position), generator=torch.Generator().manual_seed(2)).to(DEVICE) < 0.5
+    masks[0] = True
+    for active in masks:
+        got = cached.attend(q, cached.index(sequence, position), active=active)
+        assert torch.equal(got[active.cpu()], usual[active.cpu()])
+        assert got[~active.cpu()].isnan().all()
+
+
 def test_positions_only_inactive_rows_see_are_not_read() -> None:
     cached = Cached([130], 2, 16)
     sequence, position = torch.zeros(4, dtype=torch.int64), torch.tensor([100, 110, 125, 129])
