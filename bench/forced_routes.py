@@ -11,24 +11,29 @@ import numpy as np
 from ..loaders.config import ModelConfig
 from ..runtime.engine import Engine
 from ..runtime.errors import RequestError, SkipjackError
-from ..runtime.model import Model
+from ..runtime.graphs import Graphs
 from ..runtime.request import SamplingParams
 
 ALWAYS, NEVER = -1.0, 2.0
 
 
 @contextmanager
-def forced(model: Model, skipped: Collection[int]) -> Generator[None, None, None]:
-    """Inside, every token skips the routed layers in `skipped` and runs the others; routers are computed as ever."""
+def forced(engine: Engine, skipped: Collection[int], graphs: Graphs | None = None) -> Generator[None, None, None]:
+    """Inside, every token skips the routed layers in `skipped` and runs the others; routers are computed as ever.
+
+    `graphs` are those of rounds under these thresholds, which are part of what is captured.
+    """
+    model, usual = engine._loaded()[0], engine._graphs  # pyright: ignore[reportPrivateUsage]
     before = list(model.layers)
     for i, layer in enumerate(before):
         if layer.routed is not None:
             threshold = NEVER if i in skipped else ALWAYS
             model.layers[i] = layer._replace(routed=layer.routed._replace(threshold=threshold))
+    engine._graphs = graphs  # pyright: ignore[reportPrivateUsage]
     try:
         yield
     finally:
-        model.layers[:] = before
+        model.layers[:], engine._graphs = before, usual  # pyright: ignore[reportPrivateUsage]
 
 
 def layer_bytes(config: ModelConfig, itemsize: int) -> tuple[int, int]:
@@ -85,19 +90,34 @@ def measure(
     total -= (config.num_layers - len(routed)) * config.hidden_size * _router_width(config) * model.dtype.itemsize
     rows: list[Row] = []
     for count in counts:
-        skipped = routed[len(routed) - count :]
         speeds: list[float] = []
-        for _ in range(pairs):
-            times = [_decode(engine, model, layers, params) for layers in ((), skipped, skipped, ())]
-            speeds.append((times[0] + times[3]) / (times[1] + times[2]))
+        with _graphs(engine) as none, _graphs(engine) as some:
+            plain, skipping = ((), none), (routed[len(routed) - count :], some)
+            for own in (plain, skipping):
+                _decode(engine, *own, params)
+            for _ in range(pairs):
+                times = [_decode(engine, *own, params) for own in (plain, skipping, skipping, plain)]
+                speeds.append((times[0] + times[3]) / (times[1] + times[2]))
         low, speed, high = (float(value) for value in np.percentile(speeds, (10, 50, 90)))
         rows.append(Row(count, len(routed), speed, low, high, 1 - 1 / speed, count * (ran - left) / total))
         progress(count)
     return rows
 
 
-def _decode(engine: Engine, model: Model, skipped: Collection[int], params: SamplingParams) -> float:
-    with forced(model, skipped):
+@contextmanager
+def _graphs(engine: Engine) -> Generator[Graphs | None, None, None]:
+    """Round graphs to be captured, where the engine has any."""
+    model, cache = engine._loaded()  # pyright: ignore[reportPrivateUsage]
+    own = Graphs(model, cache) if engine._graphs else None  # pyright: ignore[reportPrivateUsage]
+    try:
+        yield own
+    finally:
+        if own:
+            own.close()
+
+
+def _decode(engine: Engine, skipped: Collection[int], graphs: Graphs | None, params: SamplingParams) -> float:
+    with forced(engine, skipped, graphs):
         stats = engine.generate([1, 2, 3, 4], params, method="flexidepth").stats
     expected = 2 * len(skipped) * (stats.prompt_tokens + stats.completion_tokens - 1)
     if stats.executed_skips != expected:

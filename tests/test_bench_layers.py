@@ -12,6 +12,7 @@ from skipjack import Engine, RequestError, SkipjackError
 from skipjack.bench import forced_routes as forced
 from skipjack.bench import heat_map, layers
 from skipjack.runtime import cli
+from skipjack.runtime.graphs import Graphs
 
 MODEL = "synthetic:routed-tiny:0.3"
 
@@ -85,6 +86,25 @@ def test_forced_skips_are_counted_before_a_speed_is_told(routed: Engine, monkeyp
     monkeypatch.setattr(forced, "NEVER", 0.5)
     with pytest.raises(SkipjackError, match="expected 48 skipped sub-layers, counted"):
         forced.measure(routed, [4], 3, 1, lambda count: None)
+
+
+def test_rounds_captured_under_other_thresholds_are_not_replayed(routed: Engine, monkeypatch) -> None:
+    usual = Graphs(*routed._loaded())
+    monkeypatch.setattr(routed, "_graphs", usual)
+    under: dict[int, set[tuple[float, ...]]] = {}
+    generate = routed.generate
+
+    def noted(*given, **options):
+        thresholds = tuple(layer.routed.threshold for layer in routed._loaded()[0].layers if layer.routed)
+        under.setdefault(id(routed._graphs), set()).add(thresholds)
+        return generate(*given, **options)
+
+    monkeypatch.setattr(routed, "generate", noted)
+    forced.measure(routed, [4], 3, 1, lambda count: None)
+    assert sorted(map(len, under.values())) == [1, 1]
+    assert id(usual) not in under
+    assert routed._graphs is usual
+    usual.close()
 
 
 def matrices(engine: Engine) -> list:
