@@ -143,7 +143,8 @@ def _ablations(clock: Clock, bed: Bed) -> Iterator[Figure]:
         *(("fast", fast, count, None) for count in (1, 16)),
         ("prefetch", bed, 1, ("PREFETCH_BYTES", PREFETCH_MIB << 20)),
         ("runs of 32", bed, 32, ("RUN", 32)),
-        ("chunks", bed, 16, ("LONG_STEP_ROWS", 8)),
+        ("chunks", bed, 16, ("WIDE_WEIGHT", 0)),
+        ("whole steps", bed, 16, ("WIDE_WEIGHT", 1 << 30)),
     ):
         before = clock.times(bed.step(count))
         with _set(constant):

@@ -158,7 +158,7 @@ def fill_kv(
         weight[0].rows,
         columns,
         # Each layer has a norm of its own, which stays in the product.
-        min(mapped, launch.LONG_STEP_ROWS),
+        min(mapped, launch.whole_steps(columns)),
         tile,
         itemsize,
         arch,

@@ -25,6 +25,8 @@ LARGE_WEIGHT = 8192
 PROCESSORS = 132
 STEP_BYTES = 32 * 1024
 LONG_STEP_ROWS = 16
+WIDE_WEIGHT = 2048
+WIDE_STEP_ROWS = 8
 MANY_ROWS = 64
 RUN = 64
 LONG_WEIGHT = 8
@@ -132,8 +134,8 @@ def product_rule(
     reach = _reach(width, normed)
     rule = _streamed(weight_rows, width, reach, rows, itemsize, large=large, short=short or itemsize == 4)
     if arch in ROOM:
-        rule = _alone(rule, weight_rows, width, reach, itemsize)
-    return _shared_out(rule, weight_rows, rows, itemsize, arch, (rule.block_n,) if summed else (64, 32, 16))
+        rule = _alone(rule, weight_rows, reach, itemsize)
+    return _shared_out(rule, weight_rows, width, rows, itemsize, arch, (rule.block_n,) if summed else (64, 32, 16))
 
 
 def _streamed(
@@ -161,18 +163,15 @@ def _streamed(
     return rule._replace(warps=8)
 
 
-def _alone(rule: ProductRule, weight_rows: int, width: int, reach: int, itemsize: int) -> ProductRule:
+def _alone(rule: ProductRule, weight_rows: int, reach: int, itemsize: int) -> ProductRule:
     """Twice the step, up to the weight's width, for programs that have a processor each: what these have in flight.
 
-    Eight warps hold it. Against more than 8 rows there is room for a half of it, unless it is all there is.
+    Eight warps hold it.
     """
     longer = min(reach, 2 * STEP_BYTES // (rule.block_n * itemsize))
     if rule.parts < 8 or rule.block_k >= longer or weight_rows > rule.block_n * PROCESSORS:
         return rule
-    rule = rule._replace(block_k=longer, warps=8, stages=2)
-    if rule.rows > 8 and width > longer:
-        return rule._replace(run=longer // 2 // rule.parts, norm_apart=True)
-    return rule
+    return rule._replace(block_k=longer, warps=8, stages=2)
 
 
 def _reach(width: int, normed: bool) -> int:
@@ -181,10 +180,15 @@ def _reach(width: int, normed: bool) -> int:
     return power if normed or 2 * power <= 3 * width else power // 2
 
 
+def whole_steps(width: int) -> int:
+    """The rows that whole steps of a weight of so many columns are loaded against."""
+    return WIDE_STEP_ROWS if width >= WIDE_WEIGHT else LONG_STEP_ROWS
+
+
 def _shared_out(
-    rule: ProductRule, weight_rows: int, rows: int, itemsize: int, arch: int, blocks: tuple[int, ...]
+    rule: ProductRule, weight_rows: int, width: int, rows: int, itemsize: int, arch: int, blocks: tuple[int, ...]
 ) -> ProductRule:
-    """The rule for passes of `rows` rows: in 16 bits more than LONG_STEP_ROWS of them share one reading of the weight.
+    """The rule for passes of `rows` rows: in 16 bits more than `whole_steps` of them share one reading of the weight.
 
     For every byte of a weight programs together read ⌈rows ÷ wide⌉ bytes of it and rows ÷ block_n of activations, most
     of them from the L2 cache. Both shrink as blocks widen: to the first of `blocks` that leaves most processors a
@@ -196,7 +200,7 @@ def _shared_out(
     A processor holds two programs of eight warps of a large weight, which has that many; in the registers this leaves,
     blocks of 16 rows spill, and all do on sm_100.
     """
-    if rows <= LONG_STEP_ROWS or itemsize == 4:
+    if rows <= whole_steps(width) or itemsize == 4:
         two = weight_rows >= LARGE_WEIGHT and rule.warps == 8 and arch < 100
         return rule._replace(registers=REGISTERS // (2 * 32 * rule.warps)) if two else rule
     wide, room = min(MANY_ROWS, _power(rows)), ROOM.get(arch, SHARED_BYTES)
@@ -273,7 +277,7 @@ def head_rule(
         if whole:
             rule = rule._replace(block_k=min(rule.block_k, 128 // itemsize))
         blocks = tuple(n for n in (64, 32, 16) if n <= 2 * pairs)
-        rule = _shared_out(rule._replace(most_parts=4), weight_rows, rows, itemsize, arch, blocks)
+        rule = _shared_out(rule._replace(most_parts=4), weight_rows, width, rows, itemsize, arch, blocks)
     if not whole:
         return rule._replace(block_n=min(rule.block_n, 2 * pairs))
     block_k = min(rule.block_k, 128 // itemsize)

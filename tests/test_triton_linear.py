@@ -292,7 +292,7 @@ def test_a_small_weight_is_one_step_where_a_program_has_the_shared_memory_for_it
 def test_programs_with_a_processor_each_have_twice_the_step_on_its_way() -> None:
     one, nine, many = (launch.product_rule(2048, 8192, rows, 8, 2, 90, normed=False) for rows in (1, 9, 40))
     assert (one.block_k, one.chunk, one.warps) == (2048, 2048, 8)
-    assert (nine.block_k, nine.chunk, nine.warps) == (2048, 1024, 8), "the rows take the room of the other half"
+    assert (nine.block_k, nine.chunk, nine.warps) == (2048, 512, 8)
     assert (many.block_k, many.chunk, many.warps) == (2048, 512, 8)
 
 
@@ -324,13 +324,13 @@ def test_many_rows_read_a_large_weight_from_memory_once(arch: int) -> None:
 
 def test_a_processor_holds_two_wide_programs_of_a_large_weight() -> None:
     large, small, narrow = (
-        launch.product_rule(*shape, 8, 2, 90) for shape in ((28672, 4096, 16), (4096, 14336, 16), (28672, 4096, 8))
+        launch.product_rule(*shape, 8, 2, 90) for shape in ((28672, 1536, 16), (4096, 1536, 16), (28672, 1536, 8))
     )
     assert (large.warps, large.parts, large.registers) == (8, 8, 128)
     assert 2 * 32 * large.warps * large.registers <= 65536, "registers of a processor"
     assert (small.warps, small.parts, small.registers) == (8, 8, launch.PRODUCT_REGISTERS)
     assert (narrow.warps, narrow.parts, narrow.registers) == (4, 8, launch.PRODUCT_REGISTERS)
-    assert launch.product_rule(28672, 4096, 16, 8, 2, 100) == large._replace(registers=launch.PRODUCT_REGISTERS)
+    assert launch.product_rule(28672, 1536, 16, 8, 2, 100) == large._replace(registers=launch.PRODUCT_REGISTERS)
     assert launch.product_rule(49152, 576, 16, 8, 2, 90)[3:4] == (4,), "of four parts, as steps of 64 columns have"
 
 
