@@ -205,17 +205,17 @@ def _shared_out(
         return rule._replace(registers=REGISTERS // (2 * 32 * rule.warps)) if two else rule
     wide, room = min(MANY_ROWS, _power(rows)), ROOM.get(arch, SHARED_BYTES)
     rule = rule._replace(rows=wide, warps=max(4, rule.parts), norm_apart=True)
-    most = SUMS * 32 * rule.warps // (wide * rule.parts)
+    most = max(SUMS * 32 * rule.warps // (wide * rule.parts), min(blocks))
     longest = RUN if len(blocks) > 1 else RUN // 2
+    fits: dict[int, int] = {}
     for run in (longest, longest // 2, longest // 4):
         rule = rule._replace(run=run)
-        chunks = {n: room // ((n + wide) * rule.chunk * itemsize) for n in blocks}
-        fits = [n for n in blocks if chunks[n] >= 2 and n <= max(most, blocks[-1])]
+        chunks = {n: room // ((n + wide) * rule.chunk * itemsize) for n in blocks if n <= most}
+        fits = {n: count for n, count in chunks.items() if count >= 2}
         if fits:
             break
-    enough = (n for n in fits if weight_rows // n * _power(rows) // wide >= ENOUGH_PROGRAMS)
-    block_n = next(enough, fits[-1])
-    return rule._replace(block_n=block_n, stages=1 + min(3, chunks[block_n]))
+    block_n = next((n for n in fits if weight_rows // n * _power(rows) // wide >= ENOUGH_PROGRAMS), min(fits))
+    return rule._replace(block_n=block_n, stages=1 + min(3, fits[block_n]))
 
 
 def _computed(weight_rows: int, width: int, rows: int, tile: int, itemsize: int) -> ProductRule:
