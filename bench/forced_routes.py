@@ -12,28 +12,27 @@ from ..loaders.config import ModelConfig
 from ..runtime.engine import Engine
 from ..runtime.errors import RequestError, SkipjackError
 from ..runtime.graphs import Graphs
+from ..runtime.model import Model
 from ..runtime.request import SamplingParams
 
 ALWAYS, NEVER = -1.0, 2.0
 
 
 @contextmanager
-def forced(engine: Engine, skipped: Collection[int], graphs: Graphs | None = None) -> Generator[None, None, None]:
+def forced(model: Model, skipped: Collection[int]) -> Generator[None, None, None]:
     """Inside, every token skips the routed layers in `skipped` and runs the others; routers are computed as ever.
 
-    `graphs` are those of rounds under these thresholds, which are part of what is captured.
+    The thresholds are part of what is captured in a graph.
     """
-    model, usual = engine._loaded()[0], engine._graphs  # pyright: ignore[reportPrivateUsage]
     before = list(model.layers)
     for i, layer in enumerate(before):
         if layer.routed is not None:
             threshold = NEVER if i in skipped else ALWAYS
             model.layers[i] = layer._replace(routed=layer.routed._replace(threshold=threshold))
-    engine._graphs = graphs  # pyright: ignore[reportPrivateUsage]
     try:
         yield
     finally:
-        model.layers[:], engine._graphs = before, usual  # pyright: ignore[reportPrivateUsage]
+        model.layers[:] = before
 
 
 def layer_bytes(config: ModelConfig, itemsize: int) -> tuple[int, int]:
@@ -117,8 +116,13 @@ def _graphs(engine: Engine) -> Generator[Graphs | None, None, None]:
 
 
 def _decode(engine: Engine, skipped: Collection[int], graphs: Graphs | None, params: SamplingParams) -> float:
-    with forced(engine, skipped, graphs):
-        stats = engine.generate([1, 2, 3, 4], params, method="flexidepth").stats
+    """`graphs` have been captured under these thresholds and no others."""
+    usual, engine._graphs = engine._graphs, graphs  # pyright: ignore[reportPrivateUsage]
+    try:
+        with forced(engine._loaded()[0], skipped):  # pyright: ignore[reportPrivateUsage]
+            stats = engine.generate([1, 2, 3, 4], params, method="flexidepth").stats
+    finally:
+        engine._graphs = usual  # pyright: ignore[reportPrivateUsage]
     expected = 2 * len(skipped) * (stats.prompt_tokens + stats.completion_tokens - 1)
     if stats.executed_skips != expected:
         raise SkipjackError(f"expected {expected} skipped sub-layers, counted {stats.executed_skips}")

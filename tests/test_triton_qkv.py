@@ -207,10 +207,19 @@ def test_a_mask_changes_no_bit_of_the_rows_it_keeps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "whole", "weight_rows", "block_n"),
-    [(64, False, 960, 32), (128, False, 6144, 32), (128, True, 6144, 128), (12, False, 6144, 16), (80, True, 960, 128)],
+    ("head_dim", "whole", "weight_rows", "blocks"),
+    [
+        # Blocks of 32 rows would be fewer than the processors.
+        (64, False, 960, (16, 16)),
+        (128, False, 6144, (32, 64)),
+        (128, True, 6144, (128, 128)),
+        (12, False, 6144, (16, 16)),
+        (80, True, 960, (128, 128)),
+    ],
 )
-def test_head_rule_holds_pairs_of_one_head(head_dim: int, whole: bool, weight_rows: int, block_n: int) -> None:
+def test_head_rule_holds_pairs_of_one_head(
+    head_dim: int, whole: bool, weight_rows: int, blocks: tuple[int, int]
+) -> None:
     rules = [launch.head_rule(head_dim, whole, weight_rows, 4096, rows, 8, 2, 90) for rows in (1, 8, 16)]
-    assert [rule.block_n for rule in rules] == [block_n] * 3
+    assert [rule.block_n for rule in rules] == [blocks[0], *blocks]
     assert len({rule.block_k for rule in rules}) == 1
