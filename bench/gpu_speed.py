@@ -85,13 +85,16 @@ def unified(setting: Setting) -> Found:
 
 
 def exact(setting: Setting) -> Found:
-    """T14: every lossless method in turn, in batches, against plain decoding of each prompt alone."""
+    """T14: the lossless methods in turn, in batches, against plain decoding of each prompt alone.
+
+    A shape goes on with the method after the last one of the shape before it: together they have had all of them.
+    """
     wanted, length, batch = (6, 3, 1) if setting.dry else (EXACT_TOKENS, 128, 8)
     params = SamplingParams(max_tokens=length, ignore_eos=True)
-    equal = total = 0
+    equal = total = number = 0
     for label, shape in setting.named(("135m", "1b")).items():
         engine = engine_of(shape, setting.dtypes[0], setting)
-        number = same = seen = 0
+        same = seen = 0
         while seen < wanted / 2:
             prompts = [[3 + (7 * i + 11 * j + 13 * number) % 400 for j in range(4 + 5 * i)] for i in range(batch)]
             plain = [engine.generate(prompt, params).token_ids for prompt in prompts]

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from typer.testing import CliRunner
 
-from skipjack.bench import gpu, gpu_check, gpu_parts, sampled, targets
+from skipjack.bench import gpu, gpu_check, gpu_parts, gpu_speed, rotation, sampled, targets
 from skipjack.bench.gpu_methods import of_decode, of_peers
 from skipjack.bench.gpu_parts import DRY, GPU, Finding, Setting
 from skipjack.bench.gpu_speed import of_steps
@@ -20,6 +22,7 @@ from skipjack.bench.step import Figure
 from skipjack.bench.targets import Measurement, best, judge, of
 from skipjack.kernels import launch
 from skipjack.runtime.methods.policy import PlannedSteps
+from skipjack.runtime.request import SamplingParams
 
 ROOT = Path(__file__).parent.parent
 
@@ -168,6 +171,25 @@ def test_steps_run_dry_through_the_interpreter(monkeypatch: pytest.MonkeyPatch, 
     assert {row["note"] for row in result["rows"] if row["id"] == "T6" and row["case"] == "8b"} == {
         "dry run, not measured"
     }
+
+
+def test_every_lossless_method_is_held_against_plain_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    methods: list[str] = []
+
+    class Plain:
+        config = SimpleNamespace(num_layers=16)
+
+        def generate(self, prompts: list[Any], params: SamplingParams, method: str = "") -> Any:
+            if not method:
+                return SimpleNamespace(token_ids=[7] * params.max_tokens)
+            methods.append(method)
+            return [self.generate(prompt, params) for prompt in prompts]
+
+    monkeypatch.setattr(gpu_speed, "engine_of", lambda *_: Plain())
+    *_, measured = gpu_speed.exact(GPU)
+    assert measured.value == 1
+    cells = {name: {cell.method(16, i) for cell in rotation.cells(name) for i in range(20)} for name in rotation.NAMES}
+    assert all(cells[name] & set(methods) for name in rotation.NAMES)
 
 
 def test_parts_of_a_check_make_up_the_whole() -> None:
