@@ -60,16 +60,26 @@ class ForcedVerify:
 
 
 @contextmanager
-def forced_acceptance(engine: Engine, rate: float) -> Generator[ForcedVerify, None, None]:
-    """Greedy rounds of `engine` accept at `rate`; round graphs captured meanwhile are its own, and go with it."""
+def own_graphs(engine: Engine) -> Generator[Graphs | None, None, None]:
+    """Round graphs for what an engine is made to do for a time, where it has any; they go with it."""
     model, cache = engine._loaded()  # pyright: ignore[reportPrivateUsage]
-    honest, graphs = model.ops, engine._graphs  # pyright: ignore[reportPrivateUsage]
-    verify = ForcedVerify(accepted_counts(rate).to(model.device))
-    model.ops = replace(honest, verify=verify)
-    own = engine._graphs = Graphs(model, cache) if graphs else None  # pyright: ignore[reportPrivateUsage]
+    own = Graphs(model, cache) if engine._graphs else None  # pyright: ignore[reportPrivateUsage]
     try:
-        yield verify
+        yield own
     finally:
-        model.ops, engine._graphs = honest, graphs  # pyright: ignore[reportPrivateUsage]
         if own:
             own.close()
+
+
+@contextmanager
+def forced_acceptance(engine: Engine, rate: float) -> Generator[ForcedVerify, None, None]:
+    """Greedy rounds of `engine` accept at `rate`; round graphs captured meanwhile are its own."""
+    model, _ = engine._loaded()  # pyright: ignore[reportPrivateUsage]
+    honest, graphs = model.ops, engine._graphs  # pyright: ignore[reportPrivateUsage]
+    verify = ForcedVerify(accepted_counts(rate).to(model.device))
+    with own_graphs(engine) as own:
+        model.ops, engine._graphs = replace(honest, verify=verify), own  # pyright: ignore[reportPrivateUsage]
+        try:
+            yield verify
+        finally:
+            model.ops, engine._graphs = honest, graphs  # pyright: ignore[reportPrivateUsage]

@@ -14,6 +14,7 @@ from ..runtime.errors import RequestError, SkipjackError
 from ..runtime.graphs import Graphs
 from ..runtime.model import Model
 from ..runtime.request import SamplingParams
+from .forced_acceptance import own_graphs
 
 ALWAYS, NEVER = -1.0, 2.0
 
@@ -90,7 +91,7 @@ def measure(
     rows: list[Row] = []
     for count in counts:
         speeds: list[float] = []
-        with _graphs(engine) as none, _graphs(engine) as some:
+        with own_graphs(engine) as none, own_graphs(engine) as some:
             plain, skipping = ((), none), (routed[len(routed) - count :], some)
             for own in (plain, skipping):
                 _decode(engine, *own, params)
@@ -101,18 +102,6 @@ def measure(
         rows.append(Row(count, len(routed), speed, low, high, 1 - 1 / speed, count * (ran - left) / total))
         progress(count)
     return rows
-
-
-@contextmanager
-def _graphs(engine: Engine) -> Generator[Graphs | None, None, None]:
-    """Round graphs to be captured, where the engine has any."""
-    model, cache = engine._loaded()  # pyright: ignore[reportPrivateUsage]
-    own = Graphs(model, cache) if engine._graphs else None  # pyright: ignore[reportPrivateUsage]
-    try:
-        yield own
-    finally:
-        if own:
-            own.close()
 
 
 def _decode(engine: Engine, skipped: Collection[int], graphs: Graphs | None, params: SamplingParams) -> float:
