@@ -120,20 +120,17 @@ class Pass:
         norm = self.norm()
         x, attended, gated = (self.tensor(self.rows, n) for n in (s.hidden, s.heads * s.head_dim, s.inner))
         yield self._qkv("qkv")
-        yield self._attend("attention", chains=not self.prefill)
-        yield self._linear("output", attended, self.matrix(s.hidden, s.heads * s.head_dim), residual=x)
-        gate_up = self.matrix(2 * s.inner, s.hidden)
+        output, gate_up = self.matrix(s.hidden, s.heads * s.head_dim), self.matrix(2 * s.inner, s.hidden)
+        yield self._attend("attention", chains=not self.prefill, ahead=output)
+        yield self._linear("output", attended, output, residual=x, ahead=gate_up)
         yield self._linear("gate and up", x, gate_up, norm=norm, activation="silu_gate")
         yield self._linear("down", gated, self.matrix(s.hidden, s.inner), residual=x)
 
     def _masked(self) -> Iterator[Step]:
-        """The same with rows that may be inactive, attention of a draft tree, and a product that prefetches."""
+        """The same with rows that may be inactive, and attention of a draft tree."""
         s = self.shape
         active = self.tensor(self.rows, dtype=torch.bool)
         x, gated = self.tensor(self.rows, s.hidden), self.tensor(self.rows, s.inner)
-        if self.rows == 1:
-            output = self._linear("output, prefetched", x, self.matrix(s.hidden, s.hidden), residual=x)
-            yield output._replace(launch=partial(_prefetching, output.launch))
         yield self._qkv("qkv, masked", active=active, write=active)._replace(alike="qkv")
         attention = self._attend("attention, masked", active=active, chains=not self.prefill)
         yield attention._replace(alike="attention")
@@ -309,7 +306,13 @@ class Pass:
         )
 
     def _attend(
-        self, label: str, tree: Tree | None = None, active: Tensor | None = None, *, chains: bool = False
+        self,
+        label: str,
+        tree: Tree | None = None,
+        active: Tensor | None = None,
+        *,
+        chains: bool = False,
+        ahead: Matrix | None = None,
     ) -> Step:
         s = self.shape
         q = self.tensor(self.rows, s.heads, s.head_dim)
@@ -326,8 +329,8 @@ class Pass:
             width=width,
         )
         read = 2 * self.sequences * CONTEXT * s.kv_heads * s.head_dim * self.dtype.itemsize
-        scale = s.head_dim**-0.5
-        return Step("attend", label, read, lambda: TRITON.attend(q, keys, values, index, scale=scale, active=active))
+        options = {"scale": s.head_dim**-0.5, "active": active, "ahead": ahead}
+        return Step("attend", label, read, lambda: TRITON.attend(q, keys, values, index, **options))
 
     def tensor(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(sizes, dtype=dtype or self.dtype, device="meta")
@@ -369,15 +372,6 @@ class Pass:
 
 
 _WARPING = (torch.float32, torch.int64, torch.float32, torch.float32)
-
-
-def _prefetching(run: Callable[[], object]) -> object:
-    """`run` with the prefetch of weights, which is off."""
-    usual, launch.PREFETCH_BYTES = launch.PREFETCH_BYTES, 32 << 20
-    try:
-        return run()
-    finally:
-        launch.PREFETCH_BYTES = usual
 
 
 def size(stored: Matrix | Tensor) -> int:

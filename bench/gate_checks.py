@@ -16,7 +16,7 @@ SHARED_OF_CHIP = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 SHARED_PREFERRED = 99 * 1024
 SHARED_OF_BLOCK = 1024
 REGISTERS_OF_CHIP = 65536
-PREFETCH = "CCTL"
+PREFETCH = "UBLKPF"
 # Rows, columns and depth of a matrix instruction that a group of warps shares.
 _GROUP = re.compile(r"\b(\d+)x\d+x(\d+)\b")
 
@@ -155,7 +155,7 @@ def _chain(code: MachineCode, meaning: Meaning, launch: Launch) -> Iterable[str]
         yield f"stores before the wait: {_some(stores)}"
     if ends := [i for i in early if i.is_end]:
         yield f"the kernel may end before the wait: {_some(ends)}"
-    if launch.constexprs.get("PREFETCHED") and not any(i.base == PREFETCH for i in early):
+    if launch.constexprs.get("ahead_ptr") is not None and not any(i.base == PREFETCH for i in early):
         yield "the L2 cache is asked for nothing before the wait"
     loads = [i for i in early if i.is_load and not (meaning.known and re.search(meaning.known, i.source))]
     if foreign := [i for i in loads if not meaning.prefetch or not _streamed(i, meaning)]:

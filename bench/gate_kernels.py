@@ -7,7 +7,8 @@ CACHE = r"\b(keys|values)_ptr \+"
 SCORES = r"\brow_ptr \+ start\b"
 LISTED = r"\brow_ptr \+ ids\b"
 PROBABILITIES = r"\brow_ptr \+ offs\b"
-ROWS = r"\b(sequence|position|table)_ptr \+|\bword_ptr\b"
+# The assembler gives a load of a position to the maximum that is taken of them.
+ROWS = r"\b(sequence|position|table)_ptr \+|\bword_ptr\b|\b_elementwise_max\b"
 TILE = ("BLOCK_N", "CHUNK")
 
 KERNELS = {

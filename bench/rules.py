@@ -58,6 +58,10 @@ PRODUCTS = tuple(starmap(Product, (
     (32, 128, 5), (32, 256, 3), (32, 256, 5), (32, 512, 2), (32, 512, 3), (64, 128, 3), (64, 256, 3),
     # 64 KiB of a weight in flight before the wait, all of it where it has no more columns.
     (16, 2048, 2, 8), (32, 1024, 2, 8),
+    # More of it in flight behind the wait.
+    (32, 256, 4), (32, 512, 4), (64, 256, 4), (64, 512, 2), (16, 2048, 3, 8), (32, 1024, 3, 8),
+    # Few programs, so that activations are read seldom.
+    (64, 512, 3, 8), (64, 1024, 2, 8), (128, 512, 2, 8),
 )))
 # fmt: on
 ATTENTIONS = tuple(starmap(Attention, product((64, 128), (4, 8))))

@@ -36,7 +36,6 @@ DRY_FIELDS = {"num_hidden_layers": 5, "vocab_size": 256}
 SAMPLES = 20
 FEW_ROWS = (1, 8, 16)
 ROWS = (*FEW_ROWS, 32, 64)
-PREFETCH_MIB = 32
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def _ablations(clock: Clock, bed: Bed) -> Iterator[Figure]:
     fast = bed._replace(model=Model(bed.model.config, bed.weights, select("triton", "fast")))
     for name, other, count, constant in (
         *(("fast", fast, count, None) for count in (1, 16)),
-        ("prefetch", bed, 1, ("PREFETCH_BYTES", PREFETCH_MIB << 20)),
+        ("nothing ahead", bed, 1, ("AHEAD_BYTES", 0)),
         ("runs of 32", bed, 32, ("RUN", 32)),
         ("chunks", bed, 16, ("WIDE_WEIGHT", 0)),
         ("whole steps", bed, 16, ("WIDE_WEIGHT", 1 << 30)),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import attention_rules, launch
 from .attention_index import Index, TritonIndex
-from .primitives import dot, flags, prefetch, wait_for_producers
+from .primitives import dot, flags, prefetch, prefetch_first, wait_for_producers
 from .row_groups import row_groups
 from .splits import (
     FAR_FACTOR,
@@ -28,6 +28,7 @@ from .splits import (
     split_of,
     store_mean,
 )
+from .values import Matrix
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 CACHE_LINE: tl.constexpr = tl.constexpr(launch.CACHE_LINE)
@@ -43,13 +44,15 @@ def attend(
     window: int | None = None,
     slopes: Tensor | None = None,
     active: Tensor | None = None,
+    ahead: Matrix | None = None,
 ) -> Tensor:
     """softmax(scale·q·kᵀ + slope·(key position − position))·v over the keys at or before each row's position.
 
     q [R, heads, D]; keys, values [pages, kv_heads, P, D] of equal strides; slopes float32 [heads] for ALiBi; `window`:
     a row sees itself and the window − 1 positions before it. Returns [R, heads·D], undefined for rows of no sequence
     and rows that are not `active` bool [R]. Raises TypeError for an index of another backend. The kernel launched just
-    before must have written neither the index nor `active`: with rows of equal `width` both are read before it ends.
+    before must have written neither the index nor `active`: with rows of equal `width` both are read before it
+    ends, and the L2 cache is asked for `ahead`, the weight of the kernel after this one, unless there is `active`.
     """
     if not isinstance(index, TritonIndex):
         raise TypeError(f"index: expected TritonIndex, got {type(index).__name__}")
@@ -61,15 +64,17 @@ def attend(
         return out
     arch = launch.architecture()
     tile = launch.tile_of(rows, index.tile)
-    rule = attention_rules.attention_rule(head_dim, group, kv_heads, tile, q.element_size(), arch, index.width)
-    groups = row_groups(index, rule.rows) if index.width is None else None
-    bound = groups.bound if groups else index.block_table.shape[0] * triton.cdiv(index.width or 1, rule.rows)
+    sequences, width = index.block_table.shape[0], index.width
+    rule = attention_rules.attention_rule(head_dim, group, kv_heads, tile, q.element_size(), arch, width, sequences)
+    groups = row_groups(index, rule.rows) if width is None else None
+    bound = groups.bound if groups else sequences * triton.cdiv(width or 1, rule.rows)
     splits = attention_rules.attention_splits(index.capacity, rule.split)
     tiles, scratch_bytes = bound * kv_heads, 4 * splits * q.numel()
     in_order = attention_rules.attention_in_order(tiles, scratch_bytes)
     programs = attention_rules.attention_programs(tiles, splits, scratch_bytes)
     scratch = (None, None, None) if in_order else index.scratch(tiles, splits, heads, head_dim)
     tree = index.tree
+    asked = 0 if ahead is None or groups or active is not None else launch.ahead_bytes(ahead.data.nbytes, arch)
     _attend_kernel[(bound, kv_heads, programs)](
         q,
         keys,
@@ -85,6 +90,7 @@ def attend(
         slopes,
         active if active is None else active.contiguous(),
         *scratch,
+        ahead.data if ahead is not None and asked else None,
         q.stride(0),
         q.stride(1),
         keys.stride(0),
@@ -93,9 +99,10 @@ def attend(
         index.block_table.stride(0),
         0 if tree is None else tree.slot.stride(0),
         rows,
-        index.width or 0,
+        width or 0,
         scale * LOG2_E.value,
         window,
+        asked,
         HEADS=heads,
         GROUP=group,
         D=head_dim,
@@ -113,7 +120,7 @@ def attend(
 
 
 @triton.jit(
-    do_not_specialize=["stride_table", "stride_node", "rows", "width", "window"],
+    do_not_specialize=["stride_table", "stride_node", "rows", "width", "window", "ahead"],
     do_not_specialize_on_alignment=["active_ptr"],
 )
 def _attend_kernel(  # noqa: PLR0915
@@ -133,6 +140,7 @@ def _attend_kernel(  # noqa: PLR0915
     partial_ptr,
     state_ptr,
     arrivals_ptr,
+    ahead_ptr,
     stride_q_row,
     stride_q_head,
     stride_page,
@@ -144,6 +152,7 @@ def _attend_kernel(  # noqa: PLR0915
     width,
     scale,
     window,
+    ahead,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -202,6 +211,10 @@ def _attend_kernel(  # noqa: PLR0915
                 keys_ptr, values_ptr, pages, first_split + pid_split, length, oldest, last, stride_page, stride_slot,
                 BLOCK, SPLIT, D, EVEN,
             )  # fmt: skip
+            if ahead_ptr is not None:
+                program = (pid_split * tl.num_programs(1) + pid_kv) * tl.num_programs(0) + pid_group
+                programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+                prefetch_first(ahead_ptr, ahead, program, programs)
         wait_for_producers(PDL)
     if last < 0 or pid_split >= splits:
         return

@@ -9,6 +9,9 @@ NEAR_SPLITS = 8
 FAR_FACTOR = 4
 BUSY_PROGRAMS = 128
 SCRATCH_BYTES = 1 << 28
+# Rows × heads of a product, and bytes of keys that are narrow.
+PRODUCT_ROWS = 16
+NARROW = 128
 
 
 class AttentionRule(NamedTuple):
@@ -26,14 +29,23 @@ class AttentionRule(NamedTuple):
 
 
 def attention_rule(
-    head_dim: int, group: int, kv_heads: int, tile: int, itemsize: int, arch: int, width: int | None = None
+    head_dim: int,
+    group: int,
+    kv_heads: int,
+    tile: int,
+    itemsize: int,
+    arch: int,
+    width: int | None = None,
+    sequences: int = 1,
 ) -> AttentionRule:
     """Passes of tiles of `tile` rows, `group` query heads to a key head: one product takes 16 or more rows × heads.
 
     32 are enough to read keys once for a verified draft, 16 are what float32 has registers for; sm_90 has wider matrix
     units for prompts, which round otherwise. Of sequences with `width` rows each a program takes no more than these,
-    up to the power of two: the same instructions, fewer of them. Stages are what fits into shared memory. Splits are
-    short where their keys are wide, or where few key heads make few programs.
+    up to the power of two: the same instructions, fewer of them; and of narrow keys, which cost little to be read
+    twice, no more than one product takes as long as programs are few: splits then wait for the merge of 16 rows ×
+    heads, not of 32. Stages are what fits into shared memory. Splits are short where their keys are wide, or where few
+    key heads make few programs.
     """
     size = (1 << (head_dim - 1).bit_length()) * itemsize
     wide = 90 <= arch < 100 and itemsize == 2 and head_dim <= 128
@@ -44,6 +56,9 @@ def attention_rule(
     rows = max(1, min(1 << (tile.bit_length() - 1), 16, products // heads))
     if arch and width and rows * heads < 64:
         rows = min(rows, 1 << (width - 1).bit_length())
+        fewer = max(1, PRODUCT_ROWS // heads)
+        if size <= NARROW and sequences * kv_heads * -(-width // fewer) * NEAR_SPLITS <= BUSY_PROGRAMS:
+            rows = min(rows, fewer)
     heads = max(heads, 16 // rows)
     queries = rows * heads * (size + 64 * itemsize)
     held = 0 if rows * heads >= 64 else 1

@@ -45,6 +45,7 @@ def linear(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
     active: Tensor | None = None,
+    ahead: Matrix | None = None,
 ) -> Tensor:
     """As `reference.linear`; a weight in panels needs no tiles, and a whole tile none of the steps to make it one."""
     tile = None if weight.in_panels else tile
@@ -134,6 +135,7 @@ def attend(
     window: int | None = None,
     slopes: Tensor | None = None,
     active: Tensor | None = None,
+    ahead: Matrix | None = None,
 ) -> Tensor:
     """As `reference.attend`; what a row sees of a tree is its own path, so that its sums are those of a chain."""
     rows, heads, head_dim = q.shape

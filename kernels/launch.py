@@ -15,12 +15,13 @@ from triton.runtime import driver
 
 INTERPRETED = bool(knobs.runtime.interpret)
 DEPENDENT_LAUNCH = os.environ.get("SKIPJACK_PDL", "1") != "0"
-PREFETCH_BYTES = int(os.environ.get("SKIPJACK_PREFETCH_MIB", "0")) << 20
+AHEAD_BYTES = int(os.environ.get("SKIPJACK_AHEAD_MIB", "8")) << 20
 ROW_MAP_BLOCK = 1024
 LOOKUP_BLOCK = 1024
 LOOKUP_BLOCKS = 64
 
 LARGE_WEIGHT = 8192
+VOCABULARY = 65536
 # Of an H100 or H200 (SXM), on whatever chip: only the depth of pipelines follows from it.
 PROCESSORS = 132
 STEP_BYTES = 32 * 1024
@@ -41,7 +42,7 @@ PRODUCT_REGISTERS = 255
 ENOUGH_PROGRAMS = 96
 STREAMED_ROWS = 64
 CACHE_LINE = 128
-LINES_AT_ONCE = 8
+AHEAD_PIECE = 16 * 1024
 
 
 class ProductRule(NamedTuple):
@@ -133,8 +134,10 @@ def product_rule(
     large = weight_rows >= LARGE_WEIGHT
     reach = _reach(width, normed)
     rule = _streamed(weight_rows, width, reach, rows, itemsize, large=large, short=short or itemsize == 4)
-    if arch in ROOM:
-        rule = _alone(rule, weight_rows, reach, itemsize)
+    if arch in ROOM and large:
+        rule = _broad(rule, weight_rows, width, itemsize)
+    elif arch in ROOM:
+        rule = _alone(rule, weight_rows, width, reach, itemsize, ROOM[arch])
     return _shared_out(rule, weight_rows, width, rows, itemsize, arch, (rule.block_n,) if summed else (64, 32, 16))
 
 
@@ -163,15 +166,31 @@ def _streamed(
     return rule._replace(warps=8)
 
 
-def _alone(rule: ProductRule, weight_rows: int, reach: int, itemsize: int) -> ProductRule:
-    """Twice the step, up to the weight's width, for programs that have a processor each: what these have in flight.
+def _broad(rule: ProductRule, weight_rows: int, width: int, itemsize: int) -> ProductRule:
+    """Twice the weight rows a program: half as many programs read the same activations out of the same cache lines.
 
-    Eight warps hold it.
+    Those of a vocabulary take eight steps. What is in flight is 64 KiB in either case.
     """
-    longer = min(reach, 2 * STEP_BYTES // (rule.block_n * itemsize))
-    if rule.parts < 8 or rule.block_k >= longer or weight_rows > rule.block_n * PROCESSORS:
+    if rule.parts < 8 or width < WIDE_WEIGHT or rule.block_n * rule.block_k * itemsize < STEP_BYTES:
         return rule
-    return rule._replace(block_k=longer, warps=8, stages=2)
+    block_n = 2 * rule.block_n
+    block_k = min(rule.block_k, _power(width // 8 + 1) // 2) if weight_rows >= VOCABULARY else rule.block_k
+    return rule._replace(block_n=block_n, block_k=block_k, stages=1 + 2 * STEP_BYTES // (block_n * block_k * itemsize))
+
+
+def _alone(rule: ProductRule, weight_rows: int, width: int, reach: int, itemsize: int, room: int) -> ProductRule:
+    """Steps of 64 KiB for programs that have a processor each, and as many on their way where there is room for two.
+
+    Twice the weight rows a program, or else columns, up to `reach`. Eight warps hold the step.
+    """
+    block_n = rule.block_n
+    if weight_rows > PROCESSORS * block_n and weight_rows >= 2 * ENOUGH_PROGRAMS * block_n:
+        block_n *= 2
+    block_k = min(reach, 2 * STEP_BYTES // (block_n * itemsize))
+    if rule.parts < 8 or weight_rows > PROCESSORS * block_n or block_n * block_k <= rule.block_n * rule.block_k:
+        return rule
+    buffers = min(2, -(-width // block_k) - 1, room // ((block_n + rule.rows) * block_k * itemsize))
+    return rule._replace(block_n=block_n, block_k=block_k, warps=8, stages=1 + max(1, buffers))
 
 
 def _reach(width: int, normed: bool) -> int:
@@ -203,9 +222,11 @@ def _shared_out(
     if rows <= whole_steps(width) or itemsize == 4:
         two = weight_rows >= LARGE_WEIGHT and rule.warps == 8 and arch < 100
         return rule._replace(registers=REGISTERS // (2 * 32 * rule.warps)) if two else rule
-    wide, room = min(MANY_ROWS, _power(rows)), ROOM.get(arch, SHARED_BYTES)
-    rule = rule._replace(rows=wide, warps=max(4, rule.parts), norm_apart=True)
-    most = max(SUMS * 32 * rule.warps // (wide * rule.parts), min(blocks))
+    room, warps = ROOM.get(arch, SHARED_BYTES), max(4, rule.parts)
+    sums = SUMS * 32 * warps // rule.parts
+    wide = min(MANY_ROWS, _power(rows), sums // min(blocks))
+    rule = rule._replace(rows=wide, warps=warps, norm_apart=True)
+    most = max(sums // wide, min(blocks))
     longest = RUN if len(blocks) > 1 else RUN // 2
     fits: dict[int, int] = {}
     for run in (longest, longest // 2, longest // 4):
@@ -340,16 +361,15 @@ def dependent(arch: int) -> bool:
     return DEPENDENT_LAUNCH and arch >= 90
 
 
-def prefetched_columns(weight_rows: int, columns: int, itemsize: int, arch: int) -> int:
-    """Columns of each weight row that a product asks the L2 cache for before it waits for the kernel before it.
+def ahead_bytes(weight_bytes: int, arch: int) -> int:
+    """Bytes of the next kernel's weight that a kernel asks the L2 cache for before it waits for the one before it.
 
-    None unless SKIPJACK_PREFETCH_MIB gives the bytes of a weight that may be: off, as on an H100 it did not pay, and of
-    use only where a kernel waits. Attention reads little and takes long; the product after it is what could gain.
+    The first SKIPJACK_AHEAD_MIB of it, 8 unless that says otherwise: memory has no time for more before that kernel
+    asks for itself, and what lies in the cache for long takes the room of what is read sooner.
     """
-    if not (PREFETCH_BYTES and _nvidia() and dependent(arch)):
+    if not (_nvidia() and dependent(arch)):
         return 0
-    at_once = LINES_AT_ONCE * CACHE_LINE // itemsize
-    return min(padded(columns), PREFETCH_BYTES // (weight_rows * itemsize)) // at_once * at_once
+    return min(weight_bytes, AHEAD_BYTES) // AHEAD_PIECE * AHEAD_PIECE
 
 
 @cache

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import launch
-from .primitives import gelu_tanh, silu, wait_for_producers
-from .products import halves, prefetch_weight, row_product, statistics_first, weighed, weight_tile
+from .primitives import gelu_tanh, prefetch_first, silu, wait_for_producers
+from .products import halves, row_product, statistics_first, weighed, weight_tile
 from .values import Matrix, Norm, Split, Stack
 
 # Sums of a program beside whose product registers hold what they are completed with.
@@ -65,7 +65,7 @@ def _terms(
     return bias, scale, residual
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["active_ptr"])
+@triton.jit(do_not_specialize=["rows", "ahead"], do_not_specialize_on_alignment=["active_ptr"])
 def _linear_kernel(
     x_ptr,
     norm_ptr,
@@ -76,11 +76,13 @@ def _linear_kernel(
     scale_ptr,
     active_ptr,
     residual_ptr,
+    ahead_ptr,
     out_ptr,
     stride_x,
     stride_out,
     rows,
     eps,
+    ahead,
     N: tl.constexpr,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
@@ -90,7 +92,6 @@ def _linear_kernel(
     PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
-    PREFETCHED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """scale·activation(norm(x)·Wᵀ + bias) + residual → out.
@@ -106,14 +107,16 @@ def _linear_kernel(
     pid_n = tl.program_id(1).to(tl.int64)
     offs_b = tl.arange(0, BLOCK_N)
     offs_w = pid_n * BLOCK + offs_b % BLOCK
-    mask_w = offs_w < OUT
+    # A mask takes registers, and blocks that fill the weight need none.
+    mask_w = offs_w < OUT if OUT % BLOCK != 0 else offs_b >= 0
     offs_w += offs_b // BLOCK * OUT
     mask_r = offs_r < rows
     mask_out = mask_r
     if active_ptr is None:
         first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K, PARTS, CHUNK)
-        if PREFETCHED > 0:
-            prefetch_weight(w_ptr, offs_w * K_PADDED, mask_w, PREFETCHED)
+        if ahead_ptr is not None:
+            program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+            prefetch_first(ahead_ptr, ahead, program, tl.num_programs(0) * tl.num_programs(1))
         wait_for_producers(PDL)
     else:
         wait_for_producers(PDL)
@@ -180,12 +183,14 @@ def linear(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
     active: Tensor | None = None,
+    ahead: Matrix | None = None,
 ) -> Tensor:
     """scale·activation(norm(x)·Wᵀ + bias), added in place to `residual` where that is given.
 
     x [R, K], W [N, K] → [R, N]; with activation "silu_gate" W holds gate rows above up rows and the result is
     silu(gate)·up, [R, N/2]; "gelu_tanh" is elementwise. `scale` float32 [R]. `active` bool [R]: rows that are False
-    leave `residual` untouched (their result is undefined without one).
+    leave `residual` untouched (their result is undefined without one). `ahead`: a weight that the kernel after this one
+    reads, which the L2 cache is asked for while this one waits, unless there is `active`.
     """
     rows = x.shape[0]
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -198,6 +203,7 @@ def linear(
     )
     block = rule.block_n // 2 if activation == "silu_gate" else rule.block_n
     eps = 0.0 if norm is None else norm.eps
+    asked = 0 if ahead is None or active is not None else launch.ahead_bytes(ahead.data.nbytes, arch)
     x, norm, inverse_rms = weighed(x, norm, rule)
     _linear_kernel[(triton.cdiv(rows, rule.rows), triton.cdiv(width, block))](
         x,
@@ -209,11 +215,13 @@ def linear(
         None if scale is None else scale.contiguous(),
         None if active is None else active.contiguous(),
         residual,
+        ahead.data if ahead is not None and asked else None,
         out,
         x.stride(0),
         out.stride(0),
         rows,
         eps,
+        asked,
         N=weight.rows,
         K=weight.columns,
         K_PADDED=weight.data.shape[-1],
@@ -223,7 +231,6 @@ def linear(
         PARTS=rule.parts,
         CHUNK=rule.chunk,
         ROWS=rule.rows,
-        PREFETCHED=launch.prefetched_columns(weight.rows, weight.columns, x.element_size(), arch),
         PDL=launch.dependent(arch),
         **launch.options(rule.warps, rule.stages, rule.registers),
     )

@@ -3,7 +3,10 @@
 import triton
 import triton.language as tl
 
+from . import launch
+
 # The interpreter multiplies bfloat16 as integers: there products are made in float32.
+AHEAD_PIECE: tl.constexpr = tl.constexpr(launch.AHEAD_PIECE)
 _UPCAST: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -92,6 +95,30 @@ def prefetch(ptrs):
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def prefetch_first(ptr, size, program, programs):
+    """Ask for the first `size` bytes at ptr, a multiple of AHEAD_PIECE, which the `programs` that call this share out.
+
+    One thread asks for a piece at once (sm_90 and later): nothing waits for the requests to be made.
+    """
+    for piece in range(program, size // AHEAD_PIECE, programs):
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred first;
+            .reg .u32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            @first cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,r",
+            [ptr.to(tl.int64) + piece * AHEAD_PIECE, tl.full((), AHEAD_PIECE, tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

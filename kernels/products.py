@@ -18,11 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import dot, gathered_sum, gathered_sum_of_columns, ordered_sum, prefetch, wait_for_producers
+from .primitives import dot, gathered_sum, gathered_sum_of_columns, ordered_sum, wait_for_producers
 from .values import Norm
-
-CACHE_LINE: tl.constexpr = tl.constexpr(launch.CACHE_LINE)
-LINES_AT_ONCE: tl.constexpr = tl.constexpr(launch.LINES_AT_ONCE)
 
 
 def weighed(x: Tensor, norm: Norm | None, rule: launch.ProductRule) -> tuple[Tensor, Norm | None, Tensor | None]:
@@ -148,20 +145,6 @@ def _norm(
     if norm_ptr is not None:
         values = tl.load(norm_ptr + k + offs_k, mask=k + offs_k < K, other=0.0)
     return values
-
-
-@triton.jit
-def prefetch_weight(
-    w_ptr,
-    offs_w,
-    mask_w,
-    COLUMNS: tl.constexpr,
-):
-    """Ask for the first COLUMNS columns of the weight rows at offs_w [BLOCK_N], the loads of steps to come."""
-    LINE: tl.constexpr = CACHE_LINE // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    offs_w = tl.where(mask_w, offs_w, 0)
-    for k in range(0, COLUMNS, LINES_AT_ONCE * LINE):
-        prefetch(w_ptr + offs_w[:, None] + (k + tl.arange(0, LINES_AT_ONCE) * LINE)[None, :])
 
 
 @triton.jit

@@ -65,12 +65,14 @@ def linear(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
     active: Tensor | None = None,
+    ahead: Matrix | None = None,
 ) -> Tensor:
     """scale·activation(norm(x)·Wᵀ + bias), added in place to `residual` where that is given.
 
     x [R, K], W [N, K] → [R, N]; with activation "silu_gate" W holds gate rows above up rows and the result is
     silu(gate)·up, [R, N/2]; "gelu_tanh" is elementwise. `scale` float32 [R]. `active` bool [R]: rows that are False
-    leave `residual` untouched (their result is undefined without one). Only active rows are computed.
+    leave `residual` untouched (their result is undefined without one). Only active rows are computed. `ahead`, the
+    weight of the kernel after this one, changes no result.
     """
     return linear_by(_AROUND, x, weight, tile, norm, bias, activation, residual, scale, active)
 
@@ -208,6 +210,7 @@ def attend(
     window: int | None = None,
     slopes: Tensor | None = None,
     active: Tensor | None = None,
+    ahead: Matrix | None = None,
 ) -> Tensor:
     """softmax(scale·q·kᵀ + slope·(key position − position))·v over the keys at or before each row's position.
 
@@ -215,8 +218,8 @@ def attend(
     and the window − 1 positions before it. Returns [R, heads·D], undefined for rows of no sequence and rows that are
     not `active` bool [R]. One page is one block of the reduction: blocks are merged in order from position 0 by their
     log-sum-exp, and a block no key of which is seen adds exactly nothing. A tree's rows take the pages before the tree
-    together and those it lies in once for every leaf, gathered along its path. Raises TypeError for an index of
-    another backend.
+    together and those it lies in once for every leaf, gathered along its path. `ahead`, the weight of the kernel after
+    this one, changes no result. Raises TypeError for an index of another backend.
     """
     if not isinstance(index, AttentionIndex):
         raise TypeError(f"index: expected AttentionIndex, got {type(index).__name__}")

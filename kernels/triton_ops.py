@@ -1,7 +1,10 @@
 """The op table of the hand-written kernels."""
 
+import sys
+
 import torch
 import triton
+from triton.runtime.jit import JITFunction
 
 from . import launch
 from .attention import attend
@@ -73,3 +76,18 @@ TRITON = Ops(
     branch=branch,
     commit=commit,
 )
+
+
+def _name_kernels() -> None:
+    """Give every kernel the name it has in Triton's cache on disk.
+
+    It hashes what a kernel calls, and the result depends on what was hashed before (3.6.0): in one order it is the same
+    in every process, whatever that launches first, and nothing is compiled twice.
+    """
+    modules = sorted(name for name in sys.modules if name.startswith(f"{__package__}."))
+    for kernel in (value for name in modules for value in vars(sys.modules[name]).values()):
+        if isinstance(kernel, JITFunction):
+            kernel.cache_key  # noqa: B018
+
+
+_name_kernels()

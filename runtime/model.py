@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -138,21 +139,21 @@ class Model:
         laid = self.lay(rows, cache, kept)
         x = self.embed(laid) if hidden is None else functional.pad(hidden, (0, 0, 0, len(laid.rows) - len(rows)))
         fills, end = plan.fills, plan.span[1]
-        for sublayer in (*plan.sublayers, end):
+        for sublayer, following in pairwise((*plan.sublayers, end, end)):
             if sublayer in fills:
                 self.fill(laid, cache, fills[sublayer], x)
             if streams is not None:
                 streams.append(x[: len(rows)].clone())
             if sublayer < end:
-                self.step(laid, cache, sublayer, x)
+                self.step(laid, cache, sublayer, x, following)
         if routes is not None:
             routes |= {layer: Route(*(part[: len(rows)] for part in route)) for layer, route in laid.routes.items()}
         return x[: len(rows)]
 
     def run(self, laid: Pass, cache: KVCache, plan: LayerPlan, x: Tensor) -> None:
         """The sub-layers of `plan`, added in place to the residual stream x [R, H]; R counts padding."""
-        for sublayer in plan.sublayers:
-            self.step(laid, cache, sublayer, x)
+        for sublayer, following in pairwise((*plan.sublayers, plan.span[1])):
+            self.step(laid, cache, sublayer, x, following)
 
     def lay(self, rows: Rows | Chains, cache: KVCache, kept: Tensor | None = None) -> Pass:
         """What every sub-layer of a pass over `rows` shares."""
@@ -203,11 +204,14 @@ class Model:
         x = laid.embedded if laid.embedded is not None else functional.embedding(laid.rows.token, self._embedding)
         return x if self._embedding_norm is None else self.ops.normalise(x, self._embedding_norm)
 
-    def step(self, laid: Pass, cache: KVCache, sublayer: int, x: Tensor) -> None:
-        """One sub-layer, added in place to the residual stream x [R, H]; R counts padding."""
+    def step(self, laid: Pass, cache: KVCache, sublayer: int, x: Tensor, following: int | None = None) -> None:
+        """One sub-layer, added in place to the residual stream x [R, H]; R counts padding.
+
+        `following`: the sub-layer that is to come after it, of whose weights a GPU may be told already.
+        """
         active = None if laid.rows.active is None else laid.rows.active[sublayer]
         if sublayer % 2 == 0:
-            self._attention(sublayer // 2, x, cache, laid, active)
+            self._attention(sublayer // 2, x, cache, laid, active, self._first_weight(following))
         else:
             self._mlp(sublayer // 2, x, laid, active)
 
@@ -320,7 +324,17 @@ class Model:
             )
         return laid.routes[number]
 
-    def _attention(self, number: int, x: Tensor, cache: KVCache, laid: Pass, active: Tensor | None) -> None:
+    def _first_weight(self, sublayer: int | None) -> Matrix | None:
+        """The weight a sub-layer begins with; None past the last one, and where that is not known before it runs."""
+        if sublayer is None or sublayer >= 2 * self.config.num_layers:
+            return None
+        layer = self.layers[sublayer // 2]
+        first = layer.qkv if sublayer % 2 == 0 else layer.up
+        return first if layer.routed is None and isinstance(first, Matrix) else None
+
+    def _attention(
+        self, number: int, x: Tensor, cache: KVCache, laid: Pass, active: Tensor | None, ahead: Matrix | None
+    ) -> None:
         layer, config, tile = self.layers[number], self.config, laid.rows.tile
         keys, values = cache.keys[number], cache.values[number]
         slots, index, write = laid.slots, laid.index, active
@@ -356,8 +370,10 @@ class Model:
             window=window,
             slopes=self._slopes,
             active=active,
+            ahead=layer.output,
         )
-        self.ops.linear(mixed, layer.output, tile=tile, bias=layer.output_bias, residual=x, active=active)
+        bias = layer.output_bias
+        self.ops.linear(mixed, layer.output, tile=tile, bias=bias, residual=x, active=active, ahead=ahead)
 
     def _mlp(self, number: int, x: Tensor, laid: Pass, active: Tensor | None) -> None:
         layer, routed, scale = self.layers[number], self.layers[number].routed, None

@@ -21,7 +21,7 @@ import triton.language as tl
 from skipjack.bench import gate, gate_cases, order, sass
 from skipjack.bench.gate_checks import Case, Finding, Launch, Meaning, beside_next, disagreements, failures
 from skipjack.kernels import launch
-from skipjack.kernels.primitives import dot, prefetch, wait_for_producers
+from skipjack.kernels.primitives import dot, prefetch_first, wait_for_producers
 from skipjack.runtime.errors import ConfigError
 
 SAMPLE = 36
@@ -32,13 +32,13 @@ ROWS, OUT, COLUMNS = 16, 64, 256
 def _product_kernel(
     x_ptr,
     w_ptr,
+    ahead_ptr,
     out_ptr,
     N: tl.constexpr,
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
     STRIDE: tl.constexpr,
-    PREFETCHED: tl.constexpr,
     FAULT: tl.constexpr,
 ):
     """W·xᵀ → out: x [ROWS, K], W [N, K], out [ROWS, N]; FAULT breaks one rule."""
@@ -55,8 +55,8 @@ def _product_kernel(
     if FAULT == "early load":
         x = tl.load(x_ptr + offs_r[None, :] * K + offs_k[:, None])
     w = tl.load(w_ptr + offs_n[:, None] * K * STRIDE + offs_k[None, :] * STRIDE)
-    if PREFETCHED > 0 and FAULT != "no prefetch":
-        prefetch(w_ptr + offs_n * K)
+    if ahead_ptr is not None and FAULT != "nothing ahead":
+        prefetch_first(ahead_ptr, N << 10, tl.program_id(0), 2)
     if FAULT == "late start":
         tl.extra.cuda.gdc_wait()
     else:
@@ -84,7 +84,7 @@ def product(
     rows: int = ROWS,
     stride: int = 1,
     columns: int = COLUMNS,
-    prefetched: int = 0,
+    ahead: bool = False,
     **options: int,
 ) -> None:
     def tensor(*shape: int) -> torch.Tensor:
@@ -94,13 +94,13 @@ def product(
     _product_kernel[(2,)](
         tensor(rows, columns),
         tensor(OUT, columns * stride),
+        tensor(OUT, columns) if ahead else None,
         tensor(rows, OUT),
         N=OUT,
         K=columns,
         BLOCK_N=OUT // 2,
         ROWS=rows,
         STRIDE=stride,
-        PREFETCHED=prefetched,
         FAULT=fault,
         **common,
     )
@@ -143,8 +143,8 @@ VARIANTS: dict[str, tuple[dict[str, object], Meaning, str | None]] = {
     "early end": ({"fault": "early end"}, MEANT, "may end before the wait"),
     "early start": ({"fault": "early start"}, MEANT, "dependents are started before the wait"),
     "late start": ({"fault": "late start"}, MEANT, "the dependents are started late"),
-    "prefetched": ({"prefetched": COLUMNS}, MEANT, None),
-    "no prefetch": ({"prefetched": COLUMNS, "fault": "no prefetch"}, MEANT, "asked for nothing before the wait"),
+    "ahead": ({"ahead": True}, MEANT, None),
+    "nothing ahead": ({"ahead": True, "fault": "nothing ahead"}, MEANT, "asked for nothing before the wait"),
     "no chain": ({"fault": "no chain"}, MEANT, "no PREEXIT"),
     "not launched so": ({"fault": "not launched so"}, MEANT, "without launch_pdl"),
     "no product": ({"fault": "no product"}, MEANT, "no matrix instruction"),

@@ -163,11 +163,11 @@ def test_steps_run_dry_through_the_interpreter(monkeypatch: pytest.MonkeyPatch, 
     assert (code, result["broken"]) == (0, None)
     assert {figure["name"] for figure in result["figures"]} == {
         *("qkv", "attend", "output", "up", "down", "head", "step"),
-        *(f"step, {change}" for change in ("fast", "prefetch", "runs of 32", "chunks", "whole steps")),
+        *(f"step, {change}" for change in ("fast", "nothing ahead", "runs of 32", "chunks", "whole steps")),
         *(f"sample, {name}" for name in sampled.CHOICES),
         "rejection, top-p 0.9",
     }
-    assert (launch.PREFETCH_BYTES, launch.RUN, launch.WIDE_WEIGHT) == (0, 64, 2048), "constants are as they were"
+    assert (launch.AHEAD_BYTES, launch.RUN, launch.WIDE_WEIGHT) == (8 << 20, 64, 2048), "constants are as they were"
     assert {row["note"] for row in result["rows"] if row["id"] == "T6" and row["case"] == "8b"} == {
         "dry run, not measured"
     }

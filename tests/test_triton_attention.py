@@ -316,10 +316,25 @@ def test_a_program_takes_no_more_rows_than_there_are_and_rounds_as_with_all_of_a
                 rule = attention_rules.attention_rule(head_dim, group, 8, tile, itemsize, arch, width)
                 assert rule.heads >= group
                 assert rule.rows * rule.heads >= 16
-                assert rule.rows == whole.rows or width <= rule.rows < 2 * width
+                assert rule.rows == whole.rows or width <= rule.rows < 2 * width or rule.rows * rule.heads == 16
                 assert (rule.split, rule.warps) == (whole.split, whole.warps)
                 # From 64 on sm_90 multiplies by another instruction, whose sums have another order.
                 assert (rule.rows * rule.heads >= 64) == (whole.rows * whole.heads >= 64)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "kv_heads", "width", "sequences", "products"),
+    [
+        (64, 3, 8, 1, 16), (64, 8, 8, 1, 16), (64, 3, 16, 1, 16), (64, 8, 16, 1, 32), (64, 8, 8, 2, 32),
+        (64, 3, 1, 1, 16), (128, 8, 8, 1, 32), (64, 3, 8, 9, 32),
+    ],
+)  # fmt: skip
+def test_few_programs_over_narrow_keys_take_one_product_each(
+    head_dim: int, kv_heads: int, width: int, sequences: int, products: int
+) -> None:
+    for arch in (80, 90, 100):
+        rule = attention_rules.attention_rule(head_dim, 4, kv_heads, 8, 2, arch, width, sequences)
+        assert rule.rows * rule.heads == products
 
 
 def test_splits_are_short_where_keys_are_wide_or_programs_few() -> None:

@@ -296,6 +296,30 @@ def test_programs_with_a_processor_each_have_twice_the_step_on_its_way() -> None
     assert (many.block_k, many.chunk, many.warps) == (2048, 512, 8)
 
 
+def test_programs_that_would_outnumber_processors_take_twice_the_weight_rows() -> None:
+    for weight_rows, columns, block_n, block_k, stages in (
+        (4096, 4096, 32, 1024, 3), (4096, 14336, 32, 1024, 3), (3072, 576, 32, 1024, 2), (2560, 4096, 16, 1024, 2),
+    ):  # fmt: skip
+        rule = launch.product_rule(weight_rows, columns, 1, 8, 2, 90, normed=columns == 576)
+        assert (rule.block_n, rule.block_k, rule.stages) == (block_n, block_k, stages)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_few_programs_read_the_activations_of_a_large_weight(arch: int) -> None:
+    for weight_rows, columns, block_k in (
+        (16384, 2048, 512),
+        (28672, 4096, 512),
+        (128256, 2048, 256),
+        (128256, 4096, 512),
+    ):
+        for rows in (1, 8):
+            rule = launch.product_rule(weight_rows, columns, rows, 8, 2, arch)
+            assert (rule.block_n, rule.block_k) == (64, block_k)
+            assert (rule.stages - 1) * rule.block_n * rule.block_k * 2 == 64 * 1024, "in flight behind the first step"
+    assert launch.product_rule(16384, 1024, 1, 8, 2, arch).block_n == 32, "narrow"
+    assert launch.product_rule(16384, 2048, 1, 8, 4, arch).block_n == 32, "float32"
+
+
 def test_a_step_is_mostly_past_a_weight_only_behind_a_norm() -> None:
     for columns, normed, step in ((576, True, 1024), (576, False, 512), (1536, False, 2048), (700, False, 1024)):
         assert launch.product_rule(576, columns, 1, 8, 2, 90, normed=normed).block_k == step
@@ -427,17 +451,22 @@ def test_a_norm_apart_has_the_bits_of_the_norm_inside(columns: int, kind: str, d
     assert torch.equal(linear(x, weight, tile=8, norm=norm), inside)
 
 
-def test_the_prefetch_is_off_and_takes_what_fits_where_a_kernel_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launch.prefetched_columns(4096, 4096, 2, 90) == 0
+def test_what_is_asked_ahead_is_a_whole_number_of_pieces_of_a_weight_where_a_kernel_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert launch.ahead_bytes(4096 * 4096 * 2, 90) == 0, "not in the interpreter"
     monkeypatch.setattr(launch, "_nvidia", lambda: True)
-    assert launch.prefetched_columns(4096, 4096, 2, 90) == 0, "off until it is asked for"
-    monkeypatch.setattr(launch, "PREFETCH_BYTES", 32 << 20)
-    assert launch.prefetched_columns(4096, 4096, 2, 90) == 4096
-    assert launch.prefetched_columns(28672, 4096, 2, 90) == 512
-    assert launch.prefetched_columns(576, 576, 2, 90) == 512
-    assert launch.prefetched_columns(576, 576, 4, 100) == 512
-    assert launch.prefetched_columns(128256, 4096, 2, 90) == 0
-    assert launch.prefetched_columns(4096, 4096, 2, 80) == 0, "no kernel waits there"
+    assert launch.ahead_bytes(4096 * 4096 * 2, 90) == 8 << 20
+    assert launch.ahead_bytes(576 * 576 * 2, 100) == 40 * 16384 <= 576 * 576 * 2
+    assert launch.ahead_bytes(64 * 64 * 2, 90) == 0
+    assert launch.ahead_bytes(4096 * 4096 * 2, 80) == 0, "no kernel waits there"
+    monkeypatch.setattr(launch, "AHEAD_BYTES", 0)
+    assert launch.ahead_bytes(4096 * 4096 * 2, 90) == 0
+
+
+def test_a_weight_asked_ahead_changes_no_bit() -> None:
+    x, weight, following = randn(3, 64), prepare(randn(48, 64)), prepare(randn(80, 48))
+    assert torch.equal(linear(x, weight, tile=8, ahead=following), linear(x, weight, tile=8))
 
 
 @pytest.mark.parametrize(("columns", "width"), [(576, 576), (4096, 4096), (33, 48), (1, 16), (16, 16)])
