@@ -51,7 +51,7 @@ def _head_kernel(
     pid_n = tl.program_id(1).to(tl.int64)
     blocks = tl.num_programs(1)
     offs_w = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_w = offs_w < V if V % BLOCK_N != 0 else offs_w >= 0
+    mask_w = offs_w < V
     mask_r = offs_r < rows
     if active_ptr is None:
         first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K, PARTS, CHUNK)
