@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import cpu_kernels, packed, panels, reference, reference_routes, team, tiles
+from . import cpu_attention, cpu_kernels, packed, panels, reference, reference_routes, team, tiles
 from .attention_index import AttentionIndex, Index
 from .lanes import WIDTH
 from .ops import TORCH, Ops, products
@@ -144,7 +144,7 @@ def attend(
     q, sequence = q.contiguous(), index.sequence if active is None else torch.where(active, index.sequence, -1)
     out = torch.empty((rows, heads * head_dim), dtype=q.dtype, device=q.device)
     table, tree = index.block_table, index.tree
-    cpu_kernels.attend(
+    cpu_attention.attend(
         q.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
@@ -167,7 +167,7 @@ def attend(
         _HALF[q.dtype],
         torch.get_num_threads(),
         team.entry(),
-        cpu_kernels.attend_some.address,
+        cpu_attention.attend_some.address,
     )
     return out
 

@@ -14,13 +14,27 @@ from typing import Any
 
 import numba
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic, models, overload, register_model
 
-WIDTH = 16
-_FLOAT, _SHORT, _INT, _LONG = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_FLOATS, _SHORTS, _INTS = (ir.VectorType(element, WIDTH) for element in (_FLOAT, _SHORT, _INT))
-_SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+from .instructions import (
+    FLOAT,
+    FLOATS,
+    INT,
+    INTS,
+    LONG,
+    SHORTS,
+    WIDTH,
+    constant,
+    folded,
+    fused,
+    load,
+    splatted,
+    widened,
+)
+
+_FILES = [Path(__file__).with_name(name) for name in ("lanes.py", "instructions.py", "attention_sums.py")]
+_SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()[:8]
 _LOG2E, _LN2_HIGH, _LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
 _ROUNDER, _LEAST, _MOST = 12582912.0, -87.0, 88.0
 
@@ -35,7 +49,7 @@ class Lanes(types.Type):
 @register_model(Lanes)
 class _Model(models.PrimitiveModel):
     def __init__(self, manager, kind) -> None:
-        super().__init__(manager, kind, _FLOATS)
+        super().__init__(manager, kind, FLOATS)
 
 
 LANES = Lanes()
@@ -45,7 +59,7 @@ def kernel(signature: str):
     """Compile a function for one signature; numba keeps the code on disk where it finds a folder it may write to."""
 
     def compiled(function):
-        # Numba notices changes of a kernel's own file; those of this one are told by the name.
+        # Numba notices changes of a kernel's own file; those of what it is made of are told by the name.
         function.__qualname__ += f".{_SOURCE}"
         try:
             return numba.njit(signature, nogil=True, cache=True)(function)
@@ -74,9 +88,9 @@ def together(context, entry, worker, block, threads):
     def build(context, builder, signature, given):
         entry, worker, block, threads = given
         byte = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, byte, _INT, _INT])
-        arguments = [builder.inttoptr(worker, byte), builder.inttoptr(block, byte), builder.trunc(threads, _INT)]
-        builder.call(builder.inttoptr(entry, kind.as_pointer()), [*arguments, ir.Constant(_INT, 0)])
+        kind = ir.FunctionType(ir.VoidType(), [byte, byte, INT, INT])
+        arguments = [builder.inttoptr(worker, byte), builder.inttoptr(block, byte), builder.trunc(threads, INT)]
+        builder.call(builder.inttoptr(entry, kind.as_pointer()), [*arguments, ir.Constant(INT, 0)])
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, types.int64), build
@@ -102,8 +116,8 @@ def taken(context, address):
     """The int64 at an address, which is one more from then on: each of several threads gets another."""
 
     def build(context, builder, signature, given):
-        counter = builder.inttoptr(given[0], _LONG.as_pointer())
-        return builder.atomic_rmw("add", counter, ir.Constant(_LONG, 1), "monotonic")
+        counter = builder.inttoptr(given[0], LONG.as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(LONG, 1), "monotonic")
 
     return types.int64(types.int64), build
 
@@ -114,7 +128,7 @@ def splat(context, value):
 
     def build(context, builder, signature, arguments):
         narrow = context.cast(builder, arguments[0], signature.args[0], types.float32)
-        return _splat(builder, narrow, _FLOATS)
+        return splatted(builder, narrow, FLOATS)
 
     return LANES(value), build
 
@@ -126,12 +140,34 @@ def lane(context, x, i):
 
 
 @intrinsic
+def counted(context, start):
+    """start, start + 1, …, start + 15."""
+
+    def build(context, builder, signature, given):
+        first = builder.sitofp(given[0], FLOAT)
+        return builder.fadd(splatted(builder, first, FLOATS), ir.Constant(FLOATS, [float(i) for i in range(WIDTH)]))
+
+    return LANES(types.int64), build
+
+
+@intrinsic
+def below(context, count, x, y):
+    """Lanes 0 to count - 1 of x, the others of y."""
+
+    def build(context, builder, signature, given):
+        count, x, y = given
+        lanes = ir.Constant(ir.VectorType(LONG, WIDTH), list(range(WIDTH)))
+        return builder.select(builder.icmp_signed("<", lanes, splatted(builder, count, lanes.type)), x, y)
+
+    return LANES(types.int64, LANES, LANES), build
+
+
+@intrinsic
 def fma(context, x, y, z):
     """x·y + z, rounded once."""
 
     def build(context, builder, signature, given):
-        kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32"), given)
+        return fused(builder, *given)
 
     return LANES(LANES, LANES, LANES), build
 
@@ -161,7 +197,7 @@ def total(context, x):
     """The sum of all lanes, by halves: lane i and i + 8, then i + 4, i + 2, i + 1."""
 
     def build(context, builder, signature, given):
-        return _folded(builder, given[0], builder.fadd)
+        return folded(builder, given[0], builder.fadd)
 
     return types.float32(LANES), build
 
@@ -171,7 +207,7 @@ def greatest(context, x):
     """The greatest of all lanes."""
 
     def build(context, builder, signature, given):
-        return _folded(builder, given[0], lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+        return folded(builder, given[0], lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
 
     return types.float32(LANES), build
 
@@ -181,8 +217,8 @@ def _doubled(context, x, times):
     """x·2ⁿ, n being the lowest bits of the fraction of `times`."""
 
     def build(context, builder, signature, given):
-        x, times = (builder.bitcast(part, _INTS) for part in given)
-        return builder.bitcast(builder.add(x, builder.shl(times, _constant(23))), _FLOATS)
+        x, times = (builder.bitcast(part, INTS) for part in given)
+        return builder.bitcast(builder.add(x, builder.shl(times, constant(23))), FLOATS)
 
     return LANES(LANES, LANES), build
 
@@ -190,7 +226,7 @@ def _doubled(context, x, times):
 @intrinsic
 def _read_floats(context, address):
     def build(context, builder, signature, given):
-        return builder.load(builder.inttoptr(given[0], _FLOATS.as_pointer()), align=4)
+        return load(builder, given[0], 0, FLOATS)
 
     return LANES(types.int64), build
 
@@ -198,8 +234,7 @@ def _read_floats(context, address):
 @intrinsic
 def _read_halves(context, address):
     def build(context, builder, signature, given):
-        bits = builder.load(builder.inttoptr(given[0], _SHORTS.as_pointer()), align=2)
-        return builder.bitcast(builder.shl(builder.zext(bits, _INTS), _constant(16)), _FLOATS)
+        return widened(builder, given[0], 0)
 
     return LANES(types.int64), build
 
@@ -207,7 +242,7 @@ def _read_halves(context, address):
 @intrinsic
 def _write_floats(context, address, x):
     def build(context, builder, signature, given):
-        builder.store(given[1], builder.inttoptr(given[0], _FLOATS.as_pointer()), align=4)
+        builder.store(given[1], builder.inttoptr(given[0], FLOATS.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, LANES), build
@@ -219,13 +254,13 @@ def _write_halves(context, address, x):
 
     def build(context, builder, signature, given):
         address, x = given
-        bits = builder.bitcast(x, _INTS)
-        odd = builder.and_(builder.lshr(bits, _constant(16)), _constant(1))
-        rounded = builder.add(bits, builder.add(odd, _constant(0x7FFF)))
-        quiet = builder.or_(bits, _constant(0x400000))
+        bits = builder.bitcast(x, INTS)
+        odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+        rounded = builder.add(bits, builder.add(odd, constant(0x7FFF)))
+        quiet = builder.or_(bits, constant(0x400000))
         chosen = builder.select(builder.fcmp_unordered("uno", x, x), quiet, rounded)
-        short = builder.trunc(builder.lshr(chosen, _constant(16)), _SHORTS)
-        builder.store(short, builder.inttoptr(address, _SHORTS.as_pointer()), align=2)
+        short = builder.trunc(builder.lshr(chosen, constant(16)), SHORTS)
+        builder.store(short, builder.inttoptr(address, SHORTS.as_pointer()), align=2)
         return context.get_dummy_value()
 
     return types.void(types.int64, LANES), build
@@ -252,8 +287,8 @@ def _scalar(kind, element):
     return get, put
 
 
-whole, put_whole = _scalar(types.int64, _LONG)
-number, put_number = _scalar(types.float32, _FLOAT)
+whole, put_whole = _scalar(types.int64, LONG)
+number, put_number = _scalar(types.float32, FLOAT)
 
 
 @numba.njit
@@ -308,24 +343,3 @@ _operator(operator.add, "fadd")
 _operator(operator.sub, "fsub")
 _operator(operator.mul, "fmul")
 _operator(operator.truediv, "fdiv")
-
-
-def _constant(value):
-    return ir.Constant(_INTS, [value] * WIDTH)
-
-
-def _splat(builder, value, kind):
-    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(first, first, ir.Constant(_INTS, [0] * WIDTH))
-
-
-def _folded(builder, x, combine):
-    width = WIDTH
-    while width > 1:
-        width //= 2
-        low, high = (
-            builder.shuffle_vector(x, x, ir.Constant(ir.VectorType(_INT, width), list(range(start, start + width))))
-            for start in (0, width)
-        )
-        x = combine(low, high)
-    return builder.extract_element(x, ir.Constant(_INT, 0))

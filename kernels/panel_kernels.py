@@ -7,41 +7,19 @@ A chain adds products of float32, or pairs of products of bfloat16 by the proces
 one: its bits are those of the processor's kind.
 """
 
-import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
-from .lanes import LANES, WIDTH, _splat, alone, kernel, part, read, taken, together, worker, write
+from .instructions import FLOATS, INTS, LONG, MANY_REGISTERS, WIDTH, fused, load, paired, splatted
+from .lanes import LANES, alone, kernel, part, read, taken, together, worker, write
 
 VECTORS = 3
 PANEL = VECTORS * WIDTH
 _BYTES = 4 * PANEL
-_FEATURES = llvmlite.binding.get_host_cpu_features()
 # Sums of that many rows fit into the registers.
-MOST = 8 if _FEATURES.get("avx512f") else 2
-PAIRED = bool(_FEATURES.get("avx512bf16"))
-_INT, _LONG = ir.IntType(32), ir.IntType(64)
-_FLOATS, _INTS = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(_INT, WIDTH)
-
-
-class _BFloat(ir.types.Type):
-    """LLVM's bfloat, which llvmlite does not name."""
-
-    intrinsic_name = "bf16"
-
-    def _to_string(self):
-        return "bfloat"
-
-    def __eq__(self, other):
-        return isinstance(other, _BFloat)
-
-    def __hash__(self):
-        return hash(_BFloat)
-
-
-_BFLOATS = ir.VectorType(_BFloat(), 2 * WIDTH)
+MOST = 8 if MANY_REGISTERS else 2
 
 
 @intrinsic(prefer_literal=True)
@@ -55,7 +33,7 @@ def _none(context, rows):
     return kind(rows), build
 
 
-def _step(added):
+def _step(kind, added):
     """An intrinsic that goes on with sums by the column, or pair of them, at the addresses of a panel and of x."""
 
     @intrinsic
@@ -63,13 +41,13 @@ def _step(added):
         def build(context, builder, signature, given):
             sums, panel, x, stride = given
             found = sums
-            weights = [_load(builder, panel, 4 * WIDTH * i, _INTS) for i in range(VECTORS)]
+            weights = [load(builder, panel, 4 * WIDTH * i, kind) for i in range(VECTORS)]
             for row in range(signature.args[0].count // VECTORS):
-                at = builder.add(x, builder.mul(stride, ir.Constant(_LONG, row)))
-                value = _splat(builder, _load(builder, at, 0, _INT), _INTS)
+                at = builder.add(x, builder.mul(stride, ir.Constant(LONG, row)))
+                value = splatted(builder, load(builder, at, 0, kind.element), kind)
                 for i, weight in enumerate(weights):
                     place = VECTORS * row + i
-                    total = added(builder, builder.extract_value(sums, place), weight, value)
+                    total = added(builder, weight, value, builder.extract_value(sums, place))
                     found = builder.insert_value(found, total, place)
             return found
 
@@ -78,29 +56,7 @@ def _step(added):
     return step
 
 
-def _single(builder, total, weight, x):
-    kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
-    fma = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32")
-    return builder.call(fma, [builder.bitcast(weight, _FLOATS), builder.bitcast(x, _FLOATS), total])
-
-
-def _pair(builder, total, weight, x):
-    """The first of a pair lies in the lower half of 32 bits."""
-    if PAIRED:
-        kind = ir.FunctionType(_FLOATS, [_FLOATS, _BFLOATS, _BFLOATS])
-        dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-        return builder.call(dot, [total, builder.bitcast(weight, _BFLOATS), builder.bitcast(x, _BFLOATS)])
-    shift, high = (ir.Constant(_INTS, [value] * WIDTH) for value in (16, -65536))
-    total = _single(builder, total, builder.shl(weight, shift), builder.shl(x, shift))
-    return _single(builder, total, builder.and_(weight, high), builder.and_(x, high))
-
-
-def _load(builder, address, offset, kind):
-    address = builder.add(address, ir.Constant(_LONG, offset))
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
-
-
-_with_column, _with_pair = _step(_single), _step(_pair)
+_with_column, _with_pair = _step(FLOATS, fused), _step(INTS, paired)
 
 
 @intrinsic
@@ -110,8 +66,8 @@ def _put(context, sums, address):
     def build(context, builder, signature, given):
         sums, address = given
         for i in range(signature.args[0].count):
-            at = builder.add(address, ir.Constant(_LONG, 4 * WIDTH * i))
-            builder.store(builder.extract_value(sums, i), builder.inttoptr(at, _FLOATS.as_pointer()), align=4)
+            at = builder.add(address, ir.Constant(LONG, 4 * WIDTH * i))
+            builder.store(builder.extract_value(sums, i), builder.inttoptr(at, FLOATS.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return types.void(sums, types.int64), build

@@ -22,7 +22,7 @@ from skipjack.kernels import compiled, ops, reference, team
 from skipjack.kernels.attention_index import AttentionIndex
 from skipjack.kernels.lanes import exp, kernel, read, splat, write
 from skipjack.kernels.ops import TORCH
-from skipjack.kernels.values import Norm, Rope, RowMap, Slots, Stack
+from skipjack.kernels.values import Norm, Rope, RowMap, Slots, Stack, Tree
 
 DTYPES = [torch.float32, torch.bfloat16]
 RTOL = {torch.float32: 1e-6, torch.bfloat16: 3e-3}
@@ -300,6 +300,55 @@ class Rows:
 
     def run(self) -> Tensor:
         return compiled.attend(self.q, self.keys, self.values, self.index, scale=0.2)
+
+
+class Shared:
+    """Rows that share keys: of a chain, far apart in a sequence, of no sequence, and of a tree with two branches."""
+
+    def __init__(self, group: int, head_dim: int, dtype: torch.dtype) -> None:
+        self.sequence = torch.tensor([0] * 9 + [-1] * 2 + [1] * 4 + [2] * 5)
+        self.position = torch.tensor([*range(150, 159), 0, 0, 3, 40, 41, 99, 70, 71, 71, 72, 72])
+        # Of sequence 2 the nodes after 70 positions lie in slots 70 to 74: 70 - 71 - 73 and 70 - 72 - 74.
+        paths = [[]] * 15 + [[70], [70, 71], [70, 72], [70, 71, 73], [70, 72, 74]]
+        length = [at + 1 for at in self.position[:15].tolist()] + [70] * 5
+        self.tree = Tree(torch.tensor(length), torch.tensor([path + [10**9] * (3 - len(path)) for path in paths]))
+        self.table = torch.randperm(12, generator=torch.Generator().manual_seed(1)).view(3, 4) + 1
+        self.keys, self.values = randn(2, 13, 2, 48, head_dim, dtype=dtype)
+        for cache in (self.keys, self.values):
+            cache[0] = torch.nan
+            for s, end in enumerate((159, 100, 75)):
+                cache[self.table[s, end // 48], :, end % 48 :] = torch.nan
+                cache[self.table[s, end // 48 + 1 :]] = torch.nan
+        self.q = randn(20, 2 * group, head_dim, dtype=dtype, seed=1)
+
+    def run(self, rows: list[int], window: int | None, slopes: Tensor | None, branches: bool) -> Tensor:
+        tree = Tree(self.tree.length[rows], self.tree.slot[rows]) if branches else None
+        index = AttentionIndex(self.sequence[rows], self.position[rows], self.table, page_size=48, tile=16, tree=tree)
+        return compiled.attend(self.q[rows], self.keys, self.values, index, scale=0.2, window=window, slopes=slopes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("group", [1, 3, 4, 7])
+def test_rows_that_share_keys_have_the_bits_they_have_alone(
+    group: int, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With many threads each would take its queries one by one.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    case, slopes = Shared(group, head_dim, dtype), 2.0 ** -torch.arange(1, 2 * group + 1)
+    for window, slope in ((None, None), (37, None), (None, slopes), (5, slopes)):
+        for branches in (False, True):
+            # Without the tree rows 15 to 19 are a chain in which positions come twice.
+            alone = torch.cat([case.run([row], window, slope, branches) for row in range(20)])
+            assert alone.isfinite().all()
+            assert not alone[9:11].any()
+            for rows in ([*range(16)], [*range(4, 20)], [*range(1, 6)], [0, 3, 4, 8], [7, 8, 9, 11, 14], [15, 17, 19]):
+                assert torch.equal(case.run(rows, window, slope, branches), alone[rows])
+        # The path 70 - 71 - 73 where a chain would have it.
+        chain = Shared(group, head_dim, dtype)
+        for cache in (chain.keys, chain.values):
+            cache[case.table[2, 1], :, 72 % 48] = cache[case.table[2, 1], :, 73 % 48]
+        assert torch.equal(chain.run([18], window, slope, False), alone[18:19])
 
 
 def test_threads_change_no_bit_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:

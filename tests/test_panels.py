@@ -114,16 +114,27 @@ def test_a_prompt_rounds_as_decoding_does(dtype: torch.dtype) -> None:
 
 
 OTHER = """
-import llvmlite.binding, torch, skipjack.kernels.lanes
-llvmlite.binding.get_host_cpu_features = lambda: {}
-from skipjack.kernels import panel_kernels, panels
-assert not panel_kernels.PAIRED and panel_kernels.MOST == 2
+import llvmlite.binding, numba, torch
+llvmlite.binding.get_host_cpu_features, others = (lambda: {}), llvmlite.binding.get_host_cpu_features
+from skipjack.kernels import instructions
+llvmlite.binding.get_host_cpu_features = others
+from skipjack.kernels import attention_sums, compiled, panel_kernels, panels
+from skipjack.kernels.attention_index import AttentionIndex
+assert not instructions.PAIRED and panel_kernels.MOST == attention_sums.FEW == 2
 for dtype, most in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
     x, weight = torch.randn(5, 66).to(dtype), torch.randn(64, 66).to(dtype)
     matrix = panels.pack(weight)
     got, expected = panels.product(x, matrix, None, None), x.double() @ weight.double().T
     assert (got.double() - expected).norm() / expected.norm() < most
     assert torch.equal(panels.product(x[3:4], matrix, None, None), got[3:4])
+    keys, values = torch.randn(2, 1, 2, 128, 80).to(dtype)
+    q, at = torch.randn(8, 6, 80).to(dtype), torch.arange(90, 98)
+    rows = [AttentionIndex(at[r] * 0, at[r], at[:1, None] * 0, page_size=128, tile=8) for r in (slice(8), slice(3, 4))]
+    got, alone = (compiled.attend(x, keys, values, r, scale=0.1) for x, r in zip((q, q[3:4]), rows))
+    k, v = (x[0, :, :94].repeat_interleave(3, 0).double() for x in (keys, values))
+    expected = ((k @ q[3].double()[:, :, None]).mul(0.1).softmax(1) * v).sum(1).flatten()
+    assert (got[3].double() - expected).norm() / expected.norm() < most
+    assert torch.equal(alone, got[3:4])
 print("done")
 """
 
