@@ -48,7 +48,7 @@ def of_decode(label: str, result: Result, problem: str) -> Iterator[Measurement]
 
 def peers(setting: Setting) -> Found:
     """T12 and T13 at the small shapes."""
-    yield from _peers(setting, {"135m": 150, "1b": 240})
+    yield from _peers(setting, {"135m": 225, "1b": 185})
 
 
 def large_peers(setting: Setting) -> Found:
