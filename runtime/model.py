@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -139,7 +139,7 @@ class Model:
         laid = self.lay(rows, cache, kept)
         x = self.embed(laid) if hidden is None else functional.pad(hidden, (0, 0, 0, len(laid.rows) - len(rows)))
         fills, end = plan.fills, plan.span[1]
-        for sublayer, following in pairwise((*plan.sublayers, end, end)):
+        for sublayer, following in zip_longest((*plan.sublayers, end), plan.sublayers[1:]):
             if sublayer in fills:
                 self.fill(laid, cache, fills[sublayer], x)
             if streams is not None:
@@ -152,7 +152,7 @@ class Model:
 
     def run(self, laid: Pass, cache: KVCache, plan: LayerPlan, x: Tensor) -> None:
         """The sub-layers of `plan`, added in place to the residual stream x [R, H]; R counts padding."""
-        for sublayer, following in pairwise((*plan.sublayers, plan.span[1])):
+        for sublayer, following in zip_longest(plan.sublayers, plan.sublayers[1:]):
             self.step(laid, cache, sublayer, x, following)
 
     def lay(self, rows: Rows | Chains, cache: KVCache, kept: Tensor | None = None) -> Pass:
@@ -325,8 +325,8 @@ class Model:
         return laid.routes[number]
 
     def _first_weight(self, sublayer: int | None) -> Matrix | None:
-        """The weight a sub-layer begins with; None past the last one, and where that is not known before it runs."""
-        if sublayer is None or sublayer >= 2 * self.config.num_layers:
+        """The weight a sub-layer begins with; None where that is not known before it runs."""
+        if sublayer is None:
             return None
         layer = self.layers[sublayer // 2]
         first = layer.qkv if sublayer % 2 == 0 else layer.up

@@ -1,7 +1,9 @@
 """The forward pass against transformers, and a verify pass against decode passes, bit for bit."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from torch import Tensor
 
 from skipjack import Engine
 from skipjack.kernels.ops import TORCH
+from skipjack.kernels.values import Matrix
 from skipjack.loaders.config import ModelConfig
+from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.loaders.weights import load_weights
 from skipjack.runtime.cache import KVCache
 from skipjack.runtime.model import Model
@@ -156,3 +160,21 @@ def test_padding_rows_touch_no_sequence(synthetic: Callable[..., Engine]) -> Non
     with torch.inference_mode():
         model.forward(rows, cache, model.full)
     assert torch.equal(cache.keys[:, pages], before)
+
+
+def test_the_output_of_attention_is_told_what_the_plan_reads_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig.parse(synthetic_config("tiny-llama") | {"num_hidden_layers": 4}, "tiny")
+    model = Model(config, synthetic_weights(config, 0, torch.float32), TORCH)
+    told: list[tuple[int, Matrix | None]] = []
+
+    def linear(x: Tensor, weight: Matrix, *, ahead: Matrix | None = None, **rest: Any) -> Tensor:
+        told.extend((number, ahead) for number, layer in enumerate(model.layers) if weight is layer.output)
+        return TORCH.linear(x, weight, **rest)
+
+    monkeypatch.setattr(model, "ops", replace(TORCH, linear=linear))
+    plan = model.full.without(mlp=[0, 3], attention=[1])
+    cache = model.new_cache(2)
+    model.forward(one_sequence([5, 6], 0, cache.reserve(2), TORCH.decode_tile, model.device), cache, plan)
+    up = [layer.up for layer in model.layers]
+    assert [number for number, _ in told] == [0, 2, 3]
+    assert [ahead for _, ahead in told] == [up[1], up[2], None]
