@@ -24,6 +24,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 
 from skipjack import CompilationError, Engine, RequestError, SamplingParams, SkipjackError
+from skipjack.bench import gate
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 
@@ -339,10 +340,13 @@ def test_requests_go_on_with_the_results_of_the_torch_table() -> None:
     assert found()["same tokens"] == [True, True]
 
 
-def test_a_second_process_finds_the_kernels_on_disk_whatever_it_launches_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", gate.tritons())
+def test_a_second_process_finds_the_kernels_on_disk_whatever_it_launches_first(version: str, tmp_path: Path) -> None:
+    aside = gate.tritons()[version]
+    path = {} if aside is None else {"PYTHONPATH": str(aside)}
     listings: list[dict[str, int]] = []
     for order in ((), ("backwards",)):
-        program("disk", *order, TRITON_CACHE_DIR=str(tmp_path))
+        program("disk", *order, TRITON_CACHE_DIR=str(tmp_path), **path)
         files = [path for path in tmp_path.rglob("*") if path.is_file()]
         listings.append({str(path): path.stat().st_mtime_ns for path in files})
     assert sum(name.endswith(".cubin") for name in listings[0]) == 4
