@@ -464,11 +464,6 @@ def test_what_is_asked_ahead_is_a_whole_number_of_pieces_of_a_weight_where_a_ker
     assert launch.ahead_bytes(4096 * 4096 * 2, 90) == 0
 
 
-def test_a_weight_asked_ahead_changes_no_bit() -> None:
-    x, weight, following = randn(3, 64), prepare(randn(48, 64)), prepare(randn(80, 48))
-    assert torch.equal(linear(x, weight, tile=8, ahead=following), linear(x, weight, tile=8))
-
-
 @pytest.mark.parametrize(("columns", "width"), [(576, 576), (4096, 4096), (33, 48), (1, 16), (16, 16)])
 def test_padded_columns_keep_rows_aligned(columns: int, width: int) -> None:
     assert launch.padded(columns) == width
