@@ -58,12 +58,12 @@ def paired(builder, x, y, z):
     return z
 
 
-def ask(builder, address):
-    """Have a line of memory, `LINE` bytes, brought into the caches."""
+def ask(builder, address, nearness=3):
+    """Have a line of memory, `LINE` bytes, brought into the caches: 3 for all of them, 2 for those behind the first."""
     byte = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, INT, INT, INT])
     hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    builder.call(hint, [builder.inttoptr(address, byte), *(ir.Constant(INT, value) for value in (0, 3, 1))])
+    builder.call(hint, [builder.inttoptr(address, byte), *(ir.Constant(INT, value) for value in (0, nearness, 1))])
 
 
 def totals(builder, sums):

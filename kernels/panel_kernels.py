@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from .instructions import FLOATS, INTS, LONG, MANY_REGISTERS, WIDTH, fused, load, paired, splatted
+from .instructions import FLOATS, INTS, LINE, LONG, MANY_REGISTERS, WIDTH, ask, fused, load, paired, splatted
 from .lanes import LANES, alone, kernel, part, read, taken, together, worker, write
 
 VECTORS = 3
@@ -20,6 +20,8 @@ PANEL = VECTORS * WIDTH
 _BYTES = 4 * PANEL
 # Sums of that many rows fit into the registers.
 MOST = 8 if MANY_REGISTERS else 2
+# How far ahead memory is asked for, in bytes: more than the processor does, which stops where a page of 4 KiB ends.
+_AHEAD = 6144
 
 
 @intrinsic(prefer_literal=True)
@@ -42,6 +44,8 @@ def _step(kind, added):
             sums, panel, x, stride = given
             found = sums
             weights = [load(builder, panel, 4 * WIDTH * i, kind) for i in range(VECTORS)]
+            for start in range(_AHEAD, _AHEAD + _BYTES, LINE):
+                ask(builder, builder.add(panel, ir.Constant(LONG, start)), nearness=2)
             for row in range(signature.args[0].count // VECTORS):
                 at = builder.add(x, builder.mul(stride, ir.Constant(LONG, row)))
                 value = splatted(builder, load(builder, at, 0, kind.element), kind)
@@ -96,31 +100,35 @@ def _rows(sums, rows, x, panel, bias, residual, out, start, width, columns, half
 
 @worker
 def share(block):
-    """What one thread does of `product`: panels that nobody has taken."""
-    x, panels, bias, residual, out, rows, width, columns, half = (
-        block[1], block[2], block[3], block[4], block[5], block[6], block[7], block[8], block[9] != 0,
+    """What one thread does of `product`: a run of panels, in a straight line through memory, then what others left."""
+    x, panels, bias, residual, out, rows, width, columns, half, threads = (
+        block[1], block[2], block[3], block[4], block[5], block[6], block[7], block[8], block[9] != 0, block[10],
     )  # fmt: skip
     size, count = 2 if half else 4, (width + PANEL - 1) // PANEL
     memory = np.empty(MOST * PANEL, np.float32)
-    scratch, number = memory.ctypes.data, taken(block[10])
-    while number < count:
-        panel, start, row = panels + number * PANEL * columns * size, number * PANEL, 0
-        while row < rows:
-            source, target, rest = x + row * columns * size, out + row * width * size, rows - row
-            added = residual + row * width * size if residual else 0
-            if MOST >= 8 and rest >= 8:
-                _rows(_none(8), 8, source, panel, bias, added, target, start, width, columns, half, scratch)
-                row += 8
-            elif MOST >= 4 and rest >= 4:
-                _rows(_none(4), 4, source, panel, bias, added, target, start, width, columns, half, scratch)
-                row += 4
-            elif MOST < 4 and rest >= 2:
-                _rows(_none(2), 2, source, panel, bias, added, target, start, width, columns, half, scratch)
-                row += 2
-            else:
-                _rows(_none(1), 1, source, panel, bias, added, target, start, width, columns, half, scratch)
-                row += 1
-        number = taken(block[10])
+    scratch, own, next_panels = memory.ctypes.data, taken(block[11]), block[11] + LINE
+    for turn in range(threads):
+        run = (own + turn) % threads
+        first, end = count * run // threads, count * (run + 1) // threads
+        number = first + taken(next_panels + LINE * run)
+        while number < end:
+            panel, start, row = panels + number * PANEL * columns * size, number * PANEL, 0
+            while row < rows:
+                source, target, rest = x + row * columns * size, out + row * width * size, rows - row
+                added = residual + row * width * size if residual else 0
+                if MOST >= 8 and rest >= 8:
+                    _rows(_none(8), 8, source, panel, bias, added, target, start, width, columns, half, scratch)
+                    row += 8
+                elif MOST >= 4 and rest >= 4:
+                    _rows(_none(4), 4, source, panel, bias, added, target, start, width, columns, half, scratch)
+                    row += 4
+                elif MOST < 4 and rest >= 2:
+                    _rows(_none(2), 2, source, panel, bias, added, target, start, width, columns, half, scratch)
+                    row += 2
+                else:
+                    _rows(_none(1), 1, source, panel, bias, added, target, start, width, columns, half, scratch)
+                    row += 1
+            number = first + taken(next_panels + LINE * run)
     # Memory whose address alone is in use is let go of.
     memory[0] = 0
 
@@ -131,12 +139,15 @@ def product(x, panels, bias, residual, out, rows, width, columns, half, threads,
 
     On `threads` of the team at `entry`, which run `share`; where there is none, on this one.
     """
-    block = np.zeros(11, np.int64)
-    address = block.ctypes.data
+    if not entry:
+        threads = 1
+    # A line each for how many threads have come and, of each run of panels, how many were taken.
+    block, counters = np.empty(12, np.int64), np.zeros((threads + 1, LINE // 8), np.int64)
     block[1], block[2], block[3], block[4], block[5] = x, panels, bias, residual, out
-    block[6], block[7], block[8], block[9], block[10] = rows, width, columns, half, address
-    if entry and threads > 1:
-        together(entry, share, address, threads)
+    block[6], block[7], block[8], block[9], block[10] = rows, width, columns, half, threads
+    block[11] = counters.ctypes.data
+    if threads > 1:
+        together(entry, share, block.ctypes.data, threads)
     else:
-        alone(share, address)
-    block[0] = 0
+        alone(share, block.ctypes.data)
+    block[0] = counters[0, 0] = 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import panel_kernels, team
+from . import large_pages, panel_kernels, team
 from .lanes import WIDTH
 from .values import Matrix
 
@@ -26,7 +26,8 @@ def pack(weight: Tensor) -> Matrix:
     rows, columns = weight.shape
     padded = functional.pad(weight, (0, 0, 0, -rows % PANEL))
     each = 2 if weight.dtype == torch.bfloat16 else 1
-    data = padded.view(-1, PANEL, columns // each, each).transpose(1, 2).contiguous()
+    panels = padded.view(-1, PANEL, columns // each, each).transpose(1, 2)
+    data = large_pages.empty(panels.shape, panels.dtype).copy_(panels)
     return Matrix(data, rows, columns, packed=True)
 
 

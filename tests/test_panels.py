@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from skipjack.kernels import compiled, packed, panels, reference, team
+from skipjack.kernels import compiled, large_pages, packed, panels, reference, team
 from skipjack.kernels.values import Matrix, Norm
 
 RTOL = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
@@ -71,6 +72,31 @@ def test_neither_threads_nor_their_absence_change_a_bit(dtype: torch.dtype, monk
         assert torch.equal(panels.product(x, matrix, None, None), alone)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("panel_count", [1, 2, 3, 5, 11])
+@pytest.mark.parametrize("threads", [2, 3, 4, 7])
+def test_every_panel_is_somebodys(panel_count: int, threads: int) -> None:
+    width = panels.PANEL * panel_count
+    x, weight = randn(3, 64, dtype=torch.float32), randn(width, 64, dtype=torch.float32, seed=1)
+    matrix, out, before = panels.pack(weight), torch.full((3, width), math.nan), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(20):
+            assert_near(panels.product(x, matrix, None, None, out=out.fill_(math.nan)), x.double() @ weight.double().T)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_tensors_in_large_pages_share_blocks_and_no_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_pages, "_BLOCK", 4096)
+    shapes = [(3, 5), (1,), (700,), (900,), (5000,), (0,), (64, 2), (1, 1, 7)]
+    with ThreadPoolExecutor(4) as pool:
+        tensors = list(pool.map(lambda i: large_pages.empty(shapes[i % 8], DTYPES[i % 2]).fill_(i), range(160)))
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
+    for i, tensor in enumerate(tensors):
+        assert (tensor.shape, tensor.dtype) == (shapes[i % 8], DTYPES[i % 2])
+        assert (tensor == i).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
