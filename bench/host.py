@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..runtime import graphs
+from ..runtime import round_graph
 from ..runtime.cache import KVCache
 from ..runtime.engine import Engine
 from ..runtime.errors import RequestError
@@ -45,7 +45,7 @@ class Line:
 @contextmanager
 def absent_device(token: int) -> Generator[list[float], None, None]:
     """Rounds whose device part is a report that says `token` was accepted throughout; yields the host's times."""
-    honest, times, left = (graphs.device_round, graphs.device_steps), list[float](), 0.0
+    honest, times, left = (round_graph.device_round, round_graph.device_steps), list[float](), 0.0
 
     def report(_model: Model, _cache: KVCache, state: State, recipe: Recipe) -> None:
         nonlocal left
@@ -62,11 +62,11 @@ def absent_device(token: int) -> Generator[list[float], None, None]:
         state.report[..., 1] = 2 * model.config.num_layers
         left = perf_counter()
 
-    graphs.device_round, graphs.device_steps = report, report_steps
+    round_graph.device_round, round_graph.device_steps = report, report_steps
     try:
         yield times
     finally:
-        graphs.device_round, graphs.device_steps = honest
+        round_graph.device_round, round_graph.device_steps = honest
 
 
 def measure(engine: Engine, method: str, sequences: int, rounds: int) -> Line:

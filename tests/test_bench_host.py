@@ -9,7 +9,7 @@ import pytest
 from skipjack import Engine, SamplingParams
 from skipjack.bench import figures, host
 from skipjack.bench.methods import load
-from skipjack.runtime import cli, graphs
+from skipjack.runtime import cli, round_graph
 from skipjack.runtime.errors import RequestError
 
 
@@ -20,7 +20,7 @@ def engine() -> Iterator[Engine]:
 
 
 def test_every_draft_token_is_accepted_and_no_pass_runs(engine: Engine) -> None:
-    params, honest = SamplingParams(max_tokens=40, ignore_eos=True), graphs.device_round
+    params, honest = SamplingParams(max_tokens=40, ignore_eos=True), round_graph.device_round
     plain = engine.generate([5, 6, 7], params)
     passes, forward = [], engine._loaded()[0].forward
 
@@ -36,15 +36,15 @@ def test_every_draft_token_is_accepted_and_no_pass_runs(engine: Engine) -> None:
     assert (line.sequences, line.emitted) == (2, 4)
     assert 0 < line.seconds.p10 <= line.seconds.median <= line.seconds.p90
     assert len(passes) == 3, "a prompt for the probe and one for each sequence"
-    assert graphs.device_round is honest
+    assert round_graph.device_round is honest
     assert engine.generate([5, 6, 7], params).token_ids == plain.token_ids
 
 
 def test_steps_of_a_policy_are_measured_too(engine: Engine) -> None:
-    honest = graphs.device_steps
+    honest = round_graph.device_steps
     line = host.measure(engine, "unified:speedup=2", 1, 20)
     assert (line.emitted, line.seconds.median > 0) == (1, True)
-    assert graphs.device_steps is honest
+    assert round_graph.device_steps is honest
 
 
 def test_a_method_the_host_steers_is_refused(engine: Engine) -> None:

@@ -17,10 +17,10 @@ from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.save import save_checkpoint
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.loaders.weights import checkpoint_tensors
-from skipjack.runtime.graphs import RoundGraph
 from skipjack.runtime.methods.base import Method
 from skipjack.runtime.methods.static import Static
 from skipjack.runtime.request import Output
+from skipjack.runtime.round_graph import RoundGraph
 
 PROMPTS = [[5, 9, 200, 31], [7] * 3, list(range(20, 90)), [400, 3, 3, 17, 250, 8]]
 EAGER = "threshold=0.0"

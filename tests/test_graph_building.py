@@ -10,10 +10,10 @@ import torch
 from skipjack import Engine, SamplingParams
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
-from skipjack.runtime import graphs
-from skipjack.runtime.graphs import RoundGraph
+from skipjack.runtime import graphs, round_graph
 from skipjack.runtime.recipe import Recipe
 from skipjack.runtime.round import device_round
+from skipjack.runtime.round_graph import RoundGraph
 
 PROMPT = [5, 9, 11, 300]
 # The search settles within the first 40 tokens.
@@ -59,7 +59,7 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
         run.append(given[3])
         device_round(*given)
 
-    monkeypatch.setattr(graphs, "device_round", note)
+    monkeypatch.setattr(round_graph, "device_round", note)
     return run
 
 

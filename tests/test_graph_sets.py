@@ -11,13 +11,13 @@ from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import graphs
 from skipjack.runtime.budget import Budget
-from skipjack.runtime.graphs import AHEAD
 from skipjack.runtime.methods import dynamic_exit, knapspec, registry
 from skipjack.runtime.methods.base import Method
 from skipjack.runtime.methods.dynamic_exit import DynamicExit
 from skipjack.runtime.methods.knapspec import KnapSpec
 from skipjack.runtime.recipe import Recipe
 from skipjack.runtime.request import Output
+from skipjack.runtime.round_graph import AHEAD
 
 PROMPTS = [[5, 9, 11, 300], [7], list(range(20, 50))]
 METHODS = {

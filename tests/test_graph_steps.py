@@ -15,14 +15,14 @@ from skipjack import Engine, SamplingParams
 from skipjack.kernels.ops import select
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
-from skipjack.runtime import graphs
+from skipjack.runtime import round_graph
 from skipjack.runtime import run as run_module
-from skipjack.runtime.graphs import AHEAD
 from skipjack.runtime.methods import registry
 from skipjack.runtime.methods.dmtd import Cycles
 from skipjack.runtime.model import Model
 from skipjack.runtime.request import Output
 from skipjack.runtime.round import State, device_steps
+from skipjack.runtime.round_graph import AHEAD
 
 PROMPTS = [[5, 9, 200, 31], [7] * 3, list(range(20, 31)), [400, 3, 3, 17, 250, 8]]
 CYCLES = [
@@ -140,7 +140,7 @@ def test_cycles_are_streamed_one_a_chunk_and_ahead_of_the_host(monkeypatch: pyte
         enqueued.append(given[3].count)
         device_steps(*given)
 
-    monkeypatch.setattr(graphs, "device_steps", note)
+    monkeypatch.setattr(round_graph, "device_steps", note)
     params = SamplingParams(max_tokens=30, ignore_eos=True)
     expected = device.generate(PROMPTS[0], params).token_ids
     enqueued.clear()

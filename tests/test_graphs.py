@@ -1,5 +1,7 @@
 """Rounds on the device alone: the tokens and counts of rounds the host steers, and nothing asked of the host."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,14 +13,14 @@ from skipjack import Engine, SamplingParams
 from skipjack.kernels.ops import select
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
-from skipjack.runtime import graphs
+from skipjack.runtime import graphs, round_graph
 from skipjack.runtime.cache import KVCache
-from skipjack.runtime.graphs import AHEAD
 from skipjack.runtime.model import Model
 from skipjack.runtime.plan import LayerPlan
 from skipjack.runtime.recipe import Ngrams, Recipe
 from skipjack.runtime.request import Output
 from skipjack.runtime.round import State, device_round
+from skipjack.runtime.round_graph import AHEAD, RoundGraph
 
 PROMPTS = [[5, 9, 11, 300], [7], list(range(20, 50))]
 FIXED = "swift:skip_attention=2+3,num_draft_tokens=4"
@@ -175,6 +177,32 @@ def test_a_graph_that_was_given_back_writes_to_nobodys_pages(device: Engine) -> 
     assert got + [token for chunk in stream for token in chunk.token_ids] == expected
 
 
+def test_graphs_of_sets_out_of_use_are_let_go_of(
+    synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search that settles anew for days would fill the memory."""
+    monkeypatch.setattr(graphs, "SPARE", 3)
+    host, params = synthetic("tiny", torch.float32, 0.1), SamplingParams(max_tokens=6, ignore_eos=True)
+    expected = host.generate(PROMPTS[0], params).token_ids
+    with Engine(host.config, synthetic_weights(host.config, 0, torch.float32, 0.1), graphs=True) as engine:
+        engine.warm_up(sequences=2, context=256)
+        assert engine._graphs is not None
+        waiting = engine._graphs._idle
+        prepared, seen = set(waiting), list[weakref.ref[RoundGraph]]()
+        assert prepared
+        for layer in (2, 3, 4, 5, 2, 6):
+            method = f"swift:skip_attention={layer},threshold=0,num_draft_tokens=2"
+            assert engine.generate(PROMPTS[0], params, method=method).token_ids == expected
+            (graph,) = waiting[next(reversed(waiting))]
+            seen.append(weakref.ref(graph))
+        del graph
+        assert prepared <= set(waiting)
+        gc.collect()
+        kept = [ref() for ref in seen]
+        assert [graph is not None for graph in kept] == [False, False, False, True, True, True]
+        assert sum(map(len, waiting.values())) == len(prepared) + 3
+
+
 def test_requests_at_the_same_time_have_graphs_of_their_own(device: Engine) -> None:
     params = SamplingParams(max_tokens=16, ignore_eos=True)
     expected = [device.generate(prompt, params, method=FIXED).token_ids for prompt in PROMPTS]
@@ -235,7 +263,7 @@ def test_the_device_is_ahead_of_the_host(device: Engine, monkeypatch: pytest.Mon
         enqueued.append(recipe)
         device_round(model, cache, state, recipe)
 
-    monkeypatch.setattr(graphs, "device_round", note)
+    monkeypatch.setattr(round_graph, "device_round", note)
     stream = device.stream(PROMPTS[0], SamplingParams(max_tokens=30, ignore_eos=True), method=FIXED)
     next(stream)
     assert not enqueued, "the first token does not wait for a round"

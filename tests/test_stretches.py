@@ -10,16 +10,16 @@ import torch
 
 from skipjack import Engine, SamplingParams
 from skipjack.loaders.synthetic import synthetic_weights
-from skipjack.runtime import graphs
+from skipjack.runtime import graphs, round_graph
 from skipjack.runtime.batch import Tally
 from skipjack.runtime.cache import KVCache
 from skipjack.runtime.costs import Ledger
-from skipjack.runtime.graphs import AHEAD
 from skipjack.runtime.methods import auto
 from skipjack.runtime.methods.stretches import BETTER, LONGEST_WAIT, STRETCH, TIMED, TRIAL, WAIT, Stretches, Way
 from skipjack.runtime.model import Model
 from skipjack.runtime.recipe import Recipe
 from skipjack.runtime.round import State, device_round
+from skipjack.runtime.round_graph import AHEAD
 from skipjack.runtime.sequence import Sequence
 
 LIMIT, CHANGE = 0.015, 0.3
@@ -182,7 +182,7 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ran.append(way)
         device_round(model, cache, state, recipe)
 
-    monkeypatch.setattr(graphs, "device_round", timed)
+    monkeypatch.setattr(round_graph, "device_round", timed)
     monkeypatch.setattr(graphs, "perf_counter", lambda: now[0])
     return ran
 

@@ -19,7 +19,7 @@ from skipjack.kernels.rounds import commit, extend
 from skipjack.kernels.values import Rope
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
-from skipjack.runtime import graphs
+from skipjack.runtime import round_graph
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 4
@@ -177,7 +177,7 @@ def test_a_round_of_the_device_launches_little_besides_our_kernels(
     method = f"swift:skip_mlp=1,num_draft_tokens={drafted},search_budget=0,threshold={0.1 if confident else 0}"
     method += options
     counts: list[int] = []
-    honest = graphs.device_round
+    honest = round_graph.device_round
 
     def counted(*given: object) -> None:
         with Launches(monkeypatch) as launches:
@@ -185,7 +185,7 @@ def test_a_round_of_the_device_launches_little_besides_our_kernels(
         counts.append(launches.count)
 
     weights = synthetic_weights(config, 0, torch.float32, 0.3)
-    monkeypatch.setattr(graphs, "device_round", counted)
+    monkeypatch.setattr(round_graph, "device_round", counted)
     with Engine(
         config, weights, method=method if drafted else "autoregressive", backend="triton", graphs=True
     ) as engine:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..costs import Ledger
-from ..graphs import AHEAD
+from ..round_graph import AHEAD
 
 # Rounds a way is given at least, those a change of ways has to pay for itself in, and how much better it must promise.
 TRIAL, STRETCH, BETTER = 6, 64, 1.02

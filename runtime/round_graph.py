@@ -1,0 +1,143 @@
+"""A round captured as a CUDA graph, and the ring in which its reports come to the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.values import Logprobs
+from .batch import Batch
+from .cache import KVCache
+from .methods.base import Method
+from .model import Model
+from .recipe import Recipe
+from .reshaping import reshaping
+from .round import State, device_round, device_steps
+from .sequence import Sequence
+from .streams import capture_stream, side_stream
+
+Key = tuple[Recipe, int, int]
+# Rounds enqueued beyond the one whose tokens the host is reading.
+AHEAD = 2
+
+
+class RoundGraph:
+    """One recipe for up to a number of sequences and pages a sequence, with the state it works on.
+
+    On a GPU it is captured once and replayed; elsewhere the same function is called. To make one compiles the kernels
+    and may take seconds, on any thread; to capture it takes the host's part of a round.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, recipe: Recipe, sequences: int, pages: int) -> None:
+        self.recipe, self.sequences, self.pages = recipe, sequences, pages
+        self._model, self._cache = model, cache
+        self.state = State.empty(model, recipe, sequences, pages)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        pinned = model.device.type == "cuda"
+        if pinned:
+            self._compile()
+        self._told = self.state.report, *(self.state.logprobs or ())
+        self._ring = [
+            [torch.zeros_like(part, device="cpu", pin_memory=pinned) for part in self._told] for _ in range(AHEAD + 1)
+        ]
+        self._events = [torch.cuda.Event() for _ in self._ring] if pinned else None
+        self._written = self._read = 0
+
+    @property
+    def key(self) -> Key:
+        return self.recipe, self.sequences, self.pages
+
+    @property
+    def pending(self) -> int:
+        """Rounds whose report has not been read."""
+        return self._written - self._read
+
+    def capture(self, pool: Any) -> None:
+        """Record the round, once, on a GPU; nothing of it runs, and rounds under way on other graphs go on.
+
+        Graphs of one `pool` share the memory of what lives within a round: they run one after the other.
+
+        `torch.cuda.graph` would wait for those first, and empty the allocator's cache.
+        """
+        if self._graph is not None or self._model.device.type != "cuda":
+            return
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(capture_stream(self._model.device)):
+            # Other threads of the host process may go on using the GPU.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                self._run()
+            finally:
+                graph.capture_end()
+        self._graph = graph
+
+    def load(self, sequences: list[Sequence], method: Method) -> None:
+        """Start from where these sequences stand; every report has been read."""
+        idle = self.sequences - len(sequences)
+        batch = Batch.of(sequences, self._model.ops.decode_tile, self._model.device)
+        for target, source in zip(self.state[:3], (batch.last, batch.length, batch.prompt), strict=True):
+            target[: len(sequences)] = source
+        for row, sequence in enumerate(sequences):
+            if (memory := method.memory(sequence)) is not None:
+                self.state.memory[row] = memory
+            if self.state.text is not None:
+                self.state.text[row, : len(sequence.tokens)] = torch.tensor(sequence.tokens, dtype=torch.int32)
+        self.state.left.copy_(torch.cat([batch.room + 1, torch.zeros(idle, dtype=torch.int64, device=batch.device)]))
+        self.state.block_table[: len(sequences), : batch.block_table.shape[1]] = batch.block_table
+        if self.recipe.sampled:
+            for target, source in zip(self.state.sampling, batch.sampling(), strict=True):
+                target[: len(sequences)] = source
+        if self.state.reshaping is not None:
+            given = reshaping(sequences, self._model.config.vocab_size, self._model.device)
+            for target, source in zip(self.state.reshaping, given, strict=True):
+                target[: len(sequences)] = source
+
+    def unload(self, sequences: list[Sequence], method: Method) -> None:
+        """Leave with the sequences it was loaded with what it remembers of them; every report has been read."""
+        for row, sequence in enumerate(sequences):
+            if (memory := method.memory(sequence)) is not None:
+                memory.copy_(self.state.memory[row])
+
+    def enqueue(self) -> None:
+        """One round more; its report goes to the host as soon as it is there."""
+        with self._model.mark("round", self.sequences, self.sequences):
+            if self._graph is None:
+                self._run()
+            else:
+                self._graph.replay()
+        place = self._written % len(self._ring)
+        for target, source in zip(self._ring[place], self._told, strict=True):
+            target.copy_(source, non_blocking=True)
+        if self._events is not None:
+            self._events[place].record()
+        self._written += 1
+
+    def report(self) -> tuple[Tensor, Logprobs | None]:
+        """The oldest report that has not been read, and its logprobs, on the host; waits for its round."""
+        place = self._read % len(self._ring)
+        if self._events is not None:
+            self._events[place].synchronize()
+        self._read += 1
+        table, *logprobs = (part.clone() for part in self._ring[place])
+        return table, Logprobs(*logprobs) if logprobs else None
+
+    def forget(self) -> None:
+        """Read no report of what is under way."""
+        self._read = self._written
+
+    def _run(self) -> None:
+        recipe = self.recipe
+        if recipe.steps is None:
+            device_round(self._model, self._cache, self.state, recipe)
+        else:
+            device_steps(self._model, self._cache, self.state, recipe.steps, recipe.sampled)
+
+    def _compile(self) -> None:
+        # No sequence is alive yet: the round that compiles the kernels touches no page that anybody has.
+        side = side_stream(self._model.device)
+        side.wait_stream(torch.cuda.current_stream(self._model.device))
+        with torch.cuda.stream(side):
+            self._run()
+        side.synchronize()
