@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -93,6 +95,22 @@ def load_weights(
             if progress is not None:
                 progress(done, total)
     return Weights.of(fused)
+
+
+def checked_finite(weights: Weights, config: ModelConfig, folder: Path) -> Weights:
+    """The weights of `folder`, in which every number is one: a NaN makes all that is generated meaningless.
+
+    Raises:
+        CheckpointError: a tensor holds a NaN, or an infinity, which a number beyond the dtype becomes.
+    """
+    fused = {name: getattr(weights, name) for name in field_shapes(config)}
+    plan = list(pieces(config))
+    ends = torch.stack([torch.stack(torch.aminmax(place(fused, piece))).float() for piece in plan]).cpu()
+    for piece, (low, high) in zip(plan, cast("list[tuple[float, float]]", ends.tolist()), strict=True):
+        if not (math.isfinite(low) and math.isfinite(high)):
+            dtype = str(weights.head.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{folder}: {piece.name}: expected finite numbers in {dtype}, found {low} to {high}")
+    return weights
 
 
 def place(tensors: Mapping[str, Tensor], piece: Piece) -> Tensor:

@@ -19,7 +19,7 @@ from ..kernels.compilation import Watch
 from ..loaders.config import ModelConfig
 from ..loaders.locate import locate
 from ..loaders.tokenizer import Tokenizer
-from ..loaders.weights import Weights, load_weights
+from ..loaders.weights import Weights, checked_finite, load_weights
 from .admission import Admission, eventually
 from .cache import KVCache
 from .calibration import Encode
@@ -134,7 +134,10 @@ class Engine:
         """
         start, spec, place = perf_counter(), registry.parse(method), place_of(device)
         one_of("dtype", dtype, ("auto", *DTYPES))
+        told: Progress = progress or (lambda label, done, total: None)
+        told("preparing kernels", 0, 1)
         table_of(backend, place, numerics)
+        told("preparing kernels", 1, 1)
         check_cache_tokens(cache_tokens)
         folder = locate(model, progress)
         config = ModelConfig.load(folder)
@@ -142,10 +145,10 @@ class Engine:
         tokenizer = Tokenizer.load(folder, config)
         kind = dtype_of(dtype, config)
         with loading(folder, config, kind, place):
-            told = partial(progress, "loading weights") if progress else None
+            read = partial(load_weights, folder, config, kind, partial(told, "loading weights"))
             engine = Engine(
                 config,
-                load_weights(folder, config, kind, told).to(place),
+                checked_finite(read().to(place), config, folder),
                 tokenizer=tokenizer,
                 model_path=folder,
                 method=method,

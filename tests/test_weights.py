@@ -1,6 +1,7 @@
 """Weights against transformers' own state dictionaries, reassembled here by hand."""
 
 import json
+import math
 import re
 from dataclasses import fields
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.errors import CheckpointError
 from skipjack.loaders.save import save_checkpoint
-from skipjack.loaders.weights import Weights, checkpoint_tensors, load_weights
+from skipjack.loaders.weights import Weights, checked_finite, checkpoint_tensors, load_weights
 
 SMALL = {
     "hidden_size": 32,
@@ -218,6 +219,34 @@ def test_an_integer_tensor_is_refused(model, tmp_path):
 
     with pytest.raises(CheckpointError, match=r"dtype: expected one of F64, F32, F16, BF16, found I8"):
         load_weights(rewritten(folder, tmp_path / "m", quantise), ModelConfig.load(folder), torch.float32)
+
+
+def test_a_number_that_is_none_is_named(model, tmp_path):
+    folder, _ = model
+    config = ModelConfig.load(folder)
+    weights = load_weights(folder, config, torch.float32)
+    assert checked_finite(weights, config, folder) is weights
+    plain = checkpoint_tensors(weights, config)
+    for name in plain:
+        spoilt = {other: tensor.clone() for other, tensor in plain.items()}
+        spoilt[name].view(-1)[-1] = math.nan
+        save_file({key: tensor.contiguous() for key, tensor in spoilt.items()}, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: expected finite numbers in float32, found nan"):
+            checked_finite(load_weights(tmp_path, config, torch.float32), config, tmp_path)
+
+
+def test_numbers_beyond_the_dtype_are_named(model, tmp_path):
+    folder, _ = model
+    wide = []
+
+    def widen(tensors):
+        wide.append(some_layer_tensor(tensors))
+        tensors[wide[0]][0, 0] = -70_000.0
+
+    config, target = ModelConfig.load(folder), rewritten(folder, tmp_path / "m", widen)
+    checked_finite(load_weights(target, config, torch.bfloat16), config, target)
+    with pytest.raises(CheckpointError, match=rf"m: {re.escape(wide[0])}: .*float16, found -inf to"):
+        checked_finite(load_weights(target, config, torch.float16), config, target)
 
 
 def test_known_extras_decide_nothing(model, tmp_path):
