@@ -34,7 +34,8 @@ class ChatTemplate:
 
     @staticmethod
     def load(folder: Path) -> ChatTemplate | None:
-        """The template of chat_template.jinja, else of tokenizer_config.json; None where neither gives one.
+        """The template of chat_template.jinja, else of tokenizer_config.json; None where neither gives one, or many
+        and none of them is named "default".
 
         Raises:
             TokenizerError: a file is malformed or the template is too long.
@@ -122,7 +123,7 @@ def _special_tokens(settings: Mapping[str, object], source: str) -> dict[str, st
 
 
 def _chosen(value: object, source: str) -> str | None:
-    """A template, or the one named "default" of a list of named ones."""
+    """A template, or the one named "default" of a list of named ones, None where none is."""
     if value is None or isinstance(value, str):
         return value
     named: dict[str, str] = {}
@@ -134,6 +135,4 @@ def _chosen(value: object, source: str) -> str | None:
                 f"{source}: chat_template: expected a string or a list of name and template, found {shown(value)}"
             )
         named[name] = template
-    if "default" not in named:
-        raise TokenizerError(f"{source}: chat_template: expected one named 'default', found {shown(sorted(named))}")
-    return named["default"]
+    return named.get("default")

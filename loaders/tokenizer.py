@@ -95,7 +95,8 @@ class Tokenizer:
         entries = checked_messages(messages)
         if self._template is None:
             raise TokenizerError(
-                f"{self._source}: expected a chat template in tokenizer_config.json or chat_template.jinja, found none"
+                f"{self._source}: expected a chat template in chat_template.jinja or tokenizer_config.json "
+                "(named 'default' if it has several), found none"
             )
         return self._encode(self._template.render(entries, add_generation_prompt), add_special_tokens=False)
 

@@ -112,7 +112,7 @@ def parse_layers(text: str) -> list[int]:
     layers: list[int] = []
     for part in text.split("+"):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 8:
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 8 or int(last or first) < int(first):
             raise RequestError(f"--layers: expected layers such as 16-31 or 4+6+8, got {text!r}")
         layers += range(int(first), int(last or first) + 1)
         if len(layers) > MAX_LAYERS:

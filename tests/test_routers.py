@@ -177,7 +177,7 @@ def test_routers_that_do_not_fit_are_named(routed: Path, plain: Path, tmp_path: 
     assert os.listdir(tmp_path) == ["routers.safetensors"]
 
 
-@pytest.mark.parametrize("layers", ["x", "", "3-", "-3", "1++2", "1-100000", "1,2"])
+@pytest.mark.parametrize("layers", ["x", "", "3-", "-3", "1++2", "1-100000", "9-3", "1,2"])
 def test_layers_are_numbers_and_spans(plain: Path, tmp_path: Path, capsys, layers: str) -> None:
     assert cli.run(["route", str(plain), str(tmp_path / "out"), f"--layers={layers}"]) == 2
     assert "--layers: expected" in capsys.readouterr().err

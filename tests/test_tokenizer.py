@@ -250,6 +250,14 @@ def test_template_file_wins_and_named_templates_choose_default(folder):
     assert tokenizer.chat(CHATS[0]) == [0, *tokenizer.encode("file")[1:]]
 
 
+def test_named_templates_without_a_default_are_none(folder):
+    tokenizer = load(settings(folder, [{"name": "tool_use", "template": "x"}]))
+    assert tokenizer.decode(tokenizer.encode("hi there")) == "hi there"
+    assert not tokenizer.has_chat_template
+    with pytest.raises(TokenizerError, match=r"expected a chat template .*named 'default'.*, found none"):
+        tokenizer.chat(CHATS[0])
+
+
 def test_chat_refusals(folder):
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: expected a chat template in .*, found none"):
         load(settings(folder)).chat(CHATS[0])
@@ -274,7 +282,6 @@ def test_chat_refusals(folder):
     [
         ({"chat_template": 3}, "chat_template: expected a string or a list of name and template"),
         ({"chat_template": [{"name": "x"}]}, "chat_template: expected a string or a list of name and template"),
-        ({"chat_template": [{"name": "x", "template": "y"}]}, "chat_template: expected one named 'default'"),
         ({"chat_template": "x" * 65537}, "chat template: expected at most 65536 bytes, found 65537"),
         ({"bos_token": 1}, "bos_token: expected a string, found 1"),
     ],
