@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -77,6 +78,7 @@ PARTS: dict[str, Part] = {
     ),
     "large-peers": Part("other libraries, 8b", ("T12", "T13"), gpu_methods.large_peers, checked=False),
     "rules": Part("launch rules", (), rules.fastest, checked=False),
+    "rules-16": Part("launch rules of 16 rows", (), partial(rules.fastest, rows=rules.MANY), checked=False),
 }
 
 

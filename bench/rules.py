@@ -1,11 +1,12 @@
 """The fastest launch parameters of the decode kernels on the GPU at hand, to make rules of `kernels/launch.py` from.
 
-They are looked for in the chain: a pass of one row through a few layers as one captured graph. Kernels overlap there,
-so that what is fastest alone may not be. Kernel after kernel is launched by each of its candidates in turn and keeps
-the fastest while those after it have theirs; the head, of which a pass has one, is timed alone.
+They are looked for in the chain: a pass of one row, or of MANY, through a few layers as one captured graph. Kernels
+overlap there, so that what is fastest alone may not be. Kernel after kernel is launched by each of its candidates in
+turn and keeps the fastest while those after it have theirs; the head, of which a pass has one, is timed alone.
 
-A rule fixes the order of sums, and so the bits of a model's output. To change one is to change the numerics of every
-row alike, and `make gpu-check` comes after: nothing here looks at a result.
+The rule of one row fixes the order of sums, and so the bits of a model's output. To change one is to change the
+numerics of every row alike. What MANY rows are tried with is free: it changes no bit. `make gpu-check` comes after
+either: nothing here looks at a result.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from .targets import SHAPES
 LAYERS = {"135m": 10, "1b": 8, "8b": 4}
 UNTIMED_LAYERS = 2
 FEW_SAMPLES = 5
+MANY = 16
 CHAIN = ("qkv", "attend", "output", "up", "down")
 KERNELS = (*CHAIN, "head")
+NORMED = ("qkv", "up", "head")
 
 
 class Product(NamedTuple):
@@ -42,6 +45,19 @@ class Product(NamedTuple):
     warps: int = 4
 
 
+class Blocks(NamedTuple):
+    """What replaces a part of `ProductRule` for many rows: rows and weight rows of a program, `run`, stages, the norm.
+
+    run 0 is None, whole steps; norm_apart says nothing where a product has no norm.
+    """
+
+    rows: int
+    block_n: int
+    run: int
+    stages: int
+    norm_apart: bool
+
+
 class Attention(NamedTuple):
     """What replaces a part of `AttentionRule`: positions of a near split, and warps."""
 
@@ -49,7 +65,7 @@ class Attention(NamedTuple):
     warps: int
 
 
-Candidate = Product | Attention
+Candidate = Product | Blocks | Attention
 Chosen = Mapping[str, Candidate]
 
 # fmt: off
@@ -65,6 +81,8 @@ PRODUCTS = tuple(starmap(Product, (
 )))
 # fmt: on
 ATTENTIONS = tuple(starmap(Attention, product((64, 128), (4, 8))))
+# Of a Hopper processor, less what the runtime keeps.
+MOST_SHARED = 220 * 1024
 DRY_PRODUCTS, DRY_ATTENTIONS = (Product(16, 32, 2),), (Attention(64, 4),)
 
 
@@ -76,75 +94,110 @@ class Timed(NamedTuple):
     bytes: int
 
 
-def fastest(setting: Setting) -> Iterator[Figure]:
+def fastest(setting: Setting, rows: int = 1) -> Iterator[Figure]:
     """The time of every candidate for every shape; then the chain and whole steps, by the rules in use and as kept."""
     shapes, clock = setting.named(SHAPES), Clock(setting.device, setting.dry)
     if not setting.dry:
-        for _ in in_processes(compile_candidates, list(product(shapes.values(), KERNELS, (setting,)))):
+        for _ in in_processes(compile_candidates, list(product(shapes.values(), KERNELS, (setting,), (rows,)))):
             pass  # What does not compile is noted where it is timed.
     for label, shape in shapes.items():
         bed = Bed.of(shape, setting.device, setting.dry, UNTIMED_LAYERS if setting.dry else LAYERS[label])
         kept: dict[str, Candidate] = {}
-        yield from descend(clock, bed, kept)
-        usual, chain = _compared(clock, bed, "chain", 1, _chain(bed), kept)
+        yield from descend(clock, bed, kept, rows)
+        usual, chain = _compared(clock, bed, "chain", rows, _chain(bed, rows), kept)
         yield usual
         yield replace(chain, note="; ".join([chain.note, *(f"{kernel} {_name(own)}" for kernel, own in kept.items())]))
         bed = Bed.of(shape, setting.device, setting.dry)
-        for count in FEW_ROWS:
+        for count in _steps(rows):
             yield from _compared(clock, bed, "step", count, Timed(bed.step(count), 1, bed.step_bytes), kept)
 
 
-def compile_candidates(shape: str, kernel: str, setting: Setting) -> None:
-    """Fill Triton's cache with a kernel by the rule in use, and for one row by every candidate."""
+def _steps(rows: int) -> tuple[int, ...]:
+    """The rows of the steps that a rule of so many rows is for."""
+    return FEW_ROWS if rows == 1 else (rows,)
+
+
+def compile_candidates(shape: str, kernel: str, setting: Setting, rows: int) -> None:
+    """Fill Triton's cache with a kernel by the rules in use, and by every candidate."""
     with torch.inference_mode():
         bed = Bed.of(shape, setting.device, setting.dry, UNTIMED_LAYERS)
-        for count in FEW_ROWS:
+        for count in _steps(rows):
             launches(bed, count)[kernel].run(0)
-        one = launches(bed, 1)[kernel]
-        for candidate in candidates(bed.model, kernel, setting.dry):
+        own = launches(bed, rows)[kernel]
+        for candidate in candidates(bed.model, kernel, setting.dry, rows):
             with suppress(Exception), replaced(bed.model, {kernel: candidate}):
-                one.run(0)
+                own.run(0)
 
 
-def descend(clock: Clock, bed: Bed, kept: dict[str, Candidate]) -> Iterator[Figure]:
+def descend(clock: Clock, bed: Bed, kept: dict[str, Candidate], rows: int = 1) -> Iterator[Figure]:
     """The time of every candidate beside those kept so far; `kept` receives what is faster than the rule in use."""
     for kernel in KERNELS:
-        timed = _head(bed) if kernel == "head" else _chain(bed)
-        name = f"rule, {kernel} {_name(in_use(bed.model, kernel))}"
-        usual = best = _figure(clock, bed, name, 1, timed, kept, FEW_SAMPLES)
+        timed = _head(bed, rows) if kernel == "head" else _chain(bed, rows)
+        name = f"rule, {kernel} {_name(in_use(bed.model, kernel, rows))}"
+        usual = best = _figure(clock, bed, name, rows, timed, kept, FEW_SAMPLES)
         yield usual
-        for candidate in candidates(bed.model, kernel, clock.dry):
+        for candidate in candidates(bed.model, kernel, clock.dry, rows):
             name, chosen = f"rule, {kernel} {_name(candidate)}", kept | {kernel: candidate}
-            figure = _figure(clock, bed, name, 1, timed, chosen, FEW_SAMPLES, usual)
+            figure = _figure(clock, bed, name, rows, timed, chosen, FEW_SAMPLES, usual)
             if figure.median is not None and best.median is not None and figure.median < best.median:
                 best, kept[kernel] = figure, candidate
             yield figure
 
 
-def candidates(model: Model, kernel: str, dry: bool) -> list[Candidate]:
+def candidates(model: Model, kernel: str, dry: bool, rows: int = 1) -> list[Candidate]:
     """What a kernel is tried with beside the rule in use; a weight is not tried with more than its columns fill."""
-    every: list[Candidate] = list(DRY_ATTENTIONS if dry else ATTENTIONS)
-    if kernel != "attend":
+    every: list[Candidate] = []
+    if rows > 1:
+        every += [] if kernel == "attend" else blocks(rule_of(model, kernel, rows), kernel)[: 1 if dry else None]
+    elif kernel == "attend":
+        every += DRY_ATTENTIONS if dry else ATTENTIONS
+    else:
         columns = _weights(model)[kernel][1]
-        every = [c for c in (DRY_PRODUCTS if dry else PRODUCTS) if _filled(c, columns)]
+        every += [c for c in (DRY_PRODUCTS if dry else PRODUCTS) if _filled(c, columns)]
     if kernel == "qkv":
         # Its steps have four parts, which more warps would compute twice.
-        every = [c for c in every if c.warps <= 4]
-    return [candidate for candidate in every if candidate != in_use(model, kernel)]
+        every = [c for c in every if not isinstance(c, Product) or c.warps <= 4]
+    return [candidate for candidate in every if candidate != in_use(model, kernel, rows)]
 
 
-def in_use(model: Model, kernel: str) -> Candidate:
-    """What the rule in the code says for one row."""
-    config, tile, size, arch = model.config, model.tile(1), model.dtype.itemsize, launch.architecture()
-    if kernel == "attend":
-        group = config.num_heads // config.num_kv_heads
-        rows = launch.tile_of(1, tile)
-        rule = attention_rules.attention_rule(config.head_dim, group, config.num_kv_heads, rows, size, arch, 1)
-        return Attention(rule.split, rule.warps)
-    given = (*_weights(model)[kernel], 1, tile, size, arch)
-    rule = launch.product_rule(*given, normed=kernel not in ("output", "down"))
+def blocks(rule: launch.ProductRule, kernel: str) -> list[Blocks]:
+    """The blocks that shared memory has room for, with one buffer on its way and with as many as are of use.
+
+    A step keeps its columns and parts, whose sums they are; a head sums over a program's weight rows and keeps those.
+    Programs of 8 rows, two for each reading of the weight, take whole steps as they do where there are no more.
+    """
+    found: list[Blocks] = []
+    normed, per_part = kernel in NORMED, rule.block_k // rule.parts
+    for block_n in (rule.block_n,) if kernel == "head" else (16, 32, 64):
+        for wide, run in ((8, 0), *((MANY, run) for run in (32, 64, 128, 256, 0))):
+            room = MOST_SHARED // ((block_n + wide) * rule._replace(run=run or None).chunk * 2)
+            # A norm inside the product sums squares in the order of whole steps.
+            apart = (normed,) if run else {normed and wide > 8, False}
+            for buffers, norm_apart in product({1, min(3, room)}, apart):
+                if 0 < buffers <= room and run < per_part:
+                    found.append(Blocks(wide, block_n, run, 1 + buffers, norm_apart))
+    return found
+
+
+def rule_of(model: Model, kernel: str, rows: int) -> launch.ProductRule:
+    """What the code says of a product's launch."""
+    config, tile, size, arch = model.config, model.tile(rows), model.dtype.itemsize, launch.architecture()
+    given = (*_weights(model)[kernel], rows, tile, size, arch)
     if kernel == "qkv":
-        rule = launch.head_rule(config.head_dim, config.qk_norm, *given)
+        return launch.head_rule(config.head_dim, config.qk_norm, *given)
+    return launch.product_rule(*given, normed=kernel in NORMED, summed=kernel == "head")
+
+
+def in_use(model: Model, kernel: str, rows: int = 1) -> Candidate:
+    """What the rule in the code says, as a candidate."""
+    if kernel == "attend":
+        config, size, arch = model.config, model.dtype.itemsize, launch.architecture()
+        group, tile = config.num_heads // config.num_kv_heads, launch.tile_of(rows, model.tile(rows))
+        rule = attention_rules.attention_rule(config.head_dim, group, config.num_kv_heads, tile, size, arch, 1)
+        return Attention(rule.split, rule.warps)
+    rule = rule_of(model, kernel, rows)
+    if rows > 1:
+        return Blocks(rule.rows, rule.block_n, rule.run or 0, rule.stages, rule.norm_apart and kernel in NORMED)
     return Product(rule.block_n, rule.block_k, rule.stages, rule.warps)
 
 
@@ -153,7 +206,7 @@ def replaced(model: Model, chosen: Chosen) -> Generator[None]:
     """Launch these kernels by these candidates and the others by the rules in use; weights are known by their shape."""
     usual = launch.product_rule, launch.head_rule, attention_rules.attention_rule
     weights = _weights(model)
-    own = {weights[kernel]: candidate for kernel, candidate in chosen.items() if isinstance(candidate, Product)}
+    own = {weights[kernel]: candidate for kernel, candidate in chosen.items() if not isinstance(candidate, Attention)}
 
     def product_rule(*given: Any, **options: Any) -> launch.ProductRule:
         return _with(usual[0](*given, **options), own.get(given[:2]))
@@ -172,8 +225,11 @@ def replaced(model: Model, chosen: Chosen) -> Generator[None]:
         launch.product_rule, launch.head_rule, attention_rules.attention_rule = usual
 
 
-def _with(rule: launch.ProductRule, candidate: Product | None) -> launch.ProductRule:
-    if candidate is None:
+def _with(rule: launch.ProductRule, candidate: Product | Blocks | Attention | None) -> launch.ProductRule:
+    if isinstance(candidate, Blocks):
+        fields = candidate._asdict() | {"run": candidate.run or None, "warps": max(4, rule.parts)}
+        return rule._replace(**fields, registers=launch.PRODUCT_REGISTERS)
+    if not isinstance(candidate, Product):
         return rule
     return rule._replace(**candidate._asdict() | {"warps": max(rule.warps, candidate.warps)})
 
@@ -191,8 +247,8 @@ def _weights(model: Model) -> dict[str, tuple[int, int]]:
     return shapes | {"head": (config.vocab_size, config.hidden_size)}
 
 
-def _chain(bed: Bed) -> Timed:
-    chain, model, own = bed.chain(1), bed.model, launches(bed, 1)
+def _chain(bed: Bed, rows: int = 1) -> Timed:
+    chain, model, own = bed.chain(rows), bed.model, launches(bed, rows)
 
     def run() -> object:
         return model.forward(chain, bed.cache, model.full)
@@ -200,8 +256,8 @@ def _chain(bed: Bed) -> Timed:
     return Timed(run, model.config.num_layers, sum(own[kernel].bytes for kernel in CHAIN))
 
 
-def _head(bed: Bed) -> Timed:
-    head = launches(bed, 1)["head"]
+def _head(bed: Bed, rows: int = 1) -> Timed:
+    head = launches(bed, rows)["head"]
     return Timed(lambda: head.run(0), 1, head.bytes)
 
 

@@ -16,7 +16,18 @@ from typer.testing import CliRunner
 
 from skipjack.bench import gpu, rules
 from skipjack.bench.gpu_parts import DRY
-from skipjack.bench.rules import KERNELS, Attention, Candidate, Product, candidates, descend, in_use, replaced
+from skipjack.bench.rules import (
+    KERNELS,
+    MANY,
+    Attention,
+    Blocks,
+    Candidate,
+    Product,
+    candidates,
+    descend,
+    in_use,
+    replaced,
+)
 from skipjack.bench.step import Bed, Clock, Times
 from skipjack.kernels import attention_rules, launch
 
@@ -108,6 +119,38 @@ def test_no_warp_is_added_where_a_step_has_no_part_for_it(bed: Bed, monkeypatch:
         assert launch.product_rule(4096, 4096, 16, 8, 2, 90).warps == 8, "a candidate takes no warps away"
 
 
+@pytest.mark.parametrize("kernel", sorted({*KERNELS} - {"attend"}))
+def test_many_rows_of_one_kernel_are_launched_in_other_blocks(
+    bed: Bed, launched: Counter[tuple[int, ...]], kernel: str
+) -> None:
+    marked = Blocks(8, 32, 0, 7, False)
+    run = (rules._head(bed, MANY) if kernel == "head" else rules._chain(bed, MANY)).run
+    with torch.inference_mode(), replaced(bed.model, {kernel: marked}):
+        assert [k for k in KERNELS if in_use(bed.model, k, MANY) == marked] == [kernel]
+        run()
+    assert sum(count for own, count in launched.items() if marked.stages in own) == 1
+
+
+@pytest.mark.parametrize("kernel", sorted({*KERNELS} - {"attend"}))
+@pytest.mark.parametrize(
+    "weight", [(960, 576), (2048, 2048), (16384, 2048), (2048, 8192), (28672, 4096), (128256, 2048)]
+)
+def test_blocks_for_many_rows_fit_and_change_no_sum(weight: tuple[int, int], kernel: str) -> None:
+    rule = launch.product_rule(*weight, MANY, 8, 2, 90, summed=kernel == "head")
+    found = rules.blocks(rule, kernel)
+    assert len(found) == len(set(found)) >= 4
+    assert {blocks.rows for blocks in found} == {8, 16}
+    for blocks in found:
+        own = rules._with(rule, blocks)
+        assert (own.block_k, own.parts) == (rule.block_k, rule.parts)
+        assert own.block_k % own.chunk == 0
+        assert (own.block_n + own.rows) * own.chunk * 2 * (own.stages - 1) <= 227 * 1024
+        assert own.rows == 16 or own.run is None
+        assert kernel in ("qkv", "up", "head") or not own.norm_apart
+        assert own.norm_apart or own.run is None or kernel in ("output", "down"), "squares are summed by whole steps"
+        assert kernel != "head" or own.block_n == rule.block_n
+
+
 def test_what_is_in_use_is_what_launchers_are_told(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {rules._weights(bed.model).get(kernel): in_use(bed.model, kernel) for kernel in KERNELS}
     told: dict[tuple[int, int] | None, Candidate] = {}
@@ -177,7 +220,7 @@ def test_a_rule_in_use_that_fails_breaks_the_part(bed: Bed) -> None:
 
 def test_a_kernel_is_compiled_for_all_rows_and_by_every_candidate(launched: Counter[tuple[int, ...]]) -> None:
     (candidate,) = rules.DRY_PRODUCTS
-    rules.compile_candidates("tiny-llama", "down", DRY)
+    rules.compile_candidates("tiny-llama", "down", DRY, 1)
     assert launched == {(4, 1): len(rules.FEW_ROWS), (4, candidate.stages): 1}
 
 
