@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import ConfigError
-from . import accept, host, latency, numerics, plots, project, sheets, tables, unified_picture
+from . import accept, host, latency, numerics, plots, profile, project, sheets, tables, unified_picture
 from .record import Sheet, markdown, read
 
 
@@ -29,7 +29,7 @@ PICTURES = (
     Picture("acceptance", "decode", "skipjack bench decode MODEL --output FILE", plots.acceptance),
     Picture("methods", "methods", "skipjack bench methods MODEL --output FILE", plots.methods),
     Picture("round", "methods", "skipjack bench methods MODEL --output FILE", plots.one_round),
-    Picture("timeline", "profile", "skipjack bench profile MODEL --json > FILE", plots.timeline),
+    Picture("timeline", "profile", "skipjack bench profile MODEL --output FILE", plots.timeline),
     Picture("peers", "peers", "skipjack bench peers MODEL --output FILE", plots.peers),
     Picture("unified", "unified", "skipjack bench unified MODEL --output FILE", unified_picture.draw),
     Picture("projection", "project", "skipjack bench project --costs FILE --output FILE", plots.projection),
@@ -50,6 +50,7 @@ SHEETS: dict[str, Callable[[dict[str, Any]], Sheet | tuple[Sheet, ...]]] = {
     "forced": sheets.forced,
     "layers": sheets.layers,
     "host": host.sheet,
+    "profile": profile.sheets,
 }
 
 

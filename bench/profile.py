@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from ..runtime.errors import RequestError
+from . import options
+from .record import Sheet, deliver, header, title, where
 
 if TYPE_CHECKING:
     from ..runtime.engine import Engine
@@ -67,17 +67,18 @@ def command(
         bool, typer.Option("--graphs", help="Rounds on the device, captured on a GPU: a range a round, none inside.")
     ] = False,
     trace: Annotated[Path | None, typer.Option(help="Write the timeline here: .json or .json.gz.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    output: options.Output = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Profile warm rounds; ranges are prefill, round, draft[i], verify, commit and search."""
     from .methods import load
     from .prompts import load as load_prompts
     from .prompts import source
-    from .record import header
 
     nsight = profiler is Profiler.NSIGHT
-    if nsight and trace:
-        raise RequestError("--trace: expected no file with --profiler nsight, whose tools write their own")
+    for name, path in (("--trace", trace), ("--output", output)):
+        if nsight and path:
+            raise RequestError(f"{name}: expected no file with --profiler nsight, whose tools write their own")
     with load(model, dtype, method, ranges="nvtx" if nsight else "torch", graphs=graphs) as engine:
         texts = load_prompts(None, 2)
         prompts = [source(texts[i % len(texts)], engine) for i in range(batch)]
@@ -88,12 +89,9 @@ def command(
             )
             return
         shares, ops = profiled(engine, prompts, method, warm_up, rounds, trace)
-        if as_json:
-            setting = {"method": method, "rounds": rounds, "sequences": batch, "graphs": graphs}
-            parts = {"parts": [asdict(share) for share in shares], "ops": [asdict(op) for op in ops]}
-            typer.echo(json.dumps({**header("profile", engine, model), **setting, **parts}))
-        else:
-            _show(shares, ops)
+        setting = {"method": method, "rounds": rounds, "sequences": batch, "graphs": graphs}
+        parts = {"parts": [asdict(share) for share in shares], "ops": [asdict(op) for op in ops]}
+        deliver(header("profile", engine, model) | setting | parts, sheets, output, as_json)
 
 
 def run(
@@ -195,13 +193,25 @@ def _ops(averages: Iterable[Any], on_gpu: bool) -> list[OpTime]:
     return [OpTime(name, count, spent, spent / total) for name, count, spent in highest]
 
 
-def _show(shares: list[Share], ops: list[OpTime]) -> None:
-    table = Table("part of a round", "ranges", "ms a round", "share")
-    for share in shares:
-        table.add_row(share.part, str(share.count), f"{share.round_ms:.3f}", f"{share.share:.1%}")
-    top = Table("operation", "calls", "ms by itself", "share")
-    for op in ops:
-        top.add_row(op.name, str(op.count), f"{op.self_ms:.3f}", f"{op.share:.1%}")
-    console = Console(highlight=False, markup=False)
-    console.print(table)
-    console.print(top)
+def sheets(result: dict[str, Any]) -> tuple[Sheet, ...]:
+    """The parts of a round, and the operations that take most."""
+    what = f"{result['rounds']} rounds of {result['method']}, {result['sequences']} sequences"
+    return (
+        Sheet(
+            f"A round: {title(result)}",
+            ("part of a round", "ranges", "ms a round", "share"),
+            tuple(
+                (one["part"], str(one["count"]), f"{one['round_ms']:.3f}", f"{one['share']:.1%}")
+                for one in result["parts"]
+            ),
+        ),
+        Sheet(
+            f"Operations of rounds: {title(result)}",
+            ("operation", "calls", "ms by itself", "share"),
+            tuple(
+                (one["name"], str(one["count"]), f"{one['self_ms']:.3f}", f"{one['share']:.1%}")
+                for one in result["ops"]
+            ),
+            (f"{what}. Measured on {where(result['machine'])}.",),
+        ),
+    )

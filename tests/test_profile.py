@@ -42,10 +42,26 @@ def test_a_profile_is_a_timeline_and_a_table(tmp_path: Path, capsys: pytest.Capt
     assert not any(str(name).startswith("prefill") for name in names)
 
 
+def test_a_profile_is_written_and_has_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "profile.json"
+    options = ["--method", "lookup", "--rounds", "2", "--output", str(path)]
+    assert cli.run(["bench", "profile", "synthetic:tiny:0.1", *options]) == 0
+    result = json.loads(path.read_text())
+    shown = capsys.readouterr().out
+    assert cli.run(["bench", "table", str(path)]) == 0
+    table = capsys.readouterr().out
+    for part in result["parts"]:
+        assert f"| {part['part']} | {part['count']} | {part['round_ms']:.3f} | {part['share']:.1%} |" in table
+        assert f"{part['round_ms']:.3f}" in shown
+    assert f"| {result['ops'][0]['name']} | {result['ops'][0]['count']} |" in table
+
+
 def test_a_profile_that_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ["bench", "profile", "synthetic:tiny:0.1"]
     assert cli.run([*model, "--profiler", "nsight", "--trace", str(tmp_path / "t.json")]) == 2
     assert "--trace" in capsys.readouterr().err
+    assert cli.run([*model, "--profiler", "nsight", "--output", str(tmp_path / "t.json")]) == 2
+    assert "--output" in capsys.readouterr().err
     assert cli.run([*model, "--rounds", "100000"]) == 2
     assert "context of 1024, got 100003" in capsys.readouterr().err
     if torch.version.cuda is None:

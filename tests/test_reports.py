@@ -291,3 +291,10 @@ def test_serve_reports_latencies_only_of_the_right_tokens(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "NOT IDENTICAL" in printed.err
+
+
+def test_every_result_that_is_kept_has_a_table() -> None:
+    paths = sorted((Path(figures.__file__).parent / "results").glob("*.json"))
+    assert len(paths) > 20
+    text = figures.table(paths)
+    assert "**A round: demo, bfloat16" in text
