@@ -10,7 +10,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import cpu_attention, cpu_kernels, packed, panels, reference, reference_routes, team, tiles
+from . import (
+    cpu_attention,
+    cpu_kernels,
+    cpu_sample,
+    packed,
+    panels,
+    reference,
+    reference_routes,
+    reference_verify,
+    team,
+    tiles,
+)
 from .attention_index import AttentionIndex, Index
 from .lanes import WIDTH
 from .ops import TORCH, Ops, products
@@ -222,6 +233,49 @@ def head(
     return Prediction(token if ids is None else ids[token], value, log_sum_exp)
 
 
+def sample(
+    scores: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    *,
+    stream: int = 0,
+    count: int | None = None,
+) -> Tensor:
+    """As `reference_verify.sample`."""
+    rows, width = scores.shape
+    if not _fits(scores, width):
+        return reference_verify.sample(
+            scores, temperature, top_k, top_p, min_p, seed, position, stream=stream, count=count
+        )
+    scores = scores.contiguous()
+    temperature, top_k, top_p = temperature.contiguous(), top_k.contiguous(), top_p.contiguous()
+    min_p, seed, position = min_p.contiguous(), seed.contiguous(), position.contiguous()
+    token = torch.empty((rows, count or 1), dtype=torch.int64, device=scores.device)
+    cpu_sample.sample(
+        scores.data_ptr(),
+        temperature.data_ptr(),
+        top_k.data_ptr(),
+        top_p.data_ptr(),
+        min_p.data_ptr(),
+        seed.data_ptr(),
+        position.data_ptr(),
+        token.data_ptr(),
+        rows,
+        width,
+        count or 1,
+        stream,
+        _HALF[scores.dtype],
+        torch.get_num_threads(),
+        team.entry(),
+        cpu_sample.sample_some.address,
+    )
+    return token[:, 0] if count is None else token
+
+
 def rounds_alike(weights: list[Matrix], heads: Heads, dtype: torch.dtype, tile: int) -> bool:
     """Whether random rows come out of `tile` as out of the full one, bit for bit."""
     return tiles.alike_by(normalise, attend, weights, heads, dtype, tile)
@@ -265,4 +319,5 @@ COMPILED: Ops = replace(
     fill_kv=fill_kv,
     logits=logits,
     head=head,
+    sample=sample,
 )

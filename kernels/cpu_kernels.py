@@ -88,6 +88,19 @@ def silu_gate(x, out, rows, width, half):
             write(target, i, gate * read(source, width + i, half), half)
 
 
+@part
+def first_of(x, value, width, half):
+    """The first place of the greatest of x [width], which is `value`; 0 where that is no number."""
+    first, i = width, 0
+    while i < width and first == width:
+        found = read(x, i, half)
+        if greatest(found) == value:
+            for j in range(WIDTH - 1, -1, -1):
+                first = i + j if lane(found, j) == value else first
+        i += WIDTH
+    return first % width
+
+
 @kernel("void(int64, int64, int64, int64, int64, boolean)")
 def choose(scores, token, log_sum_exp, rows, width, half):
     """The first greatest of each row of scores [rows, width], int64, and log Σ exp of the row, float32."""
@@ -99,14 +112,7 @@ def choose(scores, token, log_sum_exp, rows, width, half):
         peak = greatest(peaks)
         for i in range(0, width, WIDTH):
             masses = masses + exp(read(source, i, half) - splat(peak))
-        first, i = width, 0
-        while i < width and first == width:
-            x = read(source, i, half)
-            if greatest(x) == peak:
-                for j in range(WIDTH - 1, -1, -1):
-                    first = i + j if lane(x, j) == peak else first
-            i += WIDTH
-        put_whole(token + 8 * row, first % width)
+        put_whole(token + 8 * row, first_of(source, peak, width, half))
         put_number(log_sum_exp + 4 * row, np.float32(peak + np.float32(math.log(total(masses)))))
 
 

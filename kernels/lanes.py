@@ -37,6 +37,8 @@ _FILES = [Path(__file__).with_name(name) for name in ("lanes.py", "instructions.
 _SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()[:8]
 _LOG2E, _LN2_HIGH, _LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
 _ROUNDER, _LEAST, _MOST = 12582912.0, -87.0, 88.0
+# The bits of √½.
+_ROOT = 0x3F3504F3
 
 
 class Lanes(types.Type):
@@ -193,6 +195,17 @@ def lesser(context, x, y):
 
 
 @intrinsic
+def over(context, x, y, a, b):
+    """Lanes of a where x is above y, of b elsewhere."""
+
+    def build(context, builder, signature, given):
+        x, y, a, b = given
+        return builder.select(builder.fcmp_ordered(">", x, y), a, b)
+
+    return LANES(LANES, LANES, LANES, LANES), build
+
+
+@intrinsic
 def total(context, x):
     """The sum of all lanes, by halves: lane i and i + 8, then i + 4, i + 2, i + 1."""
 
@@ -202,14 +215,19 @@ def total(context, x):
     return types.float32(LANES), build
 
 
-@intrinsic
-def greatest(context, x):
-    """The greatest of all lanes."""
+def _extreme(order):
+    @intrinsic
+    def apply(context, x):
+        def build(context, builder, signature, given):
+            return folded(builder, given[0], lambda a, b: builder.select(builder.fcmp_ordered(order, a, b), a, b))
 
-    def build(context, builder, signature, given):
-        return folded(builder, given[0], lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+        return types.float32(LANES), build
 
-    return types.float32(LANES), build
+    return apply
+
+
+# The greatest and the least of all lanes.
+greatest, least = _extreme(">"), _extreme("<")
 
 
 @intrinsic
@@ -221,6 +239,17 @@ def _doubled(context, x, times):
         return builder.bitcast(builder.add(x, builder.shl(times, constant(23))), FLOATS)
 
     return LANES(LANES, LANES), build
+
+
+@intrinsic
+def _exponent(context, x):
+    """n for which x·2⁻ⁿ lies between √½ and √2, of normal x > 0."""
+
+    def build(context, builder, signature, given):
+        bits = builder.bitcast(given[0], INTS)
+        return builder.sitofp(builder.ashr(builder.sub(bits, constant(_ROOT)), constant(23)), FLOATS)
+
+    return LANES(LANES), build
 
 
 @intrinsic
@@ -322,6 +351,25 @@ def exp(x):
     p = fma(p, r, splat(1.6666665459e-1))
     p = fma(p, r, splat(5.0000001201e-1))
     return _doubled(fma(p, r * r, r + splat(1.0)), times)
+
+
+@numba.njit
+def log(x):
+    """ln x of normal x > 0 to a unit in the last place (Cephes' polynomial), near 1 too."""
+    n = _exponent(x)
+    f = _doubled(x, splat(_ROUNDER) - n) - splat(1.0)
+    p = splat(7.0376836292e-2)
+    p = fma(p, f, splat(-1.1514610310e-1))
+    p = fma(p, f, splat(1.1676998740e-1))
+    p = fma(p, f, splat(-1.2420140846e-1))
+    p = fma(p, f, splat(1.4249322787e-1))
+    p = fma(p, f, splat(-1.6668057665e-1))
+    p = fma(p, f, splat(2.0000714765e-1))
+    p = fma(p, f, splat(-2.4999993993e-1))
+    p = fma(p, f, splat(3.3333331174e-1))
+    square = f * f
+    rest = fma(splat(-0.5), square, fma(p * f, square, n * splat(_LN2_LOW)))
+    return fma(n, splat(_LN2_HIGH), f + rest)
 
 
 def _operator(operation, instruction):
