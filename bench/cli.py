@@ -47,13 +47,16 @@ def exact(
     cache_tokens: options.CacheTokens = None,
     temperature: options.Temperature = 0.0,
     batch: Annotated[int, typer.Option(min=0, max=16, help="Prompts drafted together; 0 rotates 1, 4, 16.")] = 0,
+    cover: Annotated[
+        bool, typer.Option("--cover", help="Take prompts again until every two options of a method have met.")
+    ] = False,
     output: options.Output = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Compare every lossless method with plain decoding token by token; exit 1 if any token differs."""
     from ..runtime.engine import Engine
     from ..runtime.request import SamplingParams
-    from .exact import compare, coverage, summary
+    from .exact import compare, coverage, groups, summary
     from .record import header, write
     from .rotation import NAMES
 
@@ -61,8 +64,10 @@ def exact(
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
     with Engine.load(model, dtype=dtype, cache_tokens=cache_tokens) as engine:
         note(f"{len(chosen)} prompts x {len(NAMES)} methods, {engine.dtype}, {engine.backend}")
-        progress = options.counted(note, len(chosen) * len(NAMES), every=10)
-        rows = compare(engine, chosen, params, batch=batch, progress=progress)
+        total = sum(len(group) for name in NAMES for _, group in groups(name, len(chosen), batch, cover))
+        rows = compare(
+            engine, chosen, params, batch=batch, cover=cover, progress=options.counted(note, total, every=10)
+        )
         result = {
             **header("exact", engine, model),
             "temperature": temperature,

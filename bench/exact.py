@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from ..runtime.engine import Engine
 from ..runtime.request import Output, SamplingParams
 from . import rotation
 from .prompts import Prompt
+from .rotation import Cell
 
 
 @dataclass(frozen=True)
@@ -55,21 +56,15 @@ def compare(
     params: SamplingParams,
     *,
     batch: int = 0,
+    cover: bool = False,
     progress: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """Every prompt by plain decoding alone, and by every lossless method in a batch of others.
-
-    A method goes through the prompts with one cell of `rotation` after another, which says the size of the batch too;
-    `batch` other than 0 is that size instead.
-    """
+    """Every prompt by plain decoding alone, and by every lossless method in a batch of others, as `groups` says."""
     rows: list[Row] = []
     plain: dict[int, Output] = {}
     for name in rotation.NAMES:
         cells = rotation.cells(name)
-        start = number = 0
-        while start < len(prompts):
-            cell = cells[number % len(cells)]
-            group = range(start, min(len(prompts), start + (batch or cell.batch)))
+        for number, (cell, group) in enumerate(groups(name, len(prompts), batch, cover)):
             chats = [[{"role": "user", "content": prompts[i].text}] for i in group]
             method = cell.method(engine.config.num_layers, number)
             drafted = engine.generate(chats, params, method=method)
@@ -81,8 +76,22 @@ def compare(
                 )
                 if progress:
                     progress(rows[-1])
-            start, number = group.stop, number + 1
     return rows
+
+
+def groups(name: str, prompts: int, batch: int = 0, cover: bool = False) -> Iterator[tuple[Cell, list[int]]]:
+    """Prompts by their numbers, and the cell of `rotation` that a method runs them with, one cell after another.
+
+    A cell says the size of the batch too; `batch` other than 0 is that size instead. With `cover` the prompts come again
+    until every cell has had its turn, and with them every two levels of the method's factors.
+    """
+    cells = rotation.cells(name)
+    start = number = 0
+    while start < prompts or (cover and number < len(cells)):
+        cell = cells[number % len(cells)]
+        end = start + (batch or cell.batch)
+        yield cell, [i % prompts for i in range(start, end if cover else min(prompts, end))]
+        start, number = end, number + 1
 
 
 def coverage(rows: Sequence[Row]) -> dict[str, str]:

@@ -65,6 +65,21 @@ def test_identical_means_identical(demo: Engine) -> None:
     assert (line.prompts, line.identical) == (len(rows) + 1, len(rows))
 
 
+@pytest.mark.parametrize("name", rotation.NAMES)
+def test_prompts_come_again_until_every_cell_has_had_its_turn(name: str) -> None:
+    once = [i for _, group in exact.groups(name, 10) for i in group]
+    assert once == list(range(10))
+    found = list(exact.groups(name, 10, cover=True))
+    assert [cell for cell, _ in found] == list(rotation.cells(name))
+    assert all(len(group) == cell.batch for cell, group in found)
+    assert [i for _, group in found for i in group] == [i % 10 for i in range(sum(map(len, (g for _, g in found))))]
+    assert [len(group) for _, group in exact.groups(name, 1000, 4, cover=True)][:-1] == [4] * 249
+    met = set[rotation.Pair]().union(*(rotation.pairs(cell) for cell, _ in found))
+    assert met == set[rotation.Pair]().union(*(rotation.pairs(cell) for cell in rotation.cells(name)))
+    levels = {(factor, level) for factor, own in rotation.factors(name).items() for level in own}
+    assert all({(a, b), (b, a)} & met for a in levels for b in levels if a[0] != b[0])
+
+
 def test_methods_are_compared_and_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
