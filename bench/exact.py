@@ -82,8 +82,8 @@ def compare(
 def groups(name: str, prompts: int, batch: int = 0, cover: bool = False) -> Iterator[tuple[Cell, list[int]]]:
     """Prompts by their numbers, and the cell of `rotation` that a method runs them with, one cell after another.
 
-    A cell says the size of the batch too; `batch` other than 0 is that size instead. With `cover` the prompts come again
-    until every cell has had its turn, and with them every two levels of the method's factors.
+    A cell says the size of the batch too; `batch` other than 0 is that size instead. With `cover` the prompts come
+    again until every cell has had its turn, and with them every two levels of the method's factors.
     """
     cells = rotation.cells(name)
     start = number = 0
