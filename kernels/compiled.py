@@ -27,7 +27,6 @@ from .lanes import WIDTH
 from .ops import TORCH, Ops, products
 from .values import Heads, Matrix, Norm, Prediction, Rope, RowMap, Slots, Split, Stack
 
-_FEW = max(tiles.FULL, *tiles.OTHERS)
 _HALF = {torch.float32: False, torch.bfloat16: True}
 
 
@@ -150,7 +149,7 @@ def attend(
 ) -> Tensor:
     """As `reference.attend`; what a row sees of a tree is its own path, so that its sums are those of a chain."""
     rows, heads, head_dim = q.shape
-    if not isinstance(index, AttentionIndex) or (index.tile or rows) > _FEW or not _fits(q, head_dim):
+    if not isinstance(index, AttentionIndex) or not _fits(q, head_dim):
         return reference.attend(q, keys, values, index, scale=scale, window=window, slopes=slopes, active=active)
     q, sequence = q.contiguous(), index.sequence if active is None else torch.where(active, index.sequence, -1)
     out = torch.empty((rows, heads * head_dim), dtype=q.dtype, device=q.device)
@@ -287,6 +286,10 @@ def _describe(dtype: torch.dtype) -> str:
     return f"products in panels, compiled small operations{'' if team.entry() else ', all on one thread'}"
 
 
+def _pads(dtype: torch.dtype) -> bool:
+    return dtype not in _HALF
+
+
 def _fits(x: Tensor, width: int) -> bool:
     return x.dtype in _HALF and width % WIDTH == 0
 
@@ -308,6 +311,7 @@ _AROUND = reference.Around(normalise, _activate)
 COMPILED: Ops = replace(
     TORCH,
     describe=_describe,
+    pads=_pads,
     prepare=prepare,
     prepare_stack=prepare_stack,
     prepare_split=prepare_split,

@@ -31,10 +31,10 @@ class Ops:
 
     With `numerics` "exact" a row's bits do not depend on the rows beside it: `decode_tile` and `prefill_tile` are the
     rows every product of a decode or prefill pass is padded to; a decode pass may be padded to one of `other_tiles`
-    where `rounds_alike` finds that rows come out of it the same. Kernels that leave rows out of a tile by
-    themselves need no padding (`pads` False). With "fast" there are no tiles, and the order of a sum may follow the
-    number of rows and the context. `page_size` is the number of slots in a cache page, one block of the attention's
-    reduction.
+    where `rounds_alike` finds that rows come out of it the same. Kernels that compute each row by itself need no
+    padding: `pads` says of a dtype whether passes do. With "fast" there are no tiles, and the order of a sum may follow
+    the number of rows and the context. `page_size` is the number of slots in a cache page, one block of the
+    attention's reduction.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Ops:
     decode_tile: int | None
     other_tiles: tuple[int, ...]
     prefill_tile: int | None
-    pads: bool
+    pads: Callable[[torch.dtype], bool]
     page_size: int
     prepare: Callable[[Tensor], Matrix]
     prepare_stack: Callable[[Tensor], Stack]
@@ -83,9 +83,9 @@ class Ops:
         """Every tile a decode pass may have, ascending; none with fast numerics."""
         return () if self.decode_tile is None else tuple(sorted((self.decode_tile, *self.other_tiles)))
 
-    def filled(self, rows: int, tile: int | None) -> int:
+    def filled(self, rows: int, tile: int | None, dtype: torch.dtype) -> int:
         """The rows of a pass over `rows` rows in tiles of `tile`, those that only fill the last tile included."""
-        return rows if tile is None or not self.pads else -(-rows // tile) * tile
+        return rows if tile is None or not self.pads(dtype) else -(-rows // tile) * tile
 
     def tile_of(self, rows: int) -> int | None:
         """The tile for so many rows where either would do: that of prompts if they fill one."""
@@ -104,7 +104,7 @@ TORCH = Ops(
     decode_tile=tiles.FULL,
     other_tiles=tiles.OTHERS,
     prefill_tile=64,
-    pads=True,
+    pads=lambda dtype: True,
     page_size=tiles.PAGE,
     prepare=reference.prepare,
     prepare_stack=reference.prepare_stack,

@@ -98,6 +98,30 @@ def _rows(sums, rows, x, panel, bias, residual, out, start, width, columns, half
             write(out + row * width * size, start + i, y, half)
 
 
+def _by_count(most):
+    """`_rows` of 1 to `most` rows."""
+    if most == 1:
+
+        @part
+        def some(count, x, panel, bias, residual, out, start, width, columns, half, scratch):
+            _rows(_none(1), 1, x, panel, bias, residual, out, start, width, columns, half, scratch)
+
+        return some
+    fewer = _by_count(most - 1)
+
+    @part
+    def some(count, x, panel, bias, residual, out, start, width, columns, half, scratch):
+        if count == most:
+            _rows(_none(most), most, x, panel, bias, residual, out, start, width, columns, half, scratch)
+        else:
+            fewer(count, x, panel, bias, residual, out, start, width, columns, half, scratch)
+
+    return some
+
+
+_some = _by_count(MOST)
+
+
 @worker
 def share(block):
     """What one thread does of `product`: a run of panels, in a straight line through memory, then what others left."""
@@ -114,20 +138,10 @@ def share(block):
         while number < end:
             panel, start, row = panels + number * PANEL * columns * size, number * PANEL, 0
             while row < rows:
-                source, target, rest = x + row * columns * size, out + row * width * size, rows - row
+                source, target, some = x + row * columns * size, out + row * width * size, min(rows - row, MOST)
                 added = residual + row * width * size if residual else 0
-                if MOST >= 8 and rest >= 8:
-                    _rows(_none(8), 8, source, panel, bias, added, target, start, width, columns, half, scratch)
-                    row += 8
-                elif MOST >= 4 and rest >= 4:
-                    _rows(_none(4), 4, source, panel, bias, added, target, start, width, columns, half, scratch)
-                    row += 4
-                elif MOST < 4 and rest >= 2:
-                    _rows(_none(2), 2, source, panel, bias, added, target, start, width, columns, half, scratch)
-                    row += 2
-                else:
-                    _rows(_none(1), 1, source, panel, bias, added, target, start, width, columns, half, scratch)
-                    row += 1
+                _some(some, source, panel, bias, added, target, start, width, columns, half, scratch)
+                row += some
             number = first + taken(next_panels + LINE * run)
     # Memory whose address alone is in use is let go of.
     memory[0] = 0

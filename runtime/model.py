@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -100,15 +101,13 @@ class Model:
 
     @property
     def tiles(self) -> tuple[int, ...]:
-        """The tiles a decode pass may have on this machine, ascending: those that leave every row its bits."""
+        """The tiles of a decode pass here, ascending: those that leave every row its bits; one if none is padded."""
         ops, config, threads = self.ops, self.config, torch.get_num_threads()
         if threads not in self._tiles:
             heads, weights = Heads(config.num_heads, config.num_kv_heads, config.head_dim), matrices(self.layers)
-            self._tiles[threads] = tuple(
-                tile
-                for tile in ops.tiles
-                if tile == ops.decode_tile or ops.rounds_alike([*weights, self._head], heads, self.dtype, tile)
-            )
+            alike = partial(ops.rounds_alike, [*weights, self._head], heads, self.dtype)
+            others = [tile for tile in ops.other_tiles if ops.pads(self.dtype) and alike(tile)]
+            self._tiles[threads] = tuple(tile for tile in ops.tiles if tile == ops.decode_tile or tile in others)
         return self._tiles[threads]
 
     @property
@@ -161,7 +160,7 @@ class Model:
             rows = replace(rows, tile=self.tile(len(rows)))
         if isinstance(rows, Chains):
             return self._enter(rows, cache, kept)
-        rows = rows.padded(self.ops.filled(len(rows), rows.tile))
+        rows = rows.padded(self.ops.filled(len(rows), rows.tile, self.dtype))
         # Who shares a sequence is not known here: attention takes no wider tile, to be padded for each of them.
         tile = min(rows.tile, self.ops.decode_tile or rows.tile) if rows.tile in self.tiles else rows.tile
         index = self._index(rows, rows.position, cache, tile)
@@ -178,7 +177,7 @@ class Model:
             chains.block_table,
             self._embedding,
             self._rotary.table(longest) if self._rotary else None,
-            rows=self.ops.filled(len(chains), chains.tile),
+            rows=self.ops.filled(len(chains), chains.tile, self.dtype),
             ahead=chains.ahead,
             page_size=cache.page_size,
             depth=None if lineage is None else lineage.depth,

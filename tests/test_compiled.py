@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +24,8 @@ from skipjack.kernels.attention_index import AttentionIndex
 from skipjack.kernels.lanes import exp, kernel, read, splat, write
 from skipjack.kernels.ops import TORCH
 from skipjack.kernels.values import Norm, Rope, RowMap, Slots, Stack, Tree
+from skipjack.loaders.config import ModelConfig
+from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 
 DTYPES = [torch.float32, torch.bfloat16]
 RTOL = {torch.float32: 1e-6, torch.bfloat16: 3e-3}
@@ -457,3 +460,19 @@ def test_kernels_are_kept_on_disk_and_need_no_folder_to_keep_them(tmp_path: Path
     nowhere = {"kernel": kernel}
     exec("@kernel('int64(int64)')\ndef double(x):\n    return 2 * x\n", nowhere)
     assert nowhere["double"](21) == 42
+
+
+@pytest.mark.parametrize(("dtype", "filled"), [(torch.float32, False), (torch.bfloat16, False), (torch.float16, True)])
+def test_passes_have_no_rows_but_their_own(dtype: torch.dtype, filled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+
+    def spy(x: Tensor, *rest: object, **how: object) -> Tensor:
+        seen.add(x.shape[0])
+        return compiled.linear(x, *rest, **how)
+
+    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
+    engine = Engine(config, synthetic_weights(config, 0, dtype, 0.3))
+    model = engine._loaded()[0]
+    monkeypatch.setattr(model, "ops", replace(model.ops, linear=spy))
+    engine.generate([[5, 9, 11], [7] * 21, [8] * 67], SamplingParams(max_tokens=4, ignore_eos=True))
+    assert seen == ({64, 128, 4} if filled else {3, 21, 67})

@@ -30,7 +30,10 @@ def assert_near(got: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width", "columns"), [(1, 16, 2), (3, 48, 34), (9, 64, 576), (23, 112, 130)])
+@pytest.mark.parametrize(
+    ("rows", "width", "columns"),
+    [(1, 16, 2), (2, 32, 6), (3, 48, 34), (5, 96, 66), (6, 80, 34), (7, 64, 130), (9, 64, 576), (23, 112, 130)],
+)
 @pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (True, True)])
 def test_a_product_is_the_sum(
     dtype: torch.dtype, rows: int, width: int, columns: int, bias: bool, residual: bool
@@ -53,7 +56,7 @@ def test_a_product_is_the_sum(
 def test_a_row_has_the_bits_it_has_alone(dtype: torch.dtype) -> None:
     x, matrix = randn(37, 258, dtype=dtype), panels.pack(randn(176, 258, dtype=dtype, seed=1))
     together = panels.product(x, matrix, None, None)
-    for count in (1, 2, 3, 4, 5, 7, 8, 12, 16, 37):
+    for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 37):
         for start in {0, 5, 37 - count}:
             rows = slice(start, start + count)
             assert torch.equal(panels.product(x[rows], matrix, None, None), together[rows])

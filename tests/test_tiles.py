@@ -53,6 +53,7 @@ def test_a_model_keeps_to_the_tiles_that_round_alike(
 ) -> None:
     model = synthetic("tiny")._loaded()[0]
     monkeypatch.setattr(model, "_tiles", {})
+    monkeypatch.setattr(model, "ops", TORCH)
     with monkeypatch.context() as patch:
         patch.setattr(packed, "product", last_bit(packed.product, unlike))
         assert [model.tile(rows) for rows in (1, 4, 5, 9, 17)] == taken
