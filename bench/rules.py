@@ -81,7 +81,7 @@ PRODUCTS = tuple(starmap(Product, (
 )))
 # fmt: on
 ATTENTIONS = tuple(starmap(Attention, product((64, 128), (4, 8))))
-# Of a Hopper processor, less what the runtime keeps.
+# Of a Hopper processor's 227 KiB, less what sums over parts may take.
 MOST_SHARED = 220 * 1024
 DRY_PRODUCTS, DRY_ATTENTIONS = (Product(16, 32, 2),), (Attention(64, 4),)
 
@@ -197,7 +197,8 @@ def in_use(model: Model, kernel: str, rows: int = 1) -> Candidate:
         return Attention(rule.split, rule.warps)
     rule = rule_of(model, kernel, rows)
     if rows > 1:
-        return Blocks(rule.rows, rule.block_n, rule.run or 0, rule.stages, rule.norm_apart and kernel in NORMED)
+        run = 0 if rule.chunk == rule.block_k else rule.run or 0
+        return Blocks(rule.rows, rule.block_n, run, rule.stages, rule.norm_apart and kernel in NORMED)
     return Product(rule.block_n, rule.block_k, rule.stages, rule.warps)
 
 

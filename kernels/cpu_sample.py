@@ -252,6 +252,9 @@ def sample(
 ):  # fmt: skip
     """token int64 [rows, count] as `reference_verify.sample` draws them: scores [rows, width], the others [rows].
 
+    Scores are finite or −∞. Masses are added up in float32, so that an id at the very end of a nucleus may be taken
+    that the reference, which adds in float64, leaves, or the other way round.
+
     With an `entry` (`team.entry`) that many threads run `some`, the address of `sample_some`.
     """
     block = np.empty(16, np.int64)

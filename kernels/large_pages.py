@@ -1,7 +1,7 @@
 """Memory for what a CPU reads over and over, side by side in large pages.
 
 A processor fetches ahead within a page, and looks up each page it enters: weights in pages of 2 MiB are read up to a
-third faster than in those of 4 KiB. NumPy asks the system for large pages wherever it allocates 4 MiB or more.
+fifth faster than in those of 4 KiB. NumPy asks the system for large pages wherever it allocates 4 MiB or more.
 """
 
 import threading

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -77,7 +76,8 @@ def load_weights(
     `progress` is called with the bytes read so far and the bytes in all.
 
     Raises:
-        CheckpointError: a file is malformed, a tensor is missing, left over or not of the shape config.json implies.
+        CheckpointError: a file is malformed, a tensor is missing, left over or not of the shape config.json implies, or
+            holds a NaN or an infinity, which a number beyond `dtype` becomes.
     """
     folder = Path(folder)
     with Checkpoint.open(folder) as checkpoint:
@@ -90,27 +90,21 @@ def load_weights(
             source = checkpoint.read(piece.name)
             if interleaved and piece.field in ("qkv", "qkv_bias"):
                 source = split_heads(source, config.num_heads)
-            place(fused, piece).copy_(source)
+            target = place(fused, piece).copy_(source)
+            _check_finite(target, checkpoint, piece.name)
             done += checkpoint.size(piece.name)
             if progress is not None:
                 progress(done, total)
     return Weights.of(fused)
 
 
-def checked_finite(weights: Weights, config: ModelConfig, folder: Path) -> Weights:
-    """The weights of `folder`, in which every number is one: a NaN makes all that is generated meaningless.
-
-    Raises:
-        CheckpointError: a tensor holds a NaN, or an infinity, which a number beyond the dtype becomes.
-    """
-    fused = {name: getattr(weights, name) for name in field_shapes(config)}
-    plan = list(pieces(config))
-    ends = torch.stack([torch.stack(torch.aminmax(place(fused, piece))).float() for piece in plan]).cpu()
-    for piece, (low, high) in zip(plan, cast("list[tuple[float, float]]", ends.tolist()), strict=True):
-        if not (math.isfinite(low) and math.isfinite(high)):
-            dtype = str(weights.head.dtype).removeprefix("torch.")
-            raise CheckpointError(f"{folder}: {piece.name}: expected finite numbers in {dtype}, found {low} to {high}")
-    return weights
+def _check_finite(tensor: Tensor, checkpoint: Checkpoint, name: str) -> None:
+    low, high = (float(end) for end in torch.aminmax(tensor))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{checkpoint.file(name)}: {name}: expected finite numbers in {dtype}, found {low} to {high}"
+        )
 
 
 def place(tensors: Mapping[str, Tensor], piece: Piece) -> Tensor:

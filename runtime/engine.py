@@ -19,7 +19,7 @@ from ..kernels.compilation import Watch
 from ..loaders.config import ModelConfig
 from ..loaders.locate import locate
 from ..loaders.tokenizer import Tokenizer
-from ..loaders.weights import Weights, checked_finite, load_weights
+from ..loaders.weights import Weights, load_weights
 from .admission import Admission, eventually
 from .cache import KVCache
 from .calibration import Encode
@@ -145,10 +145,9 @@ class Engine:
         tokenizer = Tokenizer.load(folder, config)
         kind = dtype_of(dtype, config)
         with loading(folder, config, kind, place):
-            read = partial(load_weights, folder, config, kind, partial(told, "loading weights"))
             engine = Engine(
                 config,
-                checked_finite(read().to(place), config, folder),
+                load_weights(folder, config, kind, partial(told, "loading weights")).to(place),
                 tokenizer=tokenizer,
                 model_path=folder,
                 method=method,

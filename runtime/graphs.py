@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
@@ -41,6 +42,7 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         self._idle: dict[Key, list[RoundGraph]] = {}
         self._prepared: set[Key] = set()
+        self._order = itertools.count()
         self._coming: dict[Key, Future[RoundGraph]] = {}
         self._builder: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "skipjack-graphs")
         self.captured = 0
@@ -51,8 +53,8 @@ class Graphs:
 
     def prepare(self, recipe: Recipe, sequences: int, pages: int) -> None:
         """Have a graph for that recipe, number of sequences, one of SEQUENCES, and number of pages, a power of two."""
-        self._prepared.add((recipe, sequences, pages))
         graph = self._take((recipe, sequences, pages))
+        self._prepared.add(graph.key)
         graph.enqueue()
         graph.report()
         self.give(graph)
@@ -63,7 +65,7 @@ class Graphs:
         self._keep(graph)
 
     def has(self, recipe: Recipe, sequences: list[Sequence]) -> bool:
-        """Whether `take` would find a graph that is captured already."""
+        """Whether `take` would find a graph whose kernels are compiled."""
         return bool(self._idle.get(self.key(recipe, sequences)))
 
     def expect(self, recipe: Recipe, sequences: list[Sequence]) -> bool:
@@ -76,9 +78,9 @@ class Graphs:
             return True
         if key not in self._coming:
             self._coming[key] = self._builder.submit(self._build, key)
-        done = [one for one, graph in self._coming.items() if graph.done() and (one == key or not graph.exception())]
-        for one in done:
-            self._keep(self._captured(self._coming.pop(one).result()))
+        for one in [one for one, graph in self._coming.items() if graph.done()]:
+            if one == key or not self._coming[one].exception():
+                self._keep(self._coming.pop(one).result())
         return self.has(recipe, sequences)
 
     def close(self) -> None:
@@ -100,32 +102,29 @@ class Graphs:
         )
 
     def _take(self, key: Key) -> RoundGraph:
-        idle = self._idle.pop(key, None) or [self._captured(self._build(key))]
-        graph = idle.pop()
-        if idle:
-            self._idle[key] = idle
+        idle = self._idle.get(key)
+        graph = idle.pop() if idle else self._build(key)
+        if not graph.captured:
+            graph.capture(self._pool)
+            self.captured += 1
         return graph
 
     def _keep(self, graph: RoundGraph) -> None:
-        """Add a graph to those that wait, as the newest of them, and let go of the oldest that are too many.
+        """Add a graph to those that wait, and let go of the one that has waited longest if they are too many.
 
-        Rounds run in order, and reports of later ones have been read: nothing of an old graph is under way.
+        Should rounds of it be under way still, CUDA ends them first, and its memory is used again after them.
         """
-        self._idle[graph.key] = [*self._idle.pop(graph.key, []), graph]
-        spare = [key for key, graphs in self._idle.items() if key not in self._prepared for _ in graphs]
-        for key in spare[: max(0, len(spare) - SPARE)]:
-            self._idle[key].pop(0)
-            if not self._idle[key]:
-                del self._idle[key]
+        graph.waiting_since = next(self._order)
+        self._idle.setdefault(graph.key, []).append(graph)
+        spare = [graphs for key, graphs in self._idle.items() if graphs and key not in self._prepared]
+        if sum(map(len, spare)) > SPARE:
+            oldest = min(spare, key=lambda graphs: graphs[0].waiting_since)
+            del oldest[0]
+        self._idle = {key: graphs for key, graphs in self._idle.items() if graphs}
 
     def _build(self, key: Key) -> RoundGraph:
         with self._watch, torch.inference_mode():
             return RoundGraph(self._model, self._cache, *key)
-
-    def _captured(self, graph: RoundGraph) -> RoundGraph:
-        graph.capture(self._pool)
-        self.captured += 1
-        return graph
 
 
 class Rounds:

@@ -35,6 +35,7 @@ class RoundGraph:
         self._model, self._cache = model, cache
         self.state = State.empty(model, recipe, sequences, pages)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self.captured, self.waiting_since = False, 0
         pinned = model.device.type == "cuda"
         if pinned:
             self._compile()
@@ -55,23 +56,23 @@ class RoundGraph:
         return self._written - self._read
 
     def capture(self, pool: Any) -> None:
-        """Record the round, once, on a GPU; nothing of it runs, and rounds under way on other graphs go on.
+        """Record the round, on a GPU; nothing of it runs, and rounds under way on other graphs go on.
 
         Graphs of one `pool` share the memory of what lives within a round: they run one after the other.
 
         `torch.cuda.graph` would wait for those first, and empty the allocator's cache.
         """
-        if self._graph is not None or self._model.device.type != "cuda":
-            return
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(capture_stream(self._model.device)):
-            # Other threads of the host process may go on using the GPU.
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                self._run()
-            finally:
-                graph.capture_end()
-        self._graph = graph
+        if self._model.device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.stream(capture_stream(self._model.device)):
+                # Other threads of the host process may go on using the GPU.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    self._run()
+                finally:
+                    graph.capture_end()
+            self._graph = graph
+        self.captured = True
 
     def load(self, sequences: list[Sequence], method: Method) -> None:
         """Start from where these sequences stand; every report has been read."""

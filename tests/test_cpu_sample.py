@@ -1,7 +1,9 @@
-"""Sampling as it is compiled for a CPU: the tokens of the reference, whose noise it makes bit for bit."""
+"""Sampling as it is compiled for a CPU: the tokens of the reference, whose uniform numbers it makes bit for bit."""
 
+import ast
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -12,7 +14,7 @@ pytest.importorskip("numba", reason="numba is not installed")
 
 import numba
 
-from skipjack.kernels import compiled, cpu_sample, noise, reference_verify, team
+from skipjack.kernels import compiled, cpu_sample, lanes, noise, reference_verify, team
 from skipjack.kernels.lanes import log, read, write
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -65,13 +67,14 @@ def counters(rows: int) -> tuple[Tensor, Tensor]:
     return torch.arange(rows) * 0x1_2345_6789 + 3, 5 * torch.arange(rows) + 2
 
 
-def test_log_is_right_to_two_units_in_the_last_place() -> None:
+def test_log_is_right_to_a_unit_in_the_last_place() -> None:
     near = 1 + torch.linspace(-0.4, 0.4, 1 << 16)
     x = torch.cat([near, torch.logspace(-37, 38, 1 << 16), 1 - 2.0 ** -torch.arange(1.0, 17.0), torch.ones(16)])
     out = torch.full_like(x, torch.nan)
     logarithms(x.data_ptr(), out.data_ptr(), len(x))
     exact = x.double().log()
-    assert ((out.double() - exact).abs() <= 2 * 2**-23 * exact.abs()).all()
+    unit = 2.0 ** (exact.abs().log2().floor() - 23)
+    assert ((out.double() - exact).abs() <= unit)[:-16].all()
     assert (out[-16:] == 0).all()
 
 
@@ -134,3 +137,12 @@ def test_what_does_not_fit_is_drawn_by_the_reference() -> None:
     for scores in (randn(9, 203), randn(9, 64, dtype=torch.float16)):
         given = (scores, *rule_of(9, "every"), *counters(9))
         assert torch.equal(compiled.sample(*given), reference_verify.sample(*given))
+
+
+def test_code_on_disk_is_known_by_every_file_it_is_made_of() -> None:
+    """Numba looks for changes in a kernel's own file alone; the others are told by its name."""
+    folder = Path(lanes.__file__).parent
+    for name in ("panel_kernels", "cpu_attention", "cpu_kernels", "cpu_sample"):
+        tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
+        imports = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
+        assert {f"{module}.py" for module in imports} <= set(lanes._NAMES), name

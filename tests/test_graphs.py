@@ -193,14 +193,37 @@ def test_graphs_of_sets_out_of_use_are_let_go_of(
         for layer in (2, 3, 4, 5, 2, 6):
             method = f"swift:skip_attention={layer},threshold=0,num_draft_tokens=2"
             assert engine.generate(PROMPTS[0], params, method=method).token_ids == expected
-            (graph,) = waiting[next(reversed(waiting))]
-            seen.append(weakref.ref(graph))
-        del graph
+            newest = max(
+                (graph for own in engine._graphs._idle.values() for graph in own), key=lambda g: g.waiting_since
+            )
+            seen.append(weakref.ref(newest))
+        del newest, idle
+        waiting = engine._graphs._idle
         assert prepared <= set(waiting)
         gc.collect()
         kept = [ref() for ref in seen]
         assert [graph is not None for graph in kept] == [False, False, False, True, True, True]
         assert sum(map(len, waiting.values())) == len(prepared) + 3
+
+
+def test_many_graphs_for_one_recipe_drive_no_other_out(
+    synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a burst of requests alike, those that are not used again are let go of first."""
+    monkeypatch.setattr(graphs, "SPARE", 6)
+    host, params = synthetic("tiny", torch.float32, 0.1), SamplingParams(max_tokens=6, ignore_eos=True)
+    with Engine(host.config, synthetic_weights(host.config, 0, torch.float32, 0.1), graphs=True) as engine:
+        streams = [engine.stream(PROMPTS[0], params, method=FIXED) for _ in range(6)]
+        while any(chunks := [next(stream, None) for stream in streams]):
+            assert len(chunks) == 6
+        counts = list[int]()
+        for _ in range(3):
+            for layer in (2, 3, 4):
+                engine.generate(PROMPTS[0], params, method=FIXED)
+                engine.generate(PROMPTS[0], params, method=f"swift:skip_attention={layer},threshold=0")
+            assert engine._graphs is not None
+            counts.append(engine._graphs.captured)
+        assert counts == [9, 9, 9]
 
 
 def test_requests_at_the_same_time_have_graphs_of_their_own(device: Engine) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.errors import CheckpointError
 from skipjack.loaders.save import save_checkpoint
-from skipjack.loaders.weights import Weights, checked_finite, checkpoint_tensors, load_weights
+from skipjack.loaders.weights import Weights, checkpoint_tensors, load_weights
 
 SMALL = {
     "hidden_size": 32,
@@ -224,15 +224,15 @@ def test_an_integer_tensor_is_refused(model, tmp_path):
 def test_a_number_that_is_none_is_named(model, tmp_path):
     folder, _ = model
     config = ModelConfig.load(folder)
-    weights = load_weights(folder, config, torch.float32)
-    assert checked_finite(weights, config, folder) is weights
-    plain = checkpoint_tensors(weights, config)
+    plain = checkpoint_tensors(load_weights(folder, config, torch.float32), config)
     for name in plain:
         spoilt = {other: tensor.clone() for other, tensor in plain.items()}
         spoilt[name].view(-1)[-1] = math.nan
         save_file({key: tensor.contiguous() for key, tensor in spoilt.items()}, tmp_path / "model.safetensors")
-        with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: expected finite numbers in float32, found nan"):
-            checked_finite(load_weights(tmp_path, config, torch.float32), config, tmp_path)
+        with pytest.raises(
+            CheckpointError, match=rf"s: {re.escape(name)}: expected finite numbers in float32, found nan"
+        ):
+            load_weights(tmp_path, config, torch.float32)
 
 
 def test_numbers_beyond_the_dtype_are_named(model, tmp_path):
@@ -244,9 +244,9 @@ def test_numbers_beyond_the_dtype_are_named(model, tmp_path):
         tensors[wide[0]][0, 0] = -70_000.0
 
     config, target = ModelConfig.load(folder), rewritten(folder, tmp_path / "m", widen)
-    checked_finite(load_weights(target, config, torch.bfloat16), config, target)
-    with pytest.raises(CheckpointError, match=rf"m: {re.escape(wide[0])}: .*float16, found -inf to"):
-        checked_finite(load_weights(target, config, torch.float16), config, target)
+    load_weights(target, config, torch.bfloat16)
+    with pytest.raises(CheckpointError, match=rf"s: {re.escape(wide[0])}: .*float16, found -inf to"):
+        load_weights(target, config, torch.float16)
 
 
 def test_known_extras_decide_nothing(model, tmp_path):
