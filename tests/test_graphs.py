@@ -193,9 +193,8 @@ def test_graphs_of_sets_out_of_use_are_let_go_of(
         for layer in (2, 3, 4, 5, 2, 6):
             method = f"swift:skip_attention={layer},threshold=0,num_draft_tokens=2"
             assert engine.generate(PROMPTS[0], params, method=method).token_ids == expected
-            newest = max(
-                (graph for own in engine._graphs._idle.values() for graph in own), key=lambda g: g.waiting_since
-            )
+            idle = [graph for own in engine._graphs._idle.values() for graph in own]
+            newest = max(idle, key=lambda graph: graph.waiting_since)
             seen.append(weakref.ref(newest))
         del newest, idle
         waiting = engine._graphs._idle
