@@ -64,7 +64,9 @@ def test_costs_of_a_pass_are_read_off_a_clock_of_known_speed(synthetic: Callable
         del model.forward, model.predict
     assert (costs.full, costs.per_tile, costs.fixed, costs.per_row) == pytest.approx((10.0, 8.1, 2.0, 0.1))
     assert costs.tiles == tuple((size, pytest.approx(0.0)) for size in model.tiles)
-    assert [costs.verify(rows) for rows in (1, 8, 16, 17, 32)] == pytest.approx([10.0, 10.7, 11.5, 19.6, 21.1])
+    largest = model.tiles[-1]
+    told = [1.9 + 8 * -(-rows // largest) + 0.1 * rows for rows in (1, 8, 16, 17, 32)]
+    assert [costs.verify(rows) for rows in (1, 8, 16, 17, 32)] == pytest.approx(told)
     assert costs.draft(model.full.early_exit(2), 1) == pytest.approx(4.0)
     assert cache.free_pages == cache.total_pages
 
@@ -89,6 +91,18 @@ def test_the_ledger_holds_on_a_virtual_clock(seed: int, trap: float) -> None:
         decoding += seconds
         assert lost <= 0.015 * decoding + 1e-9
     assert decoding == pytest.approx(ledger.decoding)
+
+
+@pytest.mark.parametrize(("max_loss", "searches"), [(0.0, False), (1.0, True)])
+def test_a_search_takes_nothing_that_is_not_covered(
+    synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, max_loss: float, searches: bool
+) -> None:
+    taken = list[float]()
+    monkeypatch.setattr(auto.swift.Swift, "_optimise", lambda self, *_: taken.append(self._budget.seconds) or True)
+    engine = synthetic("tiny", torch.float32, 0.1)
+    params = SamplingParams(max_tokens=90, ignore_eos=True)
+    engine.generate([5, 9, 200, 31], params, method=f"auto:search_budget=0.5,max_loss={max_loss}")
+    assert bool(taken) == searches
 
 
 def method(**options: float) -> auto.Auto:

@@ -122,11 +122,13 @@ class Auto(Method):
         super().__init__(options, num_layers)
         self._options, self._clock = options, clock
         self.rejection = options.acceptance == "rejection"
+        self._ledger = Ledger(options.max_loss)
+        # A search that took what may be lost would leave nothing to try a lookup with.
         self._swift = swift.Swift(
             swift.Options(set=options.set, skip_ratio=options.skip_ratio, search_budget=options.search_budget),
             num_layers,
+            lambda seconds: self._ledger.affords(seconds + self._stake),
         )
-        self._ledger = Ledger(options.max_loss)
         self._stretches = Stretches(self._ways(num_layers), self._ledger)
         # The way of the rounds the device runs alone; None while the host steers.
         self._way: Way | None = None
@@ -144,6 +146,7 @@ class Auto(Method):
         self._choice = Choice(PLAIN, 0, 1.0, 1.0, 0.0)
         self._why = ""
         self._passed_over = set[Rate]()
+        self._best: tuple[Costs, LayerPlan, tuple[int, int, float], int] | None = None
         self._account = Account()
         self._events: list[Mapping[str, Any]] = []
 
@@ -182,7 +185,7 @@ class Auto(Method):
                 likeliest(text_of(s), ngram, max(0, min(k, s.room)), self._memory.text) if looks else Guess(0, [], [])
                 for s in batch.sequences
             ]
-        self._choose(self.choices(self._costs, len(batch), int(batch.room.max())))
+        self._choose(self.choices(self._costs, len(batch), max(s.room for s in batch.sequences)))
         if self._choice.name in (LOOKUP, CASCADE):
             guess = lay_out(batch, [guess.first(self._choice.drafted) for guess in self._guesses])
             return guess if self._choice.name == LOOKUP else sift(model, cache, batch, self._swift.plan, guess)
@@ -259,31 +262,48 @@ class Auto(Method):
     def choices(self, costs: Costs, sequences: int, room: int) -> list[Choice]:
         """Plain decoding, and the best draft length of every other way there is this round."""
         plain = costs.verify(sequences)
-        found = [Choice(PLAIN, 0, plain, sequences, 0.0)]
-        ways: list[list[Choice]] = [[], [], []]
-        for k in range(1, min(self._options.num_draft_tokens, room) + 1):
+        found, longest = [Choice(PLAIN, 0, plain, sequences, 0.0)], min(self._options.num_draft_tokens, room)
+        rates = tuple(self._lookups[guess.match] for guess in self._guesses if guess.tokens)
+        lookups, cascades = list[Choice](), list[Choice]()
+        for k in range(1, longest + 1) if rates else ():
             lengths = [min(k, len(guess.tokens)) for guess in self._guesses]
-            rates = tuple(self._lookups[guess.match] for guess in self._guesses if guess.tokens)
-            if rates:
-                expected = [
-                    expected_tokens(rate.value, n) for rate, n in zip(rates, filter(None, lengths), strict=True)
-                ]
-                seconds = self._slowness[LOOKUP] * costs.verify(sequences + sum(lengths))
-                tokens = sum(expected) + sequences - len(rates)
-                ways[0].append(Choice(LOOKUP, k, seconds, tokens, seconds - plain, rates))
-                # Sifting chooses with the full model's noise, which a draft for rejection sampling must not share.
-                if not self.rejection:
-                    left = sum(min(self._left, n + 1) for n in lengths if n)
-                    seconds = costs.draft(self._swift.plan, sequences + sum(lengths))
-                    seconds = self._slowness[CASCADE] * (seconds + costs.verify(sequences + round(left)))
-                    tokens = sum(expected_tokens(self._sifted.value, self._left) for n in lengths if n)
-                    tokens += sequences - len(rates)
-                    ways[2].append(Choice(CASCADE, k, seconds, tokens, seconds - plain, (self._sifted,)))
-            passes = k * costs.draft(self._swift.plan, sequences) + costs.verify(sequences * (k + 1))
-            seconds = self._slowness[SKIP] * passes
-            tokens = sequences * expected_tokens(self._skips.value, k)
-            ways[1].append(Choice(SKIP, k, seconds, tokens, seconds - plain, (self._skips,)))
-        return found + [max(way, key=lambda choice: choice.tokens_per_s) for way in ways if way]
+            expected = [expected_tokens(rate.value, n) for rate, n in zip(rates, filter(None, lengths), strict=True)]
+            seconds = self._slowness[LOOKUP] * costs.verify(sequences + sum(lengths))
+            tokens = sum(expected) + sequences - len(rates)
+            lookups.append(Choice(LOOKUP, k, seconds, tokens, seconds - plain, rates))
+            # Sifting chooses with the full model's noise, which a draft for rejection sampling must not share.
+            if not self.rejection:
+                left = sum(min(self._left, n + 1) for n in lengths if n)
+                seconds = costs.draft(self._swift.plan, sequences + sum(lengths))
+                seconds = self._slowness[CASCADE] * (seconds + costs.verify(sequences + round(left)))
+                tokens = sum(expected_tokens(self._sifted.value, self._left) for n in lengths if n)
+                tokens += sequences - len(rates)
+                cascades.append(Choice(CASCADE, k, seconds, tokens, seconds - plain, (self._sifted,)))
+        if lookups:
+            found.append(max(lookups, key=lambda choice: choice.tokens_per_s))
+        if longest > 0:
+            k, passes = self._skipping(costs, sequences, longest)
+            seconds, tokens = self._slowness[SKIP] * passes, sequences * expected_tokens(self._skips.value, k)
+            found.append(Choice(SKIP, k, seconds, tokens, seconds - plain, (self._skips,)))
+        if cascades:
+            found.append(max(cascades, key=lambda choice: choice.tokens_per_s))
+        return found
+
+    def _skipping(self, costs: Costs, sequences: int, longest: int) -> tuple[int, float]:
+        """The best length of the skip set's drafts, at most `longest`, and the seconds of its passes.
+
+        It is looked for again where what it follows from has changed: what choosing costs is taken from the ledger.
+        """
+
+        def passes(k: int) -> float:
+            return k * costs.draft(self._swift.plan, sequences) + costs.verify(sequences * (k + 1))
+
+        plan, rest = self._swift.plan, (sequences, longest, self._skips.value)
+        best = self._best
+        if best is None or best[0] is not costs or best[1] is not plan or best[2] != rest:
+            chosen = max(range(1, longest + 1), key=lambda k: expected_tokens(self._skips.value, k) / passes(k))
+            self._best = best = costs, plan, rest, chosen
+        return best[3], passes(best[3])
 
     def observe(self, model: Model, cache: KVCache, done: Round) -> float:
         """Book the round, learn the rates, and let the search for a better set have its share."""

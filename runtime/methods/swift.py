@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -90,9 +90,12 @@ class Swift(Method):
 
     name = "swift"
 
-    def __init__(self, options: Options, num_layers: int) -> None:
+    def __init__(
+        self, options: Options, num_layers: int, affords: Callable[[float], bool] = lambda seconds: True
+    ) -> None:
+        """`affords`: whether a search may take so many seconds now, besides what the budget allows."""
         super().__init__(options, num_layers)
-        self._options = options
+        self._options, self._affords = options, affords
         self.rejection = options.acceptance == "rejection"
         self.tree = options.tree
         self._saved = SkipSet.load(Path(options.set)) if options.set else None
@@ -194,7 +197,7 @@ class Swift(Method):
         if not self._due():
             self._accumulated += sum(tally.emitted)
             self._budget.earn(seconds)
-        if not self._due() or longest.generated <= self._options.window:
+        if not self._due() or longest.generated <= self._options.window or not self._affords(self._budget.seconds):
             return 0.0
         start = perf_counter()
         with model.mark("search", 1, self._options.window):
