@@ -329,7 +329,7 @@ def test_every_request_is_told_its_own_decisions(synthetic: Callable[..., Engine
     engine, searched = synthetic("tiny", torch.float32, 0.1), 0
     for tokens in (90, 40, 70):
         params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-        stats = engine.generate([7] * 3, params, method="auto:search_budget=0.5,remember=0").stats
+        stats = engine.generate([7] * 3, params, method="auto:search_budget=0.5,remember=0,max_loss=1").stats
         decisions = [event for event in stats.events if event["kind"] == "decision"]
         assert sum(sum(event["rounds"].values()) for event in decisions) == stats.rounds
         assert decisions[-1]["tokens"] == tokens
