@@ -105,6 +105,17 @@ def test_a_search_takes_nothing_that_is_not_covered(
     assert bool(taken) == searches
 
 
+def test_one_pause_does_not_end_the_looking_for_guesses() -> None:
+    """A collection of garbage in the middle of choosing says nothing of the next time."""
+    made = method()
+    assert made._overhead(1e-3) == pytest.approx(1e-3)
+    assert made._overhead(0.2) == pytest.approx(1.1e-3)
+    made._looks = False
+    assert made._overhead(1e-4) == pytest.approx(1e-4), "it is another time where nothing is looked for"
+    made._looks = True
+    assert made._overhead(1e-5) == pytest.approx(1.045e-3)
+
+
 def method(**options: float) -> auto.Auto:
     made = auto.Auto(auto.Options(**options), 8)
     made._guesses = [Guess(3, [4, 5, 6, 7], [0, 1, 2, 3])]

@@ -23,11 +23,14 @@ from .account import Account
 from .base import Method, no_draft, sampled
 from .drafting import Drafting, acceptance, grow, sift
 from .lookup import lay_out, remember, text_of
+from .rates import Choice, Rate
 from .stretches import LONGEST_WAIT, WAIT, Stretches, Way
 
 PLAIN, LOOKUP, SKIP, CASCADE = "plain", "lookup", "skip set", "cascade"
 # Until the device has told: what verifying a draft costs in rounds of plain decoding, and the tokens a lookup gives.
 VERIFY, LOOKED_UP, RATE = 1.1, 1.6, 0.8
+# What a stake counts for a round later, as long as nothing is looked for.
+FADING = 0.98
 
 
 @dataclass(frozen=True)
@@ -66,49 +69,6 @@ class Options:
         acceptance("auto", self.acceptance)
 
 
-@dataclass(eq=False)
-class Rate:
-    """How often a kind of draft token is accepted, as a moving average, and when to try a losing kind again.
-
-    A kind that was passed over in `wait` rounds is tried: the text may have changed. A try that changes nothing is
-    waited for twice as long.
-    """
-
-    value: float
-    wait: int = WAIT
-    idle: int = 0
-
-    @property
-    def due(self) -> bool:
-        return self.idle >= self.wait
-
-    def observe(self, drafted: int, accepted: int) -> None:
-        """Take in a round; tokens after the first rejected one say nothing."""
-        tried = min(drafted, accepted + 1)
-        if tried:
-            self.value += (1 - 0.9**tried) * (accepted / tried - self.value)
-        self.idle = 0
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A way to decode the next round, and what the cost model says of it: seconds, tokens, and what is at risk.
-
-    `rates` are those the tokens were predicted by.
-    """
-
-    name: str
-    drafted: int
-    seconds: float
-    tokens: float
-    loss: float
-    rates: tuple[Rate, ...] = ()
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.seconds
-
-
 class Auto(Method):
     """Every round goes to what is predicted to be fastest, as far as the ledger covers its worst outcome.
 
@@ -140,8 +100,11 @@ class Auto(Method):
         self._slowness = {LOOKUP: 1.0, SKIP: 1.0, CASCADE: 1.0}
         self._costs: Costs | None = None
         self._guesses: list[Guess] = []
-        # What looking for guesses may lose: the time it last took, and what the lookup that was found risked.
+        # What looking for guesses may lose: the time it takes, and what the lookup that was found last risked.
         self._stake = self._risked = 0.0
+        self._looks = True
+        # Seconds that choosing takes, by whether guesses are looked for.
+        self._choosing: dict[bool, float] = {}
         self._memory = Memory(options.remember)
         self._choice = Choice(PLAIN, 0, 1.0, 1.0, 0.0)
         self._why = ""
@@ -179,7 +142,7 @@ class Auto(Method):
         if self._costs is None:
             self._costs = calibrate(model, cache, self._clock)
         k, ngram = self._options.num_draft_tokens, self._options.max_ngram
-        looks = self._ledger.affords(self._stake)
+        looks = self._looks = self._ledger.affords(self._stake)
         with model.mark("draft", len(batch), 0, 0):
             self._guesses = [
                 likeliest(text_of(s), ngram, max(0, min(k, s.room)), self._memory.text) if looks else Guess(0, [], [])
@@ -312,8 +275,6 @@ class Auto(Method):
         sequences = len(done.batch)
         drafted, accepted = ints(done.draft.length), ints(done.verdict.accepted)
         seconds = done.draft_s + done.verify_s
-        if any(guess.tokens for guess in self._guesses) and choice.name in (PLAIN, LOOKUP):
-            self._stake = done.draft_s + max(0.0, self._risked)
         if choice.name == PLAIN:
             costs.observe(sequences, done.verify_s)
         elif choice.name == LOOKUP:
@@ -331,6 +292,11 @@ class Auto(Method):
         # After the pace of this round is known: to learn it is no loss.
         plain = costs.verify(sequences)
         chosen, overhead = self._cost(costs, done, drafted)
+        if any(guess.tokens for guess in self._guesses) and choice.name in (PLAIN, LOOKUP):
+            self._stake = overhead + max(0.0, self._risked)
+        elif not self._looks:
+            # The longer ago, the less it says.
+            self._stake *= FADING
         self._ledger.book(chosen + overhead, plain * sum(done.emitted) / sequences)
         self._tell(seconds, plain, done)
         remember(self._memory, done)
@@ -346,18 +312,24 @@ class Auto(Method):
         """
         name, sequences = self._choice.name, len(done.batch)
         calibrated = costs.verify(sequences + sum(drafted))
+        overhead = self._overhead(done.draft_s) if name in (PLAIN, LOOKUP) else 0.0
         if name == PLAIN:
-            return calibrated, done.draft_s
+            return calibrated, overhead
         if name == SKIP:
             calibrated += max(drafted) * costs.draft(self._swift.plan, sequences)
         if name == CASCADE:
             guessed = sum(min(self._choice.drafted, len(guess.tokens)) for guess in self._guesses)
             calibrated += costs.draft(self._swift.plan, sequences + guessed)
-        overhead = done.draft_s if name == LOOKUP else 0.0
         slowness = self._slowness[name]
-        now = (done.draft_s + done.verify_s - overhead) / calibrated
+        now = (done.verify_s if name == LOOKUP else done.draft_s + done.verify_s) / calibrated
         self._slowness[name] += 0.1 * (min(max(now, 0.5 * slowness), 2 * slowness) - slowness)
         return self._slowness[name] * calibrated, overhead
+
+    def _overhead(self, seconds: float) -> float:
+        """What choosing takes, learnt from a round in which it took so many seconds."""
+        usual = self._choosing.get(self._looks, seconds)
+        self._choosing[self._looks] = usual + 0.1 * (min(max(seconds, 0.5 * usual), 2 * usual) - usual)
+        return self._choosing[self._looks]
 
     def _choose(self, choices: list[Choice]) -> None:
         plain = choices[0]
