@@ -84,9 +84,9 @@ def test_two_hundred_draws_are_those_of_plain_decoding_after_a_restart(synthetic
     engine = synthetic("tiny", torch.float32, 0.3)
     expected = [engine.generate(run.prompt, run.params).token_ids for run in runs(count)]
     assert json.loads(done.stdout) == expected
-    others = [replace(run.params, seed=run.params.seed + 1) for run in runs(count)]
-    again = [engine.generate(run.prompt, params).token_ids for run, params in zip(runs(count), others, strict=True)]
-    assert sum(a != b for a, b in zip(again, expected, strict=True)) > 0.9 * count, "another seed draws other tokens"
+    others = [(run.prompt, replace(run.params, seed=run.params.seed + 1)) for run in runs(40)]
+    again = [engine.generate(prompt, params).token_ids for prompt, params in others]
+    assert sum(a != b for a, b in zip(again, expected, strict=False)) > 36, "another seed draws other tokens"
 
 
 def main() -> None:
