@@ -200,18 +200,16 @@ def sheets(result: dict[str, Any]) -> tuple[Sheet, ...]:
         Sheet(
             f"A round: {title(result)}",
             ("part of a round", "ranges", "ms a round", "share"),
-            tuple(
-                (one["part"], str(one["count"]), f"{one['round_ms']:.3f}", f"{one['share']:.1%}")
-                for one in result["parts"]
-            ),
+            tuple(_cells(one, "part", "round_ms") for one in result["parts"]),
         ),
         Sheet(
             f"Operations of rounds: {title(result)}",
             ("operation", "calls", "ms by itself", "share"),
-            tuple(
-                (one["name"], str(one["count"]), f"{one['self_ms']:.3f}", f"{one['share']:.1%}")
-                for one in result["ops"]
-            ),
+            tuple(_cells(one, "name", "self_ms") for one in result["ops"]),
             (f"{what}. Measured on {where(result['machine'])}.",),
         ),
     )
+
+
+def _cells(one: dict[str, Any], name: str, spent: str) -> tuple[str, ...]:
+    return one[name], str(one["count"]), f"{one[spent]:.3f}", f"{one['share']:.1%}"

@@ -110,16 +110,13 @@ class Graphs:
         return graph
 
     def _keep(self, graph: RoundGraph) -> None:
-        """Add a graph to those that wait, and let go of the one that has waited longest if they are too many.
-
-        Should rounds of it be under way still, CUDA ends them first, and its memory is used again after them.
-        """
+        """Add a graph to those that wait, and let go of the one that has waited longest if they are too many."""
         graph.waiting_since = next(self._order)
         self._idle.setdefault(graph.key, []).append(graph)
         spare = [graphs for key, graphs in self._idle.items() if graphs and key not in self._prepared]
         if sum(map(len, spare)) > SPARE:
             oldest = min(spare, key=lambda graphs: graphs[0].waiting_since)
-            del oldest[0]
+            oldest.pop(0).settle()
         self._idle = {key: graphs for key, graphs in self._idle.items() if graphs}
 
     def _build(self, key: Key) -> RoundGraph:

@@ -128,6 +128,11 @@ class RoundGraph:
         """Read no report of what is under way."""
         self._read = self._written
 
+    def settle(self) -> None:
+        """Wait until nothing of it is under way, read or not."""
+        if self._events is not None and self._written:
+            self._events[(self._written - 1) % len(self._ring)].synchronize()
+
     def _run(self) -> None:
         recipe = self.recipe
         if recipe.steps is None:

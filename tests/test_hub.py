@@ -135,6 +135,7 @@ def test_only_what_a_model_needs_is_fetched_once(stand_in: Hub, tmp_path: Path) 
         assert engine.config.eos_token_ids == (7,)
         assert engine.model_path is not None
         assert (engine.model_path / "chat_template.jinja").is_file()
+    assert told[:2] == [("preparing kernels", 0, 1), ("preparing kernels", 1, 1)]
     shards = {name for name in stand_in.repositories["org/sharded"] if name.startswith("model-")}
     small = {"config.json", "generation_config.json", "chat_template.jinja", "model.safetensors.index.json"}
     assert len(shards) > 1
