@@ -18,7 +18,7 @@ demo: $(VENV)/.demo
 	$(BIN)/skipjack demo
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 gate: $(VENV)/.gate
 	$(BIN)/python -m skipjack.bench.gate
