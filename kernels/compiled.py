@@ -14,6 +14,7 @@ from . import (
     cpu_attention,
     cpu_kernels,
     cpu_sample,
+    matrix_unit,
     packed,
     panels,
     reference,
@@ -283,7 +284,8 @@ def rounds_alike(weights: list[Matrix], heads: Heads, dtype: torch.dtype, tile: 
 def _describe(dtype: torch.dtype) -> str:
     if dtype not in _HALF:
         return f"{products(dtype)}, plain small operations"
-    return f"products in panels, compiled small operations{'' if team.entry() else ', all on one thread'}"
+    unit = " by the matrix unit" if dtype == torch.bfloat16 and matrix_unit.permitted() else ""
+    return f"products in panels{unit}, compiled small operations{'' if team.entry() else ', all on one thread'}"
 
 
 def _pads(dtype: torch.dtype) -> bool:

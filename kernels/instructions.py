@@ -7,9 +7,9 @@ WIDTH = 16
 LINE = 64
 FLOAT, SHORT, INT, LONG = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 FLOATS, SHORTS, INTS = (ir.VectorType(element, WIDTH) for element in (FLOAT, SHORT, INT))
-_FEATURES = binding.get_host_cpu_features()
+FEATURES = binding.get_host_cpu_features()
 # Thirty-two registers of as many lanes; an instruction for pairs of products.
-MANY_REGISTERS, PAIRED = (bool(_FEATURES.get(name)) for name in ("avx512f", "avx512bf16"))
+MANY_REGISTERS, PAIRED = (bool(FEATURES.get(name)) for name in ("avx512f", "avx512bf16"))
 
 
 class _BFloat(ir.types.Type):

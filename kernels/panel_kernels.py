@@ -4,7 +4,7 @@ An element is one chain of sums over the columns from the first to the last; whi
 thread and how many there are does not enter it. Eight rows share one reading of the weight.
 
 A chain adds products of float32, or pairs of products of bfloat16 by the processor's instruction for them where it has
-one: its bits are those of the processor's kind.
+one, or thirty-two by its matrix unit: its bits are those of the processor's kind.
 """
 
 import numpy as np
@@ -12,8 +12,10 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from . import matrix_unit
 from .instructions import FLOATS, INTS, LINE, LONG, MANY_REGISTERS, WIDTH, ask, fused, load, paired, splatted
 from .lanes import LANES, alone, kernel, part, read, taken, together, worker, write
+from .matrix_unit import ROWS
 
 VECTORS = 3
 PANEL = VECTORS * WIDTH
@@ -80,7 +82,6 @@ def _put(context, sums, address):
 @part
 def _rows(sums, rows, x, panel, bias, residual, out, start, width, columns, half, scratch):
     """out = x·panelᵀ + bias + residual of `rows` rows, from column `start` of out on; sums: `_none` of them."""
-    size = 2 if half else 4
     if half:
         for k in range(columns // 2):
             sums = _with_pair(sums, panel + _BYTES * k, x + 4 * k, columns * 2)
@@ -88,6 +89,13 @@ def _rows(sums, rows, x, panel, bias, residual, out, start, width, columns, half
         for k in range(columns):
             sums = _with_column(sums, panel + _BYTES * k, x + 4 * k, columns * 4)
     _put(sums, scratch)
+    _finish(rows, bias, residual, out, start, width, half, scratch)
+
+
+@part
+def _finish(rows, bias, residual, out, start, width, half, scratch):
+    """out = the sums of `rows` rows at `scratch` + bias + residual."""
+    size = 2 if half else 4
     for row in range(rows):
         for i in range(0, min(PANEL, width - start), WIDTH):
             y = read(scratch + 4 * PANEL * row, i, False)
@@ -122,44 +130,89 @@ def _by_count(most):
 _some = _by_count(MOST)
 
 
+@part
+def _by_rows(rows, x, panel, bias, residual, out, start, width, columns, half, scratch, shape):
+    """out = x·panelᵀ + bias + residual, from column `start` of out on, of as many rows at once as registers hold."""
+    size, row = 2 if half else 4, 0
+    while row < rows:
+        source, target, some = x + row * columns * size, out + row * width * size, min(rows - row, MOST)
+        added = residual + row * width * size if residual else 0
+        _some(some, source, panel, bias, added, target, start, width, columns, half, scratch)
+        row += some
+
+
+@part
+def _tiled(blocks, new, x, panel, columns, scratch):
+    """The sums of one or two tiles of rows with a panel; while it is new, weights are asked for ahead."""
+    matrix_unit.clear(blocks)
+    for k in range(0, columns, matrix_unit.COLUMNS):
+        if new:
+            matrix_unit.add(blocks, x + 2 * k, 2 * columns, panel + _BYTES // 2 * k, _BYTES, _AHEAD)
+        else:
+            matrix_unit.add(blocks, x + 2 * k, 2 * columns, panel + _BYTES // 2 * k, _BYTES, 0)
+    matrix_unit.put(blocks, scratch, _BYTES)
+
+
+@part
+def _by_tiles(rows, x, panel, bias, residual, out, start, width, columns, half, scratch, shape):
+    """`_by_rows` of bfloat16, by the matrix unit; shape: 64 zeroed bytes."""
+    row = 0
+    while row < rows:
+        source, some = x + 2 * row * columns, min(rows - row, ROWS)
+        matrix_unit.shape(shape, some)
+        if rows - row >= 2 * ROWS:
+            some = 2 * ROWS
+            _tiled(2, row == 0, source, panel, columns, scratch)
+        else:
+            _tiled(1, row == 0, source, panel, columns, scratch)
+        added = residual + 2 * row * width if residual else 0
+        _finish(some, bias, added, out + 2 * row * width, start, width, True, scratch)
+        row += some
+    matrix_unit.leave()
+
+
+# What a processor does not have is not to be compiled for it.
+_by_tiles = _by_tiles if matrix_unit.EXISTS else _by_rows
+
+
 @worker
 def share(block):
     """What one thread does of `product`: a run of panels, in a straight line through memory, then what others left."""
     x, panels, bias, residual, out, rows, width, columns, half, threads = (
         block[1], block[2], block[3], block[4], block[5], block[6], block[7], block[8], block[9] != 0, block[10],
     )  # fmt: skip
-    size, count = 2 if half else 4, (width + PANEL - 1) // PANEL
-    memory = np.empty(MOST * PANEL, np.float32)
-    scratch, own, next_panels = memory.ctypes.data, taken(block[11]), block[11] + LINE
+    size, count, tiles = 2 if half else 4, (width + PANEL - 1) // PANEL, block[12] != 0
+    memory, shape = np.empty(max(MOST, 2 * ROWS) * PANEL, np.float32), np.zeros(LINE, np.uint8)
+    scratch, told, own, next_panels = memory.ctypes.data, shape.ctypes.data, taken(block[11]), block[11] + LINE
     for turn in range(threads):
         run = (own + turn) % threads
         first, end = count * run // threads, count * (run + 1) // threads
         number = first + taken(next_panels + LINE * run)
         while number < end:
-            panel, start, row = panels + number * PANEL * columns * size, number * PANEL, 0
-            while row < rows:
-                source, target, some = x + row * columns * size, out + row * width * size, min(rows - row, MOST)
-                added = residual + row * width * size if residual else 0
-                _some(some, source, panel, bias, added, target, start, width, columns, half, scratch)
-                row += some
+            panel, start = panels + number * PANEL * columns * size, number * PANEL
+            if tiles:
+                _by_tiles(rows, x, panel, bias, residual, out, start, width, columns, half, scratch, told)
+            else:
+                _by_rows(rows, x, panel, bias, residual, out, start, width, columns, half, scratch, told)
             number = first + taken(next_panels + LINE * run)
     # Memory whose address alone is in use is let go of.
-    memory[0] = 0
+    memory[0] = shape[0] = 0
 
 
-@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, boolean, int64, int64, int64)")
-def product(x, panels, bias, residual, out, rows, width, columns, half, threads, entry, share):
+@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, boolean, boolean, int64, int64, int64)")
+def product(x, panels, bias, residual, out, rows, width, columns, half, tiles, threads, entry, share):
     """out = x·Wᵀ + bias + residual: x [rows, columns]; W of `width` rows in panels; bias [width]; [rows, width].
 
-    On `threads` of the team at `entry`, which run `share`; where there is none, on this one.
+    `tiles`: by the matrix unit, for bfloat16 and a multiple of its `COLUMNS`. On `threads` of the team at `entry`,
+    which run `share`; where there is none, on this one.
     """
     if not entry:
         threads = 1
     # A line each for how many threads have come and, of each run of panels, how many were taken.
-    block, counters = np.empty(12, np.int64), np.zeros((threads + 1, LINE // 8), np.int64)
+    block, counters = np.empty(13, np.int64), np.zeros((threads + 1, LINE // 8), np.int64)
     block[1], block[2], block[3], block[4], block[5] = x, panels, bias, residual, out
     block[6], block[7], block[8], block[9], block[10] = rows, width, columns, half, threads
-    block[11] = counters.ctypes.data
+    block[11], block[12] = counters.ctypes.data, tiles
     if threads > 1:
         together(entry, share, block.ctypes.data, threads)
     else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import large_pages, panel_kernels, team
+from . import large_pages, matrix_unit, panel_kernels, team
 from .lanes import WIDTH
 from .values import Matrix
 
@@ -43,6 +43,7 @@ def product(
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     out = torch.empty((x.shape[0], weight.rows), dtype=x.dtype) if out is None else out
+    half = x.dtype == torch.bfloat16
     panel_kernels.product(
         x.data_ptr(),
         weight.data.data_ptr(),
@@ -52,7 +53,8 @@ def product(
         x.shape[0],
         weight.rows,
         weight.columns,
-        x.dtype == torch.bfloat16,
+        half,
+        half and weight.columns % matrix_unit.COLUMNS == 0 and matrix_unit.permitted(),
         torch.get_num_threads(),
         team.entry(),
         panel_kernels.share.address,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from skipjack.kernels import compiled, large_pages, packed, panels, reference, team
+from skipjack.kernels import compiled, large_pages, matrix_unit, packed, panels, reference, team
 from skipjack.kernels.values import Matrix, Norm
 
 RTOL = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
@@ -32,7 +32,10 @@ def assert_near(got: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "width", "columns"),
-    [(1, 16, 2), (2, 32, 6), (3, 48, 34), (5, 96, 66), (6, 80, 34), (7, 64, 130), (9, 64, 576), (23, 112, 130)],
+    [
+        *[(1, 16, 2), (2, 32, 6), (3, 48, 34), (5, 96, 66), (6, 80, 34), (7, 64, 130), (9, 64, 576), (23, 112, 130)],
+        *[(1, 16, 32), (3, 112, 96), (16, 80, 64), (21, 96, 32), (32, 64, 96), (33, 48, 64), (77, 16, 160)],
+    ],
 )
 @pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (True, True)])
 def test_a_product_is_the_sum(
@@ -52,14 +55,36 @@ def test_a_product_is_the_sum(
         assert torch.equal(added, out), "in place"
 
 
+@pytest.mark.parametrize("columns", [258, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_has_the_bits_it_has_alone(dtype: torch.dtype) -> None:
-    x, matrix = randn(37, 258, dtype=dtype), panels.pack(randn(176, 258, dtype=dtype, seed=1))
+def test_a_row_has_the_bits_it_has_alone(dtype: torch.dtype, columns: int) -> None:
+    x, matrix = randn(73, columns, dtype=dtype), panels.pack(randn(176, columns, dtype=dtype, seed=1))
     together = panels.product(x, matrix, None, None)
-    for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 37):
-        for start in {0, 5, 37 - count}:
+    for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 31, 32, 33, 48, 73):
+        for start in {0, min(5, 73 - count), 73 - count}:
             rows = slice(start, start + count)
             assert torch.equal(panels.product(x[rows], matrix, None, None), together[rows])
+
+
+def test_the_matrix_unit_adds_in_the_order_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not matrix_unit.permitted():
+        pytest.skip("no matrix unit that this process may use")
+    x, weight = randn(19, 96, dtype=torch.bfloat16), randn(64, 96, dtype=torch.bfloat16, seed=1)
+    # A product of two bfloat16 is exact in float32.
+    products = (x.float()[:, None] * weight.float()).view(19, 64, 3, 16, 2)
+    expected = torch.zeros(19, 64)
+    for block in range(3):
+        chains = torch.zeros(19, 64, 2)
+        for pair in range(16):
+            chains = chains + products[:, :, block, pair]
+        expected = expected + chains.sum(-1)
+    matrix = panels.pack(weight)
+    assert torch.equal(panels.product(x, matrix, None, None), expected.bfloat16())
+    assert "matrix unit" in compiled.COMPILED.describe(torch.bfloat16)
+    assert "matrix unit" not in compiled.COMPILED.describe(torch.float32)
+    monkeypatch.setattr(matrix_unit, "permitted", lambda: False)
+    assert "matrix unit" not in compiled.COMPILED.describe(torch.bfloat16)
+    assert_near(panels.product(x, matrix, None, None), x.double() @ weight.double().T)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,11 +172,11 @@ import llvmlite.binding, numba, torch
 llvmlite.binding.get_host_cpu_features, others = (lambda: {}), llvmlite.binding.get_host_cpu_features
 from skipjack.kernels import instructions
 llvmlite.binding.get_host_cpu_features = others
-from skipjack.kernels import attention_sums, compiled, panel_kernels, panels
+from skipjack.kernels import attention_sums, compiled, matrix_unit, panel_kernels, panels
 from skipjack.kernels.attention_index import AttentionIndex
-assert not instructions.PAIRED and panel_kernels.MOST == attention_sums.FEW == 2
+assert not instructions.PAIRED and not matrix_unit.EXISTS and panel_kernels.MOST == attention_sums.FEW == 2
 for dtype, most in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
-    x, weight = torch.randn(5, 66).to(dtype), torch.randn(64, 66).to(dtype)
+    x, weight = torch.randn(5, 64).to(dtype), torch.randn(64, 64).to(dtype)
     matrix = panels.pack(weight)
     got, expected = panels.product(x, matrix, None, None), x.double() @ weight.double().T
     assert (got.double() - expected).norm() / expected.norm() < most
