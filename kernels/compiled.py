@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import (
+    attention_tiles,
     cpu_attention,
     cpu_kernels,
     cpu_sample,
@@ -154,7 +155,8 @@ def attend(
         return reference.attend(q, keys, values, index, scale=scale, window=window, slopes=slopes, active=active)
     q, sequence = q.contiguous(), index.sequence if active is None else torch.where(active, index.sequence, -1)
     out = torch.empty((rows, heads * head_dim), dtype=q.dtype, device=q.device)
-    table, tree = index.block_table, index.tree
+    table, tree, half = index.block_table, index.tree, _HALF[q.dtype]
+    tiles = half and head_dim % cpu_attention.BLOCK == 0 and matrix_unit.permitted()
     cpu_attention.attend(
         q.data_ptr(),
         keys.data_ptr(),
@@ -175,10 +177,11 @@ def attend(
         keys.shape[2],
         window or 0,
         scale,
-        _HALF[q.dtype],
+        half,
+        tiles,
         torch.get_num_threads(),
         team.entry(),
-        cpu_attention.attend_some.address,
+        (attention_tiles if tiles else cpu_attention).attend_some.address,
     )
     return out
 

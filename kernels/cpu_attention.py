@@ -44,6 +44,8 @@ from .lanes import (
 )
 
 _WORTH_A_TEAM = 2048
+# Positions are counted from a multiple of so many: the matrix unit takes them together, and that many queries at most.
+BLOCK, TOGETHER = 32, 16
 
 
 @part
@@ -118,7 +120,7 @@ _score_all, _mix_all = _over(_score), _over(_mix)
 
 
 @part
-def _softmax(scores, weights, count, scale, slope, half):
+def softmax(scores, weights, count, scale, slope, half):
     """exp(x − the greatest x), x = scale·score + slope·distance, of `count` scores; the inverse of their sum.
 
     They are written to `weights`, which may be where the scores are or before, with zeros on both sides.
@@ -141,7 +143,7 @@ def _softmax(scores, weights, count, scale, slope, half):
 
 
 @part
-def _keep(arrays):
+def keep(arrays):
     """numba frees an array after its last use by name, even if its address is used later."""
     return len(arrays)
 
@@ -176,20 +178,20 @@ def attend_some(address):
         for n in range(many):
             slope = number(slopes + 4 * (queries[n] % heads)) if slopes else np.float32(0.0)
             weights = at[1, n] + size * firsts[n]
-            shares[n] = _softmax(at[1, n] + 4 * firsts[n], weights, ends[n] - firsts[n], scale, slope, half)
+            shares[n] = softmax(at[1, n] + 4 * firsts[n], weights, ends[n] - firsts[n], scale, slope, half)
         _mix_all(at[1], at[2], values + own, places, firsts, ends, low, high, width, half)
         for n in range(many):
             for i in range(0, width, WIDTH):
                 write(out + queries[n] * width * size, i, read(at[2, n], i, False) * splat(shares[n]), half)
         task = taken(block.ctypes.data)
-    _keep((scores, mixed))
+    keep((scores, mixed))
 
 
 @part
 def _find(places, first, end, origin, row, owner, table, pages, length, slot, depth, kv_heads, slots, size):
     """Where the keys of positions from `first` to `end` - 1 lie in [pages, kv_heads, slots, `size` bytes].
 
-    places[0] is for position `origin`; those after the last are as the last.
+    places[0] is for position `origin`; those before the first are as the first, those after the last as the last.
     """
     for page in range(first // slots, (end - 1) // slots + 1):
         start = page * slots
@@ -202,23 +204,24 @@ def _find(places, first, end, origin, row, owner, table, pages, length, slot, de
             at = whole(slot + 8 * (row * depth + position - root))
             base = whole(table + 8 * (owner * pages + at // slots)) * kv_heads * slots
             places[position - origin] = (base + at % slots) * size
-    places[end - origin : end - origin + FEW + AHEAD] = places[end - 1 - origin]
+    places[: first - origin] = places[first - origin]
+    places[end - origin :] = places[end - 1 - origin]
 
 
 @kernel(
     "void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64,"
-    " int64, int64, int64, int64, int64, int64, float64, boolean, int64, int64, int64)"
+    " int64, int64, int64, int64, int64, int64, float64, boolean, boolean, int64, int64, int64)"
 )
 def attend(
     q, keys, values, out, sequence, position, table, pages, length, slot, depth, slopes,
-    rows, heads, kv_heads, width, slots, window, scale, half, threads, entry, some,
+    rows, heads, kv_heads, width, slots, window, scale, half, tiles, threads, entry, some,
 ):  # fmt: skip
     """softmax(scale·q·kᵀ + slope·(key position − position))·v over the positions a row sees, in order.
 
     q [rows, heads, width] → out [rows, heads·width], zeros for rows of no sequence; keys, values [pages, kv_heads,
     slots, width]; sequence, position [rows]; table [sequences, pages]; of a tree length [rows], slot [rows, depth];
     slopes float32 [heads]; window 0 for none. With an `entry` (`team.entry`) that many threads run `some`, the address
-    of `attend_some`, where there is enough for them to do.
+    of `attend_some` or, with `tiles`, of `attention_tiles.attend_some`, where there is enough for them to do.
     """
     group, size, work = heads // kv_heads, 2 if half else 4, 0
     first, end, origin, last = np.zeros(rows, np.int64), np.zeros(rows, np.int64), 1 << 62, 0
@@ -226,25 +229,25 @@ def attend(
         if whole(sequence + 8 * row) >= 0:
             end[row] = whole(position + 8 * row) + 1
             first[row] = max(end[row] - window, 0) if window else 0
-            origin, last = min(origin, first[row] // 2 * 2), max(last, end[row])
+            origin, last = min(origin, first[row] // BLOCK * BLOCK), max(last, end[row])
             work += (end[row] - first[row]) * heads
         else:
             for i in range(0, heads * width, WIDTH):
                 write(out + row * heads * width * size, i, splat(0.0), half)
-    # From an even position to an even one, for the pairs of values.
-    longest = max(last - origin + 1, 0) // 2 * 2
+    longest = max(last - origin + BLOCK - 1, 0) // BLOCK * BLOCK
     # Of a row its places, the first and the end of what it sees, and the end of what others of its sequence see alike.
     seen, places = np.empty((rows, 4), np.int64), np.empty((rows, longest + FEW + AHEAD), np.int64)
     runs, count, start = np.empty((rows * heads, 4), np.int64), 0, 0
     # Queries are taken together where that leaves every thread some of them.
-    most = FEW if rows * heads >= 2 * FEW * threads else 1
+    most = TOGETHER if tiles else FEW if rows * heads >= 2 * FEW * threads else 1
     while start < rows:
         owner, stop = whole(sequence + 8 * start), start + 1
         while stop < rows and whole(sequence + 8 * stop) == owner:
             stop += 1
         low, high = first[start:stop].min(), end[start:stop].max()
         for row in range(start, stop if owner >= 0 else start):
-            found, alike = places[start], end[row]
+            # Tiles see more of a chain than a row does, and weigh it with 0.
+            found, alike = places[start], origin + longest if tiles else end[row]
             if length:
                 found, alike, low, high = places[row], min(alike, whole(length + 8 * row)), first[row], end[row]
             if length or row == start:
@@ -256,7 +259,7 @@ def attend(
             seen[row, 2], seen[row, 3] = end[row] - origin, alike - origin
         left = (stop - start) * group if owner >= 0 else 0
         while left:
-            many = most if left >= most else 1
+            many = most if left >= most else left if tiles else 1
             # Another head's keys each time: threads that read the same ones wait for the same memory.
             for own in range(kv_heads):
                 runs[count, 0], runs[count, 1] = start, (stop - start) * group - left
@@ -273,4 +276,4 @@ def attend(
         together(entry, some, block.ctypes.data, threads)
     else:
         alone(some, block.ctypes.data)
-    _keep((seen, places, runs, block))
+    keep((seen, places, runs, block))

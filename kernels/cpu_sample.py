@@ -13,7 +13,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .cpu_kernels import first_of
-from .instructions import FLOATS, INT, INTS, LONG, WIDTH, constant, splatted
+from .instructions import FLOATS, INT, INTS, LONG, WIDTH, constant, splatted, zipped
 from .lanes import (
     LANES,
     alone,
@@ -78,15 +78,8 @@ def uniforms(context, seed, position, stream, start):
 
 def _in_order(builder, words):
     """The words 0 to 3 of sixteen blocks, block after block."""
-    first, second = (_zipped(builder, words[i], words[i + 1], 1) for i in (0, 2))
-    return [half for pair in zip(first, second, strict=True) for half in _zipped(builder, *pair, 2)]
-
-
-def _zipped(builder, left, right, count):
-    """`count` lanes of one, as many of the other, and so on: the first sixteen and the last."""
-    lanes = [i + side for i in range(0, WIDTH, count) for side in (0, WIDTH)]
-    lanes = [start + i for start in lanes for i in range(count)]
-    return [builder.shuffle_vector(left, right, ir.Constant(INTS, lanes[i : i + WIDTH])) for i in (0, WIDTH)]
+    first, second = (zipped(builder, words[i], words[i + 1]) for i in (0, 2))
+    return [half for pair in zip(first, second, strict=True) for half in zipped(builder, *pair, 2)]
 
 
 def _fraction(builder, bits):

@@ -83,6 +83,14 @@ def _half(builder, pair, width, part):
     return builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(INT, len(lanes)), lanes))
 
 
+def zipped(builder, left, right, count=1):
+    """`count` lanes of one, as many of the other, and so on: the first half of them and the last."""
+    width = left.type.count
+    lanes = [start + i for at in range(0, width, count) for start in (at, at + width) for i in range(count)]
+    halves = (lanes[:width], lanes[width:])
+    return [builder.shuffle_vector(left, right, ir.Constant(ir.VectorType(INT, width), half)) for half in halves]
+
+
 def constant(value):
     return ir.Constant(INTS, [value] * WIDTH)
 

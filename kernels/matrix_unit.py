@@ -21,7 +21,7 @@ ROWS, COLUMNS = 16, 32
 EXISTS = bool(FEATURES.get("amx-tile")) and bool(FEATURES.get("amx-bf16"))
 # Six tiles of sums, for two of activations by three of weights.
 SIDE = 3
-_ACTIVATIONS, _WEIGHTS = 6, 7
+ACTIVATIONS, WEIGHTS = 6, 7
 _BYTE = ir.IntType(8)
 _ARCH_PRCTL, _ASK_FOR, _TILE_DATA = 158, 0x1023, 18
 
@@ -91,11 +91,11 @@ def add(context, blocks, x, stride, weights, width, ahead):
             for start in range(0, ROWS * SIDE * LINE, LINE):
                 ask(builder, builder.add(weights, ir.Constant(LONG, ahead.literal_value + start)))
         for i in range(SIDE):
-            _fetch(builder, _WEIGHTS, builder.add(weights, ir.Constant(LONG, LINE * i)), width)
+            _fetch(builder, WEIGHTS, builder.add(weights, ir.Constant(LONG, LINE * i)), width)
             for block in range(blocks.literal_value):
                 rows = builder.add(x, builder.mul(stride, ir.Constant(LONG, ROWS * block)))
-                _fetch(builder, _ACTIVATIONS, rows, stride)
-                numbers = (SIDE * block + i, _ACTIVATIONS, _WEIGHTS)
+                _fetch(builder, ACTIVATIONS, rows, stride)
+                numbers = (SIDE * block + i, ACTIVATIONS, WEIGHTS)
                 _call(builder, "tdpbf16ps", *(ir.Constant(_BYTE, number) for number in numbers))
         return context.get_dummy_value()
 
@@ -115,6 +115,40 @@ def put(context, blocks, sums, width):
         return context.get_dummy_value()
 
     return types.void(blocks, types.int64, types.int64), build
+
+
+@intrinsic(prefer_literal=True)
+def fetch(context, tile, address, width):
+    """A tile from memory, in rows of `width` bytes."""
+
+    def build(context, builder, signature, given):
+        _fetch(builder, tile.literal_value, *given[1:])
+        return context.get_dummy_value()
+
+    return types.void(tile, types.int64, types.int64), build
+
+
+@intrinsic(prefer_literal=True)
+def store(context, tile, address, width):
+    """A tile to memory, in rows of `width` bytes."""
+
+    def build(context, builder, signature, given):
+        _call(builder, "tilestored64", ir.Constant(_BYTE, tile.literal_value), _at(builder, given[1]), given[2])
+        return context.get_dummy_value()
+
+    return types.void(tile, types.int64, types.int64), build
+
+
+@intrinsic(prefer_literal=True)
+def multiply(context, tile):
+    """Add to a tile of sums what the tiles of activations and weights give."""
+
+    def build(context, builder, signature, given):
+        numbers = (tile.literal_value, ACTIVATIONS, WEIGHTS)
+        _call(builder, "tdpbf16ps", *(ir.Constant(_BYTE, number) for number in numbers))
+        return context.get_dummy_value()
+
+    return types.void(tile), build
 
 
 def _fetch(builder, tile, address, stride):

@@ -102,6 +102,22 @@ def table(request: pytest.FixtureRequest) -> Ops:
     return COMPILED
 
 
+def _units() -> list[str]:
+    try:
+        from skipjack.kernels import matrix_unit
+    except ImportError:
+        return ["pairs"]
+    return ["unit", "pairs"] if matrix_unit.permitted() else ["pairs"]
+
+
+@pytest.fixture(params=_units())
+def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Products of bfloat16 by the processor's matrix unit, where there is one, and without it."""
+    if request.param == "pairs" and "unit" in _units():
+        monkeypatch.setattr("skipjack.kernels.matrix_unit.permitted", lambda: False)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def demo() -> Engine:
     """The packaged model, in its own dtype."""

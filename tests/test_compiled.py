@@ -220,6 +220,7 @@ def test_filled_keys_are_those_the_layer_would_have_written(dtype: torch.dtype) 
 SEEN = [(9, 3, 64, None, False), (4, 4, 16, None, True), (8, 2, 128, 300, False), (6, 2, 80, 40, True)]
 
 
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "window", "alibi"), SEEN)
 def test_attention_reads_what_a_row_sees_and_no_more(
@@ -275,6 +276,7 @@ def test_tensors_that_are_parts_of_others_are_read_as_they_lie() -> None:
     assert torch.equal(case.keys.nan_to_num(9), keys.nan_to_num(9))
 
 
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
 def test_attention_of_keys_that_differ_a_lot_is_finite_and_right(scale: float, dtype: torch.dtype) -> None:
@@ -330,6 +332,7 @@ class Shared:
         return compiled.attend(self.q[rows], self.keys, self.values, index, scale=0.2, window=window, slopes=slopes)
 
 
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 @pytest.mark.parametrize("group", [1, 3, 4, 7])
@@ -354,6 +357,7 @@ def test_rows_that_share_keys_have_the_bits_they_have_alone(
         assert torch.equal(chain.run([18], window, slope, False), alone[18:19])
 
 
+@pytest.mark.usefixtures("unit")
 def test_threads_change_no_bit_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, threads = Rows(), torch.get_num_threads()
     with monkeypatch.context() as patch:

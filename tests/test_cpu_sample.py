@@ -142,7 +142,8 @@ def test_what_does_not_fit_is_drawn_by_the_reference() -> None:
 def test_code_on_disk_is_known_by_every_file_it_is_made_of() -> None:
     """Numba looks for changes in a kernel's own file alone; the others are told by its name."""
     folder = Path(lanes.__file__).parent
-    for name in ("panel_kernels", "cpu_attention", "cpu_kernels", "cpu_sample"):
+    for name in ("panel_kernels", "cpu_attention", "attention_tiles", "cpu_kernels", "cpu_sample"):
         tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
-        imports = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+        imports = {name for node in nodes for name in ([node.module] if node.module else [x.name for x in node.names])}
         assert {f"{module}.py" for module in imports} <= set(lanes._NAMES), name

@@ -29,6 +29,7 @@ def assert_near(got: Tensor, expected: Tensor) -> None:
     assert error < RTOL[got.dtype], f"relative error {error:.2e}"
 
 
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "width", "columns"),
@@ -55,6 +56,7 @@ def test_a_product_is_the_sum(
         assert torch.equal(added, out), "in place"
 
 
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("columns", [258, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_has_the_bits_it_has_alone(dtype: torch.dtype, columns: int) -> None:
@@ -87,6 +89,7 @@ def test_the_matrix_unit_adds_in_the_order_it_says(monkeypatch: pytest.MonkeyPat
     assert_near(panels.product(x, matrix, None, None), x.double() @ weight.double().T)
 
 
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_neither_threads_nor_their_absence_change_a_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     x, matrix = randn(5, 128, dtype=dtype), panels.pack(randn(960, 128, dtype=dtype, seed=1))
@@ -160,6 +163,7 @@ def test_masked_and_scaled_rows_have_the_bits_of_others(dtype: torch.dtype) -> N
     assert torch.equal(twice, 2 * compiled.linear(x, weight, tile=8, norm=norm))
 
 
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_prompt_rounds_as_decoding_does(dtype: torch.dtype) -> None:
     x, weight = randn(100, 64, dtype=dtype), compiled.prepare(randn(96, 64, dtype=dtype, seed=1))

@@ -1,0 +1,173 @@
+"""Attention of bfloat16 by a processor's matrix unit: up to sixteen queries of one head of keys together.
+
+A score is a sum over the columns, thirty-two at a time, and an output one over the positions, thirty-two at a time from
+a multiple of thirty-two on, each in the unit's order; what a query does not see has a weight of 0. Weights are rounded
+to bfloat16. Which queries are together, on which thread, changes no bit.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import carray
+from numba.core import types
+from numba.extending import intrinsic
+
+from . import cpu_attention, matrix_unit
+from .attention_sums import AHEAD, listed
+from .cpu_attention import BLOCK, TOGETHER, keep, softmax
+from .instructions import INTS, LINE, LONG, SHORT, WIDTH, ask, load, zipped
+from .lanes import number, part, put_whole, read, splat, taken, whole, worker, write
+from .matrix_unit import ACTIVATIONS, WEIGHTS
+
+_TILE = matrix_unit.ROWS * LINE
+
+
+@intrinsic
+def _keys_across(context, places, keys, out):
+    """A tile of weights from sixteen keys, each at `keys` + its place: a row has two columns of all."""
+
+    def build(context, builder, signature, given):
+        places, keys, out = given
+        found = []
+        for i in range(WIDTH):
+            found.append(load(builder, builder.add(keys, load(builder, places, 8 * i, LONG)), 0, INTS))
+            ask(builder, builder.add(keys, load(builder, places, 8 * (i + AHEAD), LONG)))
+        for _ in range(4):
+            pairs = zip(found[: WIDTH // 2], found[WIDTH // 2 :], strict=True)
+            found = [half for left, right in pairs for half in zipped(builder, left, right)]
+        for i, row in enumerate(found):
+            _put(builder, row, out, LINE * i)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), build
+
+
+@intrinsic
+def _values_across(context, places, values, out):
+    """Two tiles of weights from thirty-two values: a row has two positions of sixteen columns."""
+
+    def build(context, builder, signature, given):
+        places, values, out = given
+        kind = ir.VectorType(SHORT, BLOCK)
+        for i in range(0, BLOCK, 2):
+            left, right = (
+                load(builder, builder.add(values, load(builder, places, 8 * at, LONG)), 0, kind) for at in (i, i + 1)
+            )
+            for tile, row in enumerate(zipped(builder, left, right)):
+                _put(builder, row, out, _TILE * tile + LINE * (i // 2))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), build
+
+
+def _put(builder, row, address, offset):
+    at = builder.add(address, ir.Constant(LONG, offset))
+    builder.store(row, builder.inttoptr(at, row.type.as_pointer()), align=4)
+
+
+@part
+def _score(queries, scores, apart, keys, places, first, end, width, tiles):
+    """Query·key of the tile's queries and the positions from `first` to `end` - 1; rows of scores are `apart` bytes."""
+    for i in range(first, end, TOGETHER):
+        matrix_unit.clear(1)
+        for j in range(0, width, BLOCK):
+            _keys_across(places + 8 * i, keys + 2 * j, tiles)
+            matrix_unit.fetch(ACTIVATIONS, queries + 2 * j, 2 * width)
+            matrix_unit.fetch(WEIGHTS, tiles, LINE)
+            matrix_unit.multiply(0)
+        matrix_unit.store(0, scores + 4 * i, apart)
+
+
+@part
+def _mix(weights, apart, mixed, values, places, first, end, width, tiles):
+    """mixed + Σ weight·value of the tile's queries and the positions from `first` to `end` - 1."""
+    for j in range(0, width, BLOCK):
+        left, right = mixed + 4 * j, mixed + 4 * j + LINE
+        matrix_unit.fetch(0, left, 4 * width)
+        matrix_unit.fetch(1, right, 4 * width)
+        for i in range(first, end, BLOCK):
+            _values_across(places + 8 * i, values + 2 * j, tiles)
+            matrix_unit.fetch(ACTIVATIONS, weights + 2 * i, apart)
+            matrix_unit.fetch(WEIGHTS, tiles, LINE)
+            matrix_unit.multiply(0)
+            matrix_unit.fetch(WEIGHTS, tiles + _TILE, LINE)
+            matrix_unit.multiply(1)
+        matrix_unit.store(0, left, 4 * width)
+        matrix_unit.store(1, right, 4 * width)
+
+
+@part
+def _weigh(scores, first, end, low, high, scale, slope):
+    """Weights of bfloat16 in the place of scores, of positions `first` to `end` - 1; others from `low` to `high` - 1 0.
+
+    The inverse of their sum.
+    """
+    share = softmax(scores + 4 * first, scores + 2 * first, end - first, scale, slope, True)
+    # It leaves zeros on both sides, sixteen at least.
+    for i in range(low, first - WIDTH, WIDTH):
+        write(scores, i, splat(0.0), True)
+    for i in range(end, high, WIDTH):
+        write(scores, i, splat(0.0), True)
+    return share
+
+
+def _attend_some(address):
+    """Runs of queries as long as some are left; block[0] counts those taken, and `attend` says what the rest is."""
+    block = carray(address, 16)
+    q, keys, values, out, slopes = block[1], block[2], block[3], block[4], block[5]
+    heads, group, width, slots, longest = block[6], block[7], block[8], block[9], block[11]
+    rows, runs, count, scale = block[12], block[13], block[14], block[15:].view(np.float64)[0]
+    # From whole lines on: sixteen numbers, a row of scores, and sixteen more.
+    apart = 4 * (longest + 2 * WIDTH)
+    memory = np.empty(TOGETHER * (apart + 6 * width) + 2 * _TILE + 2 * LINE, np.uint8)
+    start = memory.ctypes.data
+    told = start + -start % LINE
+    tiles, scores = told + LINE, told + LINE + 2 * _TILE + 4 * WIDTH
+    mixed = scores - 4 * WIDTH + TOGETHER * apart
+    queries = mixed + 4 * TOGETHER * width
+    memory[: 2 * LINE] = 0
+    seen, shares = np.empty((4, TOGETHER), np.int64), np.empty(TOGETHER, np.float32)
+    places, firsts, ends, sources = seen[0], seen[1], seen[2], seen[3]
+    task = taken(block.ctypes.data)
+    while task < count:
+        start, skipped, many, own = listed(4, runs + 32 * task)
+        low, alike, high = longest, longest, 0
+        for n in range(many):
+            row = start + (skipped + n) // group
+            places[n], firsts[n], ends[n], until = listed(4, rows + 32 * row)
+            low, alike, high = min(low, firsts[n]), min(alike, until), max(high, ends[n])
+            sources[n] = row * heads + own * group + (skipped + n) % group
+            for i in range(0, 2 * width, 8):
+                put_whole(queries + 2 * n * width + i, whole(q + 2 * sources[n] * width + i))
+            for i in range(0, width, WIDTH):
+                write(mixed + 4 * n * width, i, splat(0.0), False)
+        # Up to `alike` they see the same keys, from there on each its own.
+        low = low // BLOCK * BLOCK
+        alike = max(low, min(alike, high + BLOCK - 1) // BLOCK * BLOCK)
+        own *= 2 * slots * width
+        matrix_unit.shape(told, many)
+        _score(queries, scores, apart, keys + own, places[0], low, alike, width, tiles)
+        if alike < high:
+            matrix_unit.shape(told, 1)
+        for n in range(many):
+            at, end = scores + n * apart, (ends[n] + BLOCK - 1) // BLOCK * BLOCK
+            if alike < end:
+                _score(queries + 2 * n * width, at, apart, keys + own, places[n], alike, end, width, tiles)
+            slope = number(slopes + 4 * (sources[n] % heads)) if slopes else np.float32(0.0)
+            shares[n] = _weigh(at, firsts[n], ends[n], low, max(alike, end), scale, slope)
+        matrix_unit.shape(told, many)
+        _mix(scores, apart, mixed, values + own, places[0], low, alike, width, tiles)
+        if alike < high:
+            matrix_unit.shape(told, 1)
+        for n in range(many):
+            at, end = mixed + 4 * n * width, (ends[n] + BLOCK - 1) // BLOCK * BLOCK
+            if alike < end:
+                _mix(scores + n * apart, apart, at, values + own, places[n], alike, end, width, tiles)
+            for i in range(0, width, WIDTH):
+                write(out + 2 * sources[n] * width, i, read(at, i, False) * splat(shares[n]), True)
+        matrix_unit.leave()
+        task = taken(block.ctypes.data)
+    keep((memory,))
+
+
+# What a processor does not have is not to be compiled for it.
+attend_some = worker(_attend_some) if matrix_unit.EXISTS else cpu_attention.attend_some
