@@ -23,8 +23,9 @@ class Costs:
 
     A pass reads its weights once for every tile, or is taken to: `full` is the whole model for one row, head included,
     `tiles` what a pass in one tile of so many rows takes beyond that, ascending, `per_row` what each further row of a
-    tile adds, `per_tile` what each further tile of the largest size adds, `fixed` the part that no skipped sub-layer
-    saves. `pace` is how much slower than calibrated passes have been lately.
+    tile adds, `per_tile` what each further tile of the largest size adds, or so much of it as there is, where passes
+    are `unpadded`, `fixed` the part that no skipped sub-layer saves. `pace` is how much slower than calibrated passes
+    have been lately.
     """
 
     sublayers: int
@@ -34,11 +35,12 @@ class Costs:
     fixed: float
     per_row: float = 0.0
     pace: float = 1.0
+    unpadded: bool = False
 
     def verify(self, rows: int) -> float:
         """A full pass over `rows` rows; plain decoding is one over a row a sequence."""
         largest, most = self.tiles[-1]
-        count = -(-rows // largest)
+        count = max(1.0, rows / largest) if self.unpadded else -(-rows // largest)
         first = self.full + next((extra for size, extra in self.tiles if rows <= size), most)
         return self.pace * (first + self.per_tile * (count - 1) + self.per_row * (rows - count))
 
@@ -89,7 +91,8 @@ def calibrate(model: Model, cache: KVCache, clock: Clock = perf_counter) -> Cost
         (size, max(0.0, seconds - full - per_row * (size - 1))) for size, seconds in zip(sizes, filled, strict=True)
     )
     per_tile = max(0.0, two - full - tiles[-1][1] - per_row * (2 * largest - 2))
-    return Costs(2 * layers, full, tiles, per_tile, min(max(fixed, 0.0), full), per_row)
+    unpadded = bool(model.tiles) and not model.ops.pads(model.dtype)
+    return Costs(2 * layers, full, tiles, per_tile, min(max(fixed, 0.0), full), per_row, unpadded=unpadded)
 
 
 def head_layers(config: ModelConfig) -> float:

@@ -1,6 +1,7 @@
 """Tiles of other sizes: taken where they leave every row its bits, and only there."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -93,3 +94,13 @@ def test_a_pass_costs_what_its_tile_does() -> None:
     tiles = ((4, 0.0), (8, 3.0), (16, 6.0))
     costs = Costs(sublayers=16, full=10.0, tiles=tiles, per_tile=12.0, fixed=2.0, per_row=0.1)
     assert [costs.verify(rows) for rows in (1, 4, 5, 8, 9, 17)] == pytest.approx([10.0, 10.3, 13.4, 13.7, 16.8, 29.5])
+
+
+def test_an_unpadded_pass_costs_what_its_rows_do() -> None:
+    costs = Costs(16, full=10.0, tiles=((8, 1.0),), per_tile=4.0, fixed=2.0, per_row=0.1)
+    smooth = replace(costs, unpadded=True)
+    for rows in (1, 5, 8, 16, 32):
+        assert smooth.verify(rows) == pytest.approx(costs.verify(rows))
+    assert [smooth.verify(rows) for rows in (10, 12)] == pytest.approx(
+        [smooth.verify(8) + part * (smooth.verify(16) - smooth.verify(8)) for part in (0.25, 0.5)]
+    )
