@@ -15,9 +15,9 @@ from ..runtime.errors import RequestError
 from ..runtime.methods import registry
 from ..runtime.plan import LayerPlan
 from ..runtime.request import SamplingParams, Stats
-from .clock import Sampler, Spread, denominator, paired, sampler
+from .clock import Sampler, Spread, denominator, paired, peak, sampler
 from .forced_acceptance import forced_acceptance
-from .passes import chain_after, fill, first_layers, pass_bytes, step
+from .passes import chain_after, fill, first_layers, pass_bytes, prompt_flops, step
 from .shares import Share, shares
 
 PLAIN = "autoregressive"
@@ -26,7 +26,9 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """How much is measured: 2·`pairs` samples of every pass, 2·`repeats` runs of `tokens` tokens of every round."""
+    """How much is measured: 2·`pairs` samples of every pass, 2·`repeats` runs of every prompt and of every round, which
+    has `tokens` tokens.
+    """
 
     context: int
     rows: tuple[int, ...]
@@ -34,6 +36,17 @@ class Setting:
     pairs: int
     repeats: int
     tokens: int
+    prompts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Reading a prompt, as a request does: FLOP/s of its products with matrices, and that ÷ those of a large one."""
+
+    tokens: int
+    seconds: Spread
+    flops: float
+    share: float
 
 
 @dataclass(frozen=True)
@@ -96,13 +109,14 @@ class Result:
     passes: list[Pass]
     line: Line
     rounds: list[Round]
+    prompts: list[Prompt]
     operators: list[Share]
 
 
 def measure(
     engine: Engine, methods: Sequence[str], setting: Setting, bandwidth: dict[str, float], note: Note
 ) -> Result:
-    """Passes alone, then rounds of every method at every rate.
+    """Passes alone, then rounds of every method at every rate, then prompts.
 
     Raises:
         RequestError: a method does not draft with some of the layers.
@@ -113,7 +127,8 @@ def measure(
     drafts = [one for one in passes if one.kind == "draft"]
     rounds = [measure_rounds(engine, method, rate, setting, note) for method in methods for rate in setting.rates]
     line = fit([(one.layers, one.seconds.median) for one in drafts])
-    return Result(bandwidth, passes, line, rounds, measure_operators(engine, setting))
+    prompts = measure_prompts(engine, setting, note)
+    return Result(bandwidth, passes, line, rounds, prompts, measure_operators(engine, setting))
 
 
 def fit(points: Sequence[tuple[float, float]]) -> Line:
@@ -221,6 +236,27 @@ def measure_rounds(engine: Engine, name: str, rate: float, setting: Setting, not
         possible,
         speed.median / possible,
     )
+
+
+def measure_prompts(engine: Engine, setting: Setting, note: Note) -> list[Prompt]:
+    """Prompts of plain decoding, in turns."""
+    params, vocabulary = SamplingParams(max_tokens=1, ignore_eos=True), engine.config.vocab_size
+
+    def seconds(tokens: int) -> float:
+        prompt = [3 + (7 * i) % (vocabulary - 3) for i in range(tokens)]
+        return engine.generate(prompt, params, method=PLAIN).stats.prefill_s
+
+    for tokens in setting.prompts:
+        note(f"prompt of {tokens} tokens")
+        seconds(tokens)
+    taken = paired({str(tokens): partial(seconds, tokens) for tokens in setting.prompts}, setting.repeats)
+    model = engine._loaded()[0]  # pyright: ignore[reportPrivateUsage]
+    roof, found = peak(model.device, model.dtype), list[Prompt]()
+    for tokens in setting.prompts:
+        time = Spread.of(taken[str(tokens)])
+        flops = prompt_flops(engine.config, tokens) / time.median
+        found.append(Prompt(tokens, time, flops, flops / roof))
+    return found
 
 
 def measure_operators(engine: Engine, setting: Setting) -> list[Share]:

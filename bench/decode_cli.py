@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
@@ -13,6 +13,7 @@ from ..runtime.errors import RequestError
 from . import options
 
 DRY_SHAPE = "synthetic:tiny:0.3"
+PROMPTS = (32, 128, 512, 1024)
 
 
 def decode(
@@ -32,6 +33,10 @@ def decode(
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of samples of every pass.")] = 10,
     repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs of every round.")] = 2,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of a run.")] = 64,
+    prompt: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens of a prompt, repeatable; default 32 128 512 1024, if they fit."),
+    ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
@@ -39,7 +44,7 @@ def decode(
     as_json: options.AsJson = False,
     dry_run: Annotated[bool, typer.Option(help="Walk the code with a tiny model and few samples; no figures.")] = False,
 ) -> None:
-    """Measure passes and rounds against their bytes: verify(K), draft steps, glue, forced acceptance."""
+    """Measure passes and rounds against their bytes: verify(K), draft steps, glue, forced acceptance, prompts."""
     from .clock import bandwidth, denominator
     from .decode import Setting, measure
     from .methods import load
@@ -55,13 +60,19 @@ def decode(
         tokens,
     )
     if dry_run:
-        model, draft, setting = DRY_SHAPE, 2, Setting(20, (2,), (0.5,), 1, 1, 5)
+        model, draft, setting, prompt = DRY_SHAPE, 2, Setting(20, (2,), (0.5,), 1, 1, 5), [9]
     name = f"{model}:1" if model.startswith("synthetic:") and model.count(":") == 1 else model
     notes = Console(stderr=True, highlight=False)
     with load(name, dtype, device=device, backend=backend) as engine:
         layers = engine.config.num_layers
         if layers < 2 and not method:
             raise RequestError("MODEL: expected two layers or more to draft with half of them")
+        room = engine.config.max_context - 1
+        if prompt and max(prompt) > room:
+            raise RequestError(
+                f"--prompt: expected 1 to {room} tokens, what the context has room for, got {max(prompt)}"
+            )
+        setting = replace(setting, prompts=tuple(prompt or (length for length in PROMPTS if length <= room)))
         methods = method or _half(layers, draft)
         place = engine._loaded()[0].device  # pyright: ignore[reportPrivateUsage]
         result = header("decode", engine, model)

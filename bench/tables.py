@@ -10,7 +10,7 @@ OPERATORS = 16
 
 
 def decode(result: dict[str, Any]) -> tuple[Sheet, ...]:
-    """Passes against their bytes, draft steps, rounds with forced acceptance, and the operators of decode(1)."""
+    """Passes against their bytes, draft steps, rounds with forced acceptance, prompts, operators of decode(1)."""
     place, context = title(result), result["setting"]["context"]
     return (
         Sheet(
@@ -46,6 +46,7 @@ def decode(result: dict[str, Any]) -> tuple[Sheet, ...]:
             tuple(_round(one) for one in result["rounds"]),
             ("Possible: mean length ÷ (k·(h + f·(1 − h)) + 1). Glue: 1 − (k·draft + verify) ÷ round.",),
         ),
+        *_prompts(result, place),
         Sheet(
             f"Operators of decode(1): {place}",
             ("operator", "calls", "% of their time"),
@@ -112,6 +113,24 @@ def _round(one: dict[str, Any]) -> tuple[str, ...]:
         _spread(one["speed"]),
         f"{one['possible']:.2f}",
         f"{one['of_possible']:.2f}",
+    )
+
+
+def _prompts(result: dict[str, Any], place: str) -> tuple[Sheet, ...]:
+    """Older files have none."""
+    rows = tuple(_prompt(one) for one in result.get("prompts", ()))
+    columns = ("tokens", "ms", "tokens/s", "GFLOP/s", "% of a large product")
+    note = "Whole prompts as a request reads them. FLOP: those of products with matrices."
+    return (Sheet(f"Prompts: {place}", columns, rows, (note,)),) if rows else ()
+
+
+def _prompt(one: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        str(one["tokens"]),
+        _spread(one["seconds"], 1e3, 1),
+        f"{one['tokens'] / one['seconds']['median']:.0f}",
+        f"{one['flops'] / 1e9:.0f}",
+        f"{100 * one['share']:.0f}",
     )
 
 

@@ -130,6 +130,7 @@ def test_decode_is_measured_written_and_printed(
     monkeypatch.setenv("SKIPJACK_CPU_KERNELS", "torch")
     path = tmp_path / "decode.json"
     sizes = ["--context", "20", "--rows", "2", "--pairs", "1", "--repeats", "1", "--tokens", "9", "--draft", "2"]
+    sizes += ["--prompt", "5", "--prompt", "70"]
     arguments = ["bench", "decode", "synthetic:tiny", *sizes, "--rate", "0.5", "--output", str(path), "--json"]
     assert cli.run(arguments) == 0
     result = json.loads(capsys.readouterr().out)
@@ -159,7 +160,23 @@ def test_decode_is_measured_written_and_printed(
     product = "mkldnn::_linear_pointwise" if packed.available(torch.float32) else "aten::linear"
     assert f"| {product} | 33 |" in printed, "four products a layer, and the head"
     assert sum(one["share"] for one in result["operators"]) == pytest.approx(1)
-    assert len(tables.decode(result)) == 4
+    assert [one["tokens"] for one in result["prompts"]] == [5, 70]
+    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
+    for one in result["prompts"]:
+        assert one["flops"] * one["seconds"]["median"] == pytest.approx(2 * matrices(config, one["tokens"]))
+    assert len(tables.decode(result)) == 5
+    assert len(tables.decode({**result, "prompts": []})) == 4, "files of before have none"
+
+
+def matrices(config: ModelConfig, tokens: int) -> int:
+    """Multiply-adds of a prompt with every matrix a model has, with its head's for one token."""
+    layers = [shape for shape in field_shapes(config).values() if len(shape) == 3]
+    return tokens * sum(torch.Size(shape).numel() for shape in layers) + config.vocab_size * config.hidden_size
+
+
+def test_a_prompt_longer_than_the_context_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["bench", "decode", "synthetic:tiny", "--prompt", "100000"]) == 2
+    assert "--prompt: expected 1 to " in capsys.readouterr().err
 
 
 def test_decode_refuses_a_method_that_drafts_with_no_layers(capsys: pytest.CaptureFixture[str]) -> None:
