@@ -65,7 +65,7 @@ class ChatTemplate:
             try:
                 if self._compiled is None:
                     self._compiled = self._environment.compiled(self._template)
-                self._environment.start()
+                self._environment.start(sum(len(value) for message in messages for value in message.values()))
                 return self._compiled.render(
                     messages=[dict(message) for message in messages],
                     tools=None,

@@ -35,7 +35,9 @@ from .template_limits import (
 )
 
 MAX_SECONDS: Final = 0.5
-MAX_CHARACTERS: Final = 8_000_000
+# What a template may make of a chat, which is tokenized after it: so many characters more, or times as many.
+MAX_ADDED: Final = 250_000
+MAX_GROWTH: Final = 16
 _MAX_INTEGER_BITS: Final = 4096
 _UNBOUNDED_METHODS: Final = frozenset({"expandtabs", "translate", "maketrans", "encode", "format_map"})
 _FILTERS: Final = """
@@ -90,7 +92,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             finalize=_finalize,
         )
         self._deadline = 0.0
-        self._characters = 0
+        self._characters = self._room = 0
         self.globals = {
             "range": self.globals["range"],
             "namespace": TemplateNamespace,
@@ -110,15 +112,15 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         Checkpoints().visit(tree)
         return self.template_class.from_code(self, self.compile(tree), self.make_globals(None))
 
-    def start(self) -> None:
-        """Begin the time and the output of one render."""
+    def start(self, characters: int = 0) -> None:
+        """Begin the time and the output of one render, of a chat of so many characters."""
         self._deadline = time.monotonic() + MAX_SECONDS
-        self._characters = 0
+        self._characters, self._room = 0, MAX_ADDED + MAX_GROWTH * characters
 
     def checkpoint(self, characters: int = 0) -> None:
         self._characters += characters
-        if self._characters > MAX_CHARACTERS:
-            raise TemplateLimitError(f"more than {MAX_CHARACTERS} characters of output")
+        if self._characters > self._room:
+            raise TemplateLimitError(f"more than {self._room} characters of output")
         if time.monotonic() > self._deadline:
             raise TemplateLimitError(f"more than {MAX_SECONDS:g} s")
 

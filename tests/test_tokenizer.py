@@ -422,6 +422,9 @@ BOMBS = {
     "import": "{% import 'os' as o %}",
     "syntax": "{% if %}",
     "undefined call": "{{ nothing() }}",
+    # Its text was within the limits, and took five seconds to become tokens.
+    "long list": "{{ range(9) | list * 99999 }}",
+    "long text": "{% for i in range(400) %}" + "9" * 999 + "{% endfor %}",
 }
 
 
@@ -446,6 +449,12 @@ def test_templates_at_the_limits_end_in_time(folder, template):
     with contextlib.suppress(TokenizerError):
         tokenizer.chat(CHATS[0])
     assert time.monotonic() - start < 2
+
+
+def test_a_long_chat_is_not_taken_for_a_growing_one(folder):
+    tokenizer = load(settings(folder, MODERN))
+    chat = [{"role": "user", "content": "the cat sat " * 40_000}]
+    assert len(tokenizer.chat(chat)) > 400_000 / 12
 
 
 def test_threads_share_a_tokenizer(folder):
