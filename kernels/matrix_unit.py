@@ -5,6 +5,7 @@ those of the odd ones in another, and both to the sum. How many rows there are d
 """
 
 import ctypes
+import os
 import platform
 import sys
 from functools import cache
@@ -28,10 +29,15 @@ _ARCH_PRCTL, _ASK_FOR, _TILE_DATA = 158, 0x1023, 18
 
 @cache
 def permitted() -> bool:
-    """Whether there is one, and the system lets this process use it: Linux wants to be asked."""
-    if not EXISTS or sys.platform != "linux" or platform.machine() != "x86_64":
+    """Whether there is one, and the system lets this process use it: Linux wants to be asked.
+
+    SKIPJACK_CPU_KERNELS=pairs does without, for the bits of processors that have none.
+    """
+    if not EXISTS or os.environ.get("SKIPJACK_CPU_KERNELS") == "pairs":
         return False
-    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK_FOR, _TILE_DATA) == 0
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    return ctypes.CDLL(None).syscall(*map(ctypes.c_long, (_ARCH_PRCTL, _ASK_FOR, _TILE_DATA))) == 0
 
 
 @part

@@ -10,7 +10,7 @@ from typing import Any, Final, cast
 import jinja2
 
 MAX_VALUE: Final = 4_000_000
-_ENTRY_WEIGHT: Final = 4
+_ENTRY_WEIGHT: Final = 16
 _MAX_ARGUMENT: Final = 1_000_000
 _MAX_INDENT: Final = 64
 _WIDE_FORMAT: Final = re.compile(r"\d{4}|%[^a-zA-Z%]*\*|\{[^{}]*\{")
@@ -21,7 +21,7 @@ class TemplateLimitError(jinja2.TemplateError):
 
 
 def weight(value: object) -> int:
-    """How much memory and time printing a value could take: its characters, and four for each other entry;
+    """How much memory and time printing a value could take: its characters, and sixteen for each other entry;
     shared ones count each time."""
     total = 0
     pending: list[Iterable[object]] = [(value,)]
