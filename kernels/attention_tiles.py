@@ -15,10 +15,11 @@ from . import cpu_attention, matrix_unit
 from .attention_sums import AHEAD, listed
 from .cpu_attention import BLOCK, TOGETHER, keep, softmax
 from .instructions import INTS, LINE, LONG, SHORT, WIDTH, ask, load, zipped
-from .lanes import number, part, put_whole, read, splat, taken, whole, worker, write
+from .lanes import fma, number, part, put_whole, read, splat, taken, total, whole, worker, write
 from .matrix_unit import ACTIVATIONS, WEIGHTS
 
 _TILE = matrix_unit.ROWS * LINE
+_FAR = 1 << 62
 
 
 @intrinsic
@@ -110,63 +111,111 @@ def _weigh(scores, first, end, low, high, scale, slope):
     return share
 
 
+@part
+def _finite(values, places, first, end, width):
+    """Whether values of the positions from `first` to `end` - 1 may have a weight of 0 and leave no trace."""
+    check = splat(0.0)
+    for i in range(first, end):
+        for j in range(0, width, WIDTH):
+            check = fma(read(values + whole(places + 8 * i), j, True), splat(0.0), check)
+    return total(check) == 0
+
+
+@part
+def _seen_alone(places, begin, first, end, own):
+    """Places of whole blocks from position `begin` on: of none but those from `first` to `end` - 1, which are seen."""
+    for i in range(begin, first):
+        put_whole(own + 8 * i, whole(places + 8 * first))
+    for i in range(max(begin, first), end):
+        put_whole(own + 8 * i, whole(places + 8 * i))
+    for i in range(end, _up(end)):
+        put_whole(own + 8 * i, whole(places + 8 * (end - 1)))
+
+
+@part
+def _up(end):
+    return (end + BLOCK - 1) // BLOCK * BLOCK
+
+
+@part
+def _lay_out(run, rows, heads, group, width, q, queries, mixed, seen):
+    """The queries of a run side by side and no sums yet; where each comes from and what it sees, to `seen`.
+
+    From where one of them sees on, from where all do, to where all see the same, to where one still sees.
+    """
+    start, skipped, many, own = listed(4, run)
+    low, near, far, high = _FAR, 0, _FAR, 0
+    for n in range(many):
+        row = start + (skipped + n) // group
+        place, first, end, alike = listed(4, rows + 32 * row)
+        low, near, far, high = min(low, first), max(near, first), min(far, alike), max(high, end)
+        source = row * heads + own * group + (skipped + n) % group
+        seen[0, n], seen[1, n], seen[2, n], seen[3, n] = place, first, end, source
+        for i in range(0, 2 * width, 8):
+            put_whole(queries + 2 * n * width + i, whole(q + 2 * source * width + i))
+        for i in range(0, width, WIDTH):
+            write(mixed + 4 * n * width, i, splat(0.0), False)
+    return low, near, far, high
+
+
 def _attend_some(address):
     """Runs of queries as long as some are left; block[0] counts those taken, and `attend` says what the rest is."""
-    block = carray(address, 16)
-    q, keys, values, out, slopes = block[1], block[2], block[3], block[4], block[5]
-    heads, group, width, slots, longest = block[6], block[7], block[8], block[9], block[11]
-    rows, runs, count, scale = block[12], block[13], block[14], block[15:].view(np.float64)[0]
+    block = carray(address, 17)
+    q, keys, values, out, slopes, heads, group, width, slots, longest, rows, runs, count, tree, scale = (
+        block[1], block[2], block[3], block[4], block[5], block[6], block[7], block[8], block[9], block[11],
+        block[12], block[13], block[14], block[16] != 0, block[15:].view(np.float64)[0],
+    )  # fmt: skip
     # From whole lines on: sixteen numbers, a row of scores, and sixteen more.
     apart = 4 * (longest + 2 * WIDTH)
     memory = np.empty(TOGETHER * (apart + 6 * width) + 2 * _TILE + 2 * LINE, np.uint8)
-    start = memory.ctypes.data
-    told = start + -start % LINE
+    told = memory.ctypes.data + -memory.ctypes.data % LINE
     tiles, scores = told + LINE, told + LINE + 2 * _TILE + 4 * WIDTH
     mixed = scores - 4 * WIDTH + TOGETHER * apart
     queries = mixed + 4 * TOGETHER * width
     memory[: 2 * LINE] = 0
     seen, shares = np.empty((4, TOGETHER), np.int64), np.empty(TOGETHER, np.float32)
+    own_places = np.empty((2, longest + AHEAD), np.int64)
+    shared, alone = own_places[0].ctypes.data, own_places[1].ctypes.data
     places, firsts, ends, sources = seen[0], seen[1], seen[2], seen[3]
     task = taken(block.ctypes.data)
     while task < count:
-        start, skipped, many, own = listed(4, runs + 32 * task)
-        low, alike, high = longest, longest, 0
-        for n in range(many):
-            row = start + (skipped + n) // group
-            places[n], firsts[n], ends[n], until = listed(4, rows + 32 * row)
-            low, alike, high = min(low, firsts[n]), min(alike, until), max(high, ends[n])
-            sources[n] = row * heads + own * group + (skipped + n) % group
-            for i in range(0, 2 * width, 8):
-                put_whole(queries + 2 * n * width + i, whole(q + 2 * sources[n] * width + i))
-            for i in range(0, width, WIDTH):
-                write(mixed + 4 * n * width, i, splat(0.0), False)
-        # Up to `alike` they see the same keys, from there on each its own.
-        low = low // BLOCK * BLOCK
-        alike = max(low, min(alike, high + BLOCK - 1) // BLOCK * BLOCK)
-        own *= 2 * slots * width
-        matrix_unit.shape(told, many)
-        _score(queries, scores, apart, keys + own, places[0], low, alike, width, tiles)
-        if alike < high:
+        low, near, far, high = _lay_out(runs + 32 * task, rows, heads, group, width, q, queries, mixed, seen)
+        many, own = whole(runs + 32 * task + 16), 2 * slots * width * whole(runs + 32 * task + 24)
+        k, v = keys + own, values + own
+        # What they see together, and of a chain what any of them sees; then, or else, each by itself.
+        first, last = low // BLOCK * BLOCK, far // BLOCK * BLOCK if tree else _up(high)
+        harmless = _finite(v, places[0], low, near, width) and (tree or _finite(v, places[0], far, high, width))
+        first, last = (first, last) if near < far and harmless else (0, 0)
+        if first < last:
+            _seen_alone(places[0], first, low, min(high, last), shared)
+            matrix_unit.shape(told, many)
+            _score(queries, scores, apart, k, shared, first, last, width, tiles)
+        if last < high:
             matrix_unit.shape(told, 1)
         for n in range(many):
-            at, end = scores + n * apart, (ends[n] + BLOCK - 1) // BLOCK * BLOCK
-            if alike < end:
-                _score(queries + 2 * n * width, at, apart, keys + own, places[n], alike, end, width, tiles)
+            at, begin, end = scores + n * apart, max(last, firsts[n] // BLOCK * BLOCK), _up(ends[n])
+            if begin < end:
+                _seen_alone(places[n], begin, firsts[n], ends[n], alone)
+                _score(queries + 2 * n * width, at, apart, k, alone, begin, end, width, tiles)
             slope = number(slopes + 4 * (sources[n] % heads)) if slopes else np.float32(0.0)
-            shares[n] = _weigh(at, firsts[n], ends[n], low, max(alike, end), scale, slope)
-        matrix_unit.shape(told, many)
-        _mix(scores, apart, mixed, values + own, places[0], low, alike, width, tiles)
-        if alike < high:
+            begin = first if first < last else begin
+            shares[n] = _weigh(at, firsts[n], ends[n], begin, max(last, end), scale, slope)
+        if first < last:
+            matrix_unit.shape(told, many)
+            _mix(scores, apart, mixed, v, shared, first, last, width, tiles)
+        if last < high:
             matrix_unit.shape(told, 1)
         for n in range(many):
-            at, end = mixed + 4 * n * width, (ends[n] + BLOCK - 1) // BLOCK * BLOCK
-            if alike < end:
-                _mix(scores + n * apart, apart, at, values + own, places[n], alike, end, width, tiles)
+            at, begin, end = mixed + 4 * n * width, max(last, firsts[n] // BLOCK * BLOCK), _up(ends[n])
+            if begin < end:
+                _seen_alone(places[n], begin, firsts[n], ends[n], alone)
+                _mix(scores + n * apart, apart, at, v, alone, begin, end, width, tiles)
             for i in range(0, width, WIDTH):
                 write(out + 2 * sources[n] * width, i, read(at, i, False) * splat(shares[n]), True)
         matrix_unit.leave()
         task = taken(block.ctypes.data)
     keep((memory,))
+    own_places[0, 0] = 0
 
 
 # What a processor does not have is not to be compiled for it.

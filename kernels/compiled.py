@@ -61,14 +61,15 @@ def linear(
 ) -> Tensor:
     """As `reference.linear`; a weight in panels needs no tiles, and a whole tile none of the steps to make it one."""
     tile = None if weight.in_panels else tile
-    if scale is None and active is None and tile in (None, x.shape[0]):
-        x = x if norm is None else normalise(x, norm)
-        if residual is not None and activation is None and weight.in_panels and residual.is_contiguous():
-            return panels.product(x, weight, bias, residual, out=residual)
-        y = packed.product(x, weight, bias, residual)
+    if scale is not None or active is not None or tile not in (None, x.shape[0]):
+        return reference.linear_by(_AROUND, x, weight, tile, norm, bias, activation, residual, scale, active)
+    if weight.in_panels and _fuses(weight, norm, activation, x):
+        in_place = residual if residual is not None and residual.is_contiguous() and activation is None else None
+        y = panels.product(x, weight, bias, residual, in_place, norm, activation)
+    else:
+        y = packed.product(x if norm is None else normalise(x, norm), weight, bias, residual)
         y = y if activation is None else _activate(y, activation)
-        return y if residual is None else residual.copy_(y)
-    return reference.linear_by(_AROUND, x, weight, tile, norm, bias, activation, residual, scale, active)
+    return y if residual is None or y is residual else residual.copy_(y)
 
 
 def prepare(weight: Tensor) -> Matrix:
@@ -297,6 +298,12 @@ def _pads(dtype: torch.dtype) -> bool:
 
 def _fits(x: Tensor, width: int) -> bool:
     return x.dtype in _HALF and width % WIDTH == 0
+
+
+def _fuses(weight: Matrix, norm: Norm | None, activation: str | None, x: Tensor) -> bool:
+    """Whether a product in panels has the norm before it and the activation after it."""
+    normed = norm is None or (norm.weight.dtype == x.dtype and weight.columns % WIDTH == 0)
+    return normed and (activation != "silu_gate" or weight.rows % (2 * WIDTH) == 0)
 
 
 def _activate(y: Tensor, activation: str) -> Tensor:

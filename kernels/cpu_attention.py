@@ -246,11 +246,11 @@ def attend(
             stop += 1
         low, high = first[start:stop].min(), end[start:stop].max()
         for row in range(start, stop if owner >= 0 else start):
-            # Tiles see more of a chain than a row does, and weigh it with 0.
-            found, alike = places[start], origin + longest if tiles else end[row]
+            found, alike = places[start], end[row]
             if length:
-                found, alike, low, high = places[row], min(alike, whole(length + 8 * row)), first[row], end[row]
+                found, alike, high = places[row], min(alike, whole(length + 8 * row)), end[row]
             if length or row == start:
+                # Of a tree from where any row of it sees on: they may be looked at together.
                 _find(
                     found, low, high, origin, row, owner, table, pages, length, slot, depth, kv_heads, slots,
                     width * size,
@@ -267,10 +267,10 @@ def attend(
                 count += 1
             left -= many
         start = stop
-    block = np.empty(16, np.int64)
+    block = np.empty(17, np.int64)
     block[0], block[1], block[2], block[3], block[4], block[5] = 0, q, keys, values, out, slopes
     block[6], block[7], block[8], block[9], block[10], block[11] = heads, group, width, slots, half, longest
-    block[12], block[13], block[14] = seen.ctypes.data, runs.ctypes.data, count
+    block[12], block[13], block[14], block[16] = seen.ctypes.data, runs.ctypes.data, count, length != 0
     block[15:].view(np.float64)[0] = scale
     if entry and threads > 1 and work >= _WORTH_A_TEAM:
         together(entry, some, block.ctypes.data, threads)

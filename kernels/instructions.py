@@ -1,13 +1,14 @@
 """The instructions that `lanes` and the kernels of a CPU are made of, for LLVM: functions of a builder and values."""
 
 from llvmlite import binding, ir
-from numba.core import cgutils
+from numba.core import cgutils, config
 
 WIDTH = 16
 LINE = 64
 FLOAT, SHORT, INT, LONG = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 FLOATS, SHORTS, INTS = (ir.VectorType(element, WIDTH) for element in (FLOAT, SHORT, INT))
-FEATURES = binding.get_host_cpu_features()
+# What this processor has, if it is the one numba compiles for: of another nothing is known.
+FEATURES = {} if config.CPU_NAME or config.CPU_FEATURES else binding.get_host_cpu_features()
 # Thirty-two registers of as many lanes; an instruction for pairs of products.
 MANY_REGISTERS, PAIRED = (bool(FEATURES.get(name)) for name in ("avx512f", "avx512bf16"))
 

@@ -13,6 +13,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from . import matrix_unit
+from .cpu_kernels import gelu_tanh, layer_norm, rms_norm, silu_gate
 from .instructions import FLOATS, INTS, LINE, LONG, MANY_REGISTERS, WIDTH, ask, fused, load, paired, splatted
 from .lanes import LANES, alone, kernel, part, read, taken, together, worker, write
 from .matrix_unit import ROWS
@@ -22,6 +23,8 @@ PANEL = VECTORS * WIDTH
 _BYTES = 4 * PANEL
 # Sums of that many rows fit into the registers.
 MOST = 8 if MANY_REGISTERS else 2
+# What is done with the sums of a row.
+NONE, SILU_GATE, GELU = range(3)
 # How far ahead memory is asked for, in bytes: more than the processor does, which stops where a page of 4 KiB ends.
 _AHEAD = 6144
 
@@ -199,22 +202,59 @@ def share(block):
     memory[0] = shape[0] = 0
 
 
-@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, boolean, boolean, int64, int64, int64)")
-def product(x, panels, bias, residual, out, rows, width, columns, half, tiles, threads, entry, share):
-    """out = x·Wᵀ + bias + residual: x [rows, columns]; W of `width` rows in panels; bias [width]; [rows, width].
+@kernel(
+    "void(int64, int64, int64, float64, int64, int64, int64, int64, int64, int64, int64, int64,"
+    " boolean, boolean, int64, int64, int64)"
+)
+def product(
+    x,
+    norm,
+    shift,
+    eps,
+    panels,
+    bias,
+    activation,
+    residual,
+    out,
+    rows,
+    width,
+    columns,
+    half,
+    tiles,
+    threads,
+    entry,
+    share,
+):
+    """out = activation(x·Wᵀ + bias + residual): x [rows, columns]; W of `width` rows in panels; bias [width].
 
-    `tiles`: by the matrix unit, for bfloat16 and a multiple of its `COLUMNS`. On `threads` of the team at `entry`,
-    which run `share`; where there is none, on this one.
+    norm [columns]: x is normalised before, by RMSNorm or, with shift [columns], LayerNorm. activation: `NONE`, `GELU`,
+    or `SILU_GATE`, which leaves width / 2 columns. `tiles`: by the matrix unit, for bfloat16 and a multiple of its
+    `COLUMNS`. On `threads` of the team at `entry`, which run `share`; where there is none, on this one.
     """
+    size = 2 if half else 4
     if not entry:
         threads = 1
+    normed = np.empty(1 + (rows * columns * size if norm else 0), np.uint8)
+    if norm:
+        if shift:
+            layer_norm(x, norm, shift, normed.ctypes.data, rows, columns, eps, half)
+        else:
+            rms_norm(x, norm, normed.ctypes.data, rows, columns, eps, half)
+        x = normed.ctypes.data
+    sums = np.empty(1 + (rows * width * size if activation else 0), np.uint8)
     # A line each for how many threads have come and, of each run of panels, how many were taken.
     block, counters = np.empty(13, np.int64), np.zeros((threads + 1, LINE // 8), np.int64)
-    block[1], block[2], block[3], block[4], block[5] = x, panels, bias, residual, out
+    block[1], block[2], block[3], block[4] = x, panels, bias, residual
+    block[5] = sums.ctypes.data if activation else out
     block[6], block[7], block[8], block[9], block[10] = rows, width, columns, half, threads
     block[11], block[12] = counters.ctypes.data, tiles
     if threads > 1:
         together(entry, share, block.ctypes.data, threads)
     else:
         alone(share, block.ctypes.data)
-    block[0] = counters[0, 0] = 0
+    if activation == SILU_GATE:
+        silu_gate(sums.ctypes.data, out, rows, width // 2, half)
+    elif activation == GELU:
+        gelu_tanh(sums.ctypes.data, out, rows * width, half)
+    # Memory whose address alone is in use is let go of.
+    block[0] = counters[0, 0] = normed[0] = sums[0] = 0

@@ -10,9 +10,10 @@ from torch.nn import functional
 
 from . import large_pages, matrix_unit, panel_kernels, team
 from .lanes import WIDTH
-from .values import Matrix
+from .values import Matrix, Norm
 
 PANEL: int = panel_kernels.PANEL
+_ACTIVATIONS = {None: panel_kernels.NONE, "silu_gate": panel_kernels.SILU_GATE, "gelu_tanh": panel_kernels.GELU}
 
 
 def fits(weight: Tensor) -> bool:
@@ -37,17 +38,32 @@ def take(weight: Matrix, rows: Tensor) -> Tensor:
 
 
 def product(
-    x: Tensor, weight: Matrix, bias: Tensor | None, residual: Tensor | None, out: Tensor | None = None
+    x: Tensor,
+    weight: Matrix,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor | None = None,
+    norm: Norm | None = None,
+    activation: str | None = None,
 ) -> Tensor:
-    """x·Wᵀ + bias + residual, rounded once: x [R, K] → [R, N], in `out` if given, which may be the residual."""
-    x = x.contiguous()
+    """activation(norm(x)·Wᵀ + bias + residual): x [R, K] → [R, N], of "silu_gate" [R, N / 2].
+
+    Rounded after the norm, the sum and the activation. The result is in `out` if given, which may be the residual
+    where there is no activation.
+    """
+    x, half = x.contiguous(), x.dtype == torch.bfloat16
     residual = None if residual is None else residual.contiguous()
-    out = torch.empty((x.shape[0], weight.rows), dtype=x.dtype) if out is None else out
-    half = x.dtype == torch.bfloat16
+    if out is None:
+        width = weight.rows // 2 if activation == "silu_gate" else weight.rows
+        out = torch.empty((x.shape[0], width), dtype=x.dtype)
     panel_kernels.product(
         x.data_ptr(),
+        0 if norm is None else norm.weight.data_ptr(),
+        0 if norm is None or norm.bias is None else norm.bias.data_ptr(),
+        0.0 if norm is None else norm.eps,
         weight.data.data_ptr(),
         0 if bias is None else bias.data_ptr(),
+        _ACTIVATIONS[activation],
         0 if residual is None else residual.data_ptr(),
         out.data_ptr(),
         x.shape[0],

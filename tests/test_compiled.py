@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -355,6 +356,56 @@ def test_rows_that_share_keys_have_the_bits_they_have_alone(
         for cache in (chain.keys, chain.values):
             cache[case.table[2, 1], :, 72 % 48] = cache[case.table[2, 1], :, 73 % 48]
         assert torch.equal(chain.run([18], window, slope, False), alone[18:19])
+
+
+@pytest.mark.usefixtures("unit")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_tree_stand_in_any_order(dtype: torch.dtype) -> None:
+    """A later row's window begins before the first one's; a tree may hold more slots than a row has seen."""
+    keys, values = randn(2, 4, 1, 64, 64, dtype=dtype)
+    q, table = randn(3, 1, 64, dtype=dtype, seed=1), torch.tensor([[2, 0, 3, 1]])
+    trees = (
+        ([102, 101, 100], [100] * 3, [[100, 101, 102], [100, 103, 0], [100, 0, 0]], (None, 10, 80)),
+        ([40, 150, 149], [200] * 3, [[200, 0, 0]] * 3, (None, 20)),
+    )
+    for at, length, slot, windows in trees:
+        for window in windows:
+
+            def run(rows: list[int], window: int | None, at: list[int], *tree: list[Any]) -> Tensor:
+                index = AttentionIndex(
+                    torch.zeros(len(rows)).long(), torch.tensor(at)[rows], table, page_size=64, tile=4,
+                    tree=Tree(*(torch.tensor(part)[rows] for part in tree)),
+                )  # fmt: skip
+                return compiled.attend(q[rows], keys, values, index, scale=0.2, window=window)
+
+            together = run([0, 1, 2], window, at, length, slot)
+            for row in range(3):
+                assert torch.equal(run([row], window, at, length, slot)[0], together[row]), (window, row)
+
+
+@pytest.mark.usefixtures("unit")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("at", "window", "spoilt", "value"),
+    [([100, 101, 102], None, 102, math.inf), ([100, 101, 102], 10, 91, math.nan), ([100, 300], 10, 200, math.nan)],
+)
+def test_values_that_only_others_see_spoil_no_row(
+    at: list[int], window: int | None, spoilt: int, value: float, dtype: torch.dtype
+) -> None:
+    keys, values = randn(2, 1, 1, 320, 64, dtype=dtype)
+    values[0, 0, spoilt] = value
+    q, sees = randn(3, 1, 64, dtype=dtype, seed=1), [p - (window or 10**9) < spoilt <= p for p in at]
+
+    def run(rows: list[int]) -> Tensor:
+        index = AttentionIndex(
+            torch.zeros(len(rows)).long(), torch.tensor(at)[rows], torch.tensor([[0]]), page_size=320, tile=4
+        )
+        return compiled.attend(q[rows], keys, values, index, scale=0.2, window=window)
+
+    together = run(list(range(len(at))))
+    assert [not row.isfinite().all() for row in together] == sees
+    for row, seen in enumerate(sees):
+        assert seen or torch.equal(run([row])[0], together[row])
 
 
 @pytest.mark.usefixtures("unit")
