@@ -54,6 +54,7 @@ def show(findings: dict[str, Any]) -> None:
         ("threads", f"{cpu['threads']} used, {cpu['available']} available"),
         ("memory", _memory(cpu)),
         ("KV cache", f"of no given size takes up to {findings['cache_share']:.0%} of what is free after the weights"),
+        ("matrix unit", cpu["matrix_unit"]),
         ("oneDNN packed products", ", ".join(packed) or "not usable: the plain products are used"),
         *(("GPU", gpu) for gpu in gpus or ["none found"]),
         ("backend", findings["backend"]),
@@ -134,6 +135,7 @@ def _cpu() -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "free_gib": _free_gib("cpu"),
         "packed_products": _packed_products(),
+        "matrix_unit": _matrix_unit(),
     }
 
 
@@ -188,6 +190,18 @@ def _packed_products() -> dict[str, bool]:
     from ..kernels import packed
 
     return {str(t).removeprefix("torch."): packed.available(t) for t in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def _matrix_unit() -> str:
+    from ..kernels import ops
+
+    if ops.plain_because():
+        return "left to oneDNN"
+    from ..kernels import matrix_unit
+
+    if matrix_unit.permitted():
+        return "used for bfloat16"
+    return "there, and not used: switched off, or the system refuses it" if matrix_unit.EXISTS else "none"
 
 
 def _triton_advice(packages: dict[str, str | None], gpus: list[dict[str, Any]]) -> list[str]:

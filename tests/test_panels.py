@@ -17,6 +17,7 @@ from llvmlite import binding
 
 from skipjack.kernels import compiled, large_pages, matrix_unit, packed, panels, reference, team
 from skipjack.kernels.values import Matrix, Norm
+from skipjack.runtime import doctor
 
 RTOL = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 DTYPES = list(RTOL)
@@ -86,9 +87,11 @@ def test_the_matrix_unit_adds_in_the_order_it_says(monkeypatch: pytest.MonkeyPat
     assert torch.equal(panels.product(x, matrix, None, None), expected.bfloat16())
     assert "matrix unit" in compiled.COMPILED.describe(torch.bfloat16)
     assert "matrix unit" not in compiled.COMPILED.describe(torch.float32)
+    assert doctor._matrix_unit() == "used for bfloat16"
     monkeypatch.setenv("SKIPJACK_CPU_KERNELS", "pairs")
     monkeypatch.setattr(matrix_unit, "permitted", matrix_unit.permitted.__wrapped__)
     assert "matrix unit" not in compiled.COMPILED.describe(torch.bfloat16)
+    assert doctor._matrix_unit().startswith("there, and not used")
     assert_near(panels.product(x, matrix, None, None), x.double() @ weight.double().T)
 
 
