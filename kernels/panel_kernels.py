@@ -207,24 +207,9 @@ def share(block):
     " boolean, boolean, int64, int64, int64)"
 )
 def product(
-    x,
-    norm,
-    shift,
-    eps,
-    panels,
-    bias,
-    activation,
-    residual,
-    out,
-    rows,
-    width,
-    columns,
-    half,
-    tiles,
-    threads,
-    entry,
-    share,
-):
+    x, norm, shift, eps, panels, bias, activation, residual, out, rows, width, columns, half, tiles,
+    threads, entry, share,
+):  # fmt: skip
     """out = activation(x·Wᵀ + bias + residual): x [rows, columns]; W of `width` rows in panels; bias [width].
 
     norm [columns]: x is normalised before, by RMSNorm or, with shift [columns], LayerNorm. activation: `NONE`, `GELU`,
