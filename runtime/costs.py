@@ -91,7 +91,8 @@ def calibrate(model: Model, cache: KVCache, clock: Clock = perf_counter) -> Cost
         (size, max(0.0, seconds - full - per_row * (size - 1))) for size, seconds in zip(sizes, filled, strict=True)
     )
     per_tile = max(0.0, two - full - tiles[-1][1] - per_row * (2 * largest - 2))
-    unpadded = bool(model.tiles) and not model.ops.pads(model.dtype)
+    # A GPU's kernels step by eight rows or sixteen all the same.
+    unpadded = bool(model.tiles) and model.device.type == "cpu" and not model.ops.pads(model.dtype)
     return Costs(2 * layers, full, tiles, per_tile, min(max(fixed, 0.0), full), per_row, unpadded=unpadded)
 
 
