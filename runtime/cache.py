@@ -38,6 +38,8 @@ class KVCache:
                 f"a KV cache of {pages * page_size} tokens needs {gib:.1f} GiB, more than there is: set a lower "
                 "cache_tokens (--cache-tokens)"
             ) from error
+        # Of each layer, kept because a pass of few rows would feel how long it takes to look at a part of a tensor.
+        self.by_layer = [(self.keys[i], self.values[i]) for i in range(layers)]
         self._zero([0])
         self.page_size = page_size
         self._holders = [0] * (pages + 1)

@@ -335,7 +335,7 @@ class Model:
         self, number: int, x: Tensor, cache: KVCache, laid: Pass, active: Tensor | None, ahead: Matrix | None
     ) -> None:
         layer, config, tile = self.layers[number], self.config, laid.rows.tile
-        keys, values = cache.keys[number], cache.values[number]
+        keys, values = cache.by_layer[number]
         slots, index, write = laid.slots, laid.index, active
         if layer.routed is not None:
             active = self._route(number, layer.routed, x, laid, active).run
