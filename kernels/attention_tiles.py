@@ -184,8 +184,10 @@ def _attend_some(address):
         k, v = keys + own, values + own
         # What they see together, and of a chain what any of them sees; then, or else, each by itself.
         first, last = low // BLOCK * BLOCK, far // BLOCK * BLOCK if tree else _up(high)
-        harmless = _finite(v, places[0], low, near, width) and (tree or _finite(v, places[0], far, high, width))
-        first, last = (first, last) if near < far and harmless else (0, 0)
+        # Where they have nothing in common there may be positions between them that nobody has written.
+        harmless = near < far and _finite(v, places[0], low, near, width)
+        harmless = harmless and (tree or _finite(v, places[0], far, high, width))
+        first, last = (first, last) if harmless else (0, 0)
         if first < last:
             _seen_alone(places[0], first, low, min(high, last), shared)
             matrix_unit.shape(told, many)

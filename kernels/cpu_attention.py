@@ -8,6 +8,7 @@ Values of bfloat16 are weighed in pairs, an even position and the next, by weigh
 import numpy as np
 from numba import carray
 
+from . import matrix_unit
 from .attention_sums import (
     AHEAD,
     FEW,
@@ -45,7 +46,7 @@ from .lanes import (
 
 _WORTH_A_TEAM = 2048
 # Positions are counted from a multiple of so many: the matrix unit takes them together, and that many queries at most.
-BLOCK, TOGETHER = 32, 16
+BLOCK, TOGETHER = matrix_unit.COLUMNS, matrix_unit.ROWS
 
 
 @part

@@ -101,8 +101,7 @@ def add(context, blocks, x, stride, weights, width, ahead):
             for block in range(blocks.literal_value):
                 rows = builder.add(x, builder.mul(stride, ir.Constant(LONG, ROWS * block)))
                 _fetch(builder, ACTIVATIONS, rows, stride)
-                numbers = (SIDE * block + i, ACTIVATIONS, WEIGHTS)
-                _call(builder, "tdpbf16ps", *(ir.Constant(_BYTE, number) for number in numbers))
+                _multiply(builder, SIDE * block + i)
         return context.get_dummy_value()
 
     return types.void(blocks, types.int64, types.int64, types.int64, types.int64, ahead), build
@@ -117,7 +116,7 @@ def put(context, blocks, sums, width):
         for tile in range(SIDE * blocks.literal_value):
             rows = builder.mul(width, ir.Constant(LONG, ROWS * (tile // SIDE)))
             at = builder.add(builder.add(sums, rows), ir.Constant(LONG, LINE * (tile % SIDE)))
-            _call(builder, "tilestored64", ir.Constant(_BYTE, tile), _at(builder, at), width)
+            _store(builder, tile, at, width)
         return context.get_dummy_value()
 
     return types.void(blocks, types.int64, types.int64), build
@@ -139,7 +138,7 @@ def store(context, tile, address, width):
     """A tile to memory, in rows of `width` bytes."""
 
     def build(context, builder, signature, given):
-        _call(builder, "tilestored64", ir.Constant(_BYTE, tile.literal_value), _at(builder, given[1]), given[2])
+        _store(builder, tile.literal_value, *given[1:])
         return context.get_dummy_value()
 
     return types.void(tile, types.int64, types.int64), build
@@ -150,8 +149,7 @@ def multiply(context, tile):
     """Add to a tile of sums what the tiles of activations and weights give."""
 
     def build(context, builder, signature, given):
-        numbers = (tile.literal_value, ACTIVATIONS, WEIGHTS)
-        _call(builder, "tdpbf16ps", *(ir.Constant(_BYTE, number) for number in numbers))
+        _multiply(builder, tile.literal_value)
         return context.get_dummy_value()
 
     return types.void(tile), build
@@ -159,6 +157,14 @@ def multiply(context, tile):
 
 def _fetch(builder, tile, address, stride):
     _call(builder, "tileloadd64", ir.Constant(_BYTE, tile), _at(builder, address), stride)
+
+
+def _store(builder, tile, address, stride):
+    _call(builder, "tilestored64", ir.Constant(_BYTE, tile), _at(builder, address), stride)
+
+
+def _multiply(builder, sums):
+    _call(builder, "tdpbf16ps", *(ir.Constant(_BYTE, tile) for tile in (sums, ACTIVATIONS, WEIGHTS)))
 
 
 def _call(builder, name, *arguments):

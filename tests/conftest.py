@@ -26,7 +26,7 @@ from skipjack.runtime.request import Output
 
 
 def _mend_the_interpreter() -> None:
-    """Let the interpreter's dot sum in float64, and spare it three quarters of its work.
+    """Let the interpreter's dot sum in float64, and spare it work that has no effect.
 
     It calls NumPy's float32 product, which on some processors rounds a row by the shape of the whole block: a property
     of that library that a matrix instruction does not have, and that tests of row invariance would report.
