@@ -25,15 +25,13 @@ def forced(model: Model, skipped: Collection[int]) -> Generator[None, None, None
 
     The thresholds are part of what is captured in a graph.
     """
-    before = list(model.layers)
-    for i, layer in enumerate(before):
-        if layer.routed is not None:
-            threshold = NEVER if i in skipped else ALWAYS
-            model.layers[i] = layer._replace(routed=layer.routed._replace(threshold=threshold))
+    before = dict(model.routed)
+    for i, routed in before.items():
+        model.routed[i] = routed._replace(threshold=NEVER if i in skipped else ALWAYS)
     try:
         yield
     finally:
-        model.layers[:] = before
+        model.routed |= before
 
 
 def layer_bytes(config: ModelConfig, itemsize: int) -> tuple[int, int]:

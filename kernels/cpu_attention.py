@@ -209,21 +209,12 @@ def _find(places, first, end, origin, row, owner, table, pages, length, slot, de
     places[end - origin :] = places[end - 1 - origin]
 
 
-@kernel(
-    "void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64,"
-    " int64, int64, int64, int64, int64, int64, float64, boolean, boolean, int64, int64, int64)"
-)
-def attend(
-    q, keys, values, out, sequence, position, table, pages, length, slot, depth, slopes,
-    rows, heads, kv_heads, width, slots, window, scale, half, tiles, threads, entry, some,
+@part
+def lay_out(
+    sequence, position, table, pages, length, slot, depth,
+    rows, heads, kv_heads, width, slots, window, half, tiles, threads,
 ):  # fmt: skip
-    """softmax(scale·q·kᵀ + slope·(key position − position))·v over the positions a row sees, in order.
-
-    q [rows, heads, width] → out [rows, heads·width], zeros for rows of no sequence; keys, values [pages, kv_heads,
-    slots, width]; sequence, position [rows]; table [sequences, pages]; of a tree length [rows], slot [rows, depth];
-    slopes float32 [heads]; window 0 for none. With an `entry` (`team.entry`) that many threads run `some`, the address
-    of `attend_some` or, with `tiles`, of `attention_tiles.attend_some`, where there is enough for them to do.
-    """
+    """What rows see and which queries are taken together, for `attend_as`: the same in all layers with this window."""
     group, size, work = heads // kv_heads, 2 if half else 4, 0
     first, end, origin, last = np.zeros(rows, np.int64), np.zeros(rows, np.int64), 1 << 62, 0
     for row in range(rows):
@@ -232,9 +223,6 @@ def attend(
             first[row] = max(end[row] - window, 0) if window else 0
             origin, last = min(origin, first[row] // BLOCK * BLOCK), max(last, end[row])
             work += (end[row] - first[row]) * heads
-        else:
-            for i in range(0, heads * width, WIDTH):
-                write(out + row * heads * width * size, i, splat(0.0), half)
     longest = max(last - origin + BLOCK - 1, 0) // BLOCK * BLOCK
     # Of a row its places, the first and the end of what it sees, and the end of what others of its sequence see alike.
     seen, places = np.empty((rows, 4), np.int64), np.empty((rows, longest + FEW + AHEAD), np.int64)
@@ -268,13 +256,53 @@ def attend(
                 count += 1
             left -= many
         start = stop
+    return seen, places, runs, count, longest, work
+
+
+@part
+def attend_as(
+    layout, q, keys, values, out, sequence, slopes, rows, heads, kv_heads, width, slots, tree, scale, half,
+    threads, entry, some,
+):  # fmt: skip
+    """`attend` of rows that were laid out."""
+    seen, places, runs, count, longest, work = layout
+    for row in range(rows):
+        if whole(sequence + 8 * row) < 0:
+            for i in range(0, heads * width, WIDTH):
+                write(out + row * heads * width * (2 if half else 4), i, splat(0.0), half)
     block = np.empty(17, np.int64)
     block[0], block[1], block[2], block[3], block[4], block[5] = 0, q, keys, values, out, slopes
-    block[6], block[7], block[8], block[9], block[10], block[11] = heads, group, width, slots, half, longest
-    block[12], block[13], block[14], block[16] = seen.ctypes.data, runs.ctypes.data, count, length != 0
+    block[6], block[7], block[8], block[9], block[10] = heads, heads // kv_heads, width, slots, half
+    block[11], block[12], block[13] = longest, seen.ctypes.data, runs.ctypes.data
+    block[14], block[16] = count, tree
     block[15:].view(np.float64)[0] = scale
     if entry and threads > 1 and work >= _WORTH_A_TEAM:
         together(entry, some, block.ctypes.data, threads)
     else:
         alone(some, block.ctypes.data)
     keep((seen, places, runs, block))
+
+
+@kernel(
+    "void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64,"
+    " int64, int64, int64, int64, int64, int64, float64, boolean, boolean, int64, int64, int64)"
+)
+def attend(
+    q, keys, values, out, sequence, position, table, pages, length, slot, depth, slopes,
+    rows, heads, kv_heads, width, slots, window, scale, half, tiles, threads, entry, some,
+):  # fmt: skip
+    """softmax(scale·q·kᵀ + slope·(key position − position))·v over the positions a row sees, in order.
+
+    q [rows, heads, width] → out [rows, heads·width], zeros for rows of no sequence; keys, values [pages, kv_heads,
+    slots, width]; sequence, position [rows]; table [sequences, pages]; of a tree length [rows], slot [rows, depth];
+    slopes float32 [heads]; window 0 for none. With an `entry` (`team.entry`) that many threads run `some`, the address
+    of `attend_some` or, with `tiles`, of `attention_tiles.attend_some`, where there is enough for them to do.
+    """
+    layout = lay_out(
+        sequence, position, table, pages, length, slot, depth,
+        rows, heads, kv_heads, width, slots, window, half, tiles, threads,
+    )  # fmt: skip
+    attend_as(
+        layout, q, keys, values, out, sequence, slopes, rows, heads, kv_heads, width, slots, length != 0, scale, half,
+        threads, entry, some,
+    )  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +23,44 @@ from . import (
     tiles,
 )
 from .attention_index import AttentionIndex, Index
-from .values import Drafted, Entry, Found, Heads, Logprobs, Matrix, Prediction, Route, RowMap, Split, Stack, Verdict
+from .values import (
+    Drafted,
+    Entry,
+    Found,
+    Heads,
+    Logprobs,
+    Matrix,
+    Prediction,
+    Rope,
+    Route,
+    RowMap,
+    Slots,
+    Split,
+    Stack,
+    Verdict,
+)
+
+
+class Joined(Protocol):
+    """Sub-layers of a model in one call: what `qkv_rope_append`, `attend` and `linear` would do one after the other."""
+
+    def __call__(
+        self,
+        sublayers: tuple[int, ...],
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Slots,
+        index: Index,
+        rope: Rope | None,
+        streams: list[Tensor] | None,
+    ) -> None:
+        """Add to x [R, H] in place; sub-layer 2i is the attention block of layer i, 2i + 1 its MLP block.
+
+        keys, values: the cache of all layers [L, pages, heads, P, D]. `streams` receives x before every sub-layer and
+        after the last.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,6 +88,7 @@ class Ops:
     rounds_alike: Callable[[list[Matrix], Heads, torch.dtype, int], bool]
     take_rows: Callable[[Matrix, Tensor], Matrix]
     prepare_split: Callable[[Tensor, int], Matrix | Split]
+    join: Callable[..., Joined | None]
     index: Callable[..., Index]
     enter: Callable[..., Entry]
     normalise: Callable[..., Tensor]
@@ -111,6 +150,7 @@ TORCH = Ops(
     rounds_alike=tiles.rounds_alike,
     take_rows=packed.take_rows,
     prepare_split=reference.prepare_split,
+    join=lambda *_: None,
     index=AttentionIndex,
     enter=reference_rounds.enter,
     normalise=reference.normalise,

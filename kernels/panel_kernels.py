@@ -207,14 +207,14 @@ def share(block):
     " boolean, boolean, int64, int64, int64)"
 )
 def product(
-    x, norm, shift, eps, panels, bias, activation, residual, out, rows, width, columns, half, tiles,
+    x, norm, shift, eps, panels, bias, activation, residual, out, rows, width, columns, half, unit,
     threads, entry, share,
 ):  # fmt: skip
     """out = activation(x·Wᵀ + bias + residual): x [rows, columns]; W of `width` rows in panels; bias [width].
 
     norm [columns]: x is normalised before, by RMSNorm or, with shift [columns], LayerNorm. activation: `NONE`, `GELU`,
-    or `SILU_GATE`, which leaves width / 2 columns. `tiles`: by the matrix unit, for bfloat16 and a multiple of its
-    `COLUMNS`. On `threads` of the team at `entry`, which run `share`; where there is none, on this one.
+    or `SILU_GATE`, which leaves width / 2 columns. `unit`: bfloat16 by the matrix unit, if the columns are a multiple
+    of its own. On `threads` of the team at `entry`, which run `share`; where there is none, on this one.
     """
     size = 2 if half else 4
     if not entry:
@@ -232,7 +232,7 @@ def product(
     block[1], block[2], block[3], block[4] = x, panels, bias, residual
     block[5] = sums.ctypes.data if activation else out
     block[6], block[7], block[8], block[9], block[10] = rows, width, columns, half, threads
-    block[11], block[12] = counters.ctypes.data, tiles
+    block[11], block[12] = counters.ctypes.data, half and unit and columns % matrix_unit.COLUMNS == 0
     if threads > 1:
         together(entry, share, block.ctypes.data, threads)
     else:

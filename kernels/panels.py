@@ -13,7 +13,7 @@ from .lanes import WIDTH
 from .values import Matrix, Norm
 
 PANEL: int = panel_kernels.PANEL
-_ACTIVATIONS = {None: panel_kernels.NONE, "silu_gate": panel_kernels.SILU_GATE, "gelu_tanh": panel_kernels.GELU}
+ACTIVATIONS = {None: panel_kernels.NONE, "silu_gate": panel_kernels.SILU_GATE, "gelu_tanh": panel_kernels.GELU}
 
 
 def fits(weight: Tensor) -> bool:
@@ -63,14 +63,14 @@ def product(
         0.0 if norm is None else norm.eps,
         weight.data.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        _ACTIVATIONS[activation],
+        ACTIVATIONS[activation],
         0 if residual is None else residual.data_ptr(),
         out.data_ptr(),
         x.shape[0],
         weight.rows,
         weight.columns,
         half,
-        half and weight.columns % matrix_unit.COLUMNS == 0 and matrix_unit.permitted(),
+        matrix_unit.permitted(),
         torch.get_num_threads(),
         team.entry(),
         panel_kernels.share.address,

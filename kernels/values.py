@@ -78,6 +78,23 @@ class Norm(NamedTuple):
     eps: float
 
 
+class Layer(NamedTuple):
+    """One layer's parameters in the layout of its op table; what the architecture lacks is None."""
+
+    attention_norm: Norm
+    qkv: Matrix | Split
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    output: Matrix
+    output_bias: Tensor | None
+    mlp_norm: Norm
+    up: Matrix
+    up_bias: Tensor | None
+    down: Matrix
+    down_bias: Tensor | None
+
+
 class Rope(NamedTuple):
     """Rotation of each row: cos and sin float32 [R, 1, D], the first half of sin negated."""
 

@@ -8,28 +8,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.ops import Ops
-from ..kernels.values import Matrix, Norm, Split, Stack
+from ..kernels.values import Layer, Matrix, Norm, Split, Stack
 from ..loaders.config import ModelConfig
 from ..loaders.weights import Weights
 from .routes import Routed
-
-
-class Layer(NamedTuple):
-    """One layer's parameters in the layout of its op table; what the architecture lacks is None."""
-
-    attention_norm: Norm
-    qkv: Matrix | Split
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    output: Matrix
-    output_bias: Tensor | None
-    mlp_norm: Norm
-    up: Matrix
-    up_bias: Tensor | None
-    down: Matrix
-    down_bias: Tensor | None
-    routed: Routed | None
 
 
 class AttentionRouter(NamedTuple):
@@ -85,9 +67,7 @@ def prepare_projections(weights: Weights, config: ModelConfig, ops: Ops) -> Stac
     ]
 
 
-def prepare_layer(
-    weights: Weights, qkv: Matrix | Split, routed: Routed | None, i: int, config: ModelConfig, ops: Ops
-) -> Layer:
+def prepare_layer(weights: Weights, qkv: Matrix | Split, i: int, config: ModelConfig, ops: Ops) -> Layer:
     eps = config.norm_eps
 
     def row(stacked: Tensor | None) -> Tensor | None:
@@ -106,16 +86,26 @@ def prepare_layer(
         row(weights.up_bias),
         ops.prepare(weights.down[i]),
         row(weights.down_bias),
-        routed,
     )
 
 
-def matrices(layers: list[Layer]) -> list[Matrix]:
+def matrices(layers: list[Layer], routed: dict[int, Routed]) -> list[Matrix]:
     """Every matrix that rows are multiplied with."""
     found: list[Matrix] = []
     for layer in layers:
         found += [layer.qkv.upper, layer.qkv.lower] if isinstance(layer.qkv, Split) else [layer.qkv]
         found += [layer.output, layer.up, layer.down]
-        if layer.routed is not None:
-            found += [layer.routed.router.encoder, layer.routed.adapter_up, layer.routed.adapter_down]
+    for own in routed.values():
+        found += [own.router.encoder, own.adapter_up, own.adapter_down]
     return found
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """The slope of each head, float32 [heads] (Press et al., arXiv 2108.12409).
+
+    Heads beyond a power of two take every other slope of the next power.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
+    extra = [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(heads - power)]
+    return torch.tensor(slopes + extra)

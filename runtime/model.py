@@ -17,7 +17,15 @@ from ..kernels.values import Heads, Matrix, Norm, Prediction, Rope, Route, Slots
 from ..loaders.config import ModelConfig
 from ..loaders.weights import Weights
 from .cache import KVCache
-from .layers import matrices, prepare_attention_routers, prepare_fill, prepare_layer, prepare_projections
+from .laid import Pass
+from .layers import (
+    alibi_slopes,
+    matrices,
+    prepare_attention_routers,
+    prepare_fill,
+    prepare_layer,
+    prepare_projections,
+)
 from .plan import LayerPlan
 from .ranges import Mark, unmarked
 from .rope import RotaryTable
@@ -33,24 +41,6 @@ class Vocabulary(NamedTuple):
 
     head: Matrix
     ids: Tensor
-
-
-class Pass(NamedTuple):
-    """Rows filled up to whole tiles, and what every sub-layer of a pass over them shares.
-
-    real bool [R]: the rows that are not padding. routes: what routed layers decided so far, padding included.
-    kept int64 [routed layers, S]: the keys each sequence has in each of them where skipped tokens leave none.
-    embedded [R, H]: the rows' embeddings where they came with the rest.
-    """
-
-    rows: Rows
-    slots: Slots
-    index: Index  # pyright: ignore[reportIncompatibleMethodOverride]
-    rope: Rope | None
-    real: Tensor
-    routes: Routes
-    kept: Tensor | None
-    embedded: Tensor | None = None
 
 
 class Model:
@@ -70,17 +60,25 @@ class Model:
             if weights.embedding_norm is not None
             else None
         )
-        qkv, routed = prepare_projections(weights, config, ops), routed_layers(weights, config, ops)
-        self.layers = [prepare_layer(weights, qkv[i], routed.get(i), i, config, ops) for i in range(config.num_layers)]
+        qkv = prepare_projections(weights, config, ops)
+        self.layers = [prepare_layer(weights, qkv[i], i, config, ops) for i in range(config.num_layers)]
+        self.routed = routed_layers(weights, config, ops)
         self._fill = prepare_fill(weights, config, qkv) if isinstance(qkv, Stack) else None
         self.attention_routers = prepare_attention_routers(weights, config)
         self._norm = Norm(weights.norm, weights.norm_bias, config.norm_eps)
         self._head = ops.prepare(weights.head)
+        self._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
         self._rotary = RotaryTable(config, self.device) if any(config.rope_layers) else None
         self._slopes = alibi_slopes(config.num_heads).to(self.device) if config.alibi else None
         self._vocabularies: dict[int, Vocabulary] = {}
         self._tiles: dict[int, tuple[int, ...]] = {}
         self._activation = "silu_gate" if config.gated else config.activation
+        self._windows = [config.window if windowed else None for windowed in config.window_layers]
+        self._joined = (
+            None
+            if self.routed
+            else ops.join(self.layers, self._heads, self._activation, config.rope_layers, self._windows, self._slopes)
+        )
 
     def new_cache(self, pages: int) -> KVCache:
         """An empty cache of `pages` pages for this model."""
@@ -102,10 +100,10 @@ class Model:
     @property
     def tiles(self) -> tuple[int, ...]:
         """The tiles of a decode pass here, ascending: those that leave every row its bits; one if none is padded."""
-        ops, config, threads = self.ops, self.config, torch.get_num_threads()
+        ops, threads = self.ops, torch.get_num_threads()
         if threads not in self._tiles:
-            heads, weights = Heads(config.num_heads, config.num_kv_heads, config.head_dim), matrices(self.layers)
-            alike = partial(ops.rounds_alike, [*weights, self._head], heads, self.dtype)
+            weights = [*matrices(self.layers, self.routed), self._head]
+            alike = partial(ops.rounds_alike, weights, self._heads, self.dtype)
             others = [tile for tile in ops.other_tiles if ops.pads(self.dtype) and alike(tile)]
             self._tiles[threads] = tuple(tile for tile in ops.tiles if tile == ops.decode_tile or tile in others)
         return self._tiles[threads]
@@ -137,22 +135,30 @@ class Model:
         """
         laid = self.lay(rows, cache, kept)
         x = self.embed(laid) if hidden is None else functional.pad(hidden, (0, 0, 0, len(laid.rows) - len(rows)))
-        fills, end = plan.fills, plan.span[1]
-        for sublayer, following in zip_longest((*plan.sublayers, end), plan.sublayers[1:]):
-            if sublayer in fills:
-                self.fill(laid, cache, fills[sublayer], x)
-            if streams is not None:
-                streams.append(x[: len(rows)].clone())
-            if sublayer < end:
-                self.step(laid, cache, sublayer, x, following)
+        passing: Streams | None = None if streams is None else []
+        self.run(laid, cache, plan, x, passing)
+        if streams is not None and passing is not None:
+            streams += [stream[: len(rows)] for stream in passing]
         if routes is not None:
             routes |= {layer: Route(*(part[: len(rows)] for part in route)) for layer, route in laid.routes.items()}
         return x[: len(rows)]
 
-    def run(self, laid: Pass, cache: KVCache, plan: LayerPlan, x: Tensor) -> None:
-        """The sub-layers of `plan`, added in place to the residual stream x [R, H]; R counts padding."""
-        for sublayer, following in zip_longest(plan.sublayers, plan.sublayers[1:]):
-            self.step(laid, cache, sublayer, x, following)
+    def run(self, laid: Pass, cache: KVCache, plan: LayerPlan, x: Tensor, streams: Streams | None = None) -> None:
+        """The sub-layers of `plan`, added in place to the residual stream x [R, H], and what it fills.
+
+        `streams` as in `forward`; R counts padding.
+        """
+        fills, end = plan.fills, plan.span[1]
+        if self._joined is not None and laid.rows.active is None and not fills:
+            self._joined(plan.sublayers, x, cache.keys, cache.values, laid.slots, laid.index, laid.rope, streams)
+            return
+        for sublayer, following in zip_longest((*plan.sublayers, end), plan.sublayers[1:]):
+            if sublayer in fills:
+                self.fill(laid, cache, fills[sublayer], x)
+            if streams is not None:
+                streams.append(x.clone())
+            if sublayer < end:
+                self.step(laid, cache, sublayer, x, following)
 
     def lay(self, rows: Rows | Chains, cache: KVCache, kept: Tensor | None = None) -> Pass:
         """What every sub-layer of a pass over `rows` shares."""
@@ -329,18 +335,18 @@ class Model:
             return None
         layer = self.layers[sublayer // 2]
         first = layer.qkv if sublayer % 2 == 0 else layer.up
-        return first if layer.routed is None and isinstance(first, Matrix) else None
+        return first if sublayer // 2 not in self.routed and isinstance(first, Matrix) else None
 
     def _attention(
         self, number: int, x: Tensor, cache: KVCache, laid: Pass, active: Tensor | None, ahead: Matrix | None
     ) -> None:
-        layer, config, tile = self.layers[number], self.config, laid.rows.tile
-        keys, values = cache.by_layer[number]
+        layer, routed, config = self.layers[number], self.routed.get(number), self.config
+        tile, (keys, values) = laid.rows.tile, cache.by_layer[number]
         slots, index, write = laid.slots, laid.index, active
-        if layer.routed is not None:
-            active = self._route(number, layer.routed, x, laid, active).run
+        if routed is not None:
+            active = self._route(number, routed, x, laid, active).run
             if laid.kept is not None:
-                write, position = active, compacted(laid.rows, active, laid.kept[layer.routed.place])
+                write, position = active, compacted(laid.rows, active, laid.kept[routed.place])
                 slots = Slots(*replace(laid.rows, slot=position).slots(cache.page_size))
                 index = self._index(laid.rows, position, cache, index.tile, index.width)
         q = self.ops.qkv_rope_append(
@@ -359,14 +365,13 @@ class Model:
             active=active,
             write=write,
         )
-        window = config.window if config.window is not None and config.window_layers[number] else None
         mixed = self.ops.attend(
             q,
             keys,
             values,
             index,
             scale=config.head_dim**-0.5,
-            window=window,
+            window=self._windows[number],
             slopes=self._slopes,
             active=active,
             ahead=layer.output,
@@ -375,8 +380,8 @@ class Model:
         self.ops.linear(mixed, layer.output, tile=tile, bias=bias, residual=x, active=active, ahead=ahead)
 
     def _mlp(self, number: int, x: Tensor, laid: Pass, active: Tensor | None) -> None:
-        layer, routed, scale = self.layers[number], self.layers[number].routed, None
-        ops, tile, norm, activation = self.ops, laid.rows.tile, self.layers[number].mlp_norm, self._activation
+        layer, routed, scale = self.layers[number], self.routed.get(number), None
+        ops, tile, norm, activation = self.ops, laid.rows.tile, layer.mlp_norm, self._activation
         if routed is not None:
             route = self._route(number, routed, x, laid, active)
             scale, rest = (route.weight, route.rest) if routed.weighted else (None, None)
@@ -385,14 +390,3 @@ class Model:
             ops.linear(inner, routed.adapter_down, tile=tile, residual=x, scale=rest, active=skip)
         inner = ops.linear(x, layer.up, tile=tile, norm=norm, bias=layer.up_bias, activation=activation, active=active)
         ops.linear(inner, layer.down, tile=tile, bias=layer.down_bias, residual=x, scale=scale, active=active)
-
-
-def alibi_slopes(heads: int) -> Tensor:
-    """The slope of each head, float32 [heads] (Press et al., arXiv 2108.12409).
-
-    Heads beyond a power of two take every other slope of the next power.
-    """
-    power = 1 << (heads.bit_length() - 1)
-    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
-    extra = [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(heads - power)]
-    return torch.tensor(slopes + extra)

@@ -14,7 +14,8 @@ from ..kernels.host import ints
 from ..kernels.values import Tree
 from .batch import Round
 from .cache import KVCache
-from .model import Model, Pass
+from .laid import Pass
+from .model import Model
 from .rows import Rows
 
 # States that run at a time; their keys and values need as many slots.

@@ -128,6 +128,7 @@ def demo() -> Engine:
 class Audit:
     """An engine's op table that knows which slots every layer has written, and fails where another is read.
 
+    It sees operations that are called one by one, and has them called so where they would be joined.
     `ran` lists the sub-layers that were run, in order, each with the number of rows it ran for; `reads` counts slots
     read. A page that is reserved anew holds nothing; a fork and the compaction of a tree carry what they copy.
     """
@@ -146,6 +147,7 @@ class Audit:
         watched = ("qkv_rope_append", "attend", "fill_kv", "compact", "linear")
         ops = replace(model.ops, index=self._index, **{name: self._watch(name) for name in watched})
         monkeypatch.setattr(model, "ops", ops)
+        monkeypatch.setattr(model, "_joined", None)
         monkeypatch.setattr(kv, "reserve", self._reserved)
         monkeypatch.setattr(kv, "fork", self._forked)
 

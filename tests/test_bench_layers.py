@@ -80,7 +80,7 @@ def test_forced_skips_are_counted_before_a_speed_is_told(routed: Engine, monkeyp
     assert rows[1].bytes_saved == pytest.approx(4 * (ran - left) / weights)
     assert rows[0].bytes_saved == 0
     assert rows[0].speed > 0
-    assert all(layer.routed is None or layer.routed.threshold == 0.5 for layer in routed._loaded()[0].layers)
+    assert all(own.threshold == 0.5 for own in routed._loaded()[0].routed.values())
     with pytest.raises(RequestError, match="expected 0 to 4, the routed layers of the model, got 5"):
         forced.measure(routed, [5], 3, 1, lambda count: None)
     monkeypatch.setattr(forced, "NEVER", 0.5)
@@ -95,7 +95,7 @@ def test_rounds_captured_under_other_thresholds_are_not_replayed(routed: Engine,
     generate = routed.generate
 
     def noted(*given, **options):
-        thresholds = tuple(layer.routed.threshold for layer in routed._loaded()[0].layers if layer.routed)
+        thresholds = tuple(own.threshold for own in routed._loaded()[0].routed.values())
         under.setdefault(id(routed._graphs), set()).add(thresholds)
         return generate(*given, **options)
 

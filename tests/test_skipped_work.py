@@ -38,9 +38,10 @@ def matrices(model: Model, layer: int) -> dict[str, Matrix]:
     named = {"output": own.output, "up": own.up, "down": own.down}
     if isinstance(own.qkv, Split):
         named |= {"queries": own.qkv.upper, "attention keys": own.qkv.lower}
-    if own.routed is not None:
-        named |= {"encoder": own.routed.router.encoder}
-        named |= {"adapter up": own.routed.adapter_up, "adapter down": own.routed.adapter_down}
+    routed = model.routed.get(layer)
+    if routed is not None:
+        named |= {"encoder": routed.router.encoder}
+        named |= {"adapter up": routed.adapter_up, "adapter down": routed.adapter_down}
     return named
 
 

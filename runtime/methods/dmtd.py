@@ -13,7 +13,8 @@ from ..batch import Batch
 from ..cache import KVCache
 from ..costs import weight_pass
 from ..errors import RequestError
-from ..model import Model, Pass
+from ..laid import Pass
+from ..model import Model
 from ..plan import LayerPlan
 from ..prefill import prompt_rows
 from ..recipe import Recipe, Steps

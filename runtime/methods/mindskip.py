@@ -12,7 +12,8 @@ from torch import Tensor
 from ...kernels.host import ints
 from ..batch import Batch
 from ..cache import KVCache
-from ..model import Model, Pass
+from ..laid import Pass
+from ..model import Model
 from ..plan import LayerPlan
 from ..prefill import prompt_rows
 from ..recipe import Recipe, Steps

@@ -1,0 +1,231 @@
+"""Sub-layers of a pass in one call, for a CPU: in Python a pass of few rows spends a quarter of its time between them.
+
+What is computed, and in which order, is what `compiled` does operation by operation, and so are the bits.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import attention_tiles, cpu_attention, matrix_unit, panel_kernels, team
+from .attention_index import AttentionIndex, Index
+from .attention_sums import listed
+from .cpu_attention import attend_as, keep, lay_out
+from .cpu_kernels import rope_append
+from .lanes import WIDTH, kernel, part, put_whole, whole
+from .ops import Joined
+from .panel_kernels import NONE, SILU_GATE, product
+from .panels import ACTIVATIONS
+from .values import Heads, Layer, Matrix, Norm, Rope, Slots
+
+# Of a layer: the addresses of its parameters, 0 for what it lacks, whether it rotates, and whether it has the window.
+_FIELDS, _SIZES = 16, 9
+
+
+@part
+def _copied(x, out, size):
+    for i in range(0, size, 8):
+        put_whole(out + i, whole(x + i))
+    return out + size
+
+
+@kernel(
+    "void(int64, int64, int64, int64, float64, float64, int64, int64, int64, int64, int64, int64, int64, int64, int64,"
+    " int64, int64, int64, int64, int64, int64, int64, int64, boolean, boolean, boolean, int64, int64, int64, int64)"
+)
+def through(
+    layers, shape, sublayers, count, eps, scale, x, rows, copies, keys, values, room, slots, page, offset,
+    cos, sin, sequence, position, table, pages, length, slot, half, unit, tiles, depth, threads, entry, some,
+):  # fmt: skip
+    """Add `count` sub-layers to x [rows, hidden] in place; copies, if not 0: x before each and after the last.
+
+    layers int64 [layers, `_FIELDS`]; shape int64: hidden, heads, kv_heads, head_dim, the columns of the down product,
+    activation, window, slopes and the address of `panel_kernels.share`. The keys of a layer take `room` bytes, as the
+    values do, in pages of `slots` slots. `unit`: products by the matrix unit. The rest: `rope_append`, `attend`.
+    """
+    hidden, heads, kv_heads, width, inner, activation, window, slopes, share = listed(_SIZES, shape)
+    size, up_rows = 2 if half else 4, 2 * inner if activation == SILU_GATE else inner
+    projected, queries = rows * (heads + 2 * kv_heads) * width * size, rows * heads * width * size
+    memory = np.empty(projected + 2 * queries + rows * inner * size, np.uint8)
+    qkv = memory.ctypes.data
+    q, mixed, gated = qkv + projected, qkv + projected + queries, qkv + projected + 2 * queries
+    everything = lay_out(
+        sequence, position, table, pages, length, slot, depth,
+        rows, heads, kv_heads, width, slots, 0, half, tiles, threads,
+    )  # fmt: skip
+    nearby = everything if window == 0 else lay_out(
+        sequence, position, table, pages, length, slot, depth,
+        rows, heads, kv_heads, width, slots, window, half, tiles, threads,
+    )  # fmt: skip
+    for i in range(count):
+        number = whole(sublayers + 8 * i)
+        if copies:
+            copies = _copied(x, copies, rows * hidden * size)
+        (
+            norm, shift, qkv_weight, qkv_bias, q_norm, k_norm, output, output_bias,
+            mlp_norm, mlp_shift, up, up_bias, down, down_bias, rotates, windowed,
+        ) = listed(_FIELDS, layers + 8 * _FIELDS * (number // 2))  # fmt: skip
+        if number % 2 == 0:
+            own = room * (number // 2)
+            product(
+                x, norm, shift, eps, qkv_weight, qkv_bias, NONE, 0, qkv, rows, (heads + 2 * kv_heads) * width, hidden,
+                half, unit, threads, entry, share,
+            )  # fmt: skip
+            rope_append(
+                qkv, q_norm, k_norm, eps, cos if rotates else 0, sin if rotates else 0, page, offset,
+                q, keys + own, values + own, rows, heads, kv_heads, width, slots, half,
+            )  # fmt: skip
+            attend_as(
+                nearby if windowed else everything, q, keys + own, values + own, mixed, sequence, slopes,
+                rows, heads, kv_heads, width, slots, length != 0, scale, half, threads, entry, some,
+            )  # fmt: skip
+            product(
+                mixed, 0, 0, eps, output, output_bias, NONE, x, x, rows, hidden, heads * width, half, unit,
+                threads, entry, share,
+            )  # fmt: skip
+        else:
+            product(
+                x, mlp_norm, mlp_shift, eps, up, up_bias, activation, 0, gated, rows, up_rows, hidden, half, unit,
+                threads, entry, share,
+            )  # fmt: skip
+            product(
+                gated, 0, 0, eps, down, down_bias, NONE, x, x, rows, hidden, inner, half, unit, threads, entry, share
+            )
+    if copies:
+        _copied(x, copies, rows * hidden * size)
+    keep((memory,))
+
+
+def join(
+    layers: Sequence[Layer],
+    heads: Heads,
+    activation: str,
+    rotates: Sequence[bool],
+    windows: Sequence[int | None],
+    slopes: Tensor | None,
+) -> Joined | None:
+    """The layers of a model as one function, which keeps them; None where an operation of theirs is not compiled."""
+    wide = {window for window in windows if window}
+    if len(wide) > 1 or not all(_compiled(layer, heads, activation) for layer in layers):
+        return None
+    return _Layers(layers, heads, activation, rotates, windows, slopes)
+
+
+class _Layers:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        heads: Heads,
+        activation: str,
+        rotates: Sequence[bool],
+        windows: Sequence[int | None],
+        slopes: Tensor | None,
+    ) -> None:
+        norm, hidden = layers[0].attention_norm, layers[0].down.rows
+        self._kept = layers, slopes
+        self._eps, self._scale, self._half = norm.eps, heads.dim**-0.5, norm.weight.dtype == torch.bfloat16
+        self._tiles = self._half and heads.dim % cpu_attention.BLOCK == 0
+        rows = [
+            [*_addresses(layer), int(rotated), int(window is not None)]
+            for layer, rotated, window in zip(layers, rotates, windows, strict=True)
+        ]
+        self._layers = np.array(rows, np.int64)
+        window, share = max(window or 0 for window in windows), panel_kernels.share.address
+        sizes = hidden, heads.query, heads.key, heads.dim, layers[0].down.columns, ACTIVATIONS[activation]
+        self._shape = np.array([*sizes, window, _address(slopes), share], np.int64)
+
+    def __call__(
+        self,
+        sublayers: tuple[int, ...],
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Slots,
+        index: Index,
+        rope: Rope | None,
+        streams: list[Tensor] | None,
+    ) -> None:
+        assert isinstance(index, AttentionIndex)
+        order, given, tree = _numbers(sublayers), x.contiguous(), index.tree
+        page, offset = slots.page.contiguous(), slots.offset.contiguous()
+        cos, sin = (None, None) if rope is None else (rope.cos.contiguous(), rope.sin.contiguous())
+        copies = None if streams is None else x.new_empty((len(sublayers) + 1, *x.shape))
+        unit = matrix_unit.permitted()
+        tiles = unit and self._tiles
+        through(
+            self._layers.ctypes.data,
+            self._shape.ctypes.data,
+            order.ctypes.data,
+            len(sublayers),
+            self._eps,
+            self._scale,
+            given.data_ptr(),
+            x.shape[0],
+            _address(copies),
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.stride(0) * keys.itemsize,
+            keys.shape[3],
+            page.data_ptr(),
+            offset.data_ptr(),
+            _address(cos),
+            _address(sin),
+            index.sequence.data_ptr(),
+            index.position.data_ptr(),
+            index.block_table.data_ptr(),
+            index.block_table.shape[1],
+            0 if tree is None else tree.length.data_ptr(),
+            0 if tree is None else tree.slot.data_ptr(),
+            self._half,
+            unit,
+            tiles,
+            0 if tree is None else tree.slot.shape[1],
+            torch.get_num_threads(),
+            team.entry(),
+            (attention_tiles if tiles else cpu_attention).attend_some.address,
+        )
+        if given is not x:
+            x.copy_(given)
+        if streams is not None and copies is not None:
+            streams += copies
+
+
+def _compiled(layer: Layer, heads: Heads, activation: str) -> bool:
+    """Whether every operation of a layer is one that `compiled` has a kernel for, products in panels."""
+    weights = [layer.qkv, layer.output, layer.up, layer.down]
+    if not all(isinstance(weight, Matrix) and weight.in_panels for weight in weights):
+        return False
+    dtype, width = layer.down.data.dtype, layer.up.rows // (2 if activation == "silu_gate" else 1)
+    alike = all(norm.weight.dtype == dtype for norm in (layer.attention_norm, layer.mlp_norm))
+    return alike and heads.dim % WIDTH == 0 and heads.dim >= 2 * WIDTH and width % WIDTH == layer.down.rows % WIDTH == 0
+
+
+def _addresses(layer: Layer) -> list[int]:
+    def of(norm: Norm) -> list[int]:
+        return [_address(norm.weight), _address(norm.bias)]
+
+    assert isinstance(layer.qkv, Matrix)
+    return [
+        *of(layer.attention_norm),
+        layer.qkv.data.data_ptr(),
+        *map(_address, (layer.qkv_bias, layer.q_norm, layer.k_norm)),
+        layer.output.data.data_ptr(),
+        _address(layer.output_bias),
+        *of(layer.mlp_norm),
+        layer.up.data.data_ptr(),
+        _address(layer.up_bias),
+        layer.down.data.data_ptr(),
+        _address(layer.down_bias),
+    ]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@lru_cache(maxsize=256)
+def _numbers(sublayers: tuple[int, ...]) -> np.ndarray:
+    return np.array(sublayers, np.int64)
