@@ -15,8 +15,9 @@ from . import cpu_attention, matrix_unit
 from .attention_sums import AHEAD, listed
 from .cpu_attention import BLOCK, TOGETHER, keep, softmax
 from .instructions import INTS, LINE, LONG, SHORT, WIDTH, ask, load, zipped
-from .lanes import fma, number, part, put_whole, read, splat, taken, total, whole, worker, write
+from .lanes import fma, number, part, put_whole, read, splat, total, whole, write
 from .matrix_unit import ACTIVATIONS, WEIGHTS
+from .team import taken, worker
 
 _TILE = matrix_unit.ROWS * LINE
 _FAR = 1 << 62

@@ -233,7 +233,17 @@ def head(
     half, device = _HALF[scores.dtype], scores.device
     token = torch.empty((rows,), dtype=torch.int64, device=device)
     log_sum_exp = torch.empty((rows,), dtype=torch.float32, device=device)
-    cpu_kernels.choose(scores.data_ptr(), token.data_ptr(), log_sum_exp.data_ptr(), rows, width, half)
+    cpu_kernels.choose(
+        scores.data_ptr(),
+        token.data_ptr(),
+        log_sum_exp.data_ptr(),
+        rows,
+        width,
+        half,
+        torch.get_num_threads(),
+        team.entry(),
+        cpu_kernels.choose_some.address,
+    )
     value = scores.gather(1, token[:, None])[:, 0]
     return Prediction(token if ids is None else ids[token], value, log_sum_exp)
 
@@ -313,7 +323,7 @@ def _activate(y: Tensor, activation: str) -> Tensor:
         return reference.activate(y, activation)
     if activation == "silu_gate":
         out = torch.empty((rows, width // 2), dtype=y.dtype, device=y.device)
-        cpu_kernels.silu_gate(y.data_ptr(), out.data_ptr(), rows, width // 2, _HALF[y.dtype])
+        cpu_kernels.silu_gate(y.data_ptr(), out.data_ptr(), rows, width // 2, 0, width // 2, _HALF[y.dtype])
     else:
         out = torch.empty_like(y)
         cpu_kernels.gelu_tanh(y.data_ptr(), out.data_ptr(), y.numel(), _HALF[y.dtype])

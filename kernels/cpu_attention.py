@@ -25,7 +25,6 @@ from .attention_sums import (
 )
 from .instructions import WIDTH
 from .lanes import (
-    alone,
     below,
     counted,
     exp,
@@ -36,13 +35,12 @@ from .lanes import (
     part,
     read,
     splat,
-    taken,
-    together,
     total,
     whole,
-    worker,
     write,
+    write_normal,
 )
+from .team import dealt, taken, worker
 
 _WORTH_A_TEAM = 2048
 # Positions are counted from a multiple of so many: the matrix unit takes them together, and that many queries at most.
@@ -126,21 +124,24 @@ def softmax(scores, weights, count, scale, slope, half):
 
     They are written to `weights`, which may be where the scores are or before, with zeros on both sides.
     """
-    least, mass = splat(-np.inf), splat(0.0)
-    peaks = least
+    none, last, peaks, factor = splat(0.0), (count - 1) // WIDTH * WIDTH, splat(-np.inf), splat(scale)
+    if slope:
+        for i in range(0, count, WIDTH):
+            write(scores, i, read(scores, i, False) * factor + splat(slope) * counted(i + 1 - count), False)
+        factor = splat(1.0)
+    write(scores, last, below(count - last, read(scores, last, False), peaks), False)
     for i in range(0, count, WIDTH):
-        x = read(scores, i, False) * splat(scale) + splat(slope) * counted(i + 1 - count)
-        x = below(count - i, x, least)
-        peaks = greater(x, peaks)
-        write(scores, i, x, False)
-    peak = splat(greatest(peaks))
-    write(weights, -WIDTH, mass, half)
-    for i in range(0, count, WIDTH):
-        weight = below(count - i, exp(read(scores, i, False) - peak), splat(0.0))
+        peaks = greater(read(scores, i, False), peaks)
+    peak, mass = splat(greatest(peaks)) * factor, none
+    write(weights, -WIDTH, none, half)
+    for i in range(0, last, WIDTH):
+        weight = exp(read(scores, i, False) * factor - peak)
         mass = mass + weight
-        write(weights, i, weight, half)
-    write(weights, (count + WIDTH - 1) // WIDTH * WIDTH, splat(0.0), half)
-    return np.float32(1.0) / total(mass)
+        write_normal(weights, i, weight, half)
+    weight = below(count - last, exp(read(scores, last, False) * factor - peak), none)
+    write_normal(weights, last, weight, half)
+    write(weights, last + WIDTH, none, half)
+    return np.float32(1.0) / total(mass + weight)
 
 
 @part
@@ -248,7 +249,8 @@ def lay_out(
             seen[row, 2], seen[row, 3] = end[row] - origin, alike - origin
         left = (stop - start) * group if owner >= 0 else 0
         while left:
-            many = most if left >= most else left if tiles else 1
+            # Of one size by the matrix unit, so that threads have as much to do.
+            many = -(-left // -(-left // most)) if tiles else most if left >= most else 1
             # Another head's keys each time: threads that read the same ones wait for the same memory.
             for own in range(kv_heads):
                 runs[count, 0], runs[count, 1] = start, (stop - start) * group - left
@@ -276,10 +278,7 @@ def attend_as(
     block[11], block[12], block[13] = longest, seen.ctypes.data, runs.ctypes.data
     block[14], block[16] = count, tree
     block[15:].view(np.float64)[0] = scale
-    if entry and threads > 1 and work >= _WORTH_A_TEAM:
-        together(entry, some, block.ctypes.data, threads)
-    else:
-        alone(some, block.ctypes.data)
+    dealt(entry, some, block.ctypes.data, threads if work >= _WORTH_A_TEAM else 1)
     keep((seen, places, runs, block))
 
 

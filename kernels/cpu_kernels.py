@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from numba import carray
 
 from .lanes import (
     WIDTH,
@@ -21,6 +22,7 @@ from .lanes import (
     whole,
     write,
 )
+from .team import dealt, taken, worker
 
 
 @part
@@ -76,13 +78,13 @@ def gelu_tanh(x, out, count, half):
         write(out, i, y / (splat(1.0) + exp(splat(0.0) - inner)), half)
 
 
-@kernel("void(int64, int64, int64, int64, boolean)")
-def silu_gate(x, out, rows, width, half):
-    """out = silu(gate)·up: x [rows, 2·width], gate before up → [rows, width]."""
+@kernel("void(int64, int64, int64, int64, int64, int64, boolean)")
+def silu_gate(x, out, rows, width, first, end, half):
+    """out = silu(gate)·up: x [rows, 2·width], gate before up → columns `first` to `end` - 1 of [rows, width]."""
     size = 2 if half else 4
     for row in range(rows):
         source, target = x + row * 2 * width * size, out + row * width * size
-        for i in range(0, width, WIDTH):
+        for i in range(first, end, WIDTH):
             gate = read(source, i, half)
             gate = gate / (splat(1.0) + exp(splat(0.0) - gate))
             write(target, i, gate * read(source, width + i, half), half)
@@ -101,10 +103,13 @@ def first_of(x, value, width, half):
     return first % width
 
 
-@kernel("void(int64, int64, int64, int64, int64, boolean)")
-def choose(scores, token, log_sum_exp, rows, width, half):
-    """The first greatest of each row of scores [rows, width], int64, and log Σ exp of the row, float32."""
-    for row in range(rows):
+@worker
+def choose_some(address):
+    """Rows as long as some are left; block[0] counts those taken, and `choose` says what the rest is."""
+    block = carray(address, 7)
+    scores, token, log_sum_exp, rows, width, half = block[1], block[2], block[3], block[4], block[5], block[6] != 0
+    row = taken(block.ctypes.data)
+    while row < rows:
         source = scores + row * width * (2 if half else 4)
         peaks, masses = read(source, 0, half), splat(0.0)
         for i in range(WIDTH, width, WIDTH):
@@ -114,6 +119,21 @@ def choose(scores, token, log_sum_exp, rows, width, half):
             masses = masses + exp(read(source, i, half) - splat(peak))
         put_whole(token + 8 * row, first_of(source, peak, width, half))
         put_number(log_sum_exp + 4 * row, np.float32(peak + np.float32(math.log(total(masses)))))
+        row = taken(block.ctypes.data)
+
+
+@kernel("void(int64, int64, int64, int64, int64, boolean, int64, int64, int64)")
+def choose(scores, token, log_sum_exp, rows, width, half, threads, entry, some):
+    """The first greatest of each row of scores [rows, width], int64, and log Σ exp of the row, float32.
+
+    On `threads` of the team at `entry`, which run `some`, the address of `choose_some`.
+    """
+    block = np.empty(7, np.int64)
+    block[0], block[1], block[2], block[3], block[4] = 0, scores, token, log_sum_exp, rows
+    block[5], block[6] = width, half
+    dealt(entry, some, block.ctypes.data, min(threads, rows))
+    # Memory whose address alone is in use is let go of.
+    block[0] = 0
 
 
 @part

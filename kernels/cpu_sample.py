@@ -16,7 +16,6 @@ from .cpu_kernels import first_of
 from .instructions import FLOATS, INT, INTS, LONG, WIDTH, constant, splatted, zipped
 from .lanes import (
     LANES,
-    alone,
     exp,
     greater,
     greatest,
@@ -31,14 +30,12 @@ from .lanes import (
     put_whole,
     read,
     splat,
-    taken,
-    together,
     total,
     whole,
-    worker,
     write,
 )
 from .noise import MULTIPLIERS, ROUNDS, WEYL
+from .team import dealt, taken, worker
 
 # Ids whose noise is made at once: a block of the generator gives four.
 IDS = 4 * WIDTH
@@ -254,8 +251,5 @@ def sample(
     block[0], block[1], block[2], block[3], block[4], block[5] = 0, scores, temperature, top_k, top_p, min_p
     block[6], block[7], block[8], block[9], block[10], block[11] = seed, position, token, rows, width, count
     block[12], block[13] = stream, half
-    if entry and threads > 1 and rows > 1:
-        together(entry, some, block.ctypes.data, threads)
-    else:
-        alone(some, block.ctypes.data)
+    dealt(entry, some, block.ctypes.data, min(threads, rows))
     block[0] = 0

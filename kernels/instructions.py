@@ -59,6 +59,25 @@ def paired(builder, x, y, z):
     return z
 
 
+def narrowed(builder, x):
+    """Lanes rounded to bfloat16, the nearest, ties to even; what is below the least normal number may become 0."""
+    if PAIRED:
+        kind = ir.FunctionType(ir.VectorType(_BFloat(), WIDTH), [FLOATS])
+        name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
+        return builder.bitcast(builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [x]), SHORTS)
+    return rounded(builder, x)
+
+
+def rounded(builder, x):
+    """Lanes rounded to bfloat16, the nearest, ties to even; what is no number stays none."""
+    bits = builder.bitcast(x, INTS)
+    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+    near = builder.add(bits, builder.add(odd, constant(0x7FFF)))
+    quiet = builder.or_(bits, constant(0x400000))
+    chosen = builder.select(builder.fcmp_unordered("uno", x, x), quiet, near)
+    return builder.trunc(builder.lshr(chosen, constant(16)), SHORTS)
+
+
 def ask(builder, address, nearness=3):
     """Have a line of memory, `LINE` bytes, brought into the caches: 3 for all of them, 2 for those behind the first."""
     byte = ir.IntType(8).as_pointer()

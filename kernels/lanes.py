@@ -10,7 +10,6 @@ An address is an integer, and elements are counted from it; `half` says that the
 import hashlib
 import operator
 from pathlib import Path
-from typing import Any
 
 import numba
 from llvmlite import ir
@@ -20,7 +19,6 @@ from numba.extending import intrinsic, models, overload, register_model
 from .instructions import (
     FLOAT,
     FLOATS,
-    INT,
     INTS,
     LONG,
     SHORTS,
@@ -29,15 +27,18 @@ from .instructions import (
     folded,
     fused,
     load,
+    narrowed,
+    rounded,
     splatted,
     widened,
 )
 
 _NAMES = (
     "lanes", "instructions", "attention_sums", "cpu_kernels", "noise", "matrix_unit", "cpu_attention", "panel_kernels",
+    "team",
 )  # fmt: skip
 _FILES = [Path(__file__).with_name(f"{name}.py") for name in _NAMES]
-_SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()[:8]
+SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()[:8]
 _LOG2E, _LN2_HIGH, _LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
 _ROUNDER, _LEAST, _MOST = 12582912.0, -87.0, 88.0
 # The bits of √½.
@@ -65,7 +66,7 @@ def kernel(signature: str):
 
     def compiled(function):
         # Numba notices changes of a kernel's own file; those of what it is made of are told by the name.
-        function.__qualname__ += f".{_SOURCE}"
+        function.__qualname__ += f".{SOURCE}"
         try:
             return numba.njit(signature, nogil=True, cache=True)(function)
         except RuntimeError:
@@ -75,56 +76,6 @@ def kernel(signature: str):
 
 
 part = numba.njit(nogil=True)
-
-
-def worker(function) -> Any:
-    """What every thread of a team runs: a function of the address of a block of int64, kept on disk as kernels are."""
-    function.__qualname__ += f".{_SOURCE}"
-    try:
-        return numba.cfunc("void(CPointer(int64))", cache=True)(function)
-    except RuntimeError:
-        return numba.cfunc("void(CPointer(int64))")(function)
-
-
-@intrinsic
-def together(context, entry, worker, block, threads):
-    """Call a worker on every thread of a team and wait for all: GOMP_parallel, by its address."""
-
-    def build(context, builder, signature, given):
-        entry, worker, block, threads = given
-        byte = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, byte, INT, INT])
-        arguments = [builder.inttoptr(worker, byte), builder.inttoptr(block, byte), builder.trunc(threads, INT)]
-        builder.call(builder.inttoptr(entry, kind.as_pointer()), [*arguments, ir.Constant(INT, 0)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64, types.int64), build
-
-
-@intrinsic
-def alone(context, worker, block):
-    """Call a worker on this thread."""
-
-    def build(context, builder, signature, given):
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()])
-        worker, block = (
-            builder.inttoptr(x, to.as_pointer()) for x, to in zip(given, (kind, ir.IntType(8)), strict=True)
-        )
-        builder.call(worker, [block])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), build
-
-
-@intrinsic
-def taken(context, address):
-    """The int64 at an address, which is one more from then on: each of several threads gets another."""
-
-    def build(context, builder, signature, given):
-        counter = builder.inttoptr(given[0], LONG.as_pointer())
-        return builder.atomic_rmw("add", counter, ir.Constant(LONG, 1), "monotonic")
-
-    return types.int64(types.int64), build
 
 
 @intrinsic
@@ -280,22 +231,19 @@ def _write_floats(context, address, x):
     return types.void(types.int64, LANES), build
 
 
-@intrinsic
-def _write_halves(context, address, x):
-    """Rounded to the nearest, ties to even; what is no number stays none."""
+def _writing_halves(narrow):
+    @intrinsic
+    def write(context, address, x):
+        def build(context, builder, signature, given):
+            builder.store(narrow(builder, given[1]), builder.inttoptr(given[0], SHORTS.as_pointer()), align=2)
+            return context.get_dummy_value()
 
-    def build(context, builder, signature, given):
-        address, x = given
-        bits = builder.bitcast(x, INTS)
-        odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
-        rounded = builder.add(bits, builder.add(odd, constant(0x7FFF)))
-        quiet = builder.or_(bits, constant(0x400000))
-        chosen = builder.select(builder.fcmp_unordered("uno", x, x), quiet, rounded)
-        short = builder.trunc(builder.lshr(chosen, constant(16)), SHORTS)
-        builder.store(short, builder.inttoptr(address, SHORTS.as_pointer()), align=2)
-        return context.get_dummy_value()
+        return types.void(types.int64, LANES), build
 
-    return types.void(types.int64, LANES), build
+    return write
+
+
+_write_halves, _write_normal_halves = _writing_halves(rounded), _writing_halves(narrowed)
 
 
 def _scalar(kind, element):
@@ -336,6 +284,15 @@ def write(base, i, x, half):
     """x to elements i to i + 15, rounded to their type."""
     if half:
         _write_halves(base + 2 * i, x)
+    else:
+        _write_floats(base + 4 * i, x)
+
+
+@numba.njit
+def write_normal(base, i, x, half):
+    """`write` of what is normal or 0: where the processor has an instruction for it, it is one."""
+    if half:
+        _write_normal_halves(base + 2 * i, x)
     else:
         _write_floats(base + 4 * i, x)
 

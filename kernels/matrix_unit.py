@@ -96,11 +96,10 @@ def add(context, blocks, x, stride, weights, width, ahead):
         if ahead.literal_value:
             for start in range(0, ROWS * SIDE * LINE, LINE):
                 ask(builder, builder.add(weights, ir.Constant(LONG, ahead.literal_value + start)))
-        for i in range(SIDE):
-            _fetch(builder, WEIGHTS, builder.add(weights, ir.Constant(LONG, LINE * i)), width)
-            for block in range(blocks.literal_value):
-                rows = builder.add(x, builder.mul(stride, ir.Constant(LONG, ROWS * block)))
-                _fetch(builder, ACTIVATIONS, rows, stride)
+        for block in range(blocks.literal_value):
+            _fetch(builder, ACTIVATIONS, builder.add(x, builder.mul(stride, ir.Constant(LONG, ROWS * block))), stride)
+            for i in range(SIDE):
+                _fetch(builder, WEIGHTS, builder.add(weights, ir.Constant(LONG, LINE * i)), width)
                 _multiply(builder, SIDE * block + i)
         return context.get_dummy_value()
 

@@ -15,8 +15,9 @@ from numba.extending import intrinsic
 from . import matrix_unit
 from .cpu_kernels import gelu_tanh, layer_norm, rms_norm, silu_gate
 from .instructions import FLOATS, INTS, LINE, LONG, MANY_REGISTERS, WIDTH, ask, fused, load, paired, splatted
-from .lanes import LANES, alone, kernel, part, read, taken, together, worker, write
+from .lanes import LANES, kernel, part, read, write
 from .matrix_unit import ROWS
+from .team import dealt, taken, worker
 
 VECTORS = 3
 PANEL = VECTORS * WIDTH
@@ -178,13 +179,33 @@ def _by_tiles(rows, x, panel, bias, residual, out, start, width, columns, half, 
 _by_tiles = _by_tiles if matrix_unit.EXISTS else _by_rows
 
 
+@part
+def _gate(number, sums, out, rows, width, arrived, half):
+    """What of out = silu(gate)·up [rows, width] could not be computed before panel `number` of the sums was there."""
+    begin, end = number * PANEL, min((number + 1) * PANEL, 2 * width)
+    if begin < width:
+        _gate_columns(number, sums, out, rows, width, arrived, half)
+    for chunk in range(max(begin - width, 0) // PANEL, (end - width + PANEL - 1) // PANEL):
+        if chunk != number:
+            _gate_columns(chunk, sums, out, rows, width, arrived, half)
+
+
+@part
+def _gate_columns(chunk, sums, out, rows, width, arrived, half):
+    """A panel for a chunk of 48 columns has come: compute it if that was the last."""
+    first, end = chunk * PANEL, min((chunk + 1) * PANEL, width)
+    others = (width + end - 1) // PANEL - max((width + first) // PANEL, chunk + 1) + 1
+    if taken(arrived + 8 * chunk) == others:
+        silu_gate(sums, out, rows, width, first, end, half)
+
+
 @worker
 def share(block):
     """What one thread does of `product`: a run of panels, in a straight line through memory, then what others left."""
     x, panels, bias, residual, out, rows, width, columns, half, threads = (
         block[1], block[2], block[3], block[4], block[5], block[6], block[7], block[8], block[9] != 0, block[10],
     )  # fmt: skip
-    size, count, tiles = 2 if half else 4, (width + PANEL - 1) // PANEL, block[12] != 0
+    size, count, tiles, activation = 2 if half else 4, (width + PANEL - 1) // PANEL, block[12] != 0, block[13]
     memory, shape = np.empty(max(MOST, 2 * ROWS) * PANEL, np.float32), np.zeros(LINE, np.uint8)
     scratch, told, own, next_panels = memory.ctypes.data, shape.ctypes.data, taken(block[11]), block[11] + LINE
     for turn in range(threads):
@@ -197,6 +218,12 @@ def share(block):
                 _by_tiles(rows, x, panel, bias, residual, out, start, width, columns, half, scratch, told)
             else:
                 _by_rows(rows, x, panel, bias, residual, out, start, width, columns, half, scratch, told)
+            if activation == SILU_GATE:
+                _gate(number, out, block[14], rows, width // 2, block[15], half)
+            elif activation == GELU:
+                for row in range(rows):
+                    some = out + (row * width + start) * size
+                    gelu_tanh(some, some, min(PANEL, width - start), half)
             number = first + taken(next_panels + LINE * run)
     # Memory whose address alone is in use is let go of.
     memory[0] = shape[0] = 0
@@ -226,20 +253,18 @@ def product(
         else:
             rms_norm(x, norm, normed.ctypes.data, rows, columns, eps, half)
         x = normed.ctypes.data
-    sums = np.empty(1 + (rows * width * size if activation else 0), np.uint8)
+    gated = activation == SILU_GATE
+    sums, arrived = (
+        np.empty(1 + (rows * width * size if gated else 0), np.uint8),
+        np.zeros(width // PANEL + 1, np.int64),
+    )
     # A line each for how many threads have come and, of each run of panels, how many were taken.
-    block, counters = np.empty(13, np.int64), np.zeros((threads + 1, LINE // 8), np.int64)
+    block, counters = np.empty(16, np.int64), np.zeros((threads + 1, LINE // 8), np.int64)
     block[1], block[2], block[3], block[4] = x, panels, bias, residual
-    block[5] = sums.ctypes.data if activation else out
+    block[5], block[14] = sums.ctypes.data if gated else out, out
     block[6], block[7], block[8], block[9], block[10] = rows, width, columns, half, threads
     block[11], block[12] = counters.ctypes.data, half and unit and columns % matrix_unit.COLUMNS == 0
-    if threads > 1:
-        together(entry, share, block.ctypes.data, threads)
-    else:
-        alone(share, block.ctypes.data)
-    if activation == SILU_GATE:
-        silu_gate(sums.ctypes.data, out, rows, width // 2, half)
-    elif activation == GELU:
-        gelu_tanh(sums.ctypes.data, out, rows * width, half)
+    block[13], block[15] = activation, arrived.ctypes.data
+    dealt(entry, share, block.ctypes.data, threads)
     # Memory whose address alone is in use is let go of.
-    block[0] = counters[0, 0] = normed[0] = sums[0] = 0
+    block[0] = counters[0, 0] = arrived[0] = normed[0] = sums[0] = 0
