@@ -13,6 +13,7 @@ from torch import Tensor
 from . import (
     attention_tiles,
     cpu_attention,
+    cpu_enter,
     cpu_kernels,
     cpu_sample,
     joined,
@@ -345,6 +346,7 @@ COMPILED: Ops = replace(
     attend=attend,
     fill_kv=fill_kv,
     join=joined.join,
+    enter=cpu_enter.enter,
     logits=logits,
     head=head,
     sample=sample,

@@ -15,7 +15,7 @@ from .attention_index import AttentionIndex, Index
 from .attention_sums import listed
 from .cpu_attention import attend_as, keep, lay_out
 from .cpu_kernels import rope_append
-from .lanes import WIDTH, kernel, part, put_whole, whole
+from .lanes import WIDTH, copy, kernel, whole
 from .ops import Joined
 from .panel_kernels import NONE, SILU_GATE, product
 from .panels import ACTIVATIONS
@@ -23,13 +23,6 @@ from .values import Heads, Layer, Matrix, Norm, Rope, Slots
 
 # Of a layer: the addresses of its parameters, 0 for what it lacks, whether it rotates, and whether it has the window.
 _FIELDS, _SIZES = 16, 9
-
-
-@part
-def _copied(x, out, size):
-    for i in range(0, size, 8):
-        put_whole(out + i, whole(x + i))
-    return out + size
 
 
 @kernel(
@@ -63,7 +56,7 @@ def through(
     for i in range(count):
         number = whole(sublayers + 8 * i)
         if copies:
-            copies = _copied(x, copies, rows * hidden * size)
+            copy(x, copies + i * rows * hidden * size, rows * hidden * size)
         (
             norm, shift, qkv_weight, qkv_bias, q_norm, k_norm, output, output_bias,
             mlp_norm, mlp_shift, up, up_bias, down, down_bias, rotates, windowed,
@@ -95,7 +88,7 @@ def through(
                 gated, 0, 0, eps, down, down_bias, NONE, x, x, rows, hidden, inner, half, unit, threads, entry, share
             )
     if copies:
-        _copied(x, copies, rows * hidden * size)
+        copy(x, copies + count * rows * hidden * size, rows * hidden * size)
     keep((memory,))
 
 

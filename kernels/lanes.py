@@ -269,6 +269,14 @@ def _scalar(kind, element):
 
 whole, put_whole = _scalar(types.int64, LONG)
 number, put_number = _scalar(types.float32, FLOAT)
+byte, put_byte = _scalar(types.int8, ir.IntType(8))
+
+
+@numba.njit
+def copy(source, target, size):
+    """`size` bytes, a multiple of eight."""
+    for i in range(0, size, 8):
+        put_whole(target + i, whole(source + i))
 
 
 @numba.njit

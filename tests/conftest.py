@@ -102,6 +102,25 @@ def table(request: pytest.FixtureRequest) -> Ops:
     return COMPILED
 
 
+@pytest.fixture(params=["triton", "torch", "compiled"])
+def enter(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """The op that lays out the rows of a pass, of every table that runs here."""
+    from skipjack.kernels import reference_rounds
+
+    if request.param == "torch":
+        return reference_rounds.enter
+    if request.param == "triton":
+        from skipjack.kernels.enter import enter
+
+        return enter
+    if torch.cuda.is_available():
+        pytest.skip("the compiled table is of the CPU")
+    pytest.importorskip("numba", reason="numba is not installed")
+    from skipjack.kernels.cpu_enter import enter
+
+    return enter
+
+
 def _units() -> list[str]:
     try:
         from skipjack.kernels import matrix_unit

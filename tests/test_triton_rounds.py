@@ -14,9 +14,8 @@ from triton.runtime import interpreter
 from skipjack import Engine, SamplingParams
 from skipjack.kernels import enter as enter_module
 from skipjack.kernels import reference_rounds, rounds
-from skipjack.kernels.enter import enter
 from skipjack.kernels.rounds import commit, extend
-from skipjack.kernels.values import Rope
+from skipjack.kernels.values import Entry, Rope
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import round_graph
@@ -31,12 +30,18 @@ def poisoned(poison: Callable[[ModuleType], None]) -> None:
     poison(rounds)
 
 
-@pytest.mark.parametrize("op", [enter, reference_rounds.enter], ids=["triton", "torch"])
 @pytest.mark.parametrize(("dtype", "hidden", "dim"), [(torch.float32, 40, 12), (torch.bfloat16, 1100, None)])
 @pytest.mark.parametrize(("sequences", "width", "rows"), [(1, 1, 1), (3, 4, 16), (5, 1, 8), (2, 5, 10)])
 @pytest.mark.parametrize("ahead", [0, 3])
 def test_rows_are_those_of_a_loop_over_tokens(
-    op: object, dtype: torch.dtype, hidden: int, dim: int | None, sequences: int, width: int, rows: int, ahead: int
+    enter: Callable[..., Entry],
+    dtype: torch.dtype,
+    hidden: int,
+    dim: int | None,
+    sequences: int,
+    width: int,
+    rows: int,
+    ahead: int,
 ) -> None:
     generator = torch.Generator().manual_seed(sequences * width)
     token = torch.randint(1, 30, (sequences, 2 * width), generator=generator)[:, ::2]
@@ -50,7 +55,7 @@ def test_rows_are_those_of_a_loop_over_tokens(
         inputs = [token, first, counts, living, table, embedding]
         inputs = [None if given is None else given.to(DEVICE) for given in inputs]
         turned = None if rope is None else Rope(rope.cos.to(DEVICE), rope.sin.to(DEVICE))
-        got = op(*inputs, turned, rows=rows, ahead=ahead, page_size=PAGE)
+        got = enter(*inputs, turned, rows=rows, ahead=ahead, page_size=PAGE)
         for row in range(rows):
             s, j = divmod(row, width)
             real = s < sequences and (counts is None or j < counts[s]) and (living is None or bool(living[s]))

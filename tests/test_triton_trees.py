@@ -11,9 +11,8 @@ pytest.importorskip("triton")
 from skipjack.kernels import enter as enter_module
 from skipjack.kernels import reference_rounds
 from skipjack.kernels.branch import branch
-from skipjack.kernels.enter import enter
 from skipjack.kernels.rounds import commit
-from skipjack.kernels.values import Grown
+from skipjack.kernels.values import Entry, Grown
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS = ((0.9, 1), (0.6, 2), (0.3, 5))
@@ -97,10 +96,9 @@ def test_a_tree_grows_as_lists_do(
     assert any(len(mine.tokens) > 1 for mine in plain) or siblings == 1 or nodes == 1
 
 
-@pytest.mark.parametrize("op", [enter, reference_rounds.enter], ids=["triton", "torch"])
 @pytest.mark.parametrize(("sequences", "width", "entries", "rows"), [(1, 5, 3, 5), (3, 6, 20, 24), (4, 33, 8, 132)])
 def test_rows_of_a_tree_lie_in_their_place_and_stand_at_their_depth(
-    op: object, sequences: int, width: int, entries: int, rows: int
+    enter: Callable[..., Entry], sequences: int, width: int, entries: int, rows: int
 ) -> None:
     generator = torch.Generator().manual_seed(width)
     token = torch.randint(1, 30, (sequences, width), generator=generator)
@@ -113,7 +111,7 @@ def test_rows_of_a_tree_lie_in_their_place_and_stand_at_their_depth(
     inputs = [token, first, count, alive, table, torch.randn(30, 40, generator=generator)]
     inputs = [given.to(DEVICE) for given in inputs]
     where = {"depth": depth.to(DEVICE), "path": path.to(DEVICE)}
-    got = op(*inputs, None, rows=rows, ahead=2, page_size=PAGE, **where)
+    got = enter(*inputs, None, rows=rows, ahead=2, page_size=PAGE, **where)
     assert got.tree is not None
     for row in range(rows):
         s, j = divmod(row, width)
