@@ -15,10 +15,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from ..kernels import large_pages
+
 Sampler = Callable[[], float]
 REPLAYS = 4
 WARM_UP = 3
-HOST_BYTES, DEVICE_BYTES = 1 << 28, 1 << 31
+HOST_BYTES, DEVICE_BYTES = 1 << 29, 1 << 31
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,17 @@ def paired(samplers: Mapping[str, Sampler], pairs: int) -> dict[str, list[float]
 
 def bandwidth(device: torch.device, size: int | None = None) -> dict[str, float]:
     """Bytes per second of a large copy (read and written) and of a large reduction (read); `size` of the buffer."""
-    size = size or (DEVICE_BYTES if device.type == "cuda" else HOST_BYTES)
-    source = torch.randn(size // 4, device=device)
-    target = torch.empty_like(source)
-    # On a GPU a kernel's copy: `copy_` takes the copy engine, which is slower (bench/results/gpu-h100/second.jsonl).
     on_gpu = device.type == "cuda"
+    size = size or (DEVICE_BYTES if on_gpu else HOST_BYTES)
+    # On a CPU as weights lie: small pages are read a third more slowly.
+    source, target = (
+        torch.empty(size // 4, device=device) if on_gpu else large_pages.empty((size // 4,), torch.float32)
+        for _ in range(2)
+    )
+    source.normal_()
+    # On a GPU a kernel's copy: `copy_` takes the copy engine, which is slower (bench/results/gpu-h100/second.jsonl).
     copy = sampler(lambda: torch.add(source, 1.0, out=target) if on_gpu else target.copy_(source), device)
-    read = sampler(lambda: torch.amax(source), device)
+    read = sampler(lambda: torch.amax(source) if on_gpu else torch.sum(source), device)
     samples = paired({"copy": copy, "read": read}, 5)
     size = source.numel() * source.element_size()
     return {

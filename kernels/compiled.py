@@ -15,6 +15,7 @@ from . import (
     cpu_attention,
     cpu_enter,
     cpu_kernels,
+    cpu_rejection,
     cpu_sample,
     joined,
     matrix_unit,
@@ -350,4 +351,5 @@ COMPILED: Ops = replace(
     logits=logits,
     head=head,
     sample=sample,
+    verify_rejection=cpu_rejection.verify_rejection,
 )

@@ -38,7 +38,6 @@ from .lanes import (
     total,
     whole,
     write,
-    write_normal,
 )
 from .team import dealt, taken, worker
 
@@ -137,9 +136,9 @@ def softmax(scores, weights, count, scale, slope, half):
     for i in range(0, last, WIDTH):
         weight = exp(read(scores, i, False) * factor - peak)
         mass = mass + weight
-        write_normal(weights, i, weight, half)
+        write(weights, i, weight, half)
     weight = below(count - last, exp(read(scores, last, False) * factor - peak), none)
-    write_normal(weights, last, weight, half)
+    write(weights, last, weight, half)
     write(weights, last + WIDTH, none, half)
     return np.float32(1.0) / total(mass + weight)
 

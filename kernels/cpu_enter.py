@@ -76,12 +76,15 @@ def enter(
         None if tensor is None else tensor.contiguous()
         for tensor in (token, first, count, alive, block_table, depth, path, embedding, *(rope or (None, None)))
     ]
-    laid, real = torch.empty((5, rows), dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
-    x = torch.empty((rows, embedding.shape[1]), dtype=embedding.dtype)
-    turned = None if rope is None else Rope(*torch.empty((2, rows, 1, rope.cos.shape[-1]), dtype=rope.cos.dtype))
+    device, dim = token.device, 0 if rope is None else rope.cos.shape[-1]
+    laid = torch.empty((5, rows), dtype=torch.int64, device=device)
+    real = torch.empty(rows, dtype=torch.bool, device=device)
+    x = torch.empty((rows, embedding.shape[1]), dtype=embedding.dtype, device=device)
+    turned = None if rope is None else Rope(*torch.empty((2, rows, 1, dim), dtype=rope.cos.dtype, device=device))
     tree = None
     if path is not None:
-        tree = Tree(torch.empty(rows, dtype=torch.int64), torch.empty((rows, entries), dtype=torch.int64))
+        length = torch.empty(rows, dtype=torch.int64, device=device)
+        tree = Tree(length, torch.empty((rows, entries), dtype=torch.int64, device=device))
     made = [laid, real, x, *(turned or (None, None)), *(tree or (None, None))]
     lay(
         *(0 if tensor is None else tensor.data_ptr() for tensor in (*given, *made)),

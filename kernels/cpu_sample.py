@@ -39,7 +39,7 @@ from .team import dealt, taken, worker
 
 # Ids whose noise is made at once: a block of the generator gives four.
 IDS = 4 * WIDTH
-_NEVER, _LOWEST = np.float32(-np.inf), np.finfo(np.float32).min
+NEVER, LOWEST = np.float32(-np.inf), np.finfo(np.float32).min
 
 
 @intrinsic
@@ -108,26 +108,26 @@ def _pick(sums, width, token, values, count):
     Where only −∞ is left the first place is repeated.
     """
     for n in range(count):
-        peaks = splat(_NEVER)
+        peaks = splat(NEVER)
         for i in range(0, width, WIDTH):
             peaks = greater(read(sums, i, False), peaks)
         peak = greatest(peaks)
-        place = first_of(sums, peak, width, False) if n == 0 or peak > _NEVER else whole(token)
+        place = first_of(sums, peak, width, False) if n == 0 or peak > NEVER else whole(token)
         values[n] = peak
         put_whole(token + 8 * n, place)
-        put_number(sums + 4 * place, _NEVER)
+        put_number(sums + 4 * place, NEVER)
 
 
 @part
 def _look(z, e, width, bound, counting):
     """How many z are at least `bound` or, not counting, the sum of their e; the least of them; the greatest other."""
-    sums, high, low = splat(0.0), splat(np.inf), splat(_NEVER)
+    sums, high, low = splat(0.0), splat(np.inf), splat(NEVER)
     for i in range(0, width, WIDTH):
         x = read(z, i, False)
         weight = splat(1.0) if counting else read(e, i, False)
         sums = sums + over(splat(bound), x, splat(0.0), weight)
         high = lesser(over(splat(bound), x, splat(np.inf), x), high)
-        low = greater(over(splat(bound), x, x, splat(_NEVER)), low)
+        low = greater(over(splat(bound), x, x, splat(NEVER)), low)
     return total(sums), least(high), greatest(low)
 
 
@@ -146,7 +146,7 @@ def _threshold(z, e, width, bottom, goal, counting):
 
     The highest z is 0. Both ends of the interval that is halved are z, so that it ends where none lies between them.
     """
-    _, low, _ = _look(z, e, width, max(bottom, _LOWEST), counting)
+    _, low, _ = _look(z, e, width, max(bottom, LOWEST), counting)
     top = np.float32(0.0)
     while low < top:
         middle = np.float32(low + (top - low) * np.float32(0.5))
@@ -161,26 +161,26 @@ def _threshold(z, e, width, bottom, goal, counting):
 
 
 @part
-def _limited(z, e, width, top_k, top_p, min_p, lowest):
+def limited(z, e, width, top_k, top_p, min_p, lowest):
     """The least z that min-p, then top-k, then top-p leave; −∞ where none of them takes `lowest` away."""
-    bound = np.float32(math.log(min_p)) if min_p > 0 else _NEVER
+    bound = np.float32(math.log(min_p)) if min_p > 0 else NEVER
     out = lowest < bound
     if 0 < top_k < width and (top_p < 1 or _above(z, e, width, lowest, True) >= top_k):
-        bound = max(bound, _threshold(z, e, width, _LOWEST, np.float32(top_k), True))
+        bound = max(bound, _threshold(z, e, width, LOWEST, np.float32(top_k), True))
         out = out or lowest < bound
     if top_p < 1:
         goal = np.float32(top_p * _look(z, e, width, bound, False)[0])
         if out or _above(z, e, width, lowest, False) >= goal:
             bound = max(bound, _threshold(z, e, width, bound, goal, False))
             out = True
-    return bound if out else _NEVER
+    return bound if out else NEVER
 
 
 @part
 def _draw(scores, half, rule, seed, position, stream, token, count, width, z, e, sums, values):
     """The tokens of one row; rule: temperature, top_k, top_p, min_p. z, e and sums have room for IDS more numbers."""
     temperature, top_k, top_p, min_p = rule
-    peaks = splat(_NEVER)
+    peaks = splat(NEVER)
     for i in range(0, width, WIDTH):
         peaks = greater(read(scores, i, half), peaks)
     peak, scale = splat(greatest(peaks)), splat(temperature)
@@ -200,12 +200,12 @@ def _draw(scores, half, rule, seed, position, stream, token, count, width, z, e,
         lowest = np.float32(0.0)
         for n in range(count):
             lowest = min(lowest, number(z + 4 * whole(token + 8 * n)))
-        bound = _limited(z, e, width, top_k, top_p, min_p, lowest)
-        if bound > _NEVER:
+        bound = limited(z, e, width, top_k, top_p, min_p, lowest)
+        if bound > NEVER:
             for n in range(count - 1, -1, -1):
                 put_number(sums + 4 * whole(token + 8 * n), values[n])
             for i in range(0, width, WIDTH):
-                write(sums, i, over(splat(bound), read(z, i, False), splat(_NEVER), read(sums, i, False)), False)
+                write(sums, i, over(splat(bound), read(z, i, False), splat(NEVER), read(sums, i, False)), False)
             _pick(sums, width, token, values, count)
 
 

@@ -60,16 +60,14 @@ def paired(builder, x, y, z):
 
 
 def narrowed(builder, x):
-    """Lanes rounded to bfloat16, the nearest, ties to even; what is below the least normal number may become 0."""
+    """Lanes rounded to bfloat16: the nearest, ties to even; what is no number stays none.
+
+    The instruction for it, where there is one, makes 0 of what is below the least normal number.
+    """
     if PAIRED:
         kind = ir.FunctionType(ir.VectorType(_BFloat(), WIDTH), [FLOATS])
         name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
         return builder.bitcast(builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [x]), SHORTS)
-    return rounded(builder, x)
-
-
-def rounded(builder, x):
-    """Lanes rounded to bfloat16, the nearest, ties to even; what is no number stays none."""
     bits = builder.bitcast(x, INTS)
     odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
     near = builder.add(bits, builder.add(odd, constant(0x7FFF)))

@@ -23,6 +23,8 @@ from .values import Heads, Layer, Matrix, Norm, Rope, Slots
 
 # Of a layer: the addresses of its parameters, 0 for what it lacks, whether it rotates, and whether it has the window.
 _FIELDS, _SIZES = 16, 9
+# A pass of more rows is a layer a call: Python between them costs it nothing, and an interrupt waits for no more.
+_FEW = 64
 
 
 @kernel(
@@ -148,38 +150,40 @@ class _Layers:
         copies = None if streams is None else x.new_empty((len(sublayers) + 1, *x.shape))
         unit = matrix_unit.permitted()
         tiles = unit and self._tiles
-        through(
-            self._layers.ctypes.data,
-            self._shape.ctypes.data,
-            order.ctypes.data,
-            len(sublayers),
-            self._eps,
-            self._scale,
-            given.data_ptr(),
-            x.shape[0],
-            _address(copies),
-            keys.data_ptr(),
-            values.data_ptr(),
-            keys.stride(0) * keys.itemsize,
-            keys.shape[3],
-            page.data_ptr(),
-            offset.data_ptr(),
-            _address(cos),
-            _address(sin),
-            index.sequence.data_ptr(),
-            index.position.data_ptr(),
-            index.block_table.data_ptr(),
-            index.block_table.shape[1],
-            0 if tree is None else tree.length.data_ptr(),
-            0 if tree is None else tree.slot.data_ptr(),
-            self._half,
-            unit,
-            tiles,
-            0 if tree is None else tree.slot.shape[1],
-            torch.get_num_threads(),
-            team.entry(),
-            (attention_tiles if tiles else cpu_attention).attend_some.address,
-        )
+        each = max(len(order), 1) if x.shape[0] <= _FEW else 2
+        for start in range(0, max(len(order), 1), each):
+            through(
+                self._layers.ctypes.data,
+                self._shape.ctypes.data,
+                order[start:].ctypes.data,
+                min(each, len(order) - start),
+                self._eps,
+                self._scale,
+                given.data_ptr(),
+                x.shape[0],
+                0 if copies is None else copies[start].data_ptr(),
+                keys.data_ptr(),
+                values.data_ptr(),
+                keys.stride(0) * keys.itemsize,
+                keys.shape[3],
+                page.data_ptr(),
+                offset.data_ptr(),
+                _address(cos),
+                _address(sin),
+                index.sequence.data_ptr(),
+                index.position.data_ptr(),
+                index.block_table.data_ptr(),
+                index.block_table.shape[1],
+                0 if tree is None else tree.length.data_ptr(),
+                0 if tree is None else tree.slot.data_ptr(),
+                self._half,
+                unit,
+                tiles,
+                0 if tree is None else tree.slot.shape[1],
+                torch.get_num_threads(),
+                team.entry(),
+                (attention_tiles if tiles else cpu_attention).attend_some.address,
+            )
         if given is not x:
             x.copy_(given)
         if streams is not None and copies is not None:

@@ -2,7 +2,8 @@
 
 A sum runs over lanes in the order the code says: nothing is reassociated or contracted, a product is fused with a sum
 where `fma` stands, and `total` adds halves. So an element has the same bits in every kernel, for any number of rows and
-on any processor; how many lanes an instruction takes is the compiler's affair.
+on any processor (but for bfloat16 below its least normal number, see `write`); how many lanes an instruction takes is
+the compiler's affair.
 
 An address is an integer, and elements are counted from it; `half` says that they are bfloat16, not float32.
 """
@@ -28,7 +29,6 @@ from .instructions import (
     fused,
     load,
     narrowed,
-    rounded,
     splatted,
     widened,
 )
@@ -231,19 +231,13 @@ def _write_floats(context, address, x):
     return types.void(types.int64, LANES), build
 
 
-def _writing_halves(narrow):
-    @intrinsic
-    def write(context, address, x):
-        def build(context, builder, signature, given):
-            builder.store(narrow(builder, given[1]), builder.inttoptr(given[0], SHORTS.as_pointer()), align=2)
-            return context.get_dummy_value()
+@intrinsic
+def _write_halves(context, address, x):
+    def build(context, builder, signature, given):
+        builder.store(narrowed(builder, given[1]), builder.inttoptr(given[0], SHORTS.as_pointer()), align=2)
+        return context.get_dummy_value()
 
-        return types.void(types.int64, LANES), build
-
-    return write
-
-
-_write_halves, _write_normal_halves = _writing_halves(rounded), _writing_halves(narrowed)
+    return types.void(types.int64, LANES), build
 
 
 def _scalar(kind, element):
@@ -289,18 +283,9 @@ def read(base, i, half):
 
 @numba.njit
 def write(base, i, x, half):
-    """x to elements i to i + 15, rounded to their type."""
+    """x to elements i to i + 15, rounded to their type (`narrowed`)."""
     if half:
         _write_halves(base + 2 * i, x)
-    else:
-        _write_floats(base + 4 * i, x)
-
-
-@numba.njit
-def write_normal(base, i, x, half):
-    """`write` of what is normal or 0: where the processor has an instruction for it, it is one."""
-    if half:
-        _write_normal_halves(base + 2 * i, x)
     else:
         _write_floats(base + 4 * i, x)
 

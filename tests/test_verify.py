@@ -1,5 +1,6 @@
 """Verification of drafts: greedy walks and cache moves against Python, rejection sampling against its distribution."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -7,16 +8,20 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from skipjack.kernels.reference_verify import compact, verify, verify_rejection
+from skipjack.kernels import reference_verify
+from skipjack.kernels.reference_verify import compact, verify
 from skipjack.kernels.values import Verdict
 
-VOCABULARY = 12
+VOCABULARY = 16
 DRAWS = 200_000
 REDUCED = torch.tensor([0, 2, 3, 5, 6, 9, 11])
 BUSH = [0, 0, 0, 1, 1]
 GENERATOR = torch.Generator().manual_seed(8)
 TARGET = torch.randn(VOCABULARY, VOCABULARY, generator=GENERATOR) * 1.5
 DRAFTER = TARGET + torch.randn(VOCABULARY, VOCABULARY, generator=GENERATOR)
+
+
+Op = Callable[..., Verdict]
 
 
 class Setting(NamedTuple):
@@ -71,7 +76,17 @@ def drafted(q: Tensor, parent: list[int], newest: int) -> Tensor:
     return tokens
 
 
-def rejection(setting: Setting, tree: bool) -> tuple[Verdict, Tensor]:
+@pytest.fixture(params=["torch", "compiled"])
+def verify_rejection(request: pytest.FixtureRequest) -> Op:
+    if request.param == "torch":
+        return reference_verify.verify_rejection
+    pytest.importorskip("numba", reason="numba is not installed")
+    from skipjack.kernels.cpu_rejection import verify_rejection
+
+    return verify_rejection
+
+
+def rejection(op: Op, setting: Setting, tree: bool) -> tuple[Verdict, Tensor]:
     """One round of every sequence from token 0, id 0 included in what is drafted, and the tokens of its rows."""
     table = DRAFTER if setting.draft != "reduced" else torch.full_like(DRAFTER, -torch.inf)
     if setting.draft == "reduced":
@@ -86,7 +101,7 @@ def rejection(setting: Setting, tree: bool) -> tuple[Verdict, Tensor]:
     def of(value: float) -> Tensor:
         return torch.full((DRAWS,), value)
 
-    verdict = verify_rejection(
+    verdict = op(
         TARGET[tokens],
         tokens[:, 1:],
         None if setting.draft == "certain" else draft_scores,
@@ -136,9 +151,9 @@ def p_value(counts: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_rejection_sampling_keeps_the_targets_distribution(setting: Setting) -> None:
+def test_rejection_sampling_keeps_the_targets_distribution(verify_rejection: Op, setting: Setting) -> None:
     chain = setting.parent == list(range(len(setting.parent)))
-    verdict, tokens = rejection(setting, tree=not chain)
+    verdict, tokens = rejection(verify_rejection, setting, tree=not chain)
     counts = transitions(verdict, tokens)
     assert torch.equal(counts.sum(), verdict.accepted.sum() + DRAWS)
     assert float(verdict.accepted.double().mean()) > 0.1
@@ -152,18 +167,17 @@ def test_rejection_sampling_keeps_the_targets_distribution(setting: Setting) -> 
     assert p_value(counts, biased) < P_VALUE
 
 
-def test_a_chain_is_the_tree_of_one_branch() -> None:
-    setting = SETTINGS[3]
-    for chain, tree in zip(rejection(setting, tree=False)[0], rejection(setting, tree=True)[0], strict=True):
-        assert torch.equal(chain, tree)
+def test_a_chain_is_the_tree_of_one_branch(verify_rejection: Op) -> None:
+    chain, tree = (rejection(verify_rejection, SETTINGS[3], tree=tree)[0] for tree in (False, True))
+    assert all(map(torch.equal, chain, tree))
 
 
-def test_rejection_at_temperature_zero_is_greedy() -> None:
+def test_rejection_at_temperature_zero_is_greedy(verify_rejection: Op) -> None:
     generator = torch.Generator().manual_seed(1)
-    scores = torch.randint(0, 4, (40, 6, 9), generator=generator).float()
+    scores = torch.randint(0, 4, (40, 6, 16), generator=generator).float()
     target = scores.argmax(-1)
     draft, count, length = target[:, [0, 1, 2, 3, 4]].clone(), torch.arange(40) % 6, torch.arange(40)
-    draft[::3, 2] = (draft[::3, 2] + 1) % 9
+    draft[::3, 2] = (draft[::3, 2] + 1) % 16
     zero = torch.zeros(40)
     rule = (zero, zero.long(), zero + 1, zero, torch.arange(40))
     expected = verify(target, draft, count, length)
@@ -173,17 +187,17 @@ def test_rejection_at_temperature_zero_is_greedy() -> None:
             assert torch.equal(a, b)
 
 
-def test_the_token_after_a_whole_accepted_draft_is_warped_too() -> None:
-    scores = torch.zeros(4000, 2, 8)
+def test_the_token_after_a_whole_accepted_draft_is_warped_too(verify_rejection: Op) -> None:
+    scores = torch.full((4000, 2, 16), -10.0)
     scores[:, 0, 0] = 50.0
-    scores[:, 1] = torch.tensor([1.0, 1.0, 0.5, -5.0, -6.0, -7.0, -8.0, -9.0])
+    scores[:, 1, :8] = torch.tensor([1.0, 1.0, 0.5, -5.0, -6.0, -7.0, -8.0, -9.0])
     one = torch.ones(4000)
     verdict = verify_rejection(
         scores, one.long()[:, None] * 0, None, one.long(), one.long(), one, one.long() * 0, one * 0.9, one * 0,
         torch.arange(4000),
     )  # fmt: skip
     assert verdict.accepted.eq(1).all()
-    counts = torch.bincount(verdict.token, minlength=8)
+    counts = torch.bincount(verdict.token, minlength=16)
     p = scores[0, 1, :3].double().softmax(0)
     assert counts[3:].sum() == 0
     assert stats.chisquare(counts[:3], p * 4000).pvalue > 0.001
