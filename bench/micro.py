@@ -106,7 +106,7 @@ def down(p: Point) -> Launch:
 def up(p: Point) -> Launch:
     x, norm = p.randn(p.rows, p.config.hidden_size), p.norm(p.config.hidden_size)
     weight = p.weight(2 * p.config.intermediate_size, p.config.hidden_size)
-    matrix = p.ops.prepare(weight)
+    matrix = p.ops.prepare_gated(weight)
 
     def plain() -> Outputs:
         gate, linear = functional.linear(_rms(x, norm), weight).chunk(2, dim=-1)

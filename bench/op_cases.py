@@ -64,7 +64,7 @@ def norm(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Output
 def mlp(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outputs:
     hidden, inner = config.hidden_size, config.intermediate_size
     x = side.randn(rows, hidden, seed=1)
-    up = side.ops.prepare(side.randn(2 * inner, hidden, seed=2, scale=hidden**-0.5))
+    up = side.ops.prepare_gated(side.randn(2 * inner, hidden, seed=2, scale=hidden**-0.5))
     down = side.ops.prepare(side.randn(hidden, inner, seed=3, scale=inner**-0.5))
     gated = side.ops.linear(x, up, tile=tile, norm=side.norm(hidden, 4), activation="silu_gate")
     narrow = side.ops.prepare(side.randn(hidden, hidden, seed=8, scale=hidden**-0.5))

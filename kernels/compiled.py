@@ -80,6 +80,11 @@ def prepare(weight: Tensor) -> Matrix:
     return panels.pack(weight) if panels.fits(weight) else reference.prepare(weight)
 
 
+def prepare_gated(weight: Tensor) -> Matrix:
+    """`prepare` for one whose first half of rows are gates of the others, which an activation joins."""
+    return panels.pack_gated(weight) if panels.fits(weight, 2) else prepare(weight)
+
+
 def prepare_stack(weight: Tensor) -> Stack:
     """`prepare` for one weight of every layer, [L, N, K]."""
     return Stack(tuple(prepare(layer) for layer in weight), None)
@@ -316,7 +321,7 @@ def _fits(x: Tensor, width: int) -> bool:
 def _fuses(weight: Matrix, norm: Norm | None, activation: str | None, x: Tensor) -> bool:
     """Whether a product in panels has the norm before it and the activation after it."""
     normed = norm is None or (norm.weight.dtype == x.dtype and weight.columns % WIDTH == 0)
-    return normed and (activation != "silu_gate" or weight.rows % (2 * WIDTH) == 0)
+    return normed and (activation != "silu_gate" or weight.gated)
 
 
 def _activate(y: Tensor, activation: str) -> Tensor:
@@ -325,7 +330,7 @@ def _activate(y: Tensor, activation: str) -> Tensor:
         return reference.activate(y, activation)
     if activation == "silu_gate":
         out = torch.empty((rows, width // 2), dtype=y.dtype, device=y.device)
-        cpu_kernels.silu_gate(y.data_ptr(), out.data_ptr(), rows, width // 2, 0, width // 2, _HALF[y.dtype])
+        cpu_kernels.silu_gate(y.data_ptr(), out.data_ptr(), rows, width // 2, _HALF[y.dtype])
     else:
         out = torch.empty_like(y)
         cpu_kernels.gelu_tanh(y.data_ptr(), out.data_ptr(), y.numel(), _HALF[y.dtype])
@@ -338,6 +343,7 @@ COMPILED: Ops = replace(
     describe=_describe,
     pads=_pads,
     prepare=prepare,
+    prepare_gated=prepare_gated,
     prepare_stack=prepare_stack,
     prepare_split=prepare_split,
     rounds_alike=rounds_alike,

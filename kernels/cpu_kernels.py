@@ -78,16 +78,22 @@ def gelu_tanh(x, out, count, half):
         write(out, i, y / (splat(1.0) + exp(splat(0.0) - inner)), half)
 
 
-@kernel("void(int64, int64, int64, int64, int64, int64, boolean)")
-def silu_gate(x, out, rows, width, first, end, half):
-    """out = silu(gate)·up: x [rows, 2·width], gate before up → columns `first` to `end` - 1 of [rows, width]."""
+@part
+def silu_row(gate, up, out, width, half):
+    """out = silu(gate)·up, `width` elements each."""
+    for i in range(0, width, WIDTH):
+        x = read(gate, i, half)
+        x = x / (splat(1.0) + exp(splat(0.0) - x))
+        write(out, i, x * read(up, i, half), half)
+
+
+@kernel("void(int64, int64, int64, int64, boolean)")
+def silu_gate(x, out, rows, width, half):
+    """out = silu(gate)·up: x [rows, 2·width], gate before up → [rows, width]."""
     size = 2 if half else 4
     for row in range(rows):
-        source, target = x + row * 2 * width * size, out + row * width * size
-        for i in range(first, end, WIDTH):
-            gate = read(source, i, half)
-            gate = gate / (splat(1.0) + exp(splat(0.0) - gate))
-            write(target, i, gate * read(source, width + i, half), half)
+        gate = x + row * 2 * width * size
+        silu_row(gate, gate + width * size, out + row * width * size, width, half)
 
 
 @part

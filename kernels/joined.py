@@ -66,8 +66,8 @@ def through(
         if number % 2 == 0:
             own = room * (number // 2)
             product(
-                x, norm, shift, eps, qkv_weight, qkv_bias, NONE, 0, qkv, rows, (heads + 2 * kv_heads) * width, hidden,
-                half, unit, threads, entry, share,
+                x, norm, shift, eps, qkv_weight, False, qkv_bias, NONE, 0, qkv, rows, (heads + 2 * kv_heads) * width,
+                hidden, half, unit, threads, entry, share,
             )  # fmt: skip
             rope_append(
                 qkv, q_norm, k_norm, eps, cos if rotates else 0, sin if rotates else 0, page, offset,
@@ -78,17 +78,18 @@ def through(
                 rows, heads, kv_heads, width, slots, length != 0, scale, half, threads, entry, some,
             )  # fmt: skip
             product(
-                mixed, 0, 0, eps, output, output_bias, NONE, x, x, rows, hidden, heads * width, half, unit,
-                threads, entry, share,
+                mixed, 0, 0, eps, output, False, output_bias, NONE, x, x, rows, hidden,
+                heads * width, half, unit, threads, entry, share,
             )  # fmt: skip
         else:
             product(
-                x, mlp_norm, mlp_shift, eps, up, up_bias, activation, 0, gated, rows, up_rows, hidden, half, unit,
-                threads, entry, share,
+                x, mlp_norm, mlp_shift, eps, up, up_rows != inner, up_bias, activation, 0, gated, rows, up_rows,
+                hidden, half, unit, threads, entry, share,
             )  # fmt: skip
             product(
-                gated, 0, 0, eps, down, down_bias, NONE, x, x, rows, hidden, inner, half, unit, threads, entry, share
-            )
+                gated, 0, 0, eps, down, False, down_bias, NONE, x, x, rows, hidden,
+                inner, half, unit, threads, entry, share,
+            )  # fmt: skip
     if copies:
         copy(x, copies + count * rows * hidden * size, rows * hidden * size)
     keep((memory,))
@@ -195,9 +196,10 @@ def _compiled(layer: Layer, heads: Heads, activation: str) -> bool:
     weights = [layer.qkv, layer.output, layer.up, layer.down]
     if not all(isinstance(weight, Matrix) and weight.in_panels for weight in weights):
         return False
-    dtype, width = layer.down.data.dtype, layer.up.rows // (2 if activation == "silu_gate" else 1)
+    dtype, hidden = layer.down.data.dtype, layer.down.rows
     alike = all(norm.weight.dtype == dtype for norm in (layer.attention_norm, layer.mlp_norm))
-    return alike and heads.dim % WIDTH == 0 and heads.dim >= 2 * WIDTH and width % WIDTH == layer.down.rows % WIDTH == 0
+    fused = layer.up.gated == (activation == "silu_gate") and hidden % WIDTH == 0
+    return alike and fused and heads.dim % WIDTH == 0 and heads.dim >= 2 * WIDTH
 
 
 def _addresses(layer: Layer) -> list[int]:

@@ -84,6 +84,7 @@ class Ops:
     pads: Callable[[torch.dtype], bool]
     page_size: int
     prepare: Callable[[Tensor], Matrix]
+    prepare_gated: Callable[[Tensor], Matrix]
     prepare_stack: Callable[[Tensor], Stack]
     rounds_alike: Callable[[list[Matrix], Heads, torch.dtype, int], bool]
     take_rows: Callable[[Matrix, Tensor], Matrix]
@@ -146,6 +147,7 @@ TORCH = Ops(
     pads=lambda dtype: True,
     page_size=tiles.PAGE,
     prepare=reference.prepare,
+    prepare_gated=reference.prepare,
     prepare_stack=reference.prepare_stack,
     rounds_alike=tiles.rounds_alike,
     take_rows=packed.take_rows,

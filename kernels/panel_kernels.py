@@ -13,7 +13,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from . import matrix_unit
-from .cpu_kernels import gelu_tanh, layer_norm, rms_norm, silu_gate
+from .cpu_kernels import gelu_tanh, layer_norm, rms_norm, silu_row
 from .instructions import FLOATS, INTS, LINE, LONG, MANY_REGISTERS, WIDTH, ask, fused, load, paired, splatted
 from .lanes import LANES, kernel, part, read, write
 from .matrix_unit import ROWS
@@ -84,8 +84,8 @@ def _put(context, sums, address):
 
 
 @part
-def _rows(sums, rows, x, panel, bias, residual, out, start, width, columns, half, scratch):
-    """out = x·panelᵀ + bias + residual of `rows` rows, from column `start` of out on; sums: `_none` of them."""
+def _rows(sums, rows, x, panel, bias, residual, out, many, width, columns, half, scratch):
+    """out = x·panelᵀ + bias + residual of `rows` rows and `many` columns; sums: `_none` of them."""
     if half:
         for k in range(columns // 2):
             sums = _with_pair(sums, panel + _BYTES * k, x + 4 * k, columns * 2)
@@ -93,21 +93,21 @@ def _rows(sums, rows, x, panel, bias, residual, out, start, width, columns, half
         for k in range(columns):
             sums = _with_column(sums, panel + _BYTES * k, x + 4 * k, columns * 4)
     _put(sums, scratch)
-    _finish(rows, bias, residual, out, start, width, half, scratch)
+    _finish(rows, bias, residual, out, many, width, half, scratch)
 
 
 @part
-def _finish(rows, bias, residual, out, start, width, half, scratch):
-    """out = the sums of `rows` rows at `scratch` + bias + residual."""
+def _finish(rows, bias, residual, out, many, width, half, scratch):
+    """out = the sums of `rows` rows at `scratch` + bias + residual, `many` columns; those of out are `width` apart."""
     size = 2 if half else 4
     for row in range(rows):
-        for i in range(0, min(PANEL, width - start), WIDTH):
+        for i in range(0, many, WIDTH):
             y = read(scratch + 4 * PANEL * row, i, False)
             if bias:
-                y = y + read(bias, start + i, half)
+                y = y + read(bias, i, half)
             if residual:
-                y = y + read(residual + row * width * size, start + i, half)
-            write(out + row * width * size, start + i, y, half)
+                y = y + read(residual + row * width * size, i, half)
+            write(out + row * width * size, i, y, half)
 
 
 def _by_count(most):
@@ -115,18 +115,18 @@ def _by_count(most):
     if most == 1:
 
         @part
-        def some(count, x, panel, bias, residual, out, start, width, columns, half, scratch):
-            _rows(_none(1), 1, x, panel, bias, residual, out, start, width, columns, half, scratch)
+        def some(count, x, panel, bias, residual, out, many, width, columns, half, scratch):
+            _rows(_none(1), 1, x, panel, bias, residual, out, many, width, columns, half, scratch)
 
         return some
     fewer = _by_count(most - 1)
 
     @part
-    def some(count, x, panel, bias, residual, out, start, width, columns, half, scratch):
+    def some(count, x, panel, bias, residual, out, many, width, columns, half, scratch):
         if count == most:
-            _rows(_none(most), most, x, panel, bias, residual, out, start, width, columns, half, scratch)
+            _rows(_none(most), most, x, panel, bias, residual, out, many, width, columns, half, scratch)
         else:
-            fewer(count, x, panel, bias, residual, out, start, width, columns, half, scratch)
+            fewer(count, x, panel, bias, residual, out, many, width, columns, half, scratch)
 
     return some
 
@@ -135,13 +135,13 @@ _some = _by_count(MOST)
 
 
 @part
-def _by_rows(rows, x, panel, bias, residual, out, start, width, columns, half, scratch, shape):
-    """out = x·panelᵀ + bias + residual, from column `start` of out on, of as many rows at once as registers hold."""
+def _by_rows(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape):
+    """out = x·panelᵀ + bias + residual, `many` columns, of as many rows at once as registers hold."""
     size, row = 2 if half else 4, 0
     while row < rows:
         source, target, some = x + row * columns * size, out + row * width * size, min(rows - row, MOST)
         added = residual + row * width * size if residual else 0
-        _some(some, source, panel, bias, added, target, start, width, columns, half, scratch)
+        _some(some, source, panel, bias, added, target, many, width, columns, half, scratch)
         row += some
 
 
@@ -158,7 +158,7 @@ def _tiled(blocks, new, x, panel, columns, scratch):
 
 
 @part
-def _by_tiles(rows, x, panel, bias, residual, out, start, width, columns, half, scratch, shape):
+def _by_tiles(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape):
     """`_by_rows` of bfloat16, by the matrix unit; shape: 64 zeroed bytes."""
     row = 0
     while row < rows:
@@ -170,7 +170,7 @@ def _by_tiles(rows, x, panel, bias, residual, out, start, width, columns, half, 
         else:
             _tiled(1, row == 0, source, panel, columns, scratch)
         added = residual + 2 * row * width if residual else 0
-        _finish(some, bias, added, out + 2 * row * width, start, width, True, scratch)
+        _finish(some, bias, added, out + 2 * row * width, many, width, True, scratch)
         row += some
     matrix_unit.leave()
 
@@ -180,65 +180,72 @@ _by_tiles = _by_tiles if matrix_unit.EXISTS else _by_rows
 
 
 @part
-def _gate(number, sums, out, rows, width, arrived, half):
-    """What of out = silu(gate)·up [rows, width] could not be computed before panel `number` of the sums was there."""
-    begin, end = number * PANEL, min((number + 1) * PANEL, 2 * width)
-    if begin < width:
-        _gate_columns(number, sums, out, rows, width, arrived, half)
-    for chunk in range(max(begin - width, 0) // PANEL, (end - width + PANEL - 1) // PANEL):
-        if chunk != number:
-            _gate_columns(chunk, sums, out, rows, width, arrived, half)
-
-
-@part
-def _gate_columns(chunk, sums, out, rows, width, arrived, half):
-    """A panel for a chunk of 48 columns has come: compute it if that was the last."""
-    first, end = chunk * PANEL, min((chunk + 1) * PANEL, width)
-    others = (width + end - 1) // PANEL - max((width + first) // PANEL, chunk + 1) + 1
-    if taken(arrived + 8 * chunk) == others:
-        silu_gate(sums, out, rows, width, first, end, half)
+def _panel(number, share, x, panels, bias, residual, out, many, width, scratch, shape):
+    """A panel's columns of a product; `share`: rows, columns, whether of bfloat16 and by the matrix unit."""
+    rows, columns, half, tiles = share
+    panel = panels + number * PANEL * columns * (2 if half else 4)
+    if tiles:
+        _by_tiles(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape)
+    else:
+        _by_rows(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape)
 
 
 @worker
 def share(block):
-    """What one thread does of `product`: a run of panels, in a straight line through memory, then what others left."""
-    x, panels, bias, residual, out, rows, width, columns, half, threads = (
-        block[1], block[2], block[3], block[4], block[5], block[6], block[7], block[8], block[9] != 0, block[10],
+    """What one thread does of `product`: a run of panels, in a straight line through memory, then what others left.
+
+    Of gates and what they gate, a panel of each, which are joined before they leave the cache.
+    """
+    x, panels, bias, residual, out, width, threads = (
+        block[1], block[2], block[3], block[4], block[5], block[6], block[7],
     )  # fmt: skip
-    size, count, tiles, activation = 2 if half else 4, (width + PANEL - 1) // PANEL, block[12] != 0, block[13]
+    rows, half, gated, activation = block[8], block[10] != 0, block[12] != 0, block[13]
+    what, size, joined = (rows, block[9], half, block[11] != 0), 2 if half else 4, activation == SILU_GATE
+    side = width // 2 if gated else width
+    count = (side + PANEL - 1) // PANEL * (2 if gated and not joined else 1)
     memory, shape = np.empty(max(MOST, 2 * ROWS) * PANEL, np.float32), np.zeros(LINE, np.uint8)
-    scratch, told, own, next_panels = memory.ctypes.data, shape.ctypes.data, taken(block[11]), block[11] + LINE
+    both = np.empty(2 * PANEL * rows * size if joined else 1, np.uint8)
+    scratch, told, pair = memory.ctypes.data, shape.ctypes.data, both.ctypes.data
+    own, next_panels = taken(block[14]), block[14] + LINE
     for turn in range(threads):
         run = (own + turn) % threads
         first, end = count * run // threads, count * (run + 1) // threads
         number = first + taken(next_panels + LINE * run)
         while number < end:
-            panel, start = panels + number * PANEL * columns * size, number * PANEL
-            if tiles:
-                _by_tiles(rows, x, panel, bias, residual, out, start, width, columns, half, scratch, told)
-            else:
-                _by_rows(rows, x, panel, bias, residual, out, start, width, columns, half, scratch, told)
-            if activation == SILU_GATE:
-                _gate(number, out, block[14], rows, width // 2, block[15], half)
-            elif activation == GELU:
+            column = PANEL * (number // 2 if gated and not joined else number)
+            many = min(PANEL, side - column)
+            if joined:
+                for part_ in range(2):
+                    added = bias + (part_ * side + column) * size if bias else 0
+                    target = pair + part_ * PANEL * size
+                    _panel(2 * number + part_, what, x, panels, added, 0, target, many, 2 * PANEL, scratch, told)
                 for row in range(rows):
-                    some = out + (row * width + start) * size
-                    gelu_tanh(some, some, min(PANEL, width - start), half)
+                    gate = pair + row * 2 * PANEL * size
+                    silu_row(gate, gate + PANEL * size, out + (row * side + column) * size, many, half)
+            else:
+                start = (column + (number % 2 * side if gated else 0)) * size
+                added, kept = bias + start if bias else 0, residual + start if residual else 0
+                _panel(number, what, x, panels, added, kept, out + start, many, width, scratch, told)
+                if activation == GELU:
+                    for row in range(rows):
+                        some = out + start + row * width * size
+                        gelu_tanh(some, some, many, half)
             number = first + taken(next_panels + LINE * run)
     # Memory whose address alone is in use is let go of.
-    memory[0] = shape[0] = 0
+    memory[0] = shape[0] = both[0] = 0
 
 
 @kernel(
-    "void(int64, int64, int64, float64, int64, int64, int64, int64, int64, int64, int64, int64,"
+    "void(int64, int64, int64, float64, int64, boolean, int64, int64, int64, int64, int64, int64, int64,"
     " boolean, boolean, int64, int64, int64)"
 )
 def product(
-    x, norm, shift, eps, panels, bias, activation, residual, out, rows, width, columns, half, unit,
+    x, norm, shift, eps, panels, gated, bias, activation, residual, out, rows, width, columns, half, unit,
     threads, entry, share,
 ):  # fmt: skip
     """out = activation(x·Wᵀ + bias + residual): x [rows, columns]; W of `width` rows in panels; bias [width].
 
+    `gated`: panels of the first and the second half of W in turn, as `SILU_GATE` wants them, which has no residual.
     norm [columns]: x is normalised before, by RMSNorm or, with shift [columns], LayerNorm. activation: `NONE`, `GELU`,
     or `SILU_GATE`, which leaves width / 2 columns. `unit`: bfloat16 by the matrix unit, if the columns are a multiple
     of its own. On `threads` of the team at `entry`, which run `share`; where there is none, on this one.
@@ -253,18 +260,12 @@ def product(
         else:
             rms_norm(x, norm, normed.ctypes.data, rows, columns, eps, half)
         x = normed.ctypes.data
-    gated = activation == SILU_GATE
-    sums, arrived = (
-        np.empty(1 + (rows * width * size if gated else 0), np.uint8),
-        np.zeros(width // PANEL + 1, np.int64),
-    )
     # A line each for how many threads have come and, of each run of panels, how many were taken.
-    block, counters = np.empty(16, np.int64), np.zeros((threads + 1, LINE // 8), np.int64)
-    block[1], block[2], block[3], block[4] = x, panels, bias, residual
-    block[5], block[14] = sums.ctypes.data if gated else out, out
-    block[6], block[7], block[8], block[9], block[10] = rows, width, columns, half, threads
-    block[11], block[12] = counters.ctypes.data, half and unit and columns % matrix_unit.COLUMNS == 0
-    block[13], block[15] = activation, arrived.ctypes.data
+    block, counters = np.empty(15, np.int64), np.zeros((threads + 1, LINE // 8), np.int64)
+    block[1], block[2], block[3], block[4], block[5] = x, panels, bias, residual, out
+    block[6], block[7], block[8], block[9], block[10] = width, threads, rows, columns, half
+    block[11], block[12] = half and unit and columns % matrix_unit.COLUMNS == 0, gated
+    block[13], block[14] = activation, counters.ctypes.data
     dealt(entry, share, block.ctypes.data, threads)
     # Memory whose address alone is in use is let go of.
-    block[0] = counters[0, 0] = arrived[0] = normed[0] = sums[0] = 0
+    block[0] = counters[0, 0] = normed[0] = 0

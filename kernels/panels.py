@@ -16,24 +16,33 @@ PANEL: int = panel_kernels.PANEL
 ACTIVATIONS = {None: panel_kernels.NONE, "silu_gate": panel_kernels.SILU_GATE, "gelu_tanh": panel_kernels.GELU}
 
 
-def fits(weight: Tensor) -> bool:
-    """Whether a weight [N, K] can lie in panels."""
+def fits(weight: Tensor, parts: int = 1) -> bool:
+    """Whether so many parts of the rows of a weight [N, K] can lie in panels of their own."""
     rows, columns = weight.shape
-    return weight.dtype in (torch.float32, torch.bfloat16) and rows % WIDTH == 0 and columns % 2 == 0
+    return weight.dtype in (torch.float32, torch.bfloat16) and rows % (parts * WIDTH) == 0 and columns % 2 == 0
 
 
 def pack(weight: Tensor) -> Matrix:
     """A weight [N, K] that `fits`: panels [N / 48, K, 48, 1], of bfloat16 [N / 48, K / 2, 48, 2]; rows past N are 0."""
-    rows, columns = weight.shape
-    padded = functional.pad(weight, (0, 0, 0, -rows % PANEL))
-    each = 2 if weight.dtype == torch.bfloat16 else 1
-    panels = padded.view(-1, PANEL, columns // each, each).transpose(1, 2)
-    data = large_pages.empty(panels.shape, panels.dtype).copy_(panels)
-    return Matrix(data, rows, columns, packed=True)
+    return Matrix(_packed(weight[None]), *weight.shape, packed=True)
+
+
+def pack_gated(weight: Tensor) -> Matrix:
+    """A weight [2·N, K] whose halves fit: panels as those of `pack`, one of the first half and one of the second."""
+    return Matrix(_packed(weight.reshape(2, -1, weight.shape[1])), *weight.shape, packed=True, gated=True)
+
+
+def _packed(parts: Tensor) -> Tensor:
+    """Panels of each part [P, N, K] in turn."""
+    count, rows, columns = parts.shape
+    each = 2 if parts.dtype == torch.bfloat16 else 1
+    padded = functional.pad(parts, (0, 0, 0, -rows % PANEL))
+    panels = padded.view(count, -1, PANEL, columns // each, each).transpose(0, 1).transpose(2, 3).flatten(0, 1)
+    return large_pages.empty(panels.shape, panels.dtype).copy_(panels)
 
 
 def take(weight: Matrix, rows: Tensor) -> Tensor:
-    """Rows int64 [N'] of a matrix in panels: [N', K]."""
+    """Rows int64 [N'] of a matrix that was packed by `pack`: [N', K]."""
     return weight.data[rows // PANEL, :, rows % PANEL].reshape(len(rows), weight.columns)
 
 
@@ -49,8 +58,9 @@ def product(
     """activation(norm(x)·Wᵀ + bias + residual): x [R, K] → [R, N], of "silu_gate" [R, N / 2].
 
     Rounded after the norm, the sum and the activation. The result is in `out` if given, which may be the residual
-    where there is no activation.
+    where there is no activation; "silu_gate" is for weights that were packed by `pack_gated`.
     """
+    assert weight.gated or activation != "silu_gate"
     x, half = x.contiguous(), x.dtype == torch.bfloat16
     residual = None if residual is None else residual.contiguous()
     if out is None:
@@ -62,6 +72,7 @@ def product(
         0 if norm is None or norm.bias is None else norm.bias.data_ptr(),
         0.0 if norm is None else norm.eps,
         weight.data.data_ptr(),
+        weight.gated,
         0 if bias is None else bias.data_ptr(),
         ACTIVATIONS[activation],
         0 if residual is None else residual.data_ptr(),

@@ -50,6 +50,7 @@ TRITON = Ops(
     pads=lambda dtype: False,
     page_size=64,
     prepare=prepare,
+    prepare_gated=prepare,
     prepare_stack=prepare_stack,
     rounds_alike=rounds_alike,
     take_rows=take_rows,

@@ -15,12 +15,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight [rows, columns] in the layout the products of its op table read."""
+    """A weight [rows, columns] in the layout the products of its op table read.
+
+    `gated`: in panels, those of the first half of its rows, gates, in turn with those of the second.
+    """
 
     data: Tensor
     rows: int
     columns: int
     packed: bool
+    gated: bool = False
 
     @property
     def in_panels(self) -> bool:

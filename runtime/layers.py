@@ -82,7 +82,7 @@ def prepare_layer(weights: Weights, qkv: Matrix | Split, i: int, config: ModelCo
         ops.prepare(weights.output[i]),
         row(weights.output_bias),
         Norm(weights.mlp_norm[i], row(weights.mlp_norm_bias), eps),
-        ops.prepare(weights.up[i]),
+        (ops.prepare_gated if config.gated else ops.prepare)(weights.up[i]),
         row(weights.up_bias),
         ops.prepare(weights.down[i]),
         row(weights.down_bias),

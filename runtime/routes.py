@@ -55,7 +55,7 @@ def routed_layers(weights: Weights, config: ModelConfig, ops: Ops) -> dict[int, 
             Router(ops.prepare(encoder[i]), norm[i], (head[i].double() @ decoder[i].double())[0].float()),
             routing.threshold,
             routing.gate == "released",
-            ops.prepare(up[i]),
+            (ops.prepare_gated if config.gated else ops.prepare)(up[i]),
             ops.prepare(down[i]),
         )
         for i, layer in enumerate(routing.layers)

@@ -136,6 +136,37 @@ def test_tensors_in_large_pages_share_blocks_and_no_byte(monkeypatch: pytest.Mon
         assert (tensor == i).all()
 
 
+@pytest.mark.usefixtures("unit")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width", "columns"), [(1, 16, 64), (3, 48, 34), (8, 80, 96), (37, 112, 64)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gates_are_joined_with_what_they_gate(
+    dtype: torch.dtype, rows: int, width: int, columns: int, biased: bool
+) -> None:
+    x, weight = randn(rows, columns, dtype=dtype), randn(2 * width, columns, dtype=dtype, seed=1)
+    bias = randn(2 * width, dtype=dtype, seed=2) if biased else None
+    residual = randn(rows, 2 * width, dtype=dtype, seed=3)
+    apart, matrix = panels.pack(weight), panels.pack_gated(weight)
+    assert matrix.in_panels
+    assert matrix.gated
+    plain = panels.product(x, apart, bias, residual)
+    assert torch.equal(panels.product(x, matrix, bias, residual), plain), "without an activation columns are in order"
+    sums = panels.product(x, matrix, bias, None)
+    around = torch.full((rows + 2, width), math.nan, dtype=dtype)
+    panels.product(x, matrix, bias, None, around[1:-1], None, "silu_gate")
+    gate, up = sums.double().chunk(2, dim=1)
+    assert_near(around[1:-1], gate / (1 + (-gate).exp()) * up)
+    assert around[[0, -1]].isnan().all(), "nothing is written beside the result"
+    one_by_one = compiled.linear(x, apart, tile=8, bias=bias, activation="silu_gate")
+    assert torch.equal(compiled.linear(x, matrix, tile=8, bias=bias, activation="silu_gate"), one_by_one)
+
+
+def test_halves_that_fit_into_no_panels_are_not_gated() -> None:
+    assert not compiled.prepare_gated(randn(48, 32, dtype=torch.float32)).gated
+    assert not compiled.prepare_gated(randn(96, 32, dtype=torch.float32).half()).gated
+    assert compiled.prepare_gated(randn(96, 32, dtype=torch.float32)).gated
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_a_weight_are_taken_out_of_its_panels(dtype: torch.dtype) -> None:
     weight, rows = randn(112, 34, dtype=dtype), torch.tensor([0, 47, 48, 95, 96, 111])
