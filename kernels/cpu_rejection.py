@@ -143,7 +143,7 @@ def judge_some(address):
     parent, drawn, ids, accepted, path = block[11], block[12], block[13], block[14], block[15]
     sequences, k, width, rows, size, real = block[16], block[17], block[18], block[19], block[20], block[21]
     half, own_half = block[22] != 0, block[23] != 0
-    bytes_, own_bytes = width * (2 if half else 4), size * (2 if own_half else 4)
+    apart, own_apart = width * (2 if half else 4), size * (2 if own_half else 4)
     memory = np.empty((5, max(width, size) + IDS), np.float32)
     p, q, own, z, sums = (
         memory[0].ctypes.data, memory[1].ctypes.data, memory[2].ctypes.data, memory[3].ctypes.data,
@@ -154,14 +154,14 @@ def judge_some(address):
         rule = (
             number(temperature + 4 * s), whole(top_k + 8 * s), number(top_p + 4 * s), number(min_p + 4 * s),
         )  # fmt: skip
-        row, taken_rows, moved, many, cached = 0, 0, True, whole(count + 8 * s), whole(length + 8 * s)
+        row, depth, moved, many, cached = 0, 0, True, whole(count + 8 * s), whole(length + 8 * s)
         put_whole(path + 8 * s * (k + 1), 0)
         for j in range(k + 1):
             if moved:
-                _probability(scores + (s * (k + 1) + row) * bytes_, half, rule, p, z, width)
+                _probability(scores + (s * (k + 1) + row) * apart, half, rule, p, z, width)
                 if proposals and row < k:
                     known = min(whole(drawn + 8 * (s * (k + 1) + row)), rows - 1) if drawn else row
-                    at = proposals + (s * rows + known) * own_bytes
+                    at = proposals + (s * rows + known) * own_apart
                     _proposal(at, own_half, size, ids, real, rule, q, own, z, width)
                 else:
                     _clear(q, width)
@@ -171,18 +171,18 @@ def judge_some(address):
             x = whole(draft + 8 * (s * k + j))
             p_x, q_x = number(p + 4 * x), number(q + 4 * x)
             given = q_x > 0
-            u = _noise(whole(seed + 8 * s), cached + taken_rows + 1, ACCEPT_STREAM, j, sums)
+            u = _noise(whole(seed + 8 * s), cached + depth + 1, ACCEPT_STREAM, j, sums)
             if u * (q_x if given else np.float32(1.0)) <= p_x and p_x > 0:
-                row, taken_rows, moved = j + 1, taken_rows + 1, True
-                put_whole(path + 8 * (s * (k + 1) + taken_rows), row)
+                row, depth, moved = j + 1, depth + 1, True
+                put_whole(path + 8 * (s * (k + 1) + depth), row)
             else:
                 _rejected(p, q, x, given, width)
-        for d in range(taken_rows + 1, k + 1):
+        for d in range(depth + 1, k + 1):
             put_whole(path + 8 * (s * (k + 1) + d), row)
-        put_whole(accepted + 8 * s, taken_rows)
-        token = _drawn(p, sums, whole(seed + 8 * s), cached + taken_rows + 1, width)
+        put_whole(accepted + 8 * s, depth)
+        token = _drawn(p, sums, whole(seed + 8 * s), cached + depth + 1, width)
         put_whole(accepted + 8 * (sequences + s), token)
-        put_whole(accepted + 8 * (2 * sequences + s), cached + taken_rows + 1)
+        put_whole(accepted + 8 * (2 * sequences + s), cached + depth + 1)
         s = taken(block.ctypes.data)
     # Memory whose address alone is in use is let go of.
     memory[0, 0] = 0

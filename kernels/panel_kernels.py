@@ -180,9 +180,9 @@ _by_tiles = _by_tiles if matrix_unit.EXISTS else _by_rows
 
 
 @part
-def _panel(number, share, x, panels, bias, residual, out, many, width, scratch, shape):
-    """A panel's columns of a product; `share`: rows, columns, whether of bfloat16 and by the matrix unit."""
-    rows, columns, half, tiles = share
+def _panel(number, what, x, panels, bias, residual, out, many, width, scratch, shape):
+    """A panel's columns of a product; `what`: rows, columns, whether of bfloat16 and by the matrix unit."""
+    rows, columns, half, tiles = what
     panel = panels + number * PANEL * columns * (2 if half else 4)
     if tiles:
         _by_tiles(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape)
@@ -190,12 +190,23 @@ def _panel(number, share, x, panels, bias, residual, out, many, width, scratch, 
         _by_rows(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape)
 
 
+@part
+def _join(number, what, x, panels, bias, out, side, pair, scratch, shape):
+    """silu(gate)·up of a panel of gates and one of what they gate, before they leave the cache: `pair` is for both."""
+    rows, _, half, _ = what
+    size, column = 2 if half else 4, PANEL * number
+    many = min(PANEL, side - column)
+    for i in range(2):
+        added, target = bias + (i * side + column) * size if bias else 0, pair + i * PANEL * size
+        _panel(2 * number + i, what, x, panels, added, 0, target, many, 2 * PANEL, scratch, shape)
+    for row in range(rows):
+        gate = pair + row * 2 * PANEL * size
+        silu_row(gate, gate + PANEL * size, out + (row * side + column) * size, many, half)
+
+
 @worker
 def share(block):
-    """What one thread does of `product`: a run of panels, in a straight line through memory, then what others left.
-
-    Of gates and what they gate, a panel of each, which are joined before they leave the cache.
-    """
+    """What one thread does of `product`: a run of panels, in a straight line through memory, then what others left."""
     x, panels, bias, residual, out, width, threads = (
         block[1], block[2], block[3], block[4], block[5], block[6], block[7],
     )  # fmt: skip
@@ -212,24 +223,16 @@ def share(block):
         first, end = count * run // threads, count * (run + 1) // threads
         number = first + taken(next_panels + LINE * run)
         while number < end:
-            column = PANEL * (number // 2 if gated and not joined else number)
-            many = min(PANEL, side - column)
             if joined:
-                for part_ in range(2):
-                    added = bias + (part_ * side + column) * size if bias else 0
-                    target = pair + part_ * PANEL * size
-                    _panel(2 * number + part_, what, x, panels, added, 0, target, many, 2 * PANEL, scratch, told)
-                for row in range(rows):
-                    gate = pair + row * 2 * PANEL * size
-                    silu_row(gate, gate + PANEL * size, out + (row * side + column) * size, many, half)
+                _join(number, what, x, panels, bias, out, side, pair, scratch, told)
             else:
-                start = (column + (number % 2 * side if gated else 0)) * size
+                column = PANEL * (number // 2 if gated else number)
+                many, start = min(PANEL, side - column), (column + (number % 2 * side if gated else 0)) * size
                 added, kept = bias + start if bias else 0, residual + start if residual else 0
                 _panel(number, what, x, panels, added, kept, out + start, many, width, scratch, told)
-                if activation == GELU:
-                    for row in range(rows):
-                        some = out + start + row * width * size
-                        gelu_tanh(some, some, many, half)
+                for row in range(rows if activation == GELU else 0):
+                    some = out + start + row * width * size
+                    gelu_tanh(some, some, many, half)
             number = first + taken(next_panels + LINE * run)
     # Memory whose address alone is in use is let go of.
     memory[0] = shape[0] = both[0] = 0
