@@ -137,7 +137,7 @@ def choose(scores, token, log_sum_exp, rows, width, half, threads, entry, some):
     block = np.empty(7, np.int64)
     block[0], block[1], block[2], block[3], block[4] = 0, scores, token, log_sum_exp, rows
     block[5], block[6] = width, half
-    dealt(entry, some, block.ctypes.data, min(threads, rows))
+    dealt(entry, some, block.ctypes.data, threads if rows > 1 else 1)
     # Memory whose address alone is in use is let go of.
     block[0] = 0
 

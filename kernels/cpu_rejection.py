@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from . import reference_verify, team
 from .cpu_kernels import first_of
-from .cpu_sample import IDS, LOWEST, NEVER, limited, uniforms
+from .cpu_sample import IDS, NEVER, limited, uniforms
 from .lanes import (
     WIDTH,
     exp,
@@ -27,11 +27,13 @@ from .lanes import (
     whole,
     write,
 )
-from .reference_verify import ACCEPT_STREAM, DRAW_STREAM
+from .noise import ACCEPT_STREAM, DRAW_STREAM
 from .team import dealt, taken, worker
 from .values import Verdict
 
 _FIELDS = 24
+# `exp` gives nothing smaller than that of this, which must not pass for a probability: what is less likely has none.
+_LEAST = np.float32(-87.0)
 _HALF = {torch.float32: False, torch.bfloat16: True}
 
 
@@ -63,7 +65,7 @@ def _probability(scores, half, rule, p, z, width):
         x = (read(scores, i, half) - splat(peak)) / splat(temperature)
         write(z, i, x, False)
         write(p, i, exp(x), False)
-    bound, mass = splat(max(limited(z, p, width, top_k, top_p, min_p, NEVER), LOWEST)), splat(0.0)
+    bound, mass = splat(max(limited(z, p, width, top_k, top_p, min_p, NEVER), _LEAST)), splat(0.0)
     for i in range(0, width, WIDTH):
         weight = over(bound, read(z, i, False), splat(0.0), read(p, i, False))
         mass = mass + weight
@@ -195,7 +197,7 @@ def judge(block, sequences, threads, entry, some):
     After a counter the addresses of its tensors, 0 for those it lacks, of accepted [3, S], with token and length, and
     of path; then S, k, V, the rows of draft_scores, V' filled up to whole vectors, V', and which scores are bfloat16.
     """
-    dealt(entry, some, block, min(threads, sequences))
+    dealt(entry, some, block, threads if sequences > 1 else 1)
 
 
 def verify_rejection(

@@ -251,5 +251,5 @@ def sample(
     block[0], block[1], block[2], block[3], block[4], block[5] = 0, scores, temperature, top_k, top_p, min_p
     block[6], block[7], block[8], block[9], block[10], block[11] = seed, position, token, rows, width, count
     block[12], block[13] = stream, half
-    dealt(entry, some, block.ctypes.data, min(threads, rows))
+    dealt(entry, some, block.ctypes.data, threads if rows > 1 else 1)
     block[0] = 0

@@ -23,7 +23,7 @@ from .values import Heads, Layer, Matrix, Norm, Rope, Slots
 
 # Of a layer: the addresses of its parameters, 0 for what it lacks, whether it rotates, and whether it has the window.
 _FIELDS, _SIZES = 16, 9
-# A pass of more rows is a layer a call: Python between them costs it nothing, and an interrupt waits for no more.
+# A pass of more rows is two sub-layers a call: Python between them costs it nothing, and an interrupt waits no longer.
 _FEW = 64
 
 

@@ -35,7 +35,7 @@ from .instructions import (
 
 _NAMES = (
     "lanes", "instructions", "attention_sums", "cpu_kernels", "noise", "matrix_unit", "cpu_attention", "panel_kernels",
-    "team",
+    "team", "cpu_sample",
 )  # fmt: skip
 _FILES = [Path(__file__).with_name(f"{name}.py") for name in _NAMES]
 SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()[:8]

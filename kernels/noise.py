@@ -9,6 +9,8 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 ROUNDS = 10
+# Streams of noise beside that of plain draws, 0: whether a draft token is accepted, and the token after those that are.
+ACCEPT_STREAM, DRAW_STREAM = 1, 2
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -215,7 +215,7 @@ def share(block):
     side = width // 2 if gated else width
     count = (side + PANEL - 1) // PANEL * (2 if gated and not joined else 1)
     memory, shape = np.empty(max(MOST, 2 * ROWS) * PANEL, np.float32), np.zeros(LINE, np.uint8)
-    both = np.empty(2 * PANEL * rows * size if joined else 1, np.uint8)
+    both = np.empty(1 + (2 * PANEL * rows * size if joined else 0), np.uint8)
     scratch, told, pair = memory.ctypes.data, shape.ctypes.data, both.ctypes.data
     own, next_panels = taken(block[14]), block[14] + LINE
     for turn in range(threads):

@@ -10,11 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from .elementwise import steady
-from .noise import gumbel, uniform
+from .noise import ACCEPT_STREAM, DRAW_STREAM, gumbel, uniform
 from .values import Verdict
 
-ACCEPT_STREAM = 1
-DRAW_STREAM = 2
 _CHUNK = 1 << 17
 
 

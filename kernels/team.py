@@ -87,13 +87,10 @@ def _alone(context, worker, block):
 
 @intrinsic
 def taken(context, address):
-    """The int64 at an address, which is one more from then on: each of several threads gets another.
-
-    What the others wrote before they got theirs is seen.
-    """
+    """The int64 at an address, which is one more from then on: each of several threads gets another."""
 
     def build(context, builder, signature, given):
         counter = builder.inttoptr(given[0], LONG.as_pointer())
-        return builder.atomic_rmw("add", counter, ir.Constant(LONG, 1), "acq_rel")
+        return builder.atomic_rmw("add", counter, ir.Constant(LONG, 1), "monotonic")
 
     return types.int64(types.int64), build

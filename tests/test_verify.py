@@ -187,6 +187,25 @@ def test_rejection_at_temperature_zero_is_greedy(verify_rejection: Op) -> None:
             assert torch.equal(a, b)
 
 
+def test_siblings_their_drafter_hardly_gives_keep_the_targets_distribution(verify_rejection: Op) -> None:
+    """Cold trees: once the first sibling is rejected, what is left of the drafter's probability rounds to nothing."""
+    size, draws, temperature = 64, 20_000, 0.05
+    p, q = torch.full((size,), -5.0), torch.full((size,), -1.0)
+    p[:3], q[:3] = torch.tensor([5.0, 4.92, 4.99]), torch.tensor([10.0, 5.0, 4.4])
+    draft = torch.tensor([0, 1]).expand(draws, 2)
+    one = torch.ones(draws)
+    verdict = verify_rejection(
+        p.expand(draws, 3, size), draft, q.expand(draws, 1, size), one.long() * 2, one.long(), one * temperature,
+        one.long() * 0, one, one * 0, torch.arange(draws) * 7919,
+        parent=torch.zeros(draws, 2, dtype=torch.int64), drawn=torch.tensor([0, 1, 1]).expand(draws, 3),
+    )  # fmt: skip
+    chosen = draft.gather(1, (verdict.path[:, 1:2] - 1).clamp(min=0))[:, 0]
+    counts = torch.bincount(torch.where(verdict.accepted > 0, chosen, verdict.token), minlength=size)
+    expected = (p.double() / temperature).softmax(0)
+    assert counts[3:].sum() == 0
+    assert stats.chisquare(counts[:3], expected[:3] / expected[:3].sum() * draws).pvalue > 0.001
+
+
 def test_the_token_after_a_whole_accepted_draft_is_warped_too(verify_rejection: Op) -> None:
     scores = torch.full((4000, 2, 16), -10.0)
     scores[:, 0, 0] = 50.0
