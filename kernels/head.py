@@ -8,7 +8,7 @@ from torch import Tensor
 from . import launch
 from .primitives import ordered_sum, wait_for_producers
 from .products import row_product, statistics_first, weighed, weight_tile
-from .ranking import NONE, candidate, token_of, value_of
+from .ranking import LAST_ID, LOWEST, NONE, candidate_of_key, key_of, token_of, value_of, value_of_key
 from .values import Matrix, Norm, Prediction
 
 
@@ -84,19 +84,21 @@ def _head_kernel(
         PARTS,
         CHUNK,
         ROWS,
-        REDUCED=True,
     )
     y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
-    y = tl.where(mask_w[:, None], y, float("-inf"))
-    peak = _finite(tl.max(y, axis=0))
-    log_sum_exp = peak + tl.log(ordered_sum(tl.exp(y - peak[None, :])))
-    tl.store(log_sum_exp_ptr + offs_r * blocks + pid_n, log_sum_exp, mask=mask_r)
+    keys = tl.where(mask_w[:, None], key_of(y), LOWEST)
+    best = tl.max(keys, axis=0)
+    peak = _finite(value_of_key(best))
+    weights = tl.where(mask_w[:, None], tl.exp(y - peak[None, :]), 0.0)
+    tl.store(log_sum_exp_ptr + offs_r * blocks + pid_n, peak + tl.log(ordered_sum(weights)), mask=mask_r)
 
-    candidates = tl.where(mask_w[:, None], candidate(y, offs_w[:, None]), NONE)
+    # Two reductions of 32 bits: one of 64 moves twice as much, and compares it in two steps.
+    tokens = offs_w.to(tl.int32)[:, None]
     for j in tl.static_range(KEPT):
-        best = tl.max(candidates, axis=0)
-        tl.store(candidate_ptr + (offs_r * KEPT + j) * blocks + pid_n, best, mask=mask_r)
-        candidates = tl.where(candidates == best[None, :], NONE, candidates)
+        token = tl.min(tl.where(keys == best[None, :], tokens, LAST_ID), axis=0)
+        tl.store(candidate_ptr + (offs_r * KEPT + j) * blocks + pid_n, candidate_of_key(best, token), mask=mask_r)
+        keys = tl.where(tokens == token[None, :], LOWEST, keys)
+        best = tl.max(keys, axis=0)
 
 
 @triton.jit(do_not_specialize_on_alignment=["active_ptr"])

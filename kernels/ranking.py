@@ -4,24 +4,40 @@ import triton
 import triton.language as tl
 
 NONE: tl.constexpr = tl.constexpr(-(2**63))
-_LAST_ID: tl.constexpr = tl.constexpr(2**31 - 1)
+LOWEST: tl.constexpr = tl.constexpr(-(2**31))
+LAST_ID: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def candidate(value, token):
-    """One int64 ordered by value, then lowest token first; −0 counts as 0, NaN as the highest value."""
+def key_of(value):
+    """An int32 ordered as float32 values are, above LOWEST; −0 counts as 0, NaN as the highest value."""
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    key = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, key)
-    return (key.to(tl.int64) << 32) | (_LAST_ID - token)
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, key)
 
 
 @triton.jit
-def value_of(best):
-    key = (best >> 32).to(tl.int32)
+def value_of_key(key):
     return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
 
 
 @triton.jit
+def candidate_of_key(key, token):
+    """`candidate`, NONE for LOWEST."""
+    return tl.where(key == LOWEST, NONE, (key.to(tl.int64) << 32) | (LAST_ID - token))
+
+
+@triton.jit
+def candidate(value, token):
+    """One int64 ordered by value as `key_of` is, then lowest token first."""
+    return (key_of(value).to(tl.int64) << 32) | (LAST_ID - token)
+
+
+@triton.jit
+def value_of(best):
+    return value_of_key((best >> 32).to(tl.int32))
+
+
+@triton.jit
 def token_of(best):
-    return (best & 0x7FFFFFFF) ^ _LAST_ID
+    return (best & 0x7FFFFFFF) ^ LAST_ID
