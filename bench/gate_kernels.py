@@ -19,6 +19,7 @@ KERNELS = {
     "_qkv_rope_append_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=(2, "PAIRS", "CHUNK")),
     "_row_groups_kernel": Meaning(),
     "_attend_kernel": Meaning(streams=CACHE, mma=True, known=ROWS),
+    "_merge_splits_kernel": Meaning(known=ROWS),
     "_head_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=TILE),
     "_merge_kernel": Meaning(),
     "_row_map_kernel": Meaning(),

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from . import attention_rules, launch
 from .attention_index import Index, TritonIndex
-from .primitives import dot, flags, prefetch, prefetch_first, wait_for_producers
-from .row_groups import row_groups
+from .primitives import dot, prefetch, prefetch_first, wait_for_producers
+from .row_groups import row_groups, rows_of_group
 from .splits import (
     FAR_FACTOR,
     blocks_of,
     fold_split,
     merge,
+    merge_apart,
     nothing_seen,
     pages_of,
     split_length,
@@ -71,8 +72,9 @@ def attend(
     splits = attention_rules.attention_splits(index.capacity, rule.split)
     tiles, scratch_bytes = bound * kv_heads, 4 * splits * q.numel()
     in_order = attention_rules.attention_in_order(tiles, scratch_bytes)
-    programs = attention_rules.attention_programs(tiles, splits, scratch_bytes)
-    scratch = (None, None, None) if in_order else index.scratch(tiles, splits, heads, head_dim)
+    programs = attention_rules.attention_programs(tiles, splits, scratch_bytes, rule.at_once)
+    partial, state, arrivals = (None, None, None) if in_order else index.scratch(tiles, splits, heads, head_dim)
+    apart = not in_order and rule.apart
     tree = index.tree
     asked = 0 if ahead is None or groups or active is not None else launch.ahead_bytes(ahead.data.nbytes, arch)
     _attend_kernel[(bound, kv_heads, programs)](
@@ -89,7 +91,9 @@ def attend(
         None if tree is None else tree.slot,
         slopes,
         active if active is None else active.contiguous(),
-        *scratch,
+        partial,
+        state,
+        None if apart else arrivals,
         ahead.data if ahead is not None and asked else None,
         q.stride(0),
         q.stride(1),
@@ -116,6 +120,8 @@ def attend(
         PDL=launch.dependent(arch),
         **launch.options(rule.warps, rule.stages, rule.registers) | {"enable_fp_fusion": False},
     )
+    if apart:
+        merge_apart(index, groups, partial, state, out, active, rule, bound=bound, group=group, window=window)
     return out
 
 
@@ -168,7 +174,8 @@ def _attend_kernel(  # noqa: PLR0915
     """out[r, h] = Σₚ softmaxₚ(scale·q[r, h]·k[p] + slope[h]·(p − position[r]))·v[p], scores in units of log 2.
 
     q [rows, HEADS, D]; k, v [pages, HEADS / GROUP, BLOCK, D]; partial float32 [splits, rows, HEADS, D]; state float32
-    [splits, rows, HEADS, 2], maximum and sum; arrivals int32 [row groups, HEADS / GROUP], zero before and after.
+    [splits, rows, HEADS, 2], maximum and sum; arrivals int32 [row groups, HEADS / GROUP], zero before and after: the
+    last to arrive merges the splits, or a kernel of its own where it is None (`merge_apart`).
     Row groups are given by first and count int32, or every sequence has `width` rows.
     """
     M: tl.constexpr = GROUP_ROWS * GROUP_PADDED
@@ -177,26 +184,10 @@ def _attend_kernel(  # noqa: PLR0915
     offs_row = tl.arange(0, M) // GROUP_PADDED
     offs_head = pid_kv * GROUP + tl.arange(0, M) % GROUP_PADDED
     mask_m = tl.arange(0, M) % GROUP_PADDED < GROUP
-    if first_ptr is None:
-        parts = (width + GROUP_ROWS - 1) // GROUP_ROWS
-        part = pid_group % parts * GROUP_ROWS
-        first = (pid_group // parts).to(tl.int64) * width + part
-        count = tl.minimum(width - part, GROUP_ROWS)
-    else:
-        wait_for_producers(PDL)
-        first = tl.load(first_ptr + pid_group).to(tl.int64)
-        count = tl.load(count_ptr + pid_group)
-    mask_m = mask_m & (offs_row < count)
-    owner = tl.load(sequence_ptr + first + offs_row, mask=mask_m, other=-1, cache_modifier=".cg")
-    position = tl.load(position_ptr + first + offs_row, mask=mask_m, other=-1, cache_modifier=".cg")
-    mask_m = mask_m & (owner >= 0)
-    if active_ptr is not None:
-        mask_m = mask_m & flags(active_ptr, first + offs_row, mask_m)
-    position = tl.where(mask_m, position, -1).to(tl.int32)
-    last = tl.max(position, axis=0)
-    oldest = last * 0
-    if window is not None:
-        oldest = tl.maximum(tl.min(tl.where(mask_m, position, last), axis=0) - window + 1, 0)
+    first, count, owner, position, mask_m, last, oldest = rows_of_group(
+        pid_group, first_ptr, count_ptr, sequence_ptr, position_ptr, active_ptr, offs_row, mask_m, width, window,
+        GROUP_ROWS, PDL,
+    )  # fmt: skip
     length = split_length(last, SPLIT, EVEN)
     first_split = split_of(oldest, length, EVEN)
     splits = split_of(last, length, EVEN) + 1 - first_split
@@ -262,7 +253,9 @@ def _attend_kernel(  # noqa: PLR0915
             tl.store(state_ptr + 2 * base + offs_state + 1, split_total, mask=mask_m)
         pages = pages_of(table_ptr, split + tl.num_programs(2), length, oldest, last, BLOCK, SPLIT, EVEN)
 
-    if not IN_ORDER:
+    if IN_ORDER:
+        store_mean(out_ptr + first * (HEADS * D), offs_out, total, acc, mask_m, mask)
+    elif arrivals_ptr is not None:
         if splits == 1:
             return
         arrivals_ptr += pid_group * tl.num_programs(1) + pid_kv
@@ -271,11 +264,10 @@ def _attend_kernel(  # noqa: PLR0915
             return
         tl.store(arrivals_ptr, 0)
         merge(
-            partial_ptr + first * (HEADS * D), state_ptr + first * (2 * HEADS), out_ptr + first * (HEADS * D),
-            first_split, first_split + splits, stride_split, pid_kv, count, HEADS, GROUP, D, D_PADDED, GROUP_ROWS,
+            0, partial_ptr + first * (HEADS * D), state_ptr + first * (2 * HEADS), out_ptr + first * (HEADS * D),
+            first_split, first_split + splits, stride_split, pid_kv, count, HEADS, GROUP, D, D_PADDED,
+            GROUP_ROWS * triton.next_power_of_2(GROUP),
         )  # fmt: skip
-        return
-    store_mean(out_ptr + first * (HEADS * D), offs_out, total, acc, mask_m, mask)
 
 
 @triton.jit

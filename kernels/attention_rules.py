@@ -5,13 +5,17 @@ Where a split begins fixes the order of sums, and depends on the shape alone.
 
 from typing import NamedTuple
 
+from .launch import PROCESSORS
+
 NEAR_SPLITS = 8
 FAR_FACTOR = 4
 BUSY_PROGRAMS = 128
 SCRATCH_BYTES = 1 << 28
-# Rows × heads of a product, and bytes of keys that are narrow.
+# Rows × heads of a product and of a merge, and bytes of keys that are narrow.
 PRODUCT_ROWS = 16
 NARROW = 128
+# Programs of so many rows × heads that a Hopper chip holds at once.
+FEW_PROGRAMS = 2 * BUSY_PROGRAMS
 
 
 class AttentionRule(NamedTuple):
@@ -26,6 +30,16 @@ class AttentionRule(NamedTuple):
     warps: int
     stages: int
     registers: int
+
+    @property
+    def apart(self) -> bool:
+        """Whether a launch of its own merges splits: of more rows × heads than one program merges at once."""
+        return self.rows * self.heads > PRODUCT_ROWS
+
+    @property
+    def at_once(self) -> int:
+        """Programs that a Hopper chip holds at once: of four warps two on a processor."""
+        return PROCESSORS if self.warps > 4 else 2 * PROCESSORS
 
 
 def attention_rule(
@@ -43,9 +57,9 @@ def attention_rule(
     32 are enough to read keys once for a verified draft, 16 are what float32 has registers for; sm_90 has wider matrix
     units for prompts, which round otherwise. Of sequences with `width` rows each a program takes no more than these,
     up to the power of two: the same instructions, fewer of them; and of narrow keys, which cost little to be read
-    twice, no more than one product takes as long as programs are few: splits then wait for the merge of 16 rows ×
-    heads, not of 32. Stages are what fits into shared memory. Splits are short where their keys are wide, or where few
-    key heads make few programs.
+    twice, no more than one product takes, as long as the chip holds all programs at once: splits are then merged by
+    the last of them to end. Stages are what fits into shared memory. Splits are short where their keys are wide, or
+    where few key heads make few programs.
     """
     size = (1 << (head_dim - 1).bit_length()) * itemsize
     wide = 90 <= arch < 100 and itemsize == 2 and head_dim <= 128
@@ -57,7 +71,7 @@ def attention_rule(
     if arch and width and rows * heads < 64:
         rows = min(rows, 1 << (width - 1).bit_length())
         fewer = max(1, PRODUCT_ROWS // heads)
-        if size <= NARROW and sequences * kv_heads * -(-width // fewer) * NEAR_SPLITS <= BUSY_PROGRAMS:
+        if size <= NARROW and sequences * kv_heads * -(-width // fewer) * NEAR_SPLITS <= FEW_PROGRAMS:
             rows = min(rows, fewer)
     heads = max(heads, 16 // rows)
     queries = rows * heads * (size + 64 * itemsize)
@@ -83,8 +97,8 @@ def attention_in_order(tiles: int, scratch_bytes: int) -> bool:
     return tiles >= BUSY_PROGRAMS or scratch_bytes > SCRATCH_BYTES
 
 
-def attention_programs(tiles: int, splits: int, scratch_bytes: int) -> int:
-    """Programs that share the splits of each of `tiles`."""
+def attention_programs(tiles: int, splits: int, scratch_bytes: int, at_once: int) -> int:
+    """Programs that share the splits of each of `tiles`, of which the chip holds `at_once`: none starts late."""
     if attention_in_order(tiles, scratch_bytes):
         return 1
-    return min(splits, -(-4 * BUSY_PROGRAMS // tiles))
+    return min(splits, max(1, at_once // tiles))

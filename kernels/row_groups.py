@@ -6,7 +6,7 @@ import triton.language as tl
 
 from . import launch
 from .attention_index import RowGroups, TritonIndex
-from .primitives import wait_for_producers
+from .primitives import flags, wait_for_producers
 
 
 def row_groups(index: TritonIndex, rows: int) -> RowGroups:
@@ -68,3 +68,46 @@ def _row_groups_kernel(
         left = count - offs_group * GROUP_ROWS
         tl.store(first_ptr + base + offs_group, first + offs_group * GROUP_ROWS, mask=left > 0)
         tl.store(count_ptr + base + offs_group, tl.minimum(left, GROUP_ROWS), mask=left > 0)
+
+
+@triton.jit
+def rows_of_group(
+    pid_group,
+    first_ptr,
+    count_ptr,
+    sequence_ptr,
+    position_ptr,
+    active_ptr,
+    offs_row,
+    mask_m,
+    width,
+    window,
+    GROUP_ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A group's first row and row count; owner and position of its rows at offs_row [M], −1 where there are none.
+
+    Then which there are, their last position, −1 without any, and the oldest that one of them sees. Groups are given
+    by first and count, and waited for, or every sequence has `width` rows.
+    """
+    if first_ptr is None:
+        parts = (width + GROUP_ROWS - 1) // GROUP_ROWS
+        part = pid_group % parts * GROUP_ROWS
+        first = (pid_group // parts).to(tl.int64) * width + part
+        count = tl.minimum(width - part, GROUP_ROWS)
+    else:
+        wait_for_producers(PDL)
+        first = tl.load(first_ptr + pid_group).to(tl.int64)
+        count = tl.load(count_ptr + pid_group)
+    mask_m = mask_m & (offs_row < count)
+    owner = tl.load(sequence_ptr + first + offs_row, mask=mask_m, other=-1, cache_modifier=".cg")
+    position = tl.load(position_ptr + first + offs_row, mask=mask_m, other=-1, cache_modifier=".cg")
+    mask_m = mask_m & (owner >= 0)
+    if active_ptr is not None:
+        mask_m = mask_m & flags(active_ptr, first + offs_row, mask_m)
+    position = tl.where(mask_m, position, -1).to(tl.int32)
+    last = tl.max(position, axis=0)
+    oldest = last * 0
+    if window is not None:
+        oldest = tl.maximum(tl.min(tl.where(mask_m, position, last), axis=0) - window + 1, 0)
+    return first, count, owner, position, mask_m, last, oldest

@@ -2,14 +2,18 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from . import attention_rules
+from . import attention_rules, launch
+from .attention_index import RowGroups, TritonIndex
+from .primitives import wait_for_producers
+from .row_groups import rows_of_group
 
 NEAR_SPLITS: tl.constexpr = tl.constexpr(attention_rules.NEAR_SPLITS)
 FAR_FACTOR: tl.constexpr = tl.constexpr(attention_rules.FAR_FACTOR)
 UNSEEN: tl.constexpr = tl.constexpr(-1e30)
 # Rows × heads that are merged at once.
-MERGED: tl.constexpr = tl.constexpr(16)
+MERGED: tl.constexpr = tl.constexpr(attention_rules.PRODUCT_ROWS)
 
 
 @triton.jit
@@ -85,6 +89,7 @@ def store_mean(out_ptr, offs_out, total, acc, mask_m, mask):
 
 @triton.jit
 def merge(
+    row,
     partial_ptr,
     state_ptr,
     out_ptr,
@@ -97,37 +102,35 @@ def merge(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
+    M: tl.constexpr,
 ):
-    """The splits that programs left of the first `count` rows, from `begin` to before `end` and in order.
+    """The splits that programs left of M rows × heads from `row` on, below `count`: `begin` to before `end`, in order.
 
     A load takes much longer than what is done with it, so that four are on their way at any time.
     """
     HEADS_PADDED: tl.constexpr = triton.next_power_of_2(GROUP)
-    M: tl.constexpr = min(GROUP_ROWS * HEADS_PADDED, max(MERGED, HEADS_PADDED))
     offs_head = tl.arange(0, M) % HEADS_PADDED
     offs_d = tl.arange(0, D_PADDED)
-    for row in range(0, count, M // HEADS_PADDED):
-        offs_row = row + tl.arange(0, M) // HEADS_PADDED
-        mask_m = (offs_head < GROUP) & (offs_row < count)
-        mask = mask_m[:, None] & (offs_d < D)[None, :]
-        offs_m = offs_row * HEADS + pid_kv * GROUP + offs_head
-        offs = offs_m[:, None] * D + offs_d[None, :]
-        peak, total, acc = nothing_seen(M, D_PADDED)
-        one = _load_split(partial_ptr, state_ptr, begin, end, stride_split, offs_m, offs, mask_m, mask, D)
-        two = _load_split(partial_ptr, state_ptr, begin + 1, end, stride_split, offs_m, offs, mask_m, mask, D)
-        three = _load_split(partial_ptr, state_ptr, begin + 2, end, stride_split, offs_m, offs, mask_m, mask, D)
-        four = _load_split(partial_ptr, state_ptr, begin + 3, end, stride_split, offs_m, offs, mask_m, mask, D)
-        for at in range(begin + 4, end + 4, 4):
-            peak, total, acc = fold_split(peak, total, acc, one[0], one[1], one[2])
-            one = _load_split(partial_ptr, state_ptr, at, end, stride_split, offs_m, offs, mask_m, mask, D)
-            peak, total, acc = fold_split(peak, total, acc, two[0], two[1], two[2])
-            two = _load_split(partial_ptr, state_ptr, at + 1, end, stride_split, offs_m, offs, mask_m, mask, D)
-            peak, total, acc = fold_split(peak, total, acc, three[0], three[1], three[2])
-            three = _load_split(partial_ptr, state_ptr, at + 2, end, stride_split, offs_m, offs, mask_m, mask, D)
-            peak, total, acc = fold_split(peak, total, acc, four[0], four[1], four[2])
-            four = _load_split(partial_ptr, state_ptr, at + 3, end, stride_split, offs_m, offs, mask_m, mask, D)
-        store_mean(out_ptr, offs, total, acc, mask_m, mask)
+    offs_row = row + tl.arange(0, M) // HEADS_PADDED
+    mask_m = (offs_head < GROUP) & (offs_row < count)
+    mask = mask_m[:, None] & (offs_d < D)[None, :]
+    offs_m = offs_row * HEADS + pid_kv * GROUP + offs_head
+    offs = offs_m[:, None] * D + offs_d[None, :]
+    peak, total, acc = nothing_seen(M, D_PADDED)
+    one = _load_split(partial_ptr, state_ptr, begin, end, stride_split, offs_m, offs, mask_m, mask, D)
+    two = _load_split(partial_ptr, state_ptr, begin + 1, end, stride_split, offs_m, offs, mask_m, mask, D)
+    three = _load_split(partial_ptr, state_ptr, begin + 2, end, stride_split, offs_m, offs, mask_m, mask, D)
+    four = _load_split(partial_ptr, state_ptr, begin + 3, end, stride_split, offs_m, offs, mask_m, mask, D)
+    for at in range(begin + 4, end + 4, 4):
+        peak, total, acc = fold_split(peak, total, acc, one[0], one[1], one[2])
+        one = _load_split(partial_ptr, state_ptr, at, end, stride_split, offs_m, offs, mask_m, mask, D)
+        peak, total, acc = fold_split(peak, total, acc, two[0], two[1], two[2])
+        two = _load_split(partial_ptr, state_ptr, at + 1, end, stride_split, offs_m, offs, mask_m, mask, D)
+        peak, total, acc = fold_split(peak, total, acc, three[0], three[1], three[2])
+        three = _load_split(partial_ptr, state_ptr, at + 2, end, stride_split, offs_m, offs, mask_m, mask, D)
+        peak, total, acc = fold_split(peak, total, acc, four[0], four[1], four[2])
+        four = _load_split(partial_ptr, state_ptr, at + 3, end, stride_split, offs_m, offs, mask_m, mask, D)
+    store_mean(out_ptr, offs, total, acc, mask_m, mask)
 
 
 @triton.jit
@@ -152,3 +155,91 @@ def _load_split(
     total = tl.load(state_ptr + 2 * offs_m + 1, mask=mask_m, other=0.0, cache_modifier=".cg")
     acc = tl.load(partial_ptr + base * D + offs, mask=mask, other=0.0, cache_modifier=".cg")
     return peak, total, acc
+
+
+@triton.jit(do_not_specialize=["rows", "width", "window"], do_not_specialize_on_alignment=["active_ptr"])
+def _merge_splits_kernel(
+    partial_ptr,
+    state_ptr,
+    out_ptr,
+    first_ptr,
+    count_ptr,
+    sequence_ptr,
+    position_ptr,
+    active_ptr,
+    rows,
+    width,
+    window,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    M: tl.constexpr,
+    EVEN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`merge` of M rows × heads of a group of rows, whose splits `_attend_kernel` left."""
+    pid_group, pid_kv, pid_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_row = tl.arange(0, GROUP_ROWS)
+    first, count, _, _, _, last, oldest = rows_of_group(
+        pid_group, first_ptr, count_ptr, sequence_ptr, position_ptr, active_ptr, offs_row, offs_row >= 0, width, window,
+        GROUP_ROWS, PDL,
+    )  # fmt: skip
+    length = split_length(last, SPLIT, EVEN)
+    begin, end = split_of(oldest, length, EVEN), split_of(last, length, EVEN) + 1
+    if first_ptr is None:
+        wait_for_producers(PDL)
+    if last < 0 or end - begin == 1:
+        return
+    merge(
+        pid_tile * (M // triton.next_power_of_2(GROUP)), partial_ptr + first * (HEADS * D),
+        state_ptr + first * (2 * HEADS), out_ptr + first * (HEADS * D), begin, end, rows.to(tl.int64) * HEADS, pid_kv,
+        count, HEADS, GROUP, D, D_PADDED, M,
+    )  # fmt: skip
+
+
+def merge_apart(
+    index: TritonIndex,
+    groups: RowGroups | None,
+    partial: Tensor,
+    state: Tensor,
+    out: Tensor,
+    active: Tensor | None,
+    rule: attention_rules.AttentionRule,
+    *,
+    bound: int,
+    group: int,
+    window: int | None,
+) -> None:
+    """The splits that attention left of `bound` groups of rows, merged by as many programs as they have tiles.
+
+    partial float32 [splits, R, heads, D], state float32 [splits, R, heads, 2] → out [R, heads·D].
+    """
+    _, rows, heads, head_dim = partial.shape
+    padded = triton.next_power_of_2(group)
+    at_once = max(MERGED.value, padded)
+    _merge_splits_kernel[(bound, heads // group, triton.cdiv(rule.rows * padded, at_once))](
+        partial,
+        state,
+        out,
+        groups.first if groups else None,
+        groups.count if groups else None,
+        index.sequence,
+        index.position,
+        active if active is None else active.contiguous(),
+        rows,
+        index.width or 0,
+        window,
+        HEADS=heads,
+        GROUP=group,
+        D=head_dim,
+        D_PADDED=max(16, triton.next_power_of_2(head_dim)),
+        SPLIT=rule.split,
+        GROUP_ROWS=rule.rows,
+        M=at_once,
+        EVEN=index.tile is None,
+        PDL=launch.dependent(launch.architecture()),
+        **launch.options(rule.warps) | {"enable_fp_fusion": False},
+    )

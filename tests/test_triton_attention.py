@@ -325,8 +325,8 @@ def test_a_program_takes_no_more_rows_than_there_are_and_rounds_as_with_all_of_a
 @pytest.mark.parametrize(
     ("head_dim", "kv_heads", "width", "sequences", "products"),
     [
-        (64, 3, 8, 1, 16), (64, 8, 8, 1, 16), (64, 3, 16, 1, 16), (64, 8, 16, 1, 32), (64, 8, 8, 2, 32),
-        (64, 3, 1, 1, 16), (128, 8, 8, 1, 32), (64, 3, 8, 9, 32),
+        (64, 3, 8, 1, 16), (64, 8, 8, 1, 16), (64, 3, 16, 1, 16), (64, 8, 16, 1, 16), (64, 8, 17, 1, 32),
+        (64, 8, 8, 2, 16), (64, 8, 8, 3, 32), (64, 3, 1, 1, 16), (128, 8, 8, 1, 32), (64, 3, 8, 9, 32),
     ],
 )  # fmt: skip
 def test_few_programs_over_narrow_keys_take_one_product_each(
@@ -350,17 +350,18 @@ def test_splits_cover_every_position() -> None:
 
 
 def test_programs_stay_within_the_splits_and_the_scratch() -> None:
-    assert attention_rules.attention_programs(8, 22, 1 << 20) == 22
-    assert attention_rules.attention_programs(127, 70, 1 << 20) == 5
-    assert attention_rules.attention_programs(128, 70, 1 << 20) == 1
-    assert attention_rules.attention_programs(8, 22, 1 << 29) == 1
+    for tiles, splits, scratch, at_once, programs in (
+        (8, 22, 1 << 20, 264, 22), (8, 70, 1 << 20, 264, 33), (8, 70, 1 << 20, 132, 16), (127, 70, 1 << 20, 264, 2),
+        (127, 70, 1 << 20, 100, 1), (128, 70, 1 << 20, 264, 1), (8, 22, 1 << 29, 264, 1),
+    ):  # fmt: skip
+        assert attention_rules.attention_programs(tiles, splits, scratch, at_once) == programs
 
 
 def test_splits_are_folded_in_order_by_one_program_past_a_threshold() -> None:
     assert not attention_rules.attention_in_order(127, 1 << 28)
     assert attention_rules.attention_in_order(128, 1)
     assert attention_rules.attention_in_order(1, (1 << 28) + 1)
-    assert attention_rules.attention_programs(8, 1, 1 << 20) == 1, "one split has nothing to share, whoever folds it"
+    assert attention_rules.attention_programs(8, 1, 1 << 20, 264) == 1, "one split has nothing to share"
 
 
 def test_an_index_of_another_backend_is_refused() -> None:
