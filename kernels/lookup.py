@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .lookup_rule import lookup_rule
 from .primitives import wait_for_producers
 from .values import Found
 
@@ -154,7 +155,7 @@ def lookup(
     ties go to the lowest id. Entries past a draft are 0.
     """
     sequences, capacity = text.shape
-    rule = launch.lookup_rule(capacity, votes)
+    rule = lookup_rule(capacity, votes)
     sizes = {"dtype": torch.int32, "device": text.device}
     counts, longer = (torch.empty((sequences, max_ngram, rule.blocks), **sizes) for _ in range(2))
     places = torch.empty((sequences, rule.blocks, rule.kept), **sizes)

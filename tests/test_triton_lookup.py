@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from skipjack.kernels import launch, lookup, reference_lookup, reference_rounds, rounds
+from skipjack.kernels import lookup, lookup_rule, reference_lookup, reference_rounds, rounds
 from skipjack.runtime import ngrams
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,7 +52,7 @@ def test_a_draft_is_what_the_host_would_guess(
     op: Lookup, votes: int | None, texts: list[list[int]], rooms: tuple[int, ...], longest: int, k: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "LOOKUP_BLOCK", 16)
+        patch.setattr(lookup_rule, "LOOKUP_BLOCK", 16)
         patch.setattr(ngrams, "MOST", votes or ngrams.MOST)
         check(op, texts, [*rooms[: len(texts)]], longest, k, votes, 64)
 
@@ -78,10 +78,10 @@ def test_a_match_is_found_at_the_far_end_of_a_text(op: Lookup) -> None:
 
 def test_blocks_of_positions_cover_a_text_of_any_length() -> None:
     for capacity in (1, 64, 1024, 65536, 65600, 2**20):
-        rule = launch.lookup_rule(capacity, 128)
+        rule = lookup_rule.lookup_rule(capacity, 128)
         assert capacity <= rule.block * rule.blocks
         assert rule.block == 1024 or rule.block < 2 * capacity / rule.blocks
-    assert [launch.lookup_rule(64, votes).kept for votes in (None, 16, 17, 128)] == [16, 16, 32, 128]
+    assert [lookup_rule.lookup_rule(64, votes).kept for votes in (None, 16, 17, 128)] == [16, 16, 32, 128]
 
 
 @pytest.mark.parametrize("op", [rounds.commit, reference_rounds.commit], ids=["triton", "torch"])
