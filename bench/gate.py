@@ -112,7 +112,9 @@ def _compile(target: Target, cases: Sequence[str]) -> list[Finding]:
             command, stdin=order, stdout=subprocess.PIPE, stderr=notes, text=True, env=environment
         ) as process:
             for line in process.stdout or ():
-                found.append(finding_of(json.loads(line)))
+                found.append(finding := finding_of(json.loads(line)))
+                if finding.failures:
+                    print(f"{target}: FAIL {finding.case}: {'; '.join(finding.failures)}", file=sys.stderr)
                 if len(found) % 50 == 0:
                     print(f"{target}: {len(found)} kernels", file=sys.stderr)
         if process.returncode:

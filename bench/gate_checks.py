@@ -60,6 +60,10 @@ class Case:
     launch: Callable[[], object]
 
 
+# Outside loops: what is put aside before a loop, and taken back after it, costs a program no more than a few cycles.
+FEW_SPILLS = 10
+
+
 @dataclass(frozen=True)
 class Launch:
     """One launch as it was compiled."""
@@ -106,10 +110,14 @@ def failures(code: MachineCode, meaning: Meaning, launch: Launch) -> list[str]:
 
 
 def _memory(code: MachineCode, launch: Launch) -> Iterable[str]:
-    if code.stack:
-        yield f"{code.stack} bytes of stack"
-    if spills := code.count(lambda instruction: instruction.is_spill):
+    spills = code.count(lambda instruction: instruction.is_spill)
+    looped = code.in_loops(lambda instruction: instruction.is_spill)
+    if looped:
+        yield f"{looped} loads and stores of local memory in loops: registers are spilled"
+    elif spills > FEW_SPILLS:
         yield f"{spills} loads and stores of local memory: registers are spilled"
+    elif code.stack > 8 * spills:
+        yield f"{code.stack} bytes of stack"
     limit = SHARED_LIMIT.get(launch.arch, SHARED_PREFERRED)
     if launch.shared > limit:
         yield f"{launch.shared} bytes of shared memory, the chip has {limit}"

@@ -96,6 +96,14 @@ class MachineCode:
     def count(self, test: Callable[[Instruction], bool]) -> int:
         return sum(map(test, self.instructions))
 
+    def in_loops(self, test: Callable[[Instruction], bool]) -> int:
+        """How many of the instructions between a label and a branch back to it."""
+        found: set[int] = set()
+        for index, instruction in enumerate(self.instructions):
+            first = self.labels.get(instruction.target or "", index)
+            found |= {i for i in range(first, index) if test(self.instructions[i])}
+        return len(found)
+
     def before(self, opcode: str) -> list[Instruction]:
         """Every instruction that some path from the kernel's start reaches without having executed `opcode`."""
         seen: set[int] = set()

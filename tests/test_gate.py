@@ -274,6 +274,30 @@ def test_memory_is_limited_by_the_chip() -> None:
     assert reasons(90, 0, stack=8) == ["8 bytes of stack"]
 
 
+SPILLS = """
+        /*0000*/                   STL [R1], R4 ;
+.L_loop:
+        /*0010*/                   {inside}
+        /*0020*/                   HMMA.16816.F32.BF16 R56, R56, R40, RZ ;
+        /*0030*/               @P1 BRA `(.L_loop) ;
+        /*0040*/                   LDL.LU R4, [R1] ;
+        /*0050*/                   EXIT ;
+.L_trap:
+        /*0060*/                   BRA `(.L_trap);
+"""
+
+
+def test_registers_may_be_put_aside_before_a_loop_but_not_in_it() -> None:
+    def reasons(inside: str, stack: int = 8, before: int = 1) -> list[str]:
+        listing = SPILLS.format(inside=inside).replace("/*0000*/ ", "/*0000*/ STL [R1], R4 ;\n /*0000*/ " * before)
+        return failures(machine_code(listing, stack=stack), Meaning(waits=False), Launch({}, 2, 4, 0, True, 90))
+
+    assert reasons("NOP ;") == reasons("NOP ;", before=8) == []
+    assert "11 loads and stores of local memory: " in reasons("NOP ;", before=9)[0]
+    assert "1 loads and stores of local memory in loops" in reasons("LDL R4, [R1] ;")[0]
+    assert reasons("NOP ;", stack=256) == ["256 bytes of stack"], "an array"
+
+
 LAYOUTS = """
 #blocked = #ttg.blocked<{sizePerThread = [8, 1], threadsPerWarp = [16, 2], warpsPerCTA = [1, 4], order = [0, 1]}>
 #other = #ttg.blocked<{sizePerThread = [4, 1], threadsPerWarp = [32, 1], warpsPerCTA = [1, 4], order = [0, 1]}>
