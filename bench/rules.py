@@ -37,18 +37,22 @@ NORMED = ("qkv", "up", "head")
 
 
 class Product(NamedTuple):
-    """What replaces a part of `ProductRule`: weight rows and columns of a step, stages, warps where it has fewer."""
+    """What replaces a part of `ProductRule`: weight rows and columns of a step, stages, warps where it has fewer.
+
+    registers: what a thread may take.
+    """
 
     block_n: int
     block_k: int
     stages: int
     warps: int = 4
+    registers: int = launch.PRODUCT_REGISTERS
 
 
 class Blocks(NamedTuple):
     """What replaces a part of `ProductRule` for many rows: rows and weight rows of a program, `run`, stages, the norm.
 
-    run 0 is None, whole steps; norm_apart says nothing where a product has no norm.
+    run 0 is None, whole steps; norm_apart says nothing where a product has no norm; registers are those of a thread.
     """
 
     rows: int
@@ -56,6 +60,7 @@ class Blocks(NamedTuple):
     run: int
     stages: int
     norm_apart: bool
+    registers: int = launch.PRODUCT_REGISTERS
 
 
 class Attention(NamedTuple):
@@ -78,11 +83,15 @@ PRODUCTS = tuple(starmap(Product, (
     (32, 256, 4), (32, 512, 4), (64, 256, 4), (64, 512, 2), (16, 2048, 3, 8), (32, 1024, 3, 8),
     # Few programs, so that activations are read seldom.
     (64, 512, 3, 8), (64, 1024, 2, 8), (128, 512, 2, 8),
+    # Two programs of eight warps on a processor.
+    (32, 512, 3, 8, 128), (32, 1024, 2, 8, 128), (64, 256, 3, 8, 128), (64, 512, 2, 8, 128), (128, 256, 2, 8, 128),
 )))
 # fmt: on
 ATTENTIONS = tuple(starmap(Attention, product((64, 128), (4, 8))))
 # Of a Hopper processor's 227 KiB, less what sums over parts may take.
 MOST_SHARED = 220 * 1024
+# Of a thread, where a processor is to hold two programs of eight warps.
+TWO_PROGRAMS = 128
 DRY_PRODUCTS, DRY_ATTENTIONS = (Product(16, 32, 2),), (Attention(64, 4),)
 
 
@@ -176,6 +185,8 @@ def blocks(rule: launch.ProductRule, kernel: str) -> list[Blocks]:
             for buffers, norm_apart in product({1, min(3, room)}, apart):
                 if 0 < buffers <= room and run < per_part:
                     found.append(Blocks(wide, block_n, run, 1 + buffers, norm_apart))
+                    if rule.parts >= 8 and 2 * buffers <= room:
+                        found.append(found[-1]._replace(registers=TWO_PROGRAMS))
     return found
 
 
@@ -198,8 +209,9 @@ def in_use(model: Model, kernel: str, rows: int = 1) -> Candidate:
     rule = rule_of(model, kernel, rows)
     if rows > 1:
         run = 0 if rule.chunk == rule.block_k else rule.run or 0
-        return Blocks(rule.rows, rule.block_n, run, rule.stages, rule.norm_apart and kernel in NORMED)
-    return Product(rule.block_n, rule.block_k, rule.stages, rule.warps)
+        apart = rule.norm_apart and kernel in NORMED
+        return Blocks(rule.rows, rule.block_n, run, rule.stages, apart, rule.registers)
+    return Product(rule.block_n, rule.block_k, rule.stages, rule.warps, rule.registers)
 
 
 @contextmanager
@@ -229,10 +241,11 @@ def replaced(model: Model, chosen: Chosen) -> Generator[None]:
 def _with(rule: launch.ProductRule, candidate: Product | Blocks | Attention | None) -> launch.ProductRule:
     if isinstance(candidate, Blocks):
         fields = candidate._asdict() | {"run": candidate.run or None, "warps": max(4, rule.parts)}
-        return rule._replace(**fields, registers=launch.PRODUCT_REGISTERS)
-    if not isinstance(candidate, Product):
+    elif isinstance(candidate, Product):
+        fields = candidate._asdict() | {"warps": max(rule.warps, candidate.warps)}
+    else:
         return rule
-    return rule._replace(**candidate._asdict() | {"warps": max(rule.warps, candidate.warps)})
+    return rule._replace(**fields)
 
 
 def _filled(candidate: Product, columns: int) -> bool:
@@ -293,4 +306,6 @@ def _figure(
 
 
 def _name(candidate: Candidate) -> str:
-    return "x".join(map(str, candidate))
+    fields = candidate._asdict()
+    most = fields.pop("registers", launch.PRODUCT_REGISTERS)
+    return "x".join(map(str, fields.values())) + ("" if most == launch.PRODUCT_REGISTERS else f"r{most}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..kernels import launch as rules
+from ..kernels import attention_rules, launch
 from ..kernels.ops import select
 from ..kernels.values import Matrix, Slots, Split
 from ..loaders.config import ModelConfig
@@ -140,10 +141,9 @@ def _ablations(clock: Clock, bed: Bed) -> Iterator[Figure]:
     fast = bed._replace(model=Model(bed.model.config, bed.weights, select("triton", "fast")))
     for name, other, count, constant in (
         *(("fast", fast, count, None) for count in (1, 16)),
-        ("nothing ahead", bed, 1, ("AHEAD_BYTES", 0)),
-        ("runs of 32", bed, 32, ("RUN", 32)),
-        ("chunks", bed, 16, ("WIDE_WEIGHT", 0)),
-        ("whole steps", bed, 16, ("WIDE_WEIGHT", 1 << 30)),
+        ("nothing ahead", bed, 1, (launch, "AHEAD_BYTES", 0)),
+        ("whole steps", bed, 16, (launch, "WIDE_WEIGHT", 1 << 30)),
+        *(("attention of 32", bed, count, (attention_rules, "FEW_PROGRAMS", 0)) for count in (8, 16)),
     ):
         before = clock.times(bed.step(count))
         with _set(constant):
@@ -153,18 +153,18 @@ def _ablations(clock: Clock, bed: Bed) -> Iterator[Figure]:
 
 
 @contextmanager
-def _set(constant: tuple[str, int] | None) -> Generator[None]:
+def _set(constant: tuple[ModuleType, str, int] | None) -> Generator[None]:
     """A constant of the launch rules has another value."""
     if constant is None:
         yield
         return
-    name, value = constant
-    usual = getattr(rules, name)
-    setattr(rules, name, value)
+    module, name, value = constant
+    usual = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        setattr(rules, name, usual)
+        setattr(module, name, usual)
 
 
 def bubble_per_layer(seconds: float, read: int, bandwidth: float, layers: int) -> float:
@@ -181,16 +181,16 @@ class Launch(NamedTuple):
 
 
 def _kernels(clock: Clock, bed: Bed, copy: float | None) -> Iterator[Figure]:
-    for count in ROWS[:2]:
-        for name, launch in launches(bed, count).items():
+    for count in FEW_ROWS:
+        for name, kernel in launches(bed, count).items():
 
-            def loop(launch: Launch = launch) -> None:
-                for i in range(launch.layers):
-                    launch.run(i)
+            def loop(kernel: Launch = kernel) -> None:
+                for i in range(kernel.layers):
+                    kernel.run(i)
 
-            times = clock.times(loop, launch.layers)
-            share = _share(launch.bytes, times[0], copy)
-            yield Figure(name, bed.shape, count, *times, launch.bytes, launch.bytes * launch.layers, share)
+            times = clock.times(loop, kernel.layers)
+            share = _share(kernel.bytes, times[0], copy)
+            yield Figure(name, bed.shape, count, *times, kernel.bytes, kernel.bytes * kernel.layers, share)
 
 
 def launches(bed: Bed, count: int) -> dict[str, Launch]:

@@ -17,8 +17,6 @@ INTERPRETED = bool(knobs.runtime.interpret)
 DEPENDENT_LAUNCH = os.environ.get("SKIPJACK_PDL", "1") != "0"
 AHEAD_BYTES = int(os.environ.get("SKIPJACK_AHEAD_MIB", "8")) << 20
 ROW_MAP_BLOCK = 1024
-LOOKUP_BLOCK = 1024
-LOOKUP_BLOCKS = 64
 
 LARGE_WEIGHT = 8192
 VOCABULARY = 65536
@@ -29,6 +27,7 @@ LONG_STEP_ROWS = 16
 WIDE_WEIGHT = 2048
 WIDE_STEP_ROWS = 8
 MANY_ROWS = 64
+TWO_PROGRAM_ROWS = 32
 RUN = 64
 LONG_WEIGHT = 8
 FLIGHT_BYTES = 72 * 1024
@@ -85,15 +84,6 @@ class MergeRule(NamedTuple):
 
     lanes: int
     share: int
-    warps: int
-
-
-class LookupRule(NamedTuple):
-    """Parameters of a lookup: positions of a block, blocks a text has at most, places kept of each, launch."""
-
-    block: int
-    blocks: int
-    kept: int
     warps: int
 
 
@@ -175,7 +165,13 @@ def _broad(rule: ProductRule, weight_rows: int, width: int, itemsize: int) -> Pr
         return rule
     block_n = 2 * rule.block_n
     block_k = min(rule.block_k, _power(width // 8 + 1) // 2) if weight_rows >= VOCABULARY else rule.block_k
-    return rule._replace(block_n=block_n, block_k=block_k, stages=1 + 2 * STEP_BYTES // (block_n * block_k * itemsize))
+    step = block_n * block_k * itemsize
+    return rule._replace(
+        block_n=block_n,
+        block_k=block_k,
+        stages=1 + 2 * STEP_BYTES // step,
+        warps=8 if step >= 2 * STEP_BYTES else rule.warps,
+    )
 
 
 def _alone(rule: ProductRule, weight_rows: int, width: int, reach: int, itemsize: int, room: int) -> ProductRule:
@@ -212,22 +208,20 @@ def _shared_out(
     For every byte of a weight programs together read ⌈rows ÷ wide⌉ bytes of it and rows ÷ block_n of activations, most
     of them from the L2 cache. Both shrink as blocks widen: to the first of `blocks` that leaves most processors a
     program, registers for the sums of every part, and room for two chunks of the step. Chunks are as long as the room
-    allows: runs of a whole cache line, if it does.
-
-    Where a sum over the weight rows leaves one block to choose, each warp has all of its rows: chunks are half as long.
+    allows: runs of a whole cache line, if it does, and of two for few rows of a small weight.
 
     A processor holds two programs of eight warps of a large weight, which has that many; in the registers this leaves,
-    blocks of 16 rows spill, and all do on sm_100.
+    all spill on sm_100. A head, whose sums over weight rows leave one block to choose, takes twice the rows for it.
     """
+    two = weight_rows >= LARGE_WEIGHT and rule.warps == 8 and arch < 100
     if rows <= whole_steps(width) or itemsize == 4:
-        two = weight_rows >= LARGE_WEIGHT and rule.warps == 8 and arch < 100
         return rule._replace(registers=REGISTERS // (2 * 32 * rule.warps)) if two else rule
-    room, warps = ROOM.get(arch, SHARED_BYTES), max(4, rule.parts)
-    sums = SUMS * 32 * warps // rule.parts
+    room, warps, head = ROOM.get(arch, SHARED_BYTES), max(4, rule.parts), len(blocks) == 1
+    sums = (2 * SUMS if head else SUMS) * 32 * warps // rule.parts
     wide = min(MANY_ROWS, _power(rows), sums // min(blocks))
     rule = rule._replace(rows=wide, warps=warps, norm_apart=True)
     most = max(sums // wide, min(blocks))
-    longest = RUN if len(blocks) > 1 else RUN // 2
+    longest = RUN // 2 if head and wide > TWO_PROGRAM_ROWS else RUN
     fits: dict[int, int] = {}
     for run in (longest, longest // 2, longest // 4):
         rule = rule._replace(run=run)
@@ -236,7 +230,27 @@ def _shared_out(
         if fits:
             break
     block_n = next((n for n in fits if weight_rows // n * _power(rows) // wide >= ENOUGH_PROGRAMS), min(fits))
-    return rule._replace(block_n=block_n, stages=1 + min(3, fits[block_n]))
+    rule = rule._replace(block_n=block_n, stages=1 + min(2 if head else 3, fits[block_n]))
+    if two and wide <= TWO_PROGRAM_ROWS:
+        return _by_two(rule, itemsize, room, head=head)
+    return _longer_runs(rule, itemsize, room) if wide <= LONG_STEP_ROWS else rule
+
+
+def _by_two(rule: ProductRule, itemsize: int, room: int, *, head: bool) -> ProductRule:
+    """Two programs on a processor, of half the weight rows where these are free; a head needs room for two chunks."""
+    block_n = rule.block_n if head else min(rule.block_n, 32)
+    chunks = room // (2 * (block_n + rule.rows) * rule.chunk * itemsize)
+    if head and chunks < 2:
+        return rule
+    registers = REGISTERS // (2 * 32 * rule.warps)
+    return rule._replace(block_n=block_n, stages=1 + max(1, min(2, chunks)), registers=registers)
+
+
+def _longer_runs(rule: ProductRule, itemsize: int, room: int) -> ProductRule:
+    """Runs of two cache lines, where there is room for three chunks of them."""
+    longer = rule._replace(run=2 * RUN, stages=4)
+    chunks = room // ((rule.block_n + rule.rows) * longer.chunk * itemsize)
+    return longer if rule.run == RUN and chunks >= 3 else rule
 
 
 def _computed(weight_rows: int, width: int, rows: int, tile: int, itemsize: int) -> ProductRule:
@@ -318,7 +332,7 @@ def route_rule(
     """
     tile = tile_of(rows, tile)
     rule = product_rule(weight_rows, columns, min(rows, tile), tile, itemsize, arch, short=short)
-    return rule._replace(block_n=16, block_k=min(rule.block_k, 128 if short else 512), most_parts=4)
+    return rule._replace(block_n=16, block_k=min(rule.block_k, 128 if short else 512), most_parts=4, warps=4)
 
 
 def norm_rule(columns: int) -> NormRule:
@@ -338,13 +352,6 @@ def merge_rule(blocks: int, kept: int, arch: int) -> MergeRule:
     lanes = 1024 if arch else 8
     share = -(-blocks // lanes) * kept
     return MergeRule(lanes, 1 << (share - 1).bit_length(), warps=4)
-
-
-def lookup_rule(capacity: int, votes: int | None) -> LookupRule:
-    """Blocks of one size for texts of up to 64 Ki tokens, larger ones for longer texts: never more than 64 of them."""
-    block = max(LOOKUP_BLOCK, 1 << (-(-capacity // LOOKUP_BLOCKS) - 1).bit_length())
-    kept = max(16, 1 << ((votes or 1) - 1).bit_length())
-    return LookupRule(block, LOOKUP_BLOCKS, kept, warps=8 if kept >= 128 else 4)
 
 
 @cache

@@ -43,6 +43,20 @@ def _padded(weight: Tensor) -> Tensor:
 
 
 @triton.jit
+def _results(
+    pid_n,
+    offs_r,
+    mask_r,
+    stride_out,
+    OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Where a program's results lie, int64 [BLOCK, ROWS], and which there are."""
+    offs_n = pid_n * BLOCK + tl.arange(0, BLOCK)
+    return offs_r[None, :] * stride_out + offs_n[:, None], mask_r[None, :] & (offs_n < OUT)[:, None]
+
+
+@triton.jit
 def _terms(
     bias_ptr,
     offs_w,
@@ -124,10 +138,8 @@ def _linear_kernel(
         if tl.max(mask_out.to(tl.int32), axis=0) == 0:
             return
         first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K, PARTS, CHUNK)
-    offs_n = pid_n * BLOCK + tl.arange(0, BLOCK)
-    mask = mask_out[None, :] & (offs_n < OUT)[:, None]
-    offs_out = offs_r[None, :] * stride_out + offs_n[:, None]
     if EARLY:
+        offs_out, mask = _results(pid_n, offs_r, mask_out, stride_out, OUT, BLOCK)
         bias, scale, residual = _terms(
             bias_ptr, offs_w, mask_w, scale_ptr, offs_r, mask_r, residual_ptr, offs_out, mask
         )
@@ -155,6 +167,7 @@ def _linear_kernel(
         ROWS,
     )
     if not EARLY:
+        offs_out, mask = _results(pid_n, offs_r, mask_out, stride_out, OUT, BLOCK)
         bias, scale, residual = _terms(
             bias_ptr, offs_w, mask_w, scale_ptr, offs_r, mask_r, residual_ptr, offs_out, mask
         )

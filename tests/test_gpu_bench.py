@@ -163,7 +163,7 @@ def test_steps_run_dry_through_the_interpreter(monkeypatch: pytest.MonkeyPatch, 
     assert (code, result["broken"]) == (0, None)
     assert {figure["name"] for figure in result["figures"]} == {
         *("qkv", "attend", "output", "up", "down", "head", "step"),
-        *(f"step, {change}" for change in ("fast", "nothing ahead", "runs of 32", "chunks", "whole steps")),
+        *(f"step, {change}" for change in ("fast", "nothing ahead", "whole steps", "attention of 32")),
         *(f"sample, {name}" for name in sampled.CHOICES),
         "rejection, top-p 0.9",
     }

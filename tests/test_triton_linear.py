@@ -292,7 +292,7 @@ def test_a_small_weight_is_one_step_where_a_program_has_the_shared_memory_for_it
 def test_programs_with_a_processor_each_have_twice_the_step_on_its_way() -> None:
     one, nine, many = (launch.product_rule(2048, 8192, rows, 8, 2, 90, normed=False) for rows in (1, 9, 40))
     assert (one.block_k, one.chunk, one.warps) == (2048, 2048, 8)
-    assert (nine.block_k, nine.chunk, nine.warps) == (2048, 512, 8)
+    assert (nine.block_k, nine.chunk, nine.warps) == (2048, 1024, 8)
     assert (many.block_k, many.chunk, many.warps) == (2048, 512, 8)
 
 
@@ -356,6 +356,27 @@ def test_a_processor_holds_two_wide_programs_of_a_large_weight() -> None:
     assert (narrow.warps, narrow.parts, narrow.registers) == (4, 8, launch.PRODUCT_REGISTERS)
     assert launch.product_rule(28672, 1536, 16, 8, 2, 100) == large._replace(registers=launch.PRODUCT_REGISTERS)
     assert launch.product_rule(49152, 576, 16, 8, 2, 90)[3:4] == (4,), "of four parts, as steps of 64 columns have"
+
+
+@pytest.mark.parametrize("shape", [(16384, 2048), (28672, 4096), (19456, 2560)])
+def test_a_processor_holds_two_programs_of_a_large_weight_up_to_32_rows(shape: tuple[int, int]) -> None:
+    for rows in (1, 8, 9, 16, 32):
+        rule = launch.product_rule(*shape, rows, 8, 2, 90)
+        assert (rule.warps, rule.registers) == (8, 128)
+        one = (rule.stages - 1) * (rule.block_n + rule.rows) * rule.chunk * 2
+        assert 2 * one <= 200 * 1024, "shared memory of a processor"
+        assert rule.block_n == (64 if rows <= 8 else 32)
+    assert launch.product_rule(*shape, 64, 8, 2, 90).registers == launch.PRODUCT_REGISTERS
+
+
+@pytest.mark.parametrize(("rows", "wide"), [(9, 16), (32, 32), (33, 64), (64, 64), (144, 64)])
+@pytest.mark.parametrize("columns", [2048, 4096])
+def test_a_head_is_read_once_for_up_to_64_rows(columns: int, rows: int, wide: int) -> None:
+    rule = launch.product_rule(128256, columns, rows, 8, 2, 90, summed=True)
+    assert (rule.block_n, rule.rows) == (64, wide)
+    assert rule.stages == 3, "two chunks on the way"
+    assert (rule.stages - 1) * (rule.block_n + rule.rows) * rule.chunk * 2 <= 200 * 1024
+    assert rule.block_n * rule.rows * rule.parts <= 256 * 32 * rule.warps, "registers of the sums"
 
 
 def moved(rule: launch.ProductRule, rows: int) -> float:
