@@ -8,7 +8,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 _LINE = re.compile(r'//## File "(?P<file>[^"]+)", line (?P<line>\d+)')
@@ -23,6 +22,7 @@ _LOADS = {"LDG", "LDGSTS", "LD", "UBLKCP", "UTMALDG"}
 _BULK_LOADS = {"UBLKCP", "UTMALDG"}
 _STORES = {"STG", "ST", "RED", "REDG", "ATOM", "ATOMG", "UBLKRED", "UTMASTG", "UTMAREDG"}
 _SPILLS = {"LDL", "STL"}
+Barriers = frozenset[tuple[str, int]]
 _MMA = re.compile(r"(?:[HIDQO]|[HIQB]G|UTC[A-Z]*)MMA\b")
 
 
@@ -106,29 +106,24 @@ class MachineCode:
 
     def before(self, opcode: str) -> list[Instruction]:
         """Every instruction that some path from the kernel's start reaches without having executed `opcode`."""
-        seen: set[int] = set()
-        waiting = [0]
+        # With where the threads that wait at each convergence barrier go on: names of barriers are used again.
+        seen: set[tuple[int, Barriers]] = set()
+        waiting: list[tuple[int, Barriers]] = [(0, frozenset())]
         while waiting:
-            index = waiting.pop()
-            if index in seen or index >= len(self.instructions):
+            index, barriers = here = waiting.pop()
+            if here in seen or index >= len(self.instructions):
                 continue
-            seen.add(index)
+            seen.add(here)
             instruction = self.instructions[index]
-            if instruction.base != opcode or instruction.predicate is not None:
-                waiting += self._successors(index)
-        return [self.instructions[index] for index in sorted(seen)]
-
-    @cached_property
-    def _reconvergence(self) -> dict[str, list[int]]:
-        """Where the threads waiting at a convergence barrier may go on."""
-        found: dict[str, list[int]] = {}
-        for instruction in self.instructions:
             if instruction.base == "BSSY" and instruction.target in self.labels:
                 barrier = instruction.operands.partition(",")[0].strip()
-                found.setdefault(barrier, []).append(self.labels[instruction.target])
-        return found
+                others = {one for one in barriers if one[0] != barrier}
+                barriers = frozenset({*others, (barrier, self.labels[instruction.target])})
+            if instruction.base != opcode or instruction.predicate is not None:
+                waiting += [(following, barriers) for following in self._successors(index, barriers)]
+        return [self.instructions[index] for index in sorted({index for index, _ in seen})]
 
-    def _successors(self, index: int) -> list[int]:
+    def _successors(self, index: int, barriers: Barriers) -> list[int]:
         instruction = self.instructions[index]
         following = [index + 1]
         if instruction.base in ("EXIT", "RET"):
@@ -139,7 +134,7 @@ class MachineCode:
         if instruction.base == "BSSY":
             return following
         if instruction.base == "BSYNC":
-            return following + self._reconvergence.get(instruction.operands.strip(), [])
+            return following + [place for barrier, place in barriers if barrier == instruction.operands.strip()]
         if instruction.target is None:
             return following
         target = [self.labels[instruction.target]]

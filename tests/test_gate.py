@@ -238,6 +238,23 @@ $helper:
     assert not any(i.is_end for i in early)
 
 
+def test_a_barrier_that_is_used_again_leads_no_thread_back_or_ahead() -> None:
+    listing = """
+        /*0000*/                   BSSY.RECONVERGENT B0, `(.L_first) ;
+        /*0010*/               @P0 BRA `(.L_first) ;
+        /*0020*/                   BSYNC.RECONVERGENT B0 ;
+.L_first:
+        /*0030*/                   ACQBULK ;
+        /*0040*/                   BSSY.RECONVERGENT B0, `(.L_second) ;
+        /*0050*/                   BSYNC.RECONVERGENT B0 ;
+        /*0060*/                   NOP ;
+.L_second:
+        /*0070*/                   STG.E [R2.64], R9 ;
+        /*0080*/                   EXIT ;
+"""
+    assert [i.base for i in machine_code(listing).before("ACQBULK")] == ["BSSY", "BRA", "BSYNC", "ACQBULK"]
+
+
 def test_what_was_known_before_may_be_loaded_before_the_wait(tmp_path: Path) -> None:
     source = tmp_path / "kernel.py"
     source.write_text("p = tl.load(position_ptr + r)\nx = tl.load(x_ptr + k)\n", encoding="utf-8")
