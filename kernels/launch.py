@@ -165,13 +165,7 @@ def _broad(rule: ProductRule, weight_rows: int, width: int, itemsize: int) -> Pr
         return rule
     block_n = 2 * rule.block_n
     block_k = min(rule.block_k, _power(width // 8 + 1) // 2) if weight_rows >= VOCABULARY else rule.block_k
-    step = block_n * block_k * itemsize
-    return rule._replace(
-        block_n=block_n,
-        block_k=block_k,
-        stages=1 + 2 * STEP_BYTES // step,
-        warps=8 if step >= 2 * STEP_BYTES else rule.warps,
-    )
+    return rule._replace(block_n=block_n, block_k=block_k, stages=1 + 2 * STEP_BYTES // (block_n * block_k * itemsize))
 
 
 def _alone(rule: ProductRule, weight_rows: int, width: int, reach: int, itemsize: int, room: int) -> ProductRule:
