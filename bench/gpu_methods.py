@@ -13,6 +13,7 @@ from typing import Any
 
 from .gpu_parts import Setting
 from .gpu_speed import Found
+from .step import Figure
 from .targets import DRAFTS, FRACTIONS, Measurement
 
 SKIPJACK = "from skipjack.runtime.cli import main; main()"
@@ -20,6 +21,8 @@ SKIPJACK = "from skipjack.runtime.cli import main; main()"
 PEERS = {"T12": "transformers static cache", "T13": "torch.compile loop"}
 # What reading weights alone would allow DMTD with cycles of four tokens on the shape of Qwen3-4B.
 DMTD_BOUND = 2.11
+# Rounds have targets on one shape; of the other some are made so that something is seen of it.
+ROUNDS = {"1b": ("--tokens", "256", "--repeats", "4"), "8b": ("--tokens", "64", "--repeats", "1")}
 Result = Mapping[str, Any]
 
 
@@ -27,9 +30,30 @@ def drafts(setting: Setting) -> Found:
     """T8 to T11, by `bench decode` with forced acceptance."""
     for label, shape in setting.named(DRAFTS).items():
         tiny = ["--context", "16", "--rows", "2", "--rate", "0.5", "--draft", "2", "--pairs", "1", "--repeats", "1"]
-        full = ["--rows", "8", "--rate", "0.5", "--rate", "0.8", "--rate", "0.9", "--draft", "4"]
+        full = ["--rows", "8", "--rate", "0.5", "--rate", "0.8", "--rate", "0.9", "--draft", "4", *ROUNDS[label]]
         arguments = ["decode", f"synthetic:{shape}:0.3", *([*tiny, "--tokens", "4"] if setting.dry else full)]
-        yield from of_decode(label, *_bench(arguments, 240))
+        result, problem = _bench(arguments, 240)
+        if not setting.dry:
+            yield from figures_of_decode(shape, result)
+        yield from of_decode(label, result, problem)
+
+
+def figures_of_decode(shape: str, result: Result) -> Iterator[Figure]:
+    """What the measurements of `of_decode` were made of: passes, and rounds with what their parts take alone."""
+    for one in result.get("passes", ()):
+        time = one["seconds"]
+        name, share = f"{one['kind']}, {one['layers']} layers", one["share"]
+        yield Figure(name, shape, one["rows"], time["median"], time["p10"], time["p90"], one["bytes"], 0, share)
+    for one in result.get("rounds", ()):
+        time, micro = one["seconds"], 1e6
+        plain, speed = micro * one["plain"]["median"], one["speed"]["median"]
+        note = (
+            f"draft {micro * one['draft']:.1f} µs, verification {micro * one['verify']:.1f}; "
+            f"a token of plain decoding {plain:.1f} µs, {one['mean_length']:.2f} tokens a round, of {one['rounds']}; "
+            f"speed {speed:.3f}, possible {one['possible']:.3f}"
+        )
+        name = f"round of {one['method'].partition(':')[0]}, {one['k']} drafts, {one['rate']} accepted"
+        yield Figure(name, shape, one["k"] + 1, time["median"], time["p10"], time["p90"], 0, 0, None, note)
 
 
 def of_decode(label: str, result: Result, problem: str) -> Iterator[Measurement]:

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from typer.testing import CliRunner
 
 from skipjack.bench import gpu, gpu_check, gpu_parts, gpu_speed, rotation, sampled, targets
-from skipjack.bench.gpu_methods import of_decode, of_peers
+from skipjack.bench.gpu_methods import figures_of_decode, of_decode, of_peers
 from skipjack.bench.gpu_parts import DRY, GPU, Finding, Setting
 from skipjack.bench.gpu_speed import of_steps
 from skipjack.bench.step import Figure
@@ -88,6 +88,17 @@ def test_steps_give_bubble_shares_and_ratios() -> None:
     )
 
 
+def test_figures_of_passes_and_rounds_stand_beside_their_measurements() -> None:
+    spread = {"median": 2e-3, "p10": 1e-3, "p90": 3e-3}
+    one = {"kind": "draft", "layers": 8, "rows": 1, "seconds": spread, "bytes": 1000, "share": 0.9}
+    own = {"method": "swift:a=1", "rate": 0.8, "k": 4, "rounds": 20, "mean_length": 3.2, "seconds": spread}
+    own |= {"draft": 4e-4, "verify": 8e-4, "plain": spread, "speed": spread, "possible": 1.5}
+    draft, turn = figures_of_decode("1b", {"passes": [one], "rounds": [own]})
+    assert (draft.name, draft.shape, draft.rows, draft.median, draft.share) == ("draft, 8 layers", "1b", 1, 2e-3, 0.9)
+    assert (turn.name, turn.rows, turn.p90) == ("round of swift, 4 drafts, 0.8 accepted", 5, 3e-3)
+    assert turn.note.startswith("draft 400.0 µs, verification 800.0; a token of plain decoding 2000.0 µs, 3.20 tokens")
+
+
 def test_result_files_of_other_benches_are_read() -> None:
     draft = [{"kind": "draft", "layers": n, "ideal": 1 + n / 100} for n in (0, 4, 8, 12, 16)]
     rounds = [{"glue": 0.03, "of_possible": 0.9}, {"glue": 0.01, "of_possible": 0.95}]
@@ -102,6 +113,7 @@ def test_result_files_of_other_benches_are_read() -> None:
         ("T10", "glue"): 0.03,
         ("T11", "1b"): 0.9,
     }
+    assert list(figures_of_decode("1b", {})) == []
     missing = list(of_decode("1b", {}, "no such command"))
     assert {(m.value, m.note) for m in missing} == {(None, "no such command")}
     line = {"peer": "transformers static cache + compile", "unavailable": None, "ratio": 1.7}
