@@ -224,7 +224,8 @@ class Rounds:
         """Commit the oldest round under way; a sequence that has ended gets nothing of it."""
         (report, logprobs), plan = graph.report(), self._plans.popleft()
         now = perf_counter()
-        seconds, self._since = now - self._since, now
+        # The device goes on while the caller has its tokens: then the host waits less than the round takes.
+        seconds, self._since = max(now - self._since, graph.took), now
         running = [(row, sequence) for row, sequence in enumerate(self._members) if sequence.finish_reason is None]
         for _, sequence in running:
             sequence.enter(self._method.phase())

@@ -43,8 +43,10 @@ class RoundGraph:
         self._ring = [
             [torch.zeros_like(part, device="cpu", pin_memory=pinned) for part in self._told] for _ in range(AHEAD + 1)
         ]
-        self._events = [torch.cuda.Event() for _ in self._ring] if pinned else None
+        self._events = [_begin_and_end() for _ in self._ring] if pinned else None
         self._written = self._read = 0
+        # Seconds of the round whose report was read last, where the device tells.
+        self.took = 0.0
 
     @property
     def key(self) -> Key:
@@ -103,23 +105,27 @@ class RoundGraph:
 
     def enqueue(self) -> None:
         """One round more; its report goes to the host as soon as it is there."""
+        place = self._written % len(self._ring)
+        if self._events is not None:
+            self._events[place][0].record()
         with self._model.mark("round", self.sequences, self.sequences):
             if self._graph is None:
                 self._run()
             else:
                 self._graph.replay()
-        place = self._written % len(self._ring)
         for target, source in zip(self._ring[place], self._told, strict=True):
             target.copy_(source, non_blocking=True)
         if self._events is not None:
-            self._events[place].record()
+            self._events[place][1].record()
         self._written += 1
 
     def report(self) -> tuple[Tensor, Logprobs | None]:
         """The oldest report that has not been read, and its logprobs, on the host; waits for its round."""
         place = self._read % len(self._ring)
         if self._events is not None:
-            self._events[place].synchronize()
+            begin, end = self._events[place]
+            end.synchronize()
+            self.took = begin.elapsed_time(end) / 1e3
         self._read += 1
         table, *logprobs = (part.clone() for part in self._ring[place])
         return table, Logprobs(*logprobs) if logprobs else None
@@ -131,7 +137,7 @@ class RoundGraph:
     def settle(self) -> None:
         """Wait until nothing of it is under way, read or not."""
         if self._events is not None and self._written:
-            self._events[(self._written - 1) % len(self._ring)].synchronize()
+            self._events[(self._written - 1) % len(self._ring)][1].synchronize()
 
     def _run(self) -> None:
         recipe = self.recipe
@@ -147,3 +153,7 @@ class RoundGraph:
         with torch.cuda.stream(side):
             self._run()
         side.synchronize()
+
+
+def _begin_and_end() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

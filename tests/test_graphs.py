@@ -278,6 +278,23 @@ def test_a_round_asks_the_host_nothing(questions: Any, sampled: bool) -> None:
         assert state.report[1, 0] == -1, "a place no sequence has does not run"
 
 
+def test_a_round_takes_what_the_device_says_where_the_host_had_not_to_wait_for_it(
+    device: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its caller has the tokens of one round, the device goes on with the next."""
+    usual, told = RoundGraph.report, 0.25
+
+    def report(self: RoundGraph) -> Any:
+        found = usual(self)
+        self.took = told
+        return found
+
+    monkeypatch.setattr(RoundGraph, "report", report)
+    for method in ("autoregressive", f"{FIXED},threshold=0"):
+        stats = device.generate(PROMPTS[0], SamplingParams(max_tokens=9, ignore_eos=True), method=method).stats
+        assert stats.decode_s == pytest.approx(told * stats.rounds, rel=0.02)
+
+
 def test_the_device_is_ahead_of_the_host(device: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     enqueued: list[Recipe] = []
 
