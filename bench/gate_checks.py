@@ -61,7 +61,7 @@ class Case:
 
 
 # Outside loops: what is put aside before a loop, and taken back after it, costs a program no more than a few cycles.
-FEW_SPILLS = 10
+FEW_SPILLS = 16
 
 
 @dataclass(frozen=True)

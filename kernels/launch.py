@@ -205,11 +205,12 @@ def _shared_out(
     allows: runs of a whole cache line, if it does, and of two for few rows of a small weight.
 
     A processor holds two programs of eight warps of a large weight, which has that many; in the registers this leaves,
-    all spill on sm_100. A head, whose sums over weight rows leave one block to choose, takes twice the rows for it.
+    all spill on sm_100, which has no limit. A head, whose sums over weight rows leave one block to choose, takes twice the rows for it.
     """
-    two = weight_rows >= LARGE_WEIGHT and rule.warps == 8 and arch < 100
+    two = weight_rows >= LARGE_WEIGHT and rule.warps == 8
+    registers = REGISTERS // (2 * 32 * 8) if arch < 100 else PRODUCT_REGISTERS
     if rows <= whole_steps(width) or itemsize == 4:
-        return rule._replace(registers=REGISTERS // (2 * 32 * rule.warps)) if two else rule
+        return rule._replace(registers=registers) if two else rule
     room, warps, head = ROOM.get(arch, SHARED_BYTES), max(4, rule.parts), len(blocks) == 1
     sums = (2 * SUMS if head else SUMS) * 32 * warps // rule.parts
     wide = min(MANY_ROWS, _power(rows), sums // min(blocks))
@@ -226,17 +227,16 @@ def _shared_out(
     block_n = next((n for n in fits if weight_rows // n * _power(rows) // wide >= ENOUGH_PROGRAMS), min(fits))
     rule = rule._replace(block_n=block_n, stages=1 + min(2 if head else 3, fits[block_n]))
     if two and wide <= TWO_PROGRAM_ROWS:
-        return _by_two(rule, itemsize, room, head=head)
+        return _by_two(rule, itemsize, room, registers, head=head)
     return _longer_runs(rule, itemsize, room) if wide <= LONG_STEP_ROWS else rule
 
 
-def _by_two(rule: ProductRule, itemsize: int, room: int, *, head: bool) -> ProductRule:
+def _by_two(rule: ProductRule, itemsize: int, room: int, registers: int, *, head: bool) -> ProductRule:
     """Two programs on a processor, of half the weight rows where these are free; a head needs room for two chunks."""
     block_n = rule.block_n if head else min(rule.block_n, 32)
     chunks = room // (2 * (block_n + rule.rows) * rule.chunk * itemsize)
     if head and chunks < 2:
         return rule
-    registers = REGISTERS // (2 * 32 * rule.warps)
     return rule._replace(block_n=block_n, stages=1 + max(1, min(2, chunks)), registers=registers)
 
 

@@ -309,8 +309,8 @@ def test_registers_may_be_put_aside_before_a_loop_but_not_in_it() -> None:
         listing = SPILLS.format(inside=inside).replace("/*0000*/ ", "/*0000*/ STL [R1], R4 ;\n /*0000*/ " * before)
         return failures(machine_code(listing, stack=stack), Meaning(waits=False), Launch({}, 2, 4, 0, True, 90))
 
-    assert reasons("NOP ;") == reasons("NOP ;", before=8) == []
-    assert "11 loads and stores of local memory: " in reasons("NOP ;", before=9)[0]
+    assert reasons("NOP ;") == reasons("NOP ;", before=14) == []
+    assert "17 loads and stores of local memory: " in reasons("NOP ;", before=15)[0]
     assert "1 loads and stores of local memory in loops" in reasons("LDL R4, [R1] ;")[0]
     assert reasons("NOP ;", stack=256) == ["256 bytes of stack"], "an array"
 
