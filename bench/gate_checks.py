@@ -116,7 +116,7 @@ def _memory(code: MachineCode, launch: Launch) -> Iterable[str]:
         yield f"{looped} loads and stores of local memory in loops: registers are spilled"
     elif spills > FEW_SPILLS:
         yield f"{spills} loads and stores of local memory: registers are spilled"
-    elif code.stack > 8 * spills:
+    elif code.stack > sum(i.width for i in code.instructions if i.base == "STL"):
         yield f"{code.stack} bytes of stack"
     limit = SHARED_LIMIT.get(launch.arch, SHARED_PREFERRED)
     if launch.shared > limit:

@@ -106,7 +106,9 @@ class MachineCode:
 
     def before(self, opcode: str) -> list[Instruction]:
         """Every instruction that some path from the kernel's start reaches without having executed `opcode`."""
-        # With where the threads that wait at each convergence barrier go on: names of barriers are used again.
+        # With where the threads that wait at each convergence barrier go on: names of barriers are used again. Where
+        # one is put aside and taken back, it may be that of any of them.
+        kept = any(instruction.base == "BMOV" for instruction in self.instructions)
         seen: set[tuple[int, Barriers]] = set()
         waiting: list[tuple[int, Barriers]] = [(0, frozenset())]
         while waiting:
@@ -117,7 +119,7 @@ class MachineCode:
             instruction = self.instructions[index]
             if instruction.base == "BSSY" and instruction.target in self.labels:
                 barrier = instruction.operands.partition(",")[0].strip()
-                others = {one for one in barriers if one[0] != barrier}
+                others = {one for one in barriers if kept or one[0] != barrier}
                 barriers = frozenset({*others, (barrier, self.labels[instruction.target])})
             if instruction.base != opcode or instruction.predicate is not None:
                 waiting += [(following, barriers) for following in self._successors(index, barriers)]

@@ -63,6 +63,7 @@ def attend(
     out = torch.empty(rows, heads * head_dim, dtype=q.dtype, device=q.device)
     if rows == 0:
         return out
+    active = None if active is None else active.contiguous()
     arch = launch.architecture()
     tile = launch.tile_of(rows, index.tile)
     sequences, width = index.block_table.shape[0], index.width
@@ -90,7 +91,7 @@ def attend(
         None if tree is None else tree.length,
         None if tree is None else tree.slot,
         slopes,
-        active if active is None else active.contiguous(),
+        active,
         partial,
         state,
         None if apart else arrivals,

@@ -3,6 +3,7 @@
 Where a split begins fixes the order of sums, and depends on the shape alone.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 from .launch import PROCESSORS
@@ -97,8 +98,17 @@ def attention_in_order(tiles: int, scratch_bytes: int) -> bool:
     return tiles >= BUSY_PROGRAMS or scratch_bytes > SCRATCH_BYTES
 
 
+@cache
 def attention_programs(tiles: int, splits: int, scratch_bytes: int, at_once: int) -> int:
-    """Programs that share the splits of each of `tiles`, of which the chip holds `at_once`: none starts late."""
+    """Programs that share the splits of each of `tiles`, where the chip holds `at_once` of all of them.
+
+    Those with the least to wait for: rounds of programs, each as long as its splits and a start, which takes about as
+    long as one.
+    """
     if attention_in_order(tiles, scratch_bytes):
         return 1
-    return min(splits, max(1, at_once // tiles))
+
+    def waits(programs: int) -> int:
+        return -(-tiles * programs // at_once) * (-(-splits // programs) + 1)
+
+    return min(range(splits, 0, -1), key=waits)

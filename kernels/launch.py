@@ -128,7 +128,8 @@ def product_rule(
         rule = _broad(rule, weight_rows, width, itemsize)
     elif arch in ROOM:
         rule = _alone(rule, weight_rows, width, reach, itemsize, ROOM[arch])
-    return _shared_out(rule, weight_rows, width, rows, itemsize, arch, (rule.block_n,) if summed else (64, 32, 16))
+    blocks = (rule.block_n,) if summed else (64, 32, 16)
+    return _shared_out(rule, weight_rows, width, rows, itemsize, arch, blocks, head=summed)
 
 
 def _streamed(
@@ -195,7 +196,15 @@ def whole_steps(width: int) -> int:
 
 
 def _shared_out(
-    rule: ProductRule, weight_rows: int, width: int, rows: int, itemsize: int, arch: int, blocks: tuple[int, ...]
+    rule: ProductRule,
+    weight_rows: int,
+    width: int,
+    rows: int,
+    itemsize: int,
+    arch: int,
+    blocks: tuple[int, ...],
+    *,
+    head: bool = False,
 ) -> ProductRule:
     """The rule for passes of `rows` rows: in 16 bits more than `whole_steps` of them share one reading of the weight.
 
@@ -205,13 +214,15 @@ def _shared_out(
     allows: runs of a whole cache line, if it does, and of two for few rows of a small weight.
 
     A processor holds two programs of eight warps of a large weight, which has that many; in the registers this leaves,
-    all spill on sm_100, which has no limit. A head, whose sums over weight rows leave one block to choose, takes twice the rows for it.
+    all spill on sm_100, which has no limit. A `head`, whose sums over weight rows leave one block to choose, takes
+    twice the rows for it.
     """
-    two = weight_rows >= LARGE_WEIGHT and rule.warps == 8
+    large = weight_rows >= LARGE_WEIGHT
+    two = large and rule.warps == 8
     registers = REGISTERS // (2 * 32 * 8) if arch < 100 else PRODUCT_REGISTERS
     if rows <= whole_steps(width) or itemsize == 4:
         return rule._replace(registers=registers) if two else rule
-    room, warps, head = ROOM.get(arch, SHARED_BYTES), max(4, rule.parts), len(blocks) == 1
+    room, warps = ROOM.get(arch, SHARED_BYTES), max(4, rule.parts)
     sums = (2 * SUMS if head else SUMS) * 32 * warps // rule.parts
     wide = min(MANY_ROWS, _power(rows), sums // min(blocks))
     rule = rule._replace(rows=wide, warps=warps, norm_apart=True)
@@ -228,7 +239,7 @@ def _shared_out(
     rule = rule._replace(block_n=block_n, stages=1 + min(2 if head else 3, fits[block_n]))
     if two and wide <= TWO_PROGRAM_ROWS:
         return _by_two(rule, itemsize, room, registers, head=head)
-    return _longer_runs(rule, itemsize, room) if wide <= LONG_STEP_ROWS else rule
+    return rule if large or wide > LONG_STEP_ROWS else _longer_runs(rule, itemsize, room)
 
 
 def _by_two(rule: ProductRule, itemsize: int, room: int, registers: int, *, head: bool) -> ProductRule:

@@ -89,7 +89,7 @@ def store_mean(out_ptr, offs_out, total, acc, mask_m, mask):
 
 @triton.jit
 def merge(
-    row,
+    tile,
     partial_ptr,
     state_ptr,
     out_ptr,
@@ -104,14 +104,14 @@ def merge(
     D_PADDED: tl.constexpr,
     M: tl.constexpr,
 ):
-    """The splits that programs left of M rows × heads from `row` on, below `count`: `begin` to before `end`, in order.
+    """The splits that programs left of the `tile`-th M rows × heads of `count` rows: `begin` to before `end`, in order.
 
     A load takes much longer than what is done with it, so that four are on their way at any time.
     """
     HEADS_PADDED: tl.constexpr = triton.next_power_of_2(GROUP)
-    offs_head = tl.arange(0, M) % HEADS_PADDED
+    offs = tile * M + tl.arange(0, M)
+    offs_row, offs_head = offs // HEADS_PADDED, offs % HEADS_PADDED
     offs_d = tl.arange(0, D_PADDED)
-    offs_row = row + tl.arange(0, M) // HEADS_PADDED
     mask_m = (offs_head < GROUP) & (offs_row < count)
     mask = mask_m[:, None] & (offs_d < D)[None, :]
     offs_m = offs_row * HEADS + pid_kv * GROUP + offs_head
@@ -176,11 +176,10 @@ def _merge_splits_kernel(
     D_PADDED: tl.constexpr,
     SPLIT: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
-    M: tl.constexpr,
     EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`merge` of M rows × heads of a group of rows, whose splits `_attend_kernel` left."""
+    """`merge` of MERGED rows × heads of a group of rows, whose splits `_attend_kernel` left."""
     pid_group, pid_kv, pid_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_row = tl.arange(0, GROUP_ROWS)
     first, count, _, _, _, last, oldest = rows_of_group(
@@ -194,9 +193,8 @@ def _merge_splits_kernel(
     if last < 0 or end - begin == 1:
         return
     merge(
-        pid_tile * (M // triton.next_power_of_2(GROUP)), partial_ptr + first * (HEADS * D),
-        state_ptr + first * (2 * HEADS), out_ptr + first * (HEADS * D), begin, end, rows.to(tl.int64) * HEADS, pid_kv,
-        count, HEADS, GROUP, D, D_PADDED, M,
+        pid_tile, partial_ptr + first * (HEADS * D), state_ptr + first * (2 * HEADS), out_ptr + first * (HEADS * D),
+        begin, end, rows.to(tl.int64) * HEADS, pid_kv, count, HEADS, GROUP, D, D_PADDED, MERGED,
     )  # fmt: skip
 
 
@@ -215,12 +213,12 @@ def merge_apart(
 ) -> None:
     """The splits that attention left of `bound` groups of rows, merged by as many programs as they have tiles.
 
-    partial float32 [splits, R, heads, D], state float32 [splits, R, heads, 2] → out [R, heads·D].
+    partial float32 [splits, R, heads, D], state float32 [splits, R, heads, 2] → out [R, heads·D]. `active`, contiguous,
+    is read before attention has ended.
     """
     _, rows, heads, head_dim = partial.shape
-    padded = triton.next_power_of_2(group)
-    at_once = max(MERGED.value, padded)
-    _merge_splits_kernel[(bound, heads // group, triton.cdiv(rule.rows * padded, at_once))](
+    tiles = triton.cdiv(rule.rows * triton.next_power_of_2(group), MERGED.value)
+    _merge_splits_kernel[(bound, heads // group, tiles)](
         partial,
         state,
         out,
@@ -228,7 +226,7 @@ def merge_apart(
         groups.count if groups else None,
         index.sequence,
         index.position,
-        active if active is None else active.contiguous(),
+        active,
         rows,
         index.width or 0,
         window,
@@ -238,8 +236,7 @@ def merge_apart(
         D_PADDED=max(16, triton.next_power_of_2(head_dim)),
         SPLIT=rule.split,
         GROUP_ROWS=rule.rows,
-        M=at_once,
         EVEN=index.tile is None,
         PDL=launch.dependent(launch.architecture()),
-        **launch.options(rule.warps) | {"enable_fp_fusion": False},
+        **launch.options(rule.warps, registers=rule.registers) | {"enable_fp_fusion": False},
     )

@@ -351,10 +351,21 @@ def test_splits_cover_every_position() -> None:
 
 def test_programs_stay_within_the_splits_and_the_scratch() -> None:
     for tiles, splits, scratch, at_once, programs in (
-        (8, 22, 1 << 20, 264, 22), (8, 70, 1 << 20, 264, 33), (8, 70, 1 << 20, 132, 16), (127, 70, 1 << 20, 264, 2),
-        (127, 70, 1 << 20, 100, 1), (128, 70, 1 << 20, 264, 1), (8, 22, 1 << 29, 264, 1),
+        (8, 22, 1 << 20, 264, 22), (8, 70, 1 << 20, 264, 33), (8, 70, 1 << 20, 132, 16), (16, 9, 1 << 20, 132, 8),
+        (32, 9, 1 << 20, 132, 4), (64, 9, 1 << 20, 132, 2), (64, 5, 1 << 20, 264, 4), (128, 70, 1 << 20, 264, 1),
+        (8, 22, 1 << 29, 264, 1),
     ):  # fmt: skip
         assert attention_rules.attention_programs(tiles, splits, scratch, at_once) == programs
+
+
+@pytest.mark.parametrize("at_once", [132, 264])
+def test_no_processors_stand_idle_beside_long_programs(at_once: int) -> None:
+    """Splits that the busiest processor has, starts counted as one, are near those of an even share."""
+    for tiles in range(1, 128):
+        for splits in (5, 9, 22, 70, 500):
+            programs = attention_rules.attention_programs(tiles, splits, 1 << 20, at_once)
+            rounds, each = -(-tiles * programs // at_once), -(-splits // programs)
+            assert rounds * each <= 2 * max(1.0, tiles * splits / at_once) + 1
 
 
 def test_splits_are_folded_in_order_by_one_program_past_a_threshold() -> None:
