@@ -129,7 +129,7 @@ def product_rule(
     elif arch in ROOM:
         rule = _alone(rule, weight_rows, width, reach, itemsize, ROOM[arch])
     blocks = (rule.block_n,) if summed else (64, 32, 16)
-    return _shared_out(rule, weight_rows, width, rows, itemsize, arch, blocks, head=summed)
+    return _shared_out(rule, (weight_rows, width), rows, itemsize, arch, blocks, head=summed)
 
 
 def _streamed(
@@ -196,15 +196,7 @@ def whole_steps(width: int) -> int:
 
 
 def _shared_out(
-    rule: ProductRule,
-    weight_rows: int,
-    width: int,
-    rows: int,
-    itemsize: int,
-    arch: int,
-    blocks: tuple[int, ...],
-    *,
-    head: bool = False,
+    rule: ProductRule, shape: tuple[int, int], rows: int, itemsize: int, arch: int, blocks: tuple[int, ...], head: bool
 ) -> ProductRule:
     """The rule for passes of `rows` rows: in 16 bits more than `whole_steps` of them share one reading of the weight.
 
@@ -217,6 +209,7 @@ def _shared_out(
     all spill on sm_100, which has no limit. A `head`, whose sums over weight rows leave one block to choose, takes
     twice the rows for it.
     """
+    weight_rows, width = shape
     large = weight_rows >= LARGE_WEIGHT
     two = large and rule.warps == 8
     registers = REGISTERS // (2 * 32 * 8) if arch < 100 else PRODUCT_REGISTERS
@@ -317,7 +310,8 @@ def head_rule(
         if whole:
             rule = rule._replace(block_k=min(rule.block_k, 128 // itemsize))
         blocks = tuple(n for n in (64, 32, 16) if n <= 2 * pairs)
-        rule = _shared_out(rule._replace(most_parts=4), weight_rows, width, rows, itemsize, arch, blocks)
+        rule = rule._replace(most_parts=4)
+        rule = _shared_out(rule, (weight_rows, width), rows, itemsize, arch, blocks, head=False)
     if not whole:
         return rule._replace(block_n=min(rule.block_n, 2 * pairs))
     block_k = min(rule.block_k, 128 // itemsize)
