@@ -62,6 +62,8 @@ class Case:
 
 # Outside loops: what is put aside before a loop, and taken back after it, costs a program no more than a few cycles.
 FEW_SPILLS = 16
+# Bytes that a stack is a multiple of.
+FRAME = 16
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def _memory(code: MachineCode, launch: Launch) -> Iterable[str]:
         yield f"{looped} loads and stores of local memory in loops: registers are spilled"
     elif spills > FEW_SPILLS:
         yield f"{spills} loads and stores of local memory: registers are spilled"
-    elif code.stack > sum(i.width for i in code.instructions if i.base == "STL"):
+    elif code.stack > -(-sum(i.width for i in code.instructions if i.base == "STL") // FRAME) * FRAME:
         yield f"{code.stack} bytes of stack"
     limit = SHARED_LIMIT.get(launch.arch, SHARED_PREFERRED)
     if launch.shared > limit:

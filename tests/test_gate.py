@@ -312,7 +312,8 @@ def test_registers_may_be_put_aside_before_a_loop_but_not_in_it() -> None:
     assert reasons("NOP ;") == reasons("NOP ;", before=14) == []
     assert "17 loads and stores of local memory: " in reasons("NOP ;", before=15)[0]
     assert "1 loads and stores of local memory in loops" in reasons("LDL R4, [R1] ;")[0]
-    assert reasons("NOP ;", stack=256) == ["256 bytes of stack"], "an array"
+    assert reasons("NOP ;", stack=16) == [], "four bytes in a frame of sixteen"
+    assert reasons("NOP ;", stack=24) == ["24 bytes of stack"], "an array"
 
 
 LAYOUTS = """
