@@ -11,6 +11,10 @@ from typing import Any
 
 from .sass import Instruction, MachineCode
 
+# Outside loops: what is put aside before a loop, and taken back after it, costs a program no more than a few cycles.
+FEW_SPILLS = 16
+# Bytes that a stack is a multiple of.
+FRAME = 16
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SHARED_OF_CHIP = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 SHARED_PREFERRED = 99 * 1024
@@ -58,12 +62,6 @@ class Case:
     floor: int
     masked: bool
     launch: Callable[[], object]
-
-
-# Outside loops: what is put aside before a loop, and taken back after it, costs a program no more than a few cycles.
-FEW_SPILLS = 16
-# Bytes that a stack is a multiple of.
-FRAME = 16
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,12 @@ def attend(
     splits = attention_rules.attention_splits(index.capacity, rule.split)
     tiles, scratch_bytes = bound * kv_heads, 4 * splits * q.numel()
     in_order = attention_rules.attention_in_order(tiles, scratch_bytes)
-    programs = attention_rules.attention_programs(tiles, splits, scratch_bytes, rule.at_once)
-    partial, state, arrivals = (None, None, None) if in_order else index.scratch(tiles, splits, heads, head_dim)
     apart = not in_order and rule.apart
+    programs, partial, state, arrivals = 1, None, None, None
+    if not in_order:
+        programs = attention_rules.attention_programs(tiles, splits, rule.at_once)
+        # Nobody counts arrivals where a launch of its own merges.
+        partial, state, arrivals = index.scratch(0 if apart else tiles, splits, heads, head_dim)
     tree = index.tree
     asked = 0 if ahead is None or groups or active is not None else launch.ahead_bytes(ahead.data.nbytes, arch)
     _attend_kernel[(bound, kv_heads, programs)](

@@ -99,14 +99,12 @@ def attention_in_order(tiles: int, scratch_bytes: int) -> bool:
 
 
 @cache
-def attention_programs(tiles: int, splits: int, scratch_bytes: int, at_once: int) -> int:
-    """Programs that share the splits of each of `tiles`, where the chip holds `at_once` of all of them.
+def attention_programs(tiles: int, splits: int, at_once: int) -> int:
+    """Programs that share the splits of each of `tiles` out of order, where the chip holds `at_once` of all of them.
 
     Those with the least to wait for: rounds of programs, each as long as its splits and a start, which takes about as
     long as one.
     """
-    if attention_in_order(tiles, scratch_bytes):
-        return 1
 
     def waits(programs: int) -> int:
         return -(-tiles * programs // at_once) * (-(-splits // programs) + 1)

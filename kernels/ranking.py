@@ -22,15 +22,20 @@ def value_of_key(key):
 
 
 @triton.jit
+def _pair(key, token):
+    return (key.to(tl.int64) << 32) | (LAST_ID - token)
+
+
+@triton.jit
 def candidate_of_key(key, token):
     """`candidate`, NONE for LOWEST."""
-    return tl.where(key == LOWEST, NONE, (key.to(tl.int64) << 32) | (LAST_ID - token))
+    return tl.where(key == LOWEST, NONE, _pair(key, token))
 
 
 @triton.jit
 def candidate(value, token):
     """One int64 ordered by value as `key_of` is, then lowest token first."""
-    return (key_of(value).to(tl.int64) << 32) | (LAST_ID - token)
+    return _pair(key_of(value), token)
 
 
 @triton.jit
