@@ -278,9 +278,11 @@ class Pass:
             {"max_ngram": 3, "num_draft_tokens": DRAFTED},
         )
         yield Step("commit", "commit, text", 0, lambda: TRITON.commit(*ids[:3], draft, *ids[3:6], report, text=text))
-        for label, votes in (("lookup, newest", None), ("lookup, votes", 128)):
-            look_up = partial(TRITON.lookup, text, *ids[:2], votes=votes, **drafts)
-            yield Step("lookup", label, 0, look_up)
+        look_up, memory = partial(TRITON.lookup, text, *ids[:2], **drafts), self.tensor(16384, dtype=torch.int32)
+        yield Step("lookup", "lookup, newest", 0, partial(look_up, votes=None))
+        yield Step("lookup", "lookup, votes", 0, partial(look_up, votes=128))
+        yield Step("lookup", "lookup, memory", 0, partial(look_up, votes=128, memory=memory))
+        yield Step("lookup", "lookup, tree", 0, partial(look_up, votes=128, memory=memory, tree=True))
 
     def _linear(self, label: str, x: Tensor, weight: Matrix, **options: object) -> Step:
         return Step(

@@ -49,6 +49,8 @@ CAPTURED = {
         "layerskip:exit_layer=5",
         "lookup",
         "lookup:choose=likeliest,acceptance=rejection",
+        "lookup:choose=likeliest,tree=true,num_draft_tokens=12",
+        "lookup:choose=likeliest,tree=true,remember=200,acceptance=rejection",
         "auto:max_loss=1,search_budget=0",
         "unified:speedup=2",
         "clasp:interval=9,search_budget=1,threshold=0.1",

@@ -333,11 +333,22 @@ def looking_up(side: Side, config: ModelConfig, rows: int, tile: int | None, con
     text = side.put((torch.rand(rows, context, generator=generator) * letters).int())
     length = side.put(torch.randint(0, context, (rows,), generator=generator))
     room = side.put(torch.arange(rows) % 11 - 1)
+    memory = side.put(torch.randint(-1, 60, (context,), generator=generator).int())
     found = {
-        label: side.ops.lookup(text, length, room, max_ngram=4, num_draft_tokens=7, votes=votes)
-        for label, votes in (("newest", None), ("likeliest", 128))
+        label: side.ops.lookup(text, length, room, max_ngram=4, num_draft_tokens=7, **how)
+        for label, how in (
+            ("newest", {"votes": None}),
+            ("likeliest", {"votes": 128}),
+            ("memory", {"votes": 128, "memory": memory}),
+            ("tree", {"votes": 128, "memory": memory, "tree": True}),
+        )
     }
-    return {f"{label} {name}": value for label, one in found.items() for name, value in one._asdict().items()}
+    return {
+        f"{label} {name}": value
+        for label, one in found.items()
+        for name, value in one._asdict().items()
+        if value is not None
+    }
 
 
 CASES: dict[str, Case] = {

@@ -7,65 +7,19 @@ from torch import Tensor
 
 from . import launch
 from .lookup_rule import lookup_rule
+from .matches import GAP, matches, ranked
 from .primitives import wait_for_producers
+from .reference_lookup import OWN
 from .values import Found
 
-
-@triton.jit(
-    do_not_specialize=["capacity", "max_ngram", "blocks"],
-    do_not_specialize_on_alignment=["length_ptr"],
-)
-def _matches_kernel(
-    text_ptr,
-    length_ptr,
-    counts_ptr,
-    longer_ptr,
-    places_ptr,
-    capacity,
-    max_ngram,
-    blocks,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    KEPT: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """places before length where text[length] stands, in one block of positions, longest match first, newest first.
-
-    text int32 [S, capacity], length int64 [S]. Blocks are numbered from the last one: places int32 [S, BLOCKS, KEPT],
-    the first KEPT of each; counts int32 [S, max_ngram, BLOCKS], how many match max_ngram − i tokens; longer as counts,
-    how many match more.
-    """
-    pid_s = tl.program_id(0).to(tl.int64)
-    pid_b = tl.program_id(1)
-    offs = (blocks - pid_b) * BLOCK - 1 - tl.arange(0, BLOCK)
-    wait_for_producers(PDL)
-    length = tl.load(length_ptr + pid_s).to(tl.int32)
-    text_ptr += pid_s * capacity
-    last = tl.load(text_ptr + length)
-    going = offs < length
-    going = going & (tl.load(text_ptr + offs, mask=going, other=-1) == last)
-    matched = going.to(tl.int32)
-    for n in range(1, max_ngram):
-        going = going & (offs >= n)
-        token = tl.load(text_ptr + tl.maximum(length - n, 0))
-        going = going & (tl.load(text_ptr + offs - n, mask=going, other=-1) == token)
-        matched += going.to(tl.int32)
-    counts_ptr += pid_s * max_ngram * BLOCKS + pid_b
-    longer_ptr += pid_s * max_ngram * BLOCKS + pid_b
-    places_ptr += (pid_s * BLOCKS + pid_b) * KEPT
-    longer = 0
-    for i in range(0, max_ngram):
-        same = (matched == max_ngram - i).to(tl.int32)
-        rank = longer + tl.cumsum(same, axis=0) - 1
-        count = tl.sum(same, axis=0)
-        tl.store(places_ptr + rank, offs, mask=(same != 0) & (rank < KEPT))
-        tl.store(counts_ptr + i * BLOCKS, count)
-        tl.store(longer_ptr + i * BLOCKS, longer)
-        longer += count
+# Above all tokens and rows.
+HIGHEST: tl.constexpr = tl.constexpr(2147483647)
+# Votes that all others are compared with at a time.
+PART: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit(
-    do_not_specialize=["capacity", "max_ngram", "blocks", "votes", "k"],
+    do_not_specialize=["capacity", "max_ngram", "blocks", "k"],
     do_not_specialize_on_alignment=["length_ptr", "room_ptr"],
 )
 def _continuation_kernel(
@@ -80,123 +34,255 @@ def _continuation_kernel(
     capacity,
     max_ngram,
     blocks,
-    votes,
     k,
     BLOCKS: tl.constexpr,
     KEPT: tl.constexpr,
     NODES: tl.constexpr,
-    VOTE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """draft[i] = text[p + 1 + i mod (length − p)] of the first place p, or what most of the first `votes` places say.
+    """draft[i] = text[p + 1 + i mod (length − p)] of the first place p.
 
     Inputs as `_matches_kernel` leaves them; room int64 [S]; draft int64 [S, k], of which drafted int64 [S] are real.
     """
     pid_s = tl.program_id(0).to(tl.int64)
     order = tl.arange(0, KEPT)
-    offs_block = tl.arange(0, BLOCKS)
+    offs = tl.arange(0, NODES)
+    wait_for_producers(PDL)
+    length = tl.load(length_ptr + pid_s).to(tl.int32)
+    most = tl.maximum(tl.minimum(tl.load(room_ptr + pid_s), k), 0).to(tl.int32)
+    place, _, found = ranked(counts_ptr, longer_ptr, places_ptr, order, pid_s, max_ngram, blocks, BLOCKS, KEPT)
+    drafted = tl.where(found > 0, most, 0)
+    first = tl.sum(tl.where(order == 0, place, 0), axis=0) + 1
+    at = first + offs % tl.maximum(length + 1 - first, 1)
+    token = tl.load(text_ptr + pid_s * capacity + at, mask=offs < drafted, other=0)
+    tl.store(draft_ptr + pid_s * k + offs, token, mask=offs < k)
+    tl.store(drafted_ptr + pid_s, drafted)
+
+
+@triton.jit
+def _worth(matched, order, votes):
+    """4 to the number of tokens that match, less one; 0 for none and past the first `votes` of an order."""
+    one = tl.full(matched.shape, 1, tl.int64)
+    return tl.where((order < votes) & (matched > 0), one << (2 * tl.maximum(matched - 1, 0)), 0)
+
+
+@triton.jit
+def _together(token, worth):
+    """For each token the worth of all that equal it."""
+    sums = tl.zeros_like(worth)
+    # All pairs at once would not fit the registers.
+    for start in range(0, token.shape[0], PART):
+        part = start + tl.arange(0, PART)
+        others, theirs = tl.gather(token, part, axis=0), tl.gather(worth, part, axis=0)
+        sums += tl.sum(tl.where(token[:, None] == others[None, :], theirs[None, :], 0), axis=1)
+    return sums
+
+
+@triton.jit
+def _likeliest(left, share, row, token):
+    """Those of what is left with the highest share, lowest row and lowest token; that share, row and token."""
+    best = tl.max(tl.where(left, share, -1.0), axis=0)
+    chosen = left & (share == best)
+    lowest = tl.min(tl.where(chosen, row, HIGHEST), axis=0)
+    chosen = chosen & (row == lowest)
+    newest = tl.min(tl.where(chosen, token, HIGHEST), axis=0)
+    return chosen & (token == newest), best, lowest, newest
+
+
+@triton.jit(
+    do_not_specialize=["capacity", "size", "max_ngram", "blocks", "memory_blocks", "votes", "k"],
+    do_not_specialize_on_alignment=["length_ptr", "room_ptr"],
+)
+def _vote_kernel(
+    text_ptr,
+    length_ptr,
+    room_ptr,
+    counts_ptr,
+    longer_ptr,
+    places_ptr,
+    memory_ptr,
+    memory_counts_ptr,
+    memory_longer_ptr,
+    memory_places_ptr,
+    draft_ptr,
+    drafted_ptr,
+    parent_ptr,
+    capacity,
+    size,
+    max_ngram,
+    blocks,
+    memory_blocks,
+    votes,
+    k,
+    BLOCKS: tl.constexpr,
+    KEPT: tl.constexpr,
+    OWN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """draft[i] is what the places of highest weight go on with: those of the draft so far, or of any node of the tree.
+
+    Inputs as `_matches_kernel` leaves them for the text and for memory, if there is one, of which the first `votes`
+    vote; room int64 [S]; draft int64 [S, k], of which drafted int64 [S] are real; parent int64 [S, k] of a tree.
+    """
+    pid_s = tl.program_id(0).to(tl.int64)
+    order = tl.arange(0, KEPT)
     wait_for_producers(PDL)
     length = tl.load(length_ptr + pid_s).to(tl.int32)
     most = tl.maximum(tl.minimum(tl.load(room_ptr + pid_s), k), 0).to(tl.int32)
     text_ptr += pid_s * capacity
-    counts_ptr += pid_s * max_ngram * BLOCKS
-    longer_ptr += pid_s * max_ngram * BLOCKS
-    places_ptr += pid_s * BLOCKS * KEPT
-    draft_ptr += pid_s * k
-    place = tl.zeros_like(order)
-    weight = tl.zeros_like(order).to(tl.int64)
-    found = 0
-    for i in range(0, max_ngram):
-        count = tl.load(counts_ptr + i * BLOCKS + offs_block, mask=offs_block < blocks, other=0)
-        ends = found + tl.cumsum(count, axis=0)
-        passed = ends[None, :] <= order[:, None]
-        block = tl.sum(passed.to(tl.int32), axis=1)
-        start = found + tl.sum(tl.where(passed, count[None, :], 0), axis=1)
-        total = found + tl.sum(count, axis=0)
-        mine = (order >= found) & (order < total)
-        rank = tl.load(longer_ptr + i * BLOCKS + block, mask=mine, other=0) + order - start
-        place += tl.load(places_ptr + block * KEPT + rank, mask=mine, other=0)
-        weight += mine.to(tl.int64) << (2 * (max_ngram - 1 - i))
-        found = total
-    if VOTE:
-        going = (order < votes) & (weight > 0)
-        drafted = 0
-        for step in range(0, k):
-            going = going & (place + step < length)
-            token = tl.load(text_ptr + place + step + 1, mask=going, other=-1)
-            worth = tl.where(going, weight, 0)
-            sums = tl.sum(tl.where(token[:, None] == token[None, :], worth[None, :], 0), axis=1)
-            heaviest = tl.max(tl.where(going, sums, 0), axis=0)
-            chosen = tl.min(tl.where(going & (sums == heaviest), token, 2147483647), axis=0)
-            more = (heaviest > 0) & (step < most)
-            tl.store(draft_ptr + step, tl.where(more, chosen, 0))
-            drafted += more.to(tl.int32)
-            going = going & (token == chosen)
-    else:
-        drafted = tl.where(found > 0, most, 0)
-        first = tl.sum(tl.where(order == 0, place, 0), axis=0) + 1
-        offs = tl.arange(0, NODES)
-        mask = offs < drafted
-        token = tl.load(text_ptr + first + offs % tl.maximum(length + 1 - first, 1), mask=mask, other=0)
-        tl.store(draft_ptr + offs, token, mask=offs < k)
+    place, matched, _ = ranked(counts_ptr, longer_ptr, places_ptr, order, pid_s, max_ngram, blocks, BLOCKS, KEPT)
+    weight = OWN * _worth(matched, order, votes)
+    own = tl.full((KEPT,), True, tl.int1)
+    if memory_ptr is not None:
+        far, matched, _ = ranked(
+            memory_counts_ptr,
+            memory_longer_ptr,
+            memory_places_ptr,
+            order,
+            pid_s,
+            max_ngram,
+            memory_blocks,
+            BLOCKS,
+            KEPT,
+        )
+        place = tl.reshape(tl.join(place, far), (2 * KEPT,))
+        weight = tl.reshape(tl.join(weight, _worth(matched, order, votes)), (2 * KEPT,))
+        own = tl.reshape(tl.join(own, tl.full((KEPT,), False, tl.int1)), (2 * KEPT,))
+
+    going = weight > 0
+    left = going
+    row = tl.zeros_like(place)
+    token = tl.zeros_like(place)
+    share = tl.zeros_like(weight).to(tl.float64) - 1.0
+    chance = tl.full((), 1.0, tl.float64)
+    drafted = 0
+    for node in range(0, k):
+        # Those that voted for the newest node vote on its children.
+        going = going & ((own == 0) | (place < length))
+        following = tl.load(text_ptr + place + 1, mask=going & own, other=GAP)
+        if memory_ptr is not None:
+            beyond = tl.load(memory_ptr + place + 1, mask=going & (own == 0) & (place + 1 < size), other=GAP)
+            following = tl.where(own, following, beyond)
+        token = tl.where(going, following, token)
+        worth = tl.where(going, weight, 0)
+        sums = _together(token, worth)
+        total = tl.sum(worth, axis=0).to(tl.float64) + 10.0
+        share = tl.where(going, chance * (sums.to(tl.float64) / total), share)
+        row = tl.where(going, node, row)
+        left = going if parent_ptr is None else (left | going) & (token != GAP)
+        chosen, best, lowest, newest = _likeliest(left, share, row, token)
+        more = (best >= 0.0) & (newest != GAP) & (most > node)
+        tl.store(draft_ptr + pid_s * k + node, tl.where(more, newest, 0))
+        if parent_ptr is not None:
+            tl.store(parent_ptr + pid_s * k + node, tl.where(more, lowest, 0))
+            chance = best
+        # None where the draft ends: no token is that high.
+        going = chosen & (token == tl.where(more, newest, HIGHEST))
+        left = left & (going == 0)
+        place += going.to(tl.int32)
+        drafted += more.to(tl.int32)
     tl.store(drafted_ptr + pid_s, drafted)
 
 
+@triton.jit(do_not_specialize=["k"])
+def _lineage_kernel(parent_ptr, depth_ptr, path_ptr, k, NODES: tl.constexpr, PDL: tl.constexpr):
+    """depth [k + 1] and path [k + 1, k + 1] of the rows of one tree by its parents [k]; all int64."""
+    pid_s = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, NODES).to(tl.int64)
+    mask = offs <= k
+    wait_for_producers(PDL)
+    parent_ptr += pid_s * k
+    path_ptr += pid_s * (k + 1) * (k + 1)
+    depth = tl.zeros_like(offs)
+    above = offs
+    for _ in range(0, k):
+        depth += (above > 0).to(tl.int64)
+        above = tl.load(parent_ptr + above - 1, mask=mask & (above > 0), other=0)
+    tl.store(depth_ptr + pid_s * (k + 1) + offs, depth, mask=mask)
+    above = offs
+    for i in range(0, k + 1):
+        inside = i <= depth
+        tl.store(path_ptr + offs * (k + 1) + tl.where(inside, depth - i, i), tl.where(inside, above, offs), mask=mask)
+        above = tl.load(parent_ptr + above - 1, mask=mask & (above > 0), other=0)
+
+
 def lookup(
-    text: Tensor, length: Tensor, room: Tensor, *, max_ngram: int, num_draft_tokens: int, votes: int | None
+    text: Tensor,
+    length: Tensor,
+    room: Tensor,
+    *,
+    max_ngram: int,
+    num_draft_tokens: int,
+    votes: int | None,
+    memory: Tensor | None = None,
+    tree: bool = False,
 ) -> Found:
     """A draft for every sequence from what followed its last tokens where they stood before (prompt lookup decoding).
 
     text int32 [S, capacity], of which the last token is at `length` int64 [S]; at most `room` int64 [S] and
-    `num_draft_tokens` tokens are drafted. Places where the last token stands before are ranked by the number of tokens
-    up to there that match, at most `max_ngram`, then the newest first. Without `votes` the draft is what followed the
-    first of them; where the text runs out it is taken to repeat from the match on. Otherwise the first `votes` places
-    vote on every token, one of n tokens with weight 4ⁿ⁻¹, until none that voted for the draft so far has a next token;
-    ties go to the lowest id. Entries past a draft are 0.
+    k = `num_draft_tokens` tokens are drafted. Places where the last token stands before are ranked by the number of
+    tokens up to there that match, at most `max_ngram`, then the newest first. Without `votes` the draft is what
+    followed the first of them; where the text runs out it is taken to repeat from the match on. Otherwise the first
+    `votes` places vote on every token, one of n tokens with weight 10·4ⁿ⁻¹, and as many in `memory` int32 [M] with
+    4ⁿ⁻¹: other texts, the newest last, with -1 between and after them. Those that voted for the draft so far choose its
+    next token; ties go to the lowest id, and where -1 is chosen the draft ends. In a `tree` a child has its parent's
+    chance times its share of the weight of those, to which 10 is added for what was never seen, and the likeliest node
+    that is left comes next, of equally likely ones that of the lowest parent. Entries past a draft are 0.
     """
-    sequences, capacity = text.shape
-    rule = lookup_rule(capacity, votes)
-    sizes = {"dtype": torch.int32, "device": text.device}
-    counts, longer = (torch.empty((sequences, max_ngram, rule.blocks), **sizes) for _ in range(2))
-    places = torch.empty((sequences, rule.blocks, rule.kept), **sizes)
-    draft = torch.empty((sequences, num_draft_tokens), dtype=torch.int64, device=text.device)
-    drafted = torch.empty((sequences,), dtype=torch.int64, device=text.device)
-    blocks = -(-capacity // rule.block)
-    pdl = launch.dependent(launch.architecture())
-    _matches_kernel[(sequences, blocks)](
-        text,
-        length,
-        counts,
-        longer,
-        places,
-        capacity,
-        max_ngram,
-        blocks,
-        BLOCK=rule.block,
-        BLOCKS=rule.blocks,
-        KEPT=rule.kept,
-        PDL=pdl,
-        **launch.options(4, 1),
+    sequences, device = text.shape[0], text.device
+    found = Found(
+        torch.empty((sequences, num_draft_tokens), dtype=torch.int64, device=device),
+        torch.empty((sequences,), dtype=torch.int64, device=device),
     )
-    _continuation_kernel[(sequences,)](
+    own = matches(text, length, None, max_ngram, votes)
+    rule = lookup_rule(text.shape[1], votes)
+    sizes = {"BLOCKS": rule.blocks, "KEPT": rule.kept, "PDL": launch.dependent(launch.architecture())}
+    nodes = max(16, 1 << num_draft_tokens.bit_length())
+    if votes is None:
+        _continuation_kernel[(sequences,)](
+            text,
+            length,
+            room,
+            *own[:3],
+            *found[:2],
+            text.shape[1],
+            max_ngram,
+            own.blocks,
+            num_draft_tokens,
+            NODES=nodes,
+            **sizes,
+            **launch.options(rule.warps, 1),
+        )
+        return found
+    others = None if memory is None else matches(text, length, memory, max_ngram, votes)
+    if tree:
+        rows = num_draft_tokens + 1
+        found = found._replace(
+            parent=torch.empty_like(found.tokens),
+            depth=torch.empty((sequences, rows), dtype=torch.int64, device=device),
+            path=torch.empty((sequences, rows, rows), dtype=torch.int64, device=device),
+        )
+    _vote_kernel[(sequences,)](
         text,
         length,
         room,
-        counts,
-        longer,
-        places,
-        draft,
-        drafted,
-        capacity,
+        *own[:3],
+        memory,
+        *(others[:3] if others else (None, None, None)),
+        *found[:3],
+        text.shape[1],
+        0 if memory is None else len(memory),
         max_ngram,
-        blocks,
-        votes or 1,
+        own.blocks,
+        others.blocks if others else 0,
+        votes,
         num_draft_tokens,
-        BLOCKS=rule.blocks,
-        KEPT=rule.kept,
-        NODES=max(16, 1 << num_draft_tokens.bit_length()),
-        VOTE=votes is not None,
-        PDL=pdl,
+        OWN=OWN,
+        **sizes,
         **launch.options(rule.warps, 1),
     )
-    return Found(draft, drafted)
+    if tree:
+        _lineage_kernel[(sequences,)](
+            *found[2:], num_draft_tokens, NODES=nodes, PDL=sizes["PDL"], **launch.options(1, 1)
+        )
+    return found

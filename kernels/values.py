@@ -231,10 +231,17 @@ class Verdict(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Draft tokens int64 [S, k], of which the first drafted int64 [S] of each sequence are real."""
+    """Draft tokens int64 [S, k], of which the first drafted int64 [S] of each sequence are real.
+
+    They are a chain, or with the rest a tree, of which `Grown` says the parent of every node and the depth and path of
+    every row: int64 [S, k], [S, k + 1], [S, k + 1, k + 1].
+    """
 
     tokens: Tensor
     drafted: Tensor
+    parent: Tensor | None = None
+    depth: Tensor | None = None
+    path: Tensor | None = None
 
 
 class RowMap(NamedTuple):

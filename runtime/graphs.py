@@ -139,6 +139,7 @@ class Rounds:
         self._mask: LayerPlan | None = None
         self._threshold: float | None = None
         self._limit: int | None = None
+        self._remembered: Tensor | None = None
         self._served: Recipe | None = None
         self._changed = False
         self._since = 0.0
@@ -160,7 +161,7 @@ class Rounds:
         self._since = perf_counter()
         if self._graph is None:
             self._graph, self._members = self._graphs.take(recipe, running), list(running)
-            self._mask = self._threshold = self._limit = None
+            self._mask = self._threshold = self._limit = self._remembered = None
             self._served, self._changed = recipe, self._served not in (None, recipe)
             self._graph.load(running, self._method)
         while self._graph.pending <= AHEAD:
@@ -208,6 +209,10 @@ class Rounds:
         if graph.recipe.limited and self._method.limit != self._limit:
             graph.state.limit.fill_(self._method.limit)
             self._limit = self._method.limit
+        known = self._method.remembered
+        if graph.state.remembered is not None and known is not None and known is not self._remembered:
+            graph.state.remembered.copy_(known)
+            self._remembered = known
 
     def _drain(self) -> dict[int, list[Piece]]:
         """Read every round under way and give the graph back."""

@@ -7,6 +7,9 @@ from heapq import heappop, heappush, nlargest
 from itertools import islice
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 # Between texts that do not follow each other: no token.
 GAP = -1
 # How much more an occurrence counts for every further token that matches, and for belonging to the text itself.
@@ -55,15 +58,25 @@ class Memory:
     """The newest `size` tokens of finished texts, with a `GAP` before each text."""
 
     def __init__(self, size: int) -> None:
-        self._size = size
+        self.size = size
         self.text = Text()
+        self._tokens: Tensor | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """Those of `text` and a `GAP` for each that is missing, int32 [size]; the same tensor until one is added."""
+        if self._tokens is None:
+            known = self.text.tokens
+            self._tokens = torch.tensor(known + [GAP] * (self.size - len(known)), dtype=torch.int32)
+        return self._tokens
 
     def add(self, text: list[int]) -> None:
         """Remember a text; the oldest tokens are forgotten for it."""
-        if len(self.text.tokens) + 1 + len(text) <= self._size:
+        self._tokens = None
+        if len(self.text.tokens) + 1 + len(text) <= self.size:
             self.text.extend([GAP, *text])
-        elif self._size:
-            self.text = Text([*self.text.tokens, GAP, *text][-self._size :])
+        elif self.size:
+            self.text = Text([*self.text.tokens, GAP, *text][-self.size :])
 
 
 class Guess(NamedTuple):
@@ -104,8 +117,8 @@ def likeliest(text: Text, max_ngram: int, count: int, memory: Text | None = None
     The `MOST` longest matches vote, of equally long ones the newest, and as many in `memory`, texts of other requests
     with a `GAP` between them. One has a weight of `LONGER` to the number of tokens that match, at most `max_ngram`, and
     in the text itself `OWN` times that in `memory`. A child's chance is its parent's times its share of the weight, of
-    which `OWN` is set aside for what was never seen. A chain goes on with the heaviest child; a tree takes the node of
-    the highest chance that is left, wherever it is.
+    which `OWN` is set aside for what was never seen. A chain goes on with the heaviest child, and ends where that is
+    the end of a text; a tree takes the node of the highest chance that is left, wherever it is.
     """
     longest, votes = 0, _Votes()
     for source, worth in ((memory, 1.0), (text, OWN)):
@@ -124,7 +137,8 @@ def likeliest(text: Text, max_ngram: int, count: int, memory: Text | None = None
                 sums[token] = sums.get(token, 0.0) + weight
                 below.setdefault(token, []).append((source, place + 1, weight))
         total = sum(sums.values()) + OWN
-        for token in sorted(sums, key=lambda token: (-sums[token], token))[: count if tree else 1]:
+        ranked = sorted(sums, key=lambda token: (-sums[token], token))
+        for token in [token for token in ranked if token != GAP][:count] if tree else ranked[:1]:
             if token != GAP:
                 share = chance * (sums[token] / total)
                 heappush(open_nodes, (-share, len(tokens), token, row, below[token]))

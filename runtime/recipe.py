@@ -45,10 +45,12 @@ class Steps:
 @dataclass(frozen=True)
 class Ngrams:
     """A draft from the text so far, by matches of at most `longest` tokens; see `ngrams.newest` and, with so many
-    `votes`, `ngrams.likeliest`."""
+    `votes`, `ngrams.likeliest`, which also grows a `tree` and looks in the newest `remember` tokens of other texts."""
 
     longest: int
     votes: int | None = None
+    remember: int = 0
+    tree: bool = False
 
 
 @dataclass(frozen=True)

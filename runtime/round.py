@@ -16,6 +16,7 @@ from .cache import KVCache
 from .methods.base import no_draft
 from .methods.drafting import FIRST_DRAFT_STREAM, WIDTHS, siblings
 from .model import Model
+from .ngrams import GAP
 from .recipe import Ngrams, Recipe, Steps
 from .reshaping import neutral
 from .rows import Lineage
@@ -29,10 +30,11 @@ class State(NamedTuple):
     last, length, prompt int64 [S] as in Batch; left int64 [S] tokens that may still be appended; block_table int64
     [S, W]; mask bool [2L], the sub-layers that draft; threshold float32 []; limit int64 [], the longest draft;
     sampling, [S] each; memory [S, …], what the recipe's steps remember; text int32 [S, C], the tokens so far where
-    drafts come from them. The report is int64 [S, k + 4]: accepted (-1: the sequence did not run), drafted, the depth
-    of the draft, the token after the accepted ones, and the k draft tokens, of a tree those of its accepted path; or
-    [S, steps, 2]: of each step the token and the sub-layers that ran (-1: the sequence did not). With it go the
-    logprobs [S, k + 1 or steps, …] of the tokens. `reshaping` and `logprobs` are there if the recipe has them.
+    drafts come from them, and remembered int32 [M], those of other texts with `ngrams.GAP` between and after them.
+    The report is int64 [S, k + 4]: accepted (-1: the sequence did not run), drafted, the depth of the draft, the token
+    after the accepted ones, and the k draft tokens, of a tree those of its accepted path; or [S, steps, 2]: of each
+    step the token and the sub-layers that ran (-1: the sequence did not). With it go the logprobs [S, k + 1 or steps,
+    …] of the tokens. `reshaping` and `logprobs` are there if the recipe has them.
     """
 
     last: Tensor
@@ -46,6 +48,7 @@ class State(NamedTuple):
     sampling: Sampling
     memory: Tensor
     text: Tensor | None
+    remembered: Tensor | None
     report: Tensor
     reshaping: Reshaping | None
     logprobs: Logprobs | None
@@ -61,6 +64,7 @@ class State(NamedTuple):
         steps, vocabulary = recipe.steps or Steps(), model.config.vocab_size
         report = (steps.count, 2) if recipe.steps else (recipe.num_draft_tokens + 4,)
         tokens, logprobs = steps.count if recipe.steps else recipe.num_draft_tokens + 1, None
+        remember = recipe.ngrams.remember if recipe.ngrams else 0
         if recipe.logprobs is not None:
             values = zeros(sequences, tokens, 1 + recipe.logprobs, dtype=torch.float32)
             logprobs = Logprobs(values, zeros(sequences, tokens, recipe.logprobs, dtype=torch.int32))
@@ -76,6 +80,7 @@ class State(NamedTuple):
             Sampling(temperature, top_p, min_p, zeros(sequences), zeros(sequences)),
             steps.memory(model, sequences),
             zeros(sequences, pages * model.ops.page_size, dtype=torch.int32) if recipe.ngrams else None,
+            torch.full((remember,), GAP, dtype=torch.int32, device=model.device) if remember else None,
             zeros(sequences, *report),
             neutral(sequences, vocabulary, model.device) if recipe.reshaped else None,
             logprobs,
@@ -166,18 +171,28 @@ def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Rec
     if not recipe.num_draft_tokens:
         return no_draft(batch), None
     if recipe.ngrams is not None and state.text is not None:
-        return _looked_up(model, batch, state.text, recipe.ngrams, recipe.num_draft_tokens), None
+        return _looked_up(model, batch, state.text, state.remembered, recipe.ngrams, recipe.num_draft_tokens)
     if recipe.max_nodes:
         return _tree(model, cache, batch, state, recipe)
     return _chain(model, cache, batch, state, recipe), None
 
 
-def _looked_up(model: Model, batch: Batch, text: Tensor, ngrams: Ngrams, count: int) -> Draft:
+def _looked_up(
+    model: Model, batch: Batch, text: Tensor, remembered: Tensor | None, ngrams: Ngrams, count: int
+) -> tuple[Draft, Lineage | None]:
     with model.mark("draft", len(batch), 0, 0):
         found = model.ops.lookup(
-            text, batch.length, batch.room, max_ngram=ngrams.longest, num_draft_tokens=count, votes=ngrams.votes
+            text,
+            batch.length,
+            batch.room,
+            max_ngram=ngrams.longest,
+            num_draft_tokens=count,
+            votes=ngrams.votes,
+            memory=remembered,
+            tree=ngrams.tree,
         )
-    return Draft(*found)
+    draft = Draft(found.tokens, found.drafted, parent=found.parent)
+    return draft, None if found.depth is None or found.path is None else Lineage(found.depth, found.path)
 
 
 def _chain(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Recipe) -> Draft:

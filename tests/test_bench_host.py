@@ -11,6 +11,8 @@ from skipjack.bench import figures, host
 from skipjack.bench.methods import load
 from skipjack.runtime import cli, round_graph
 from skipjack.runtime.errors import RequestError
+from skipjack.runtime.methods.base import Method
+from skipjack.runtime.methods.lookup import Lookup
 
 
 @pytest.fixture
@@ -47,9 +49,10 @@ def test_steps_of_a_policy_are_measured_too(engine: Engine) -> None:
     assert round_graph.device_steps is honest
 
 
-def test_a_method_the_host_steers_is_refused(engine: Engine) -> None:
-    with pytest.raises(RequestError, match=r"--method.*lookup:choose"):
-        host.measure(engine, "lookup:choose=likeliest,remember=9", 1, 20)
+def test_a_method_the_host_steers_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lookup, "recipe", Method.recipe)
+    with pytest.raises(RequestError, match=r"--method.*lookup"):
+        host.measure(engine, "lookup:max_ngram=2", 1, 20)
 
 
 def test_the_command_writes_a_result_that_the_tables_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

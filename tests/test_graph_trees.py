@@ -132,10 +132,16 @@ def test_a_search_goes_on_while_trees_are_drafted_by_its_mask() -> None:
     assert output.stats.graph_rounds == output.stats.rounds
 
 
-def test_trees_of_lookups_are_left_to_the_host() -> None:
-    device, params = engine(8.0, graphs=True), SamplingParams(max_tokens=8, ignore_eos=True)
-    output = device.generate(PROMPTS[0], params, method="lookup:choose=likeliest,tree=true")
-    assert output.stats.graph_rounds == 0
+@pytest.mark.parametrize("room", [1, 3, 8])
+def test_trees_of_lookups_stay_within_the_tokens_there_are_still_to_come(
+    told: Callable[[Output], Any], room: int
+) -> None:
+    host, device = (engine(8.0, graphs=graphs) for graphs in (False, True))
+    prompt = [(7 * i) % 31 + 3 for i in range(device.config.max_context - room)]
+    method, params = "lookup:choose=likeliest,tree=true", SamplingParams(max_tokens=99, ignore_eos=True)
+    output = device.generate(prompt, params, method=method)
+    assert (len(output.token_ids), output.stats.graph_rounds) == (room, output.stats.rounds)
+    assert told(output) == told(host.generate(prompt, params, method=method))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -15,7 +15,9 @@ from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import graphs, round_graph
 from skipjack.runtime.cache import KVCache
+from skipjack.runtime.graphs import Rounds
 from skipjack.runtime.model import Model
+from skipjack.runtime.ngrams import GAP
 from skipjack.runtime.plan import LayerPlan
 from skipjack.runtime.recipe import Ngrams, Recipe
 from skipjack.runtime.request import Output
@@ -24,7 +26,6 @@ from skipjack.runtime.round_graph import AHEAD, RoundGraph
 
 PROMPTS = [[5, 9, 11, 300], [7], list(range(20, 50))]
 FIXED = "swift:skip_attention=2+3,num_draft_tokens=4"
-REMEMBERING = "lookup:choose=likeliest,remember=100"
 METHODS = [
     "autoregressive",
     f"{FIXED},threshold=0",
@@ -55,6 +56,8 @@ LOOKUPS = [
     "lookup:acceptance=rejection",
     "lookup:choose=likeliest,max_ngram=4",
     "lookup:choose=likeliest,acceptance=rejection",
+    "lookup:choose=likeliest,tree=true,num_draft_tokens=16",
+    "lookup:choose=likeliest,tree=true,acceptance=rejection",
 ]
 
 
@@ -128,9 +131,40 @@ def test_a_search_goes_on_while_the_device_drafts_by_its_mask(synthetic: Callabl
     assert output.stats.graph_rounds == output.stats.rounds
 
 
-def test_what_the_host_must_see_is_left_to_it(device: Engine) -> None:
-    output = device.generate(PROMPTS[0], SamplingParams(max_tokens=12, ignore_eos=True), method=REMEMBERING)
-    assert output.stats.graph_rounds == 0
+@pytest.mark.parametrize("tree", [False, True])
+def test_what_is_remembered_of_other_answers_is_drafted_from_by_the_device_too(
+    synthetic: Callable[..., Engine], device: Engine, told: Callable[[Output], Any], tree: bool
+) -> None:
+    """Of answers the device gave and of one that did not fit; a graph that is taken again knows the newest."""
+    host, params = synthetic("tiny", torch.float32, 0.1), SamplingParams(max_tokens=20, ignore_eos=True)
+    method = f"lookup:choose=likeliest,remember=50,max_ngram=4,tree={str(tree).lower()}"
+    seen = []
+    for prompt in (PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[2], PROMPTS[0]):
+        output, expected = (engine.generate(prompt, params, method=method) for engine in (device, host))
+        assert told(output) == told(expected)
+        assert output.stats.graph_rounds == output.stats.rounds
+        seen.append(output.stats.rounds)
+    first, again, _, other, repeated, forgotten = seen
+    assert again < first / 2
+    assert repeated < other / 2
+    assert forgotten == first
+
+
+def test_what_is_remembered_is_told_to_the_device_once(device: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again when an answer of the batch has ended."""
+    told, honest = list[torch.Tensor](), Rounds._steer
+
+    def steer(rounds: Rounds, graph: RoundGraph) -> None:
+        before = rounds._remembered
+        honest(rounds, graph)
+        if rounds._remembered is not before and rounds._remembered is not None:
+            told.append(rounds._remembered)
+
+    monkeypatch.setattr(Rounds, "_steer", steer)
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    device.generate(PROMPTS[0], params, method="lookup:choose=likeliest,remember=64,num_draft_tokens=3")
+    assert len(told) == 1
+    assert told[0].tolist() == [GAP] * 64
 
 
 def test_drafts_from_a_part_of_the_vocabulary_choose_what_the_whole_would_among_it(

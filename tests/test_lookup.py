@@ -70,7 +70,7 @@ def plainly_likeliest(memory: list[int], text: list[int], ngram: int, count: int
         votes = {at: vote for at, vote in votes.items() if at < len(whole)}
         sums = {token: sum(v for at, v in votes.items() if whole[at] == token) for token in {whole[at] for at in votes}}
         ranked = sorted(sums, key=lambda token: (-sums[token], token))
-        for token in ranked[: count if tree else 1]:
+        for token in ranked if tree else ranked[:1]:
             if token != GAP:
                 below = {at + 1: vote for at, vote in votes.items() if whole[at] == token}
                 share = chance * sums[token] / (sum(votes.values()) + 10)

@@ -196,7 +196,7 @@ def test_the_tokens_are_those_of_plain_decoding(
 ) -> None:
     host = synthetic("tiny", torch.float32, 0.1, vocab=24)
     weights = synthetic_weights(host.config, 0, torch.float32, 0.1)
-    params = SamplingParams(max_tokens=160, temperature=temperature, seed=5, ignore_eos=True)
+    params = SamplingParams(max_tokens=240, temperature=temperature, seed=5, ignore_eos=True)
     prompts = [[3, 4, 5, 6] * 5, [7]]
     with Engine(host.config, weights, graphs=True) as engine:
         for given in (prompts[:1], prompts):

@@ -10,32 +10,57 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from skipjack.kernels import lookup, lookup_rule, reference_lookup, reference_rounds, rounds
+from skipjack.kernels import lookup, lookup_rule, matches, reference_lookup, reference_rounds, rounds
 from skipjack.runtime import ngrams
+from skipjack.runtime.rows import Lineage
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = pytest.mark.parametrize("op", [lookup.lookup, reference_lookup.lookup], ids=["triton", "torch"])
-Lookup = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Lookup = Callable[..., lookup.Found]
 
 
 @pytest.fixture(autouse=True)
 def poisoned(poison: Callable[[ModuleType], None]) -> None:
     poison(lookup)
+    poison(matches)
 
 
 def check(
-    op: Lookup, texts: list[list[int]], rooms: list[int], longest: int, k: int, votes: int | None, capacity: int
+    op: Lookup,
+    texts: list[list[int]],
+    rooms: list[int],
+    longest: int,
+    k: int,
+    votes: int | None,
+    capacity: int,
+    *,
+    memory: list[int] | None = None,
+    tree: bool = False,
 ) -> None:
     """What the op drafts is what the host would; past the end of a text lies what must not be looked at."""
     text = torch.tensor([[*tokens, *tokens[-1:] * (capacity - len(tokens))] for tokens in texts], dtype=torch.int32)
     length, room = torch.tensor([len(tokens) - 1 for tokens in texts]), torch.tensor(rooms)
     given = (value.to(DEVICE) for value in (text, length, room))
-    draft, drafted = op(*given, max_ngram=longest, num_draft_tokens=k, votes=votes)
+    others = None if memory is None else torch.tensor(memory, dtype=torch.int32, device=DEVICE)
+    found = op(*given, max_ngram=longest, num_draft_tokens=k, votes=votes, memory=others, tree=tree)
+    assert (found.parent is not None) == tree
     for row, tokens in enumerate(texts):
         count, known = max(0, min(k, rooms[row])), ngrams.Text(tokens)
-        guess = (ngrams.likeliest if votes else ngrams.newest)(known, longest, count)
-        assert draft[row].tolist() == guess.tokens + [0] * (k - len(guess.tokens))
-        assert int(drafted[row]) == len(guess.tokens)
+        if votes:
+            guess = ngrams.likeliest(known, longest, count, ngrams.Text(memory or ()), tree=tree)
+        else:
+            guess = ngrams.newest(known, longest, count)
+        drafted, padding = len(guess.tokens), [0] * (k - len(guess.tokens))
+        assert found.tokens[row].tolist() == guess.tokens + padding
+        assert int(found.drafted[row]) == drafted
+        if found.parent is not None and found.depth is not None and found.path is not None:
+            assert found.parent[row].tolist() == guess.parent + padding
+            lineage = Lineage.of(found.parent[row : row + 1].cpu())
+            entries = lineage.path.shape[2]
+            assert found.depth[row].tolist() == lineage.depth[0].tolist()
+            assert found.path[row, :, :entries].tolist() == lineage.path[0].tolist()
+            itself = torch.arange(k + 1)[:, None].expand(-1, k + 1 - entries)
+            assert found.path[row, :, entries:].tolist() == itself.tolist()
 
 
 @st.composite
@@ -55,6 +80,43 @@ def test_a_draft_is_what_the_host_would_guess(
         patch.setattr(lookup_rule, "LOOKUP_BLOCK", 16)
         patch.setattr(ngrams, "MOST", votes or ngrams.MOST)
         check(op, texts, [*rooms[: len(texts)]], longest, k, votes, 64)
+
+
+@OPS
+@pytest.mark.parametrize("votes", [16, 128])
+@settings(max_examples=40, deadline=None)
+@given(
+    texts=texts(),
+    memory=st.none() | st.lists(st.integers(-1, 4), min_size=1, max_size=60),
+    tree=st.booleans(),
+    rooms=st.tuples(*[st.integers(-1, 9)] * 3),
+    longest=st.integers(1, 6),
+    k=st.integers(1, 9),
+)
+def test_memory_votes_and_trees_grow_as_on_the_host(
+    op: Lookup,
+    votes: int,
+    texts: list[list[int]],
+    memory: list[int] | None,
+    tree: bool,
+    rooms: tuple[int, ...],
+    longest: int,
+    k: int,
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lookup_rule, "LOOKUP_BLOCK", 16)
+        patch.setattr(ngrams, "MOST", votes)
+        check(op, texts, [*rooms[: len(texts)]], longest, k, votes, 64, memory=memory, tree=tree)
+
+
+@OPS
+@pytest.mark.parametrize("letters", [1, 3, 40])
+def test_long_texts_grow_large_trees_from_much_that_is_remembered(op: Lookup, letters: int) -> None:
+    draw = torch.Generator().manual_seed(letters)
+    texts = [torch.randint(0, letters, (n,), generator=draw).tolist() for n in (3000, 1025)]
+    memory = [*torch.randint(-1, letters, (2500,), generator=draw).tolist(), *[ngrams.GAP] * 1000]
+    check(op, texts, [64, 20], 16 if letters == 1 else 4, 64, 128, 4096, memory=memory, tree=True)
+    check(op, texts, [12, 64], 4, 12, 128, 4096, memory=memory)
 
 
 @OPS

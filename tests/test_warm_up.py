@@ -76,8 +76,9 @@ TRIALS = {
     "trees": Trial("tiny-mistral", methods=(f"{CHAIN},tree=true",), fields=SMALL),
     "rejection": Trial("tiny-llama", methods=(f"{CHAIN},acceptance=rejection",), fields=SMALL),
     "rejection of trees": Trial("tiny-llama", methods=(f"{CHAIN},tree=true,acceptance=rejection",), fields=SMALL),
-    "lookup": Trial("tiny-llama", methods=("lookup:choose=likeliest,tree=true,acceptance=rejection",), fields=SMALL),
+    "lookup of the host": Trial("tiny-llama", methods=(f"{VOTES},tree=true",), fields=SMALL, graphs=False),
     "lookup on the device": Trial("tiny-llama", methods=("lookup", VOTES), fields=SMALL),
+    "what lookups remember": Trial("tiny-llama", methods=(f"{VOTES},tree=true,remember=300",), fields=SMALL),
     "search": Trial("tiny-llama", methods=(SEARCH,), fields=SMALL | {"num_hidden_layers": 4}, sequences=1),
     "search by trees": Trial(
         "tiny-llama",

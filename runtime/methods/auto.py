@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
+from torch import Tensor
+
 from ...kernels.host import ints
 from ..batch import Batch, Draft, Round, Tally
 from ..cache import KVCache
@@ -169,6 +171,10 @@ class Auto(Method):
         return [self._recipe(way, sequences) for way in self._stretches.ways]
 
     @property
+    def remembered(self) -> Tensor | None:
+        return self._memory.tokens if self._options.remember else None
+
+    @property
     def threshold(self) -> float:
         return self._options.threshold
 
@@ -184,7 +190,7 @@ class Auto(Method):
         if way.name == PLAIN:
             return replace(plain, rejection=False)
         if way.name == LOOKUP:
-            return replace(plain, ngrams=Ngrams(self._options.max_ngram, MOST))
+            return replace(plain, ngrams=Ngrams(self._options.max_ngram, MOST, self._options.remember))
         searching = self._swift.phase() == "accumulation"
         plan = self._full if searching else self._swift.plan
         return replace(plain, plan=plan, masked=searching, confident=self.threshold > 0)
@@ -192,6 +198,7 @@ class Auto(Method):
     def count(self, model: Model, cache: KVCache, tally: Tally) -> float:
         """Book a round the device ran alone, learn from it, and let the search for a better set have its share."""
         start, stretches = self._clock(), self._stretches
+        remember(self._memory, tally)
         name = _name(tally.recipe)
         way = next(way for way in stretches.ways if way.name == name)
         members, size = len(tally.sequences), graph_size(len(tally.sequences))
@@ -299,7 +306,7 @@ class Auto(Method):
             self._stake *= FADING
         self._ledger.book(chosen + overhead, plain * sum(done.emitted) / sequences)
         self._tell(seconds, plain, done)
-        remember(self._memory, done)
+        remember(self._memory, done.tally)
         own = done if choice.name in (SKIP, CASCADE) else done._replace(draft=no_draft(done.batch))
         if self._search(lambda: self._swift.observe(model, cache, own)):
             self._skips, self._sifted = Rate(RATE), Rate(RATE)

@@ -122,6 +122,11 @@ class Method:
         return None
 
     @property
+    def remembered(self) -> Tensor | None:
+        """Tokens of other texts that the recipe's `ngrams` look in, int32 [remember] on the host, or None."""
+        return None
+
+    @property
     def threshold(self) -> float:
         """The probability below which a draft of the device ends."""
         return 0.0

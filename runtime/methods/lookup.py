@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..batch import Batch, Draft, Round
+from ..batch import Batch, Draft, Tally
 from ..cache import KVCache
 from ..errors import RequestError
 from ..model import Model
@@ -74,21 +75,23 @@ class Lookup(Method):
             return newest(text, options.max_ngram, count)
         return likeliest(text, options.max_ngram, count, self._memory.text, tree=options.tree)
 
-    def recipe(self, sequences: list[Continuation]) -> Recipe | None:
+    def recipe(self, sequences: list[Continuation]) -> Recipe:
         options = self._options
-        if options.tree or options.remember:
-            return None
-        ngrams = Ngrams(options.max_ngram, None if options.choose == "newest" else MOST)
+        votes = None if options.choose == "newest" else MOST
         return Recipe(
             self._full,
             self._full,
             options.num_draft_tokens,
             rejection=self.rejection and sampled(sequences),
-            ngrams=ngrams,
+            ngrams=Ngrams(options.max_ngram, votes, options.remember, options.tree),
         )
 
-    def observe(self, model: Model, cache: KVCache, done: Round) -> float:
-        remember(self._memory, done)
+    @property
+    def remembered(self) -> Tensor | None:
+        return self._memory.tokens if self._options.remember else None
+
+    def count(self, model: Model, cache: KVCache, tally: Tally) -> float:
+        remember(self._memory, tally)
         return 0.0
 
 
@@ -101,9 +104,9 @@ def text_of(sequence: Continuation) -> Text:
     return text
 
 
-def remember(memory: Memory, done: Round) -> None:
+def remember(memory: Memory, tally: Tally) -> None:
     """Keep the answers that ended with this round."""
-    for sequence in done.batch.sequences:
+    for sequence in tally.sequences:
         if sequence.finish_reason:
             memory.add(sequence.tokens[len(sequence.prompt) :])
 
