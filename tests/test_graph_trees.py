@@ -180,10 +180,12 @@ def test_the_kernels_grow_the_trees_of_the_torch_table(told: Callable[[Output], 
     config = ModelConfig.parse(fields, "tiny-llama")
     weights = synthetic_weights(config, 0, torch.float32, 0.3)
     params = SamplingParams(max_tokens=5, temperature=temperature, seed=1, ignore_eos=True)
-    method = "swift:skip_attention=1,num_draft_tokens=2,tree=true,threshold=0,max_nodes=12"
-    method += ",acceptance=rejection" if temperature else ""
-    seen: list[object] = []
-    for backend, alone in (("torch", False), ("triton", True)):
-        with Engine(config, weights, backend=backend, cache_tokens=512, graphs=alone) as table:
-            seen.append([told(o) for o in table.generate([[5, 9, 11], [7]], params, method=method)])
-    assert seen[0] == seen[1]
+    swift = "swift:skip_attention=1,num_draft_tokens=2,tree=true,threshold=0,max_nodes=12"
+    prompts = [[5, 9, 11, 5, 9, 12, 4, 5, 9], [7]]
+    for method in (swift, "lookup:choose=likeliest,tree=true,remember=40,num_draft_tokens=5"):
+        seen: list[object] = []
+        for backend, alone in (("torch", False), ("triton", True)):
+            with Engine(config, weights, backend=backend, cache_tokens=512, graphs=alone) as table:
+                chosen = f"{method},acceptance=rejection" if temperature else method
+                seen.append([[told(o) for o in table.generate(prompts, params, method=chosen)] for _ in range(2)])
+        assert seen[0] == seen[1]

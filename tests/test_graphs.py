@@ -295,6 +295,7 @@ def test_a_round_asks_the_host_nothing(questions: Any, sampled: bool) -> None:
         Recipe(full, full, 2, masked=True, limited=True, sampled=sampled),
         Recipe(full, full, 2, sampled=sampled, ngrams=Ngrams(3)),
         Recipe(full, full, 2, sampled=sampled, rejection=sampled, ngrams=Ngrams(3, 128)),
+        Recipe(full, full, 2, sampled=sampled, rejection=sampled, ngrams=Ngrams(3, 128, 40, tree=True)),
         *([Recipe(full, full, 2, confident=True, sampled=True, rejection=True)] if sampled else []),
     ]
     for recipe in recipes:
