@@ -5,13 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, reference_lookup
 from .lookup_rule import lookup_rule
 from .matches import GAP, matches, ranked
 from .primitives import wait_for_producers
-from .reference_lookup import OWN
 from .values import Found
 
+OWN: tl.constexpr = tl.constexpr(reference_lookup.OWN)
+UNSEEN: tl.constexpr = tl.constexpr(reference_lookup.UNSEEN)
 # Above all tokens and rows.
 HIGHEST: tl.constexpr = tl.constexpr(2147483647)
 # Votes that all others are compared with at a time.
@@ -67,6 +68,13 @@ def _worth(matched, order, votes):
 
 
 @triton.jit
+def _clear(row_ptr, first, k, NODES: tl.constexpr):
+    """Zeros from the entry `first` to the end of a row [k]."""
+    offs = tl.arange(0, NODES)
+    tl.store(row_ptr + offs, 0, mask=(offs >= first) & (offs < k))
+
+
+@triton.jit
 def _together(token, worth):
     """For each token the worth of all that equal it."""
     sums = tl.zeros_like(worth)
@@ -116,7 +124,7 @@ def _vote_kernel(
     k,
     BLOCKS: tl.constexpr,
     KEPT: tl.constexpr,
-    OWN: tl.constexpr,
+    NODES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """draft[i] is what the places of highest weight go on with: those of the draft so far, or of any node of the tree.
@@ -149,14 +157,13 @@ def _vote_kernel(
         weight = tl.reshape(tl.join(weight, _worth(matched, order, votes)), (2 * KEPT,))
         own = tl.reshape(tl.join(own, tl.full((KEPT,), False, tl.int1)), (2 * KEPT,))
 
-    going = weight > 0
-    left = going
-    row = tl.zeros_like(place)
-    token = tl.zeros_like(place)
+    going, left = weight > 0, weight > 0
+    row, token = tl.zeros_like(place), tl.zeros_like(place)
     share = tl.zeros_like(weight).to(tl.float64) - 1.0
     chance = tl.full((), 1.0, tl.float64)
-    drafted = 0
-    for node in range(0, k):
+    node, drafted = 0, 0
+    until = tl.where(tl.max(weight, axis=0) > 0, most, 0)
+    while node < until:
         # Those that voted for the newest node vote on its children.
         going = going & ((own == 0) | (place < length))
         following = tl.load(text_ptr + place + 1, mask=going & own, other=GAP)
@@ -166,21 +173,26 @@ def _vote_kernel(
         token = tl.where(going, following, token)
         worth = tl.where(going, weight, 0)
         sums = _together(token, worth)
-        total = tl.sum(worth, axis=0).to(tl.float64) + 10.0
+        total = tl.sum(worth, axis=0).to(tl.float64) + UNSEEN
         share = tl.where(going, chance * (sums.to(tl.float64) / total), share)
         row = tl.where(going, node, row)
         left = going if parent_ptr is None else (left | going) & (token != GAP)
         chosen, best, lowest, newest = _likeliest(left, share, row, token)
-        more = (best >= 0.0) & (newest != GAP) & (most > node)
-        tl.store(draft_ptr + pid_s * k + node, tl.where(more, newest, 0))
+        more = (best >= 0.0) & (newest != GAP)
+        tl.store(draft_ptr + pid_s * k + node, newest, mask=more)
         if parent_ptr is not None:
-            tl.store(parent_ptr + pid_s * k + node, tl.where(more, lowest, 0))
+            tl.store(parent_ptr + pid_s * k + node, lowest, mask=more)
             chance = best
         # None where the draft ends: no token is that high.
         going = chosen & (token == tl.where(more, newest, HIGHEST))
         left = left & (going == 0)
         place += going.to(tl.int32)
         drafted += more.to(tl.int32)
+        until = tl.where(more, most, 0)
+        node += 1
+    _clear(draft_ptr + pid_s * k, drafted, k, NODES)
+    if parent_ptr is not None:
+        _clear(parent_ptr + pid_s * k, drafted, k, NODES)
     tl.store(drafted_ptr + pid_s, drafted)
 
 
@@ -224,10 +236,11 @@ def lookup(
     tokens up to there that match, at most `max_ngram`, then the newest first. Without `votes` the draft is what
     followed the first of them; where the text runs out it is taken to repeat from the match on. Otherwise the first
     `votes` places vote on every token, one of n tokens with weight 10·4ⁿ⁻¹, and as many in `memory` int32 [M] with
-    4ⁿ⁻¹: other texts, the newest last, with -1 between and after them. Those that voted for the draft so far choose its
-    next token; ties go to the lowest id, and where -1 is chosen the draft ends. In a `tree` a child has its parent's
-    chance times its share of the weight of those, to which 10 is added for what was never seen, and the likeliest node
-    that is left comes next, of equally likely ones that of the lowest parent. Entries past a draft are 0.
+    4ⁿ⁻¹: other texts, the newest last, with -1 between them; its end counts as -1. Those that voted for the draft so
+    far choose its next token; ties go to the lowest id, and where -1 is chosen the draft ends. In a `tree` a child has
+    its parent's chance times its share of the weight of those, to which 10 is added for what was never seen, and the
+    likeliest node that is left comes next, of equally likely ones that of the lowest parent. Entries past a draft are
+    0.
     """
     sequences, device = text.shape[0], text.device
     found = Found(
@@ -277,9 +290,9 @@ def lookup(
         others.blocks if others else 0,
         votes,
         num_draft_tokens,
-        OWN=OWN,
+        NODES=nodes,
         **sizes,
-        **launch.options(rule.warps, 1),
+        **launch.options(rule.warps, 1, registers=255),
     )
     if tree:
         _lineage_kernel[(sequences,)](

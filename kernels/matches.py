@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, reference_lookup
 from .lookup_rule import lookup_rule
 from .primitives import wait_for_producers
 
 # Between texts and past the end of one, and before its first: no token.
-GAP: tl.constexpr = tl.constexpr(-1)
+GAP: tl.constexpr = tl.constexpr(reference_lookup.GAP)
 BEFORE: tl.constexpr = tl.constexpr(-2)
 
 

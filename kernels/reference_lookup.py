@@ -29,10 +29,11 @@ def lookup(
     tokens up to there that match, at most `max_ngram`, then the newest first. Without `votes` the draft is what
     followed the first of them; where the text runs out it is taken to repeat from the match on. Otherwise the first
     `votes` places vote on every token, one of n tokens with weight 10·4ⁿ⁻¹, and as many in `memory` int32 [M] with
-    4ⁿ⁻¹: other texts, the newest last, with -1 between and after them. Those that voted for the draft so far choose its
-    next token; ties go to the lowest id, and where -1 is chosen the draft ends. In a `tree` a child has its parent's
-    chance times its share of the weight of those, to which 10 is added for what was never seen, and the likeliest node
-    that is left comes next, of equally likely ones that of the lowest parent. Entries past a draft are 0.
+    4ⁿ⁻¹: other texts, the newest last, with -1 between them; its end counts as -1. Those that voted for the draft so
+    far choose its next token; ties go to the lowest id, and where -1 is chosen the draft ends. In a `tree` a child has
+    its parent's chance times its share of the weight of those, to which 10 is added for what was never seen, and the
+    likeliest node that is left comes next, of equally likely ones that of the lowest parent. Entries past a draft are
+    0.
     """
     place, matched = _ranked(text, length, text, length, max_ngram, votes or 1)
     limit = room.clamp(0, num_draft_tokens)

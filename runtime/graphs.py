@@ -209,9 +209,10 @@ class Rounds:
         if graph.recipe.limited and self._method.limit != self._limit:
             graph.state.limit.fill_(self._method.limit)
             self._limit = self._method.limit
-        known = self._method.remembered
-        if graph.state.remembered is not None and known is not None and known is not self._remembered:
-            graph.state.remembered.copy_(known)
+        held, known = graph.state.remembered, self._method.remembered
+        if held is not None and known is not None and known is not self._remembered:
+            # From pinned memory, or the host would wait for the rounds under way.
+            held.copy_(known.pin_memory() if held.is_cuda else known, non_blocking=True)
             self._remembered = known
 
     def _drain(self) -> dict[int, list[Piece]]:

@@ -8,10 +8,13 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch.nn import functional
+
+from ..kernels.host import ints
 
 # Between texts that do not follow each other: no token.
-GAP = -1
+from ..kernels.reference_lookup import GAP
+
 # How much more an occurrence counts for every further token that matches, and for belonging to the text itself.
 LONGER, OWN = 4.0, 10.0
 # Occurrences that vote: some tokens stand everywhere.
@@ -55,28 +58,35 @@ class Text:
 
 
 class Memory:
-    """The newest `size` tokens of finished texts, with a `GAP` before each text."""
+    """The newest `size` tokens of finished texts, with a `GAP` before each text.
+
+    `tokens` int32 [size] has them and a `GAP` for each that is missing: a new tensor whenever a text is added.
+    """
 
     def __init__(self, size: int) -> None:
-        self.size = size
-        self.text = Text()
-        self._tokens: Tensor | None = None
+        self._count = 0
+        self._text: Text | None = None
+        self.tokens = torch.full((size,), GAP, dtype=torch.int32)
 
     @property
-    def tokens(self) -> Tensor:
-        """Those of `text` and a `GAP` for each that is missing, int32 [size]; the same tensor until one is added."""
-        if self._tokens is None:
-            known = self.text.tokens
-            self._tokens = torch.tensor(known + [GAP] * (self.size - len(known)), dtype=torch.int32)
-        return self._tokens
+    def text(self) -> Text:
+        """The same with its places, which only the host looks for."""
+        if self._text is None:
+            self._text = Text(ints(self.tokens[: self._count]))
+        return self._text
 
     def add(self, text: list[int]) -> None:
         """Remember a text; the oldest tokens are forgotten for it."""
-        self._tokens = None
-        if len(self.text.tokens) + 1 + len(text) <= self.size:
-            self.text.extend([GAP, *text])
-        elif self.size:
-            self.text = Text([*self.text.tokens, GAP, *text][-self.size :])
+        size = len(self.tokens)
+        new = torch.tensor([GAP, *text], dtype=torch.int32)
+        fits = self._count + len(new) <= size
+        kept = torch.cat([self.tokens[: self._count], new])[-size:] if size else self.tokens
+        self._count = len(kept)
+        self.tokens = functional.pad(kept, (0, size - self._count), value=GAP)
+        if self._text is not None and fits:
+            self._text.extend([GAP, *text])
+        else:
+            self._text = None
 
 
 class Guess(NamedTuple):

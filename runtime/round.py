@@ -30,7 +30,7 @@ class State(NamedTuple):
     last, length, prompt int64 [S] as in Batch; left int64 [S] tokens that may still be appended; block_table int64
     [S, W]; mask bool [2L], the sub-layers that draft; threshold float32 []; limit int64 [], the longest draft;
     sampling, [S] each; memory [S, …], what the recipe's steps remember; text int32 [S, C], the tokens so far where
-    drafts come from them, and remembered int32 [M], those of other texts with `ngrams.GAP` between and after them.
+    drafts come from them, and remembered int32 [M], those of other texts with `ngrams.GAP` between them.
     The report is int64 [S, k + 4]: accepted (-1: the sequence did not run), drafted, the depth of the draft, the token
     after the accepted ones, and the k draft tokens, of a tree those of its accepted path; or [S, steps, 2]: of each
     step the token and the sub-layers that ran (-1: the sequence did not). With it go the logprobs [S, k + 1 or steps,

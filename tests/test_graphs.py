@@ -16,6 +16,7 @@ from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import graphs, round_graph
 from skipjack.runtime.cache import KVCache
 from skipjack.runtime.graphs import Rounds
+from skipjack.runtime.methods.stretches import Stretches
 from skipjack.runtime.model import Model
 from skipjack.runtime.ngrams import GAP
 from skipjack.runtime.plan import LayerPlan
@@ -150,8 +151,15 @@ def test_what_is_remembered_of_other_answers_is_drafted_from_by_the_device_too(
     assert forgotten == first
 
 
-def test_what_is_remembered_is_told_to_the_device_once(device: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And again when an answer of the batch has ended."""
+@pytest.mark.parametrize(
+    "method", ["lookup:choose=likeliest,remember=64,num_draft_tokens=3", "auto:remember=64,search_budget=0"]
+)
+def test_what_is_remembered_is_told_to_the_device_when_it_changes(
+    device: Engine, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Once for a request, and again, between two of its rounds, when another one's answer has ended."""
+    # A way of `auto` that looks in the text, for the whole of a request.
+    monkeypatch.setattr(Stretches, "choose", lambda self, size: self.ways[1])
     told, honest = list[torch.Tensor](), Rounds._steer
 
     def steer(rounds: Rounds, graph: RoundGraph) -> None:
@@ -161,10 +169,16 @@ def test_what_is_remembered_is_told_to_the_device_once(device: Engine, monkeypat
             told.append(rounds._remembered)
 
     monkeypatch.setattr(Rounds, "_steer", steer)
-    params = SamplingParams(max_tokens=30, ignore_eos=True)
-    device.generate(PROMPTS[0], params, method="lookup:choose=likeliest,remember=64,num_draft_tokens=3")
-    assert len(told) == 1
-    assert told[0].tolist() == [GAP] * 64
+    params = SamplingParams(max_tokens=90, ignore_eos=True)
+    stream = device.stream(PROMPTS[0], params, method=method)
+    assert len(next(stream).token_ids) == 1, "of the prompt"
+    next(stream)
+    assert [known.tolist() for known in told] == [[GAP] * 64]
+    answer = device.generate(PROMPTS[1], replace(params, max_tokens=10), method=method).token_ids
+    assert len(told) == 2, "for the other"
+    said = [token for chunk in stream for token in chunk.token_ids]
+    assert len(said) > 50
+    assert [known.tolist() for known in told[2:]] == [[GAP, *answer, *[GAP] * 53]]
 
 
 def test_drafts_from_a_part_of_the_vocabulary_choose_what_the_whole_would_among_it(
