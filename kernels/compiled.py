@@ -19,12 +19,12 @@ from . import (
     cpu_sample,
     joined,
     matrix_unit,
+    openmp,
     packed,
     panels,
     reference,
     reference_routes,
     reference_verify,
-    team,
     tiles,
 )
 from .attention_index import AttentionIndex, Index
@@ -189,7 +189,7 @@ def attend(
         half,
         tiles,
         torch.get_num_threads(),
-        team.entry(),
+        openmp.entry(),
         (attention_tiles if tiles else cpu_attention).attend_some.address,
     )
     return out
@@ -248,7 +248,7 @@ def head(
         width,
         half,
         torch.get_num_threads(),
-        team.entry(),
+        openmp.entry(),
         cpu_kernels.choose_some.address,
     )
     value = scores.gather(1, token[:, None])[:, 0]
@@ -292,7 +292,7 @@ def sample(
         stream,
         _HALF[scores.dtype],
         torch.get_num_threads(),
-        team.entry(),
+        openmp.entry(),
         cpu_sample.sample_some.address,
     )
     return token[:, 0] if count is None else token
@@ -307,7 +307,7 @@ def _describe(dtype: torch.dtype) -> str:
     if dtype not in _HALF:
         return f"{products(dtype)}, plain small operations"
     unit = " by the matrix unit" if dtype == torch.bfloat16 and matrix_unit.permitted() else ""
-    return f"products in panels{unit}, compiled small operations{'' if team.entry() else ', all on one thread'}"
+    return f"products in panels{unit}, compiled small operations{'' if openmp.entry() else ', all on one thread'}"
 
 
 def _pads(dtype: torch.dtype) -> bool:

@@ -293,8 +293,8 @@ def attend(
 
     q [rows, heads, width] → out [rows, heads·width], zeros for rows of no sequence; keys, values [pages, kv_heads,
     slots, width]; sequence, position [rows]; table [sequences, pages]; of a tree length [rows], slot [rows, depth];
-    slopes float32 [heads]; window 0 for none. With an `entry` (`team.entry`) that many threads run `some`, the address
-    of `attend_some` or, with `tiles`, of `attention_tiles.attend_some`, where there is enough for them to do.
+    slopes float32 [heads]; window 0 for none. With an `entry` (`openmp.entry`) that many threads run `some`, the
+    address of `attend_some` or, with `tiles`, of `attention_tiles.attend_some`, where there is enough for them to do.
     """
     layout = lay_out(
         sequence, position, table, pages, length, slot, depth,

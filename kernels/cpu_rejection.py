@@ -6,7 +6,7 @@ from numba import carray
 from torch import Tensor
 from torch.nn import functional
 
-from . import reference_verify, team
+from . import openmp, reference_verify
 from .cpu_kernels import first_of
 from .cpu_sample import IDS, NEVER, limited, uniforms
 from .lanes import (
@@ -242,6 +242,6 @@ def verify_rejection(
     sizes = sequences, k, width, proposals.shape[1], real + -real % WIDTH, real
     halves = _HALF[scores.dtype], _HALF[proposals.dtype]
     block = np.array([0, *addresses, *sizes, *halves], np.int64)
-    judge(block.ctypes.data, sequences, torch.get_num_threads(), team.entry(), judge_some.address)
+    judge(block.ctypes.data, sequences, torch.get_num_threads(), openmp.entry(), judge_some.address)
     accepted, token, lengths = found
     return Verdict(accepted, token, lengths, path)

@@ -245,7 +245,7 @@ def sample(
     Scores are finite or −∞. Masses are added up in float32, so that an id at the very end of a nucleus may be taken
     that the reference, which adds in float64, leaves, or the other way round.
 
-    With an `entry` (`team.entry`) that many threads run `some`, the address of `sample_some`.
+    With an `entry` (`openmp.entry`) that many threads run `some`, the address of `sample_some`.
     """
     block = np.empty(16, np.int64)
     block[0], block[1], block[2], block[3], block[4], block[5] = 0, scores, temperature, top_k, top_p, min_p

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import attention_tiles, cpu_attention, matrix_unit, panel_kernels, team
+from . import attention_tiles, cpu_attention, matrix_unit, openmp, panel_kernels
 from .attention_index import AttentionIndex, Index
 from .attention_sums import listed
 from .cpu_attention import attend_as, keep, lay_out
@@ -182,7 +182,7 @@ class _Layers:
                 tiles,
                 0 if tree is None else tree.slot.shape[1],
                 torch.get_num_threads(),
-                team.entry(),
+                openmp.entry(),
                 (attention_tiles if tiles else cpu_attention).attend_some.address,
             )
         if given is not x:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import large_pages, matrix_unit, panel_kernels, team
+from . import large_pages, matrix_unit, openmp, panel_kernels
 from .lanes import WIDTH
 from .values import Matrix, Norm
 
@@ -83,7 +83,7 @@ def product(
         half,
         matrix_unit.permitted(),
         torch.get_num_threads(),
-        team.entry(),
+        openmp.entry(),
         panel_kernels.share.address,
     )
     return out

@@ -102,6 +102,7 @@ class Engine:
         self._admission: Admission | None = Admission(cache)
         on_device = self._model.device.type == "cuda" if graphs is None else graphs
         self._graphs = Graphs(self._model, cache, self._watch) if on_device else None
+        self._turn.rest()
         self._enter(self._default, own)
 
     @staticmethod
@@ -243,6 +244,7 @@ class Engine:
             self.warmed_up = rehearsal.run(map(self._unlearned, dict.fromkeys(specs)), self._watch)
             self._open()[1].move()
             self._watch.count, self._watch.refuse = 0, refuse if self._strict else None
+            self._turn.rest()
         return self.warmed_up
 
     async def astream(

@@ -157,6 +157,7 @@ class Run:
         if shared is None:
             return
         shared.runs.discard(self)
+        shared.turns.rest()
         with torch.inference_mode():
             if self._rounds is not None:
                 self._rounds.close()

@@ -9,6 +9,8 @@ from threading import Lock, get_ident
 
 import torch
 
+from ..kernels.openmp import disband
+
 
 class Turns:
     """Turns with a model and its cache, one thread's at a time, first come first served.
@@ -25,6 +27,7 @@ class Turns:
         self._late = deque[Callable[[], None]]()
         self._gate, self._holder, self._depth = Lock(), 0, 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._computes, self._resting = device.type == "cpu", False
         self._ordered = _ordered(None)
 
     @property
@@ -58,6 +61,10 @@ class Turns:
         self._late.append(work)
         self._catch_up()
 
+    def rest(self) -> None:
+        """What this thread computes for is at its end with this turn."""
+        self._resting = True
+
     def alone(self, work: Callable[[], None]) -> None:
         """Do `work` in a turn of its own; inside a turn, at its end."""
         if self.held:
@@ -80,6 +87,10 @@ class Turns:
         try:
             while self._late:
                 self._late.popleft()()
+            if self._computes and (self._resting or len(self._line) > 1):
+                # Else the threads of whoever is next would share the processors with those of this one.
+                disband()
+                self._resting = False
         finally:
             try:
                 self._ordered.__exit__(None, None, None)

@@ -20,7 +20,7 @@ pytest.importorskip("numba", reason="numba is not installed")
 import numba
 
 from skipjack import Engine, SamplingParams
-from skipjack.kernels import compiled, instructions, ops, reference, team
+from skipjack.kernels import compiled, instructions, openmp, ops, reference
 from skipjack.kernels.attention_index import AttentionIndex
 from skipjack.kernels.lanes import exp, kernel, read, splat, write
 from skipjack.kernels.ops import TORCH
@@ -416,7 +416,7 @@ def test_values_that_only_others_see_spoil_no_row(
 def test_threads_change_no_bit_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, threads = Rows(), torch.get_num_threads()
     with monkeypatch.context() as patch:
-        patch.setattr(team, "entry", lambda: 0)
+        patch.setattr(openmp, "entry", lambda: 0)
         alone = rows.run()
         assert compiled.COMPILED.description(torch.bfloat16).count("all on one thread") == 1
     assert not alone.isnan().any()
@@ -441,7 +441,7 @@ def test_attention_may_be_called_by_several_threads_at_once() -> None:
 def test_the_team_is_that_of_the_library_torch_has_loaded() -> None:
     if "OpenMP" not in torch.__config__.parallel_info():
         pytest.skip("this PyTorch has other threads")
-    assert team.entry() > 0
+    assert openmp.entry() > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,7 +14,7 @@ pytest.importorskip("numba", reason="numba is not installed")
 
 import numba
 
-from skipjack.kernels import compiled, cpu_sample, lanes, noise, reference_verify, team
+from skipjack.kernels import compiled, cpu_sample, lanes, noise, openmp, reference_verify
 from skipjack.kernels.lanes import log, read, write
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -112,7 +112,7 @@ def test_rows_draw_by_their_own_rules_whoever_is_beside_them(
     try:
         torch.set_num_threads(3)
         together = compiled.sample(*given, count=3)
-        monkeypatch.setattr(team, "entry", lambda: 0)
+        monkeypatch.setattr(openmp, "entry", lambda: 0)
         assert torch.equal(compiled.sample(*given, count=3), together)
     finally:
         torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("numba", reason="numba is not installed")
 
-from skipjack.kernels import team
+from skipjack.kernels import openmp
 from skipjack.kernels.compiled import COMPILED
 from skipjack.kernels.ops import TORCH
 from skipjack.kernels.values import Tree
@@ -141,7 +141,7 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     model, threads = model_of("qwen3", torch.bfloat16), torch.get_num_threads()
     given = batch(8, True), model.full, True
     with monkeypatch.context() as patch:
-        patch.setattr(team, "entry", lambda: 0)
+        patch.setattr(openmp, "entry", lambda: 0)
         alone = run(model, *given)
     try:
         for count in (1, 2, 3):

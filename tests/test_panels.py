@@ -15,7 +15,7 @@ pytest.importorskip("numba")
 
 from llvmlite import binding
 
-from skipjack.kernels import compiled, large_pages, matrix_unit, packed, panels, reference, team
+from skipjack.kernels import compiled, large_pages, matrix_unit, openmp, packed, panels, reference
 from skipjack.kernels.values import Matrix, Norm
 from skipjack.runtime import doctor
 
@@ -105,7 +105,7 @@ def test_neither_threads_nor_their_absence_change_a_bit(dtype: torch.dtype, monk
         alone = panels.product(x, matrix, None, None)
         torch.set_num_threads(4)
         assert torch.equal(panels.product(x, matrix, None, None), alone)
-        monkeypatch.setattr(team, "entry", lambda: 0)
+        monkeypatch.setattr(openmp, "entry", lambda: 0)
         assert torch.equal(panels.product(x, matrix, None, None), alone)
     finally:
         torch.set_num_threads(threads)

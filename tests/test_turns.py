@@ -1,6 +1,8 @@
 """Turns go to whoever came first; a thread that is interrupted or dropped leaves no trace in the line."""
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from skipjack.kernels import openmp
 from skipjack.runtime import admission as admission_module
 from skipjack.runtime.admission import ADMISSION_WAIT_S, Admission
 from skipjack.runtime.cache import KVCache
@@ -179,3 +182,60 @@ def test_waiting_has_an_end_only_when_nothing_moves(admission: Admission, monkey
     now += ADMISSION_WAIT_S + 1e-6
     assert ticket.patience <= 0
     ticket.wait()
+
+
+TEAMS = """
+import os
+from threading import Barrier, Thread
+
+from skipjack import Engine, SamplingParams
+from skipjack.loaders.config import ModelConfig
+from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
+from skipjack.runtime import turns
+
+import torch
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+# PyTorch has some more for itself with this, for good.
+torch.set_num_threads(5)
+bare, most, honest = threads(), 0, turns.disband
+
+def disband():
+    global most
+    most = max(most, threads())
+    honest()
+
+turns.disband = disband
+config = ModelConfig.parse(synthetic_config("tiny-llama"), "tiny-llama")
+engine = Engine(config, synthetic_weights(config, 0, torch.float32, 0.1))
+told = [threads() - bare]
+params = SamplingParams(max_tokens=4, ignore_eos=True)
+engine.generate([5, 6, 7] * 40, params)
+told += [most - bare, threads() - bare]
+both = Barrier(2)
+
+def generate():
+    both.wait()
+    engine.generate([5, 6, 7] * 40, params)
+    both.wait()
+    told.append(threads() - bare)
+    both.wait()
+
+others = [Thread(target=generate) for _ in range(2)]
+[other.start() for other in others]
+[other.join() for other in others]
+print(*told)
+"""
+
+
+@pytest.mark.skipif(not openmp.entry(), reason="PyTorch has no OpenMP library of GNU's here")
+def test_a_thread_lets_go_of_those_it_computes_with_when_its_request_has_ended() -> None:
+    """Two teams would be more threads than processors, which then do not wait awake for each other."""
+    command = [sys.executable, "-c", TEAMS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    loaded, working, ended, *while_others_are_there = map(int, done.stdout.split())
+    assert (loaded, ended) == (0, 0)
+    assert working >= 4
+    assert while_others_are_there == [2, 2], "the two themselves"
