@@ -21,22 +21,28 @@ def disband() -> None:
 
     Every thread that computes has a team of its own. Once GNU's library has more threads in all than there are
     processors, none of them waits awake for the next piece of work any more, and those are a few microseconds apart.
+    Other libraries deal their threads out among teams; there nothing is done.
     """
     pause = getattr(_library(), "omp_pause_resource_all", None)
-    if pause is not None:
+    if pause is not None and "/libgomp" in _path():
         pause(_SOFTLY)
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """That of PyTorch, where there is one and no doubt which."""
+    try:
+        return ctypes.CDLL(path) if (path := _path()) else None
+    except OSError:
+        return None
+
+
+@cache
+def _path() -> str:
+    """Where that of PyTorch lies; empty where there is none or a doubt which it is."""
     try:
         loaded = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return None
+        return ""
     paths = {line.split(maxsplit=5)[-1] for line in loaded if _LIBRARIES.search(line)}
     own = [path for path in paths if "/torch/" in path] or list(paths)
-    try:
-        return ctypes.CDLL(own[0]) if len(own) == 1 else None
-    except OSError:
-        return None
+    return own[0] if len(own) == 1 else ""

@@ -230,7 +230,7 @@ print(*told)
 """
 
 
-@pytest.mark.skipif(not openmp.entry(), reason="PyTorch has no OpenMP library of GNU's here")
+@pytest.mark.skipif("/libgomp" not in openmp._path(), reason="PyTorch has no OpenMP library of GNU's here")
 def test_a_thread_lets_go_of_those_it_computes_with_when_its_request_has_ended() -> None:
     """Two teams would be more threads than processors, which then do not wait awake for each other."""
     command = [sys.executable, "-c", TEAMS]
