@@ -12,7 +12,6 @@ from .primitives import wait_for_producers
 from .values import Found
 
 OWN: tl.constexpr = tl.constexpr(reference_lookup.OWN)
-UNSEEN: tl.constexpr = tl.constexpr(reference_lookup.UNSEEN)
 # Above all tokens and rows.
 HIGHEST: tl.constexpr = tl.constexpr(2147483647)
 # Votes that all others are compared with at a time.
@@ -173,7 +172,7 @@ def _vote_kernel(
         token = tl.where(going, following, token)
         worth = tl.where(going, weight, 0)
         sums = _together(token, worth)
-        total = tl.sum(worth, axis=0).to(tl.float64) + UNSEEN
+        total = tl.sum(worth, axis=0).to(tl.float64) + OWN
         share = tl.where(going, chance * (sums.to(tl.float64) / total), share)
         row = tl.where(going, node, row)
         left = going if parent_ptr is None else (left | going) & (token != GAP)
@@ -292,7 +291,7 @@ def lookup(
         num_draft_tokens,
         NODES=nodes,
         **sizes,
-        **launch.options(rule.warps, 1, registers=255),
+        **launch.options(rule.warps, 1, registers=launch.PRODUCT_REGISTERS),
     )
     if tree:
         _lineage_kernel[(sequences,)](

@@ -6,8 +6,10 @@ from torch.nn import functional
 
 from .values import Found
 
-# What a match counts more for every further token of it and in the text itself, and what was never seen; no token.
-LONGER, OWN, UNSEEN = 4, 10, 10
+# How much more a match counts for every further token of it, and in the text itself, which is also set aside for what
+# was never seen.
+LONGER, OWN = 4, 10
+# Between texts, and past the end of one: no token.
 GAP = -1
 
 
@@ -66,7 +68,7 @@ def lookup(
         token = torch.where(going, texts.gather(1, torch.where(going, start + place + 1, 0)).long(), token)
         worth = torch.where(going, weight, 0)
         sums = torch.where(token[:, :, None] == token[:, None], worth[:, None], 0).sum(dim=2).double()
-        share = torch.where(going, chance * (sums / (worth.sum(dim=1, keepdim=True) + UNSEEN)), share)
+        share = torch.where(going, chance * (sums / (worth.sum(dim=1, keepdim=True) + OWN)), share)
         row = torch.where(going, node, row)
         left = left | going & (token != GAP) if tree else going
 

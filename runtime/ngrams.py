@@ -11,12 +11,8 @@ import torch
 from torch.nn import functional
 
 from ..kernels.host import ints
+from ..kernels.reference_lookup import GAP, LONGER, OWN
 
-# Between texts that do not follow each other: no token.
-from ..kernels.reference_lookup import GAP
-
-# How much more an occurrence counts for every further token that matches, and for belonging to the text itself.
-LONGER, OWN = 4.0, 10.0
 # Occurrences that vote: some tokens stand everywhere.
 MOST = 128
 
@@ -118,7 +114,7 @@ def newest(text: Text, max_ngram: int, count: int) -> Guess:
 
 
 # Occurrences that a draft has followed so far: the text, the place of the last token, and the weight.
-_Votes = list[tuple[Text, int, float]]
+_Votes = list[tuple[Text, int, int]]
 
 
 def likeliest(text: Text, max_ngram: int, count: int, memory: Text | None = None, *, tree: bool = False) -> Guess:
@@ -131,7 +127,7 @@ def likeliest(text: Text, max_ngram: int, count: int, memory: Text | None = None
     the end of a text; a tree takes the node of the highest chance that is left, wherever it is.
     """
     longest, votes = 0, _Votes()
-    for source, worth in ((memory, 1.0), (text, OWN)):
+    for source, worth in ((memory, 1), (text, OWN)):
         for length, place in source.ends(text, max_ngram, MOST) if source is not None else ():
             longest = max(longest, length)
             votes.append((source or text, place, worth * LONGER ** (length - 1)))
@@ -139,12 +135,12 @@ def likeliest(text: Text, max_ngram: int, count: int, memory: Text | None = None
     open_nodes: list[tuple[float, int, int, int, _Votes]] = []
 
     def expand(row: int, chance: float, votes: _Votes) -> None:
-        sums, below = dict[int, float](), dict[int, _Votes]()
+        sums, below = dict[int, int](), dict[int, _Votes]()
         for source, place, weight in votes:
             inside = place + 1 < len(source.tokens)
             if inside or source is not text:
                 token = source.tokens[place + 1] if inside else GAP
-                sums[token] = sums.get(token, 0.0) + weight
+                sums[token] = sums.get(token, 0) + weight
                 below.setdefault(token, []).append((source, place + 1, weight))
         total = sum(sums.values()) + OWN
         ranked = sorted(sums, key=lambda token: (-sums[token], token))

@@ -62,7 +62,7 @@ class Turns:
         self._catch_up()
 
     def rest(self) -> None:
-        """What this thread computes for is at its end with this turn."""
+        """This turn is the last of what its thread computes for: a request, or what goes before requests."""
         self._resting = True
 
     def alone(self, work: Callable[[], None]) -> None:
