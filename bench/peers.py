@@ -91,7 +91,7 @@ def folder_of(model: str) -> Generator[Path]:
         raise RequestError(f"MODEL: expected synthetic:SHAPE:LATE_SCALE, got {model!r}") from None
     with TemporaryDirectory(prefix="skipjack-") as parent:
         folder = Path(parent) / shape
-        write_synthetic(folder, shape, 0, late_scale)
+        write_synthetic(folder, shape, 0, late_scale, "cuda" if torch.cuda.is_available() else "cpu")
         yield folder
 
 

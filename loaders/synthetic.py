@@ -215,8 +215,11 @@ def synthetic_weights(
     return Weights.of(tensors)
 
 
-def write_synthetic(folder: Path, name: str, seed: int, late_scale: float = 1.0) -> None:
-    """Write a named shape with random weights as a model folder, in the dtype of its configuration.
+def write_synthetic(
+    folder: Path, name: str, seed: int, late_scale: float = 1.0, device: torch.device | str = "cpu"
+) -> None:
+    """Write a named shape with random weights as a model folder, in the dtype of its configuration; they are drawn on
+    `device`, a GPU in a fraction of the time.
 
     Raises:
         ConfigError: no such shape.
@@ -224,7 +227,7 @@ def write_synthetic(folder: Path, name: str, seed: int, late_scale: float = 1.0)
     """
     fields = synthetic_config(name)
     config = ModelConfig.parse(fields, f"synthetic model {name}")
-    weights = synthetic_weights(config, seed, getattr(torch, config.dtype), late_scale)
+    weights = synthetic_weights(config, seed, getattr(torch, config.dtype), late_scale, device)
     save_checkpoint(folder, fields, checkpoint_tensors(weights, config))
 
 
