@@ -37,6 +37,7 @@ KERNELS = {
     "_compact_kernel": Meaning(),
     "_matches_kernel": Meaning(),
     "_continuation_kernel": Meaning(),
+    "_shares_kernel": Meaning(),
     "_vote_kernel": Meaning(),
     "_lineage_kernel": Meaning(),
     "_extend_kernel": Meaning(),

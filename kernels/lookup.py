@@ -14,8 +14,9 @@ from .values import Found
 OWN: tl.constexpr = tl.constexpr(reference_lookup.OWN)
 # Above all tokens and rows.
 HIGHEST: tl.constexpr = tl.constexpr(2147483647)
-# Votes that all others are compared with at a time.
-PART: tl.constexpr = tl.constexpr(16)
+# Votes a program counts for, and those whose shares a warp can hold, which needs no barrier to compare them.
+MINE = 16
+VOTES_PER_WARP = 256
 
 
 @triton.jit(
@@ -74,15 +75,14 @@ def _clear(row_ptr, first, k, NODES: tl.constexpr):
 
 
 @triton.jit
-def _together(token, worth):
-    """For each token the worth of all that equal it."""
-    sums = tl.zeros_like(worth)
-    # All pairs at once would not fit the registers.
-    for start in range(0, token.shape[0], PART):
-        part = start + tl.arange(0, PART)
-        others, theirs = tl.gather(token, part, axis=0), tl.gather(worth, part, axis=0)
-        sums += tl.sum(tl.where(token[:, None] == others[None, :], theirs[None, :], 0), axis=1)
-    return sums
+def _following(text_ptr, memory_ptr, place, own, going, length, size):
+    """What stands after each place, GAP past the end of memory; and where something does: nothing past a text's end."""
+    there = going & ((own == 0) | (place < length))
+    token = tl.load(text_ptr + place + 1, mask=there & own, other=GAP)
+    if memory_ptr is not None:
+        beyond = tl.load(memory_ptr + place + 1, mask=there & (own == 0) & (place + 1 < size), other=GAP)
+        token = tl.where(own, token, beyond)
+    return token, there
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def _likeliest(left, share, row, token):
     do_not_specialize=["capacity", "size", "max_ngram", "blocks", "memory_blocks", "votes", "k"],
     do_not_specialize_on_alignment=["length_ptr", "room_ptr"],
 )
-def _vote_kernel(
+def _shares_kernel(
     text_ptr,
     length_ptr,
     room_ptr,
@@ -111,9 +111,8 @@ def _vote_kernel(
     memory_counts_ptr,
     memory_longer_ptr,
     memory_places_ptr,
-    draft_ptr,
-    drafted_ptr,
-    parent_ptr,
+    shares_ptr,
+    tokens_ptr,
     capacity,
     size,
     max_ngram,
@@ -123,15 +122,18 @@ def _vote_kernel(
     k,
     BLOCKS: tl.constexpr,
     KEPT: tl.constexpr,
-    NODES: tl.constexpr,
+    MINE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """draft[i] is what the places of highest weight go on with: those of the draft so far, or of any node of the tree.
+    """shares[d] = shares[d − 1] · (weight of those whose d + 1 next tokens are a vote's) / (of those with its first d).
 
     Inputs as `_matches_kernel` leaves them for the text and for memory, if there is one, of which the first `votes`
-    vote; room int64 [S]; draft int64 [S, k], of which drafted int64 [S] are real; parent int64 [S, k] of a tree.
+    vote. MINE votes a program: shares float64 [S, k, votes], -1 where nothing follows, and the tokens int32 beside
+    them; nothing is written past what follows all of them, nor past room int64 [S].
     """
     pid_s = tl.program_id(0).to(tl.int64)
+    mine = tl.program_id(1) * MINE + tl.arange(0, MINE)
+    stride = tl.num_programs(1) * MINE
     order = tl.arange(0, KEPT)
     wait_for_producers(PDL)
     length = tl.load(length_ptr + pid_s).to(tl.int32)
@@ -140,6 +142,7 @@ def _vote_kernel(
     place, matched, _ = ranked(counts_ptr, longer_ptr, places_ptr, order, pid_s, max_ngram, blocks, BLOCKS, KEPT)
     weight = OWN * _worth(matched, order, votes)
     own = tl.full((KEPT,), True, tl.int1)
+    vote = order
     if memory_ptr is not None:
         far, matched, _ = ranked(
             memory_counts_ptr,
@@ -155,39 +158,81 @@ def _vote_kernel(
         place = tl.reshape(tl.join(place, far), (2 * KEPT,))
         weight = tl.reshape(tl.join(weight, _worth(matched, order, votes)), (2 * KEPT,))
         own = tl.reshape(tl.join(own, tl.full((KEPT,), False, tl.int1)), (2 * KEPT,))
+        vote = tl.arange(0, 2 * KEPT)
 
-    going, left = weight > 0, weight > 0
-    row, token = tl.zeros_like(place), tl.zeros_like(place)
-    share = tl.zeros_like(weight).to(tl.float64) - 1.0
-    chance = tl.full((), 1.0, tl.float64)
+    itself = mine[:, None] == vote[None, :]
+    my_place = tl.sum(tl.where(itself, place[None, :], 0), axis=1)
+    my_own = tl.sum((itself & own[None, :]).to(tl.int32), axis=1) > 0
+    my_going = tl.sum(tl.where(itself, weight[None, :], 0), axis=1) > 0
+    going = tl.full(itself.shape, True, tl.int1)
+    share = tl.full((MINE,), 1.0, tl.float64)
+    shares_ptr += pid_s * k * stride + mine
+    tokens_ptr += pid_s * k * stride + mine
+    depth = 0
+    while depth < most:
+        token, there = _following(text_ptr, memory_ptr, place, own, weight > 0, length, size)
+        my_token, my_going = _following(text_ptr, memory_ptr, my_place, my_own, my_going, length, size)
+        # Those without weight vote for nothing; the others go on together until they differ or end.
+        going = going & there[None, :]
+        total = tl.sum(tl.where(going, weight[None, :], 0), axis=1).to(tl.float64) + OWN
+        going = going & (token[None, :] == my_token[:, None])
+        share *= tl.sum(tl.where(going, weight[None, :], 0), axis=1).to(tl.float64) / total
+        tl.store(shares_ptr + depth * stride, tl.where(my_going, share, -1.0))
+        tl.store(tokens_ptr + depth * stride, my_token)
+        place += 1
+        my_place += 1
+        depth += 1
+        my_going = my_going & (my_token != GAP)
+        most = tl.where(tl.max(my_going.to(tl.int32), axis=0) > 0, most, 0)
+
+
+@triton.jit(do_not_specialize=["k"], do_not_specialize_on_alignment=["room_ptr"])
+def _vote_kernel(
+    room_ptr,
+    shares_ptr,
+    tokens_ptr,
+    draft_ptr,
+    drafted_ptr,
+    parent_ptr,
+    k,
+    VOTES: tl.constexpr,
+    NODES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """draft[i] is the token of the highest share that is left: of those that go on with the draft, or of a whole tree.
+
+    Inputs as `_shares_kernel` leaves them, of VOTES votes; room int64 [S]; draft int64 [S, k], of which drafted int64
+    [S] are real; parent int64 [S, k] of a tree.
+    """
+    pid_s = tl.program_id(0).to(tl.int64)
+    vote = tl.arange(0, VOTES)
+    wait_for_producers(PDL)
+    until = tl.maximum(tl.minimum(tl.load(room_ptr + pid_s), k), 0).to(tl.int32)
+    shares_ptr += pid_s * k * VOTES
+    tokens_ptr += pid_s * k * VOTES
+    going = tl.full((VOTES,), True, tl.int1)
+    left = tl.full((VOTES,), False, tl.int1)
+    share = tl.full((VOTES,), -1.0, tl.float64)
+    depth, row, token = tl.zeros_like(vote), tl.zeros_like(vote), tl.zeros_like(vote)
     node, drafted = 0, 0
-    until = tl.where(tl.max(weight, axis=0) > 0, most, 0)
     while node < until:
         # Those that voted for the newest node vote on its children.
-        going = going & ((own == 0) | (place < length))
-        following = tl.load(text_ptr + place + 1, mask=going & own, other=GAP)
-        if memory_ptr is not None:
-            beyond = tl.load(memory_ptr + place + 1, mask=going & (own == 0) & (place + 1 < size), other=GAP)
-            following = tl.where(own, following, beyond)
-        token = tl.where(going, following, token)
-        worth = tl.where(going, weight, 0)
-        sums = _together(token, worth)
-        total = tl.sum(worth, axis=0).to(tl.float64) + OWN
-        share = tl.where(going, chance * (sums.to(tl.float64) / total), share)
+        at = depth * VOTES + vote
+        share = tl.where(going, tl.load(shares_ptr + at, mask=going, other=-1.0), share)
+        token = tl.where(going, tl.load(tokens_ptr + at, mask=going, other=GAP), token)
         row = tl.where(going, node, row)
-        left = going if parent_ptr is None else (left | going) & (token != GAP)
+        left = going & (share >= 0) if parent_ptr is None else (left | going) & (share >= 0) & (token != GAP)
         chosen, best, lowest, newest = _likeliest(left, share, row, token)
         more = (best >= 0.0) & (newest != GAP)
         tl.store(draft_ptr + pid_s * k + node, newest, mask=more)
         if parent_ptr is not None:
             tl.store(parent_ptr + pid_s * k + node, lowest, mask=more)
-            chance = best
         # None where the draft ends: no token is that high.
         going = chosen & (token == tl.where(more, newest, HIGHEST))
         left = left & (going == 0)
-        place += going.to(tl.int32)
+        depth += going.to(tl.int32)
         drafted += more.to(tl.int32)
-        until = tl.where(more, most, 0)
+        until = tl.where(more, until, 0)
         node += 1
     _clear(draft_ptr + pid_s * k, drafted, k, NODES)
     if parent_ptr is not None:
@@ -274,14 +319,18 @@ def lookup(
             depth=torch.empty((sequences, rows), dtype=torch.int64, device=device),
             path=torch.empty((sequences, rows, rows), dtype=torch.int64, device=device),
         )
-    _vote_kernel[(sequences,)](
+    voters = rule.kept if memory is None else 2 * rule.kept
+    shares = torch.empty((sequences, num_draft_tokens, voters), dtype=torch.float64, device=device)
+    following = torch.empty(shares.shape, dtype=torch.int32, device=device)
+    _shares_kernel[(sequences, voters // MINE)](
         text,
         length,
         room,
         *own[:3],
         memory,
         *(others[:3] if others else (None, None, None)),
-        *found[:3],
+        shares,
+        following,
         text.shape[1],
         0 if memory is None else len(memory),
         max_ngram,
@@ -289,9 +338,20 @@ def lookup(
         others.blocks if others else 0,
         votes,
         num_draft_tokens,
-        NODES=nodes,
+        MINE=MINE,
         **sizes,
-        **launch.options(rule.warps, 1, registers=launch.PRODUCT_REGISTERS),
+        **launch.options(rule.warps, 1),
+    )
+    _vote_kernel[(sequences,)](
+        room,
+        shares,
+        following,
+        *found[:3],
+        num_draft_tokens,
+        VOTES=voters,
+        NODES=nodes,
+        PDL=sizes["PDL"],
+        **launch.options(max(1, voters // VOTES_PER_WARP), 1, registers=launch.PRODUCT_REGISTERS),
     )
     if tree:
         _lineage_kernel[(sequences,)](
