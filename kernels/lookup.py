@@ -160,10 +160,11 @@ def _shares_kernel(
         own = tl.reshape(tl.join(own, tl.full((KEPT,), False, tl.int1)), (2 * KEPT,))
         vote = tl.arange(0, 2 * KEPT)
 
-    itself = mine[:, None] == vote[None, :]
-    my_place = tl.sum(tl.where(itself, place[None, :], 0), axis=1)
-    my_own = tl.sum((itself & own[None, :]).to(tl.int32), axis=1) > 0
-    my_going = tl.sum(tl.where(itself, weight[None, :], 0), axis=1) > 0
+    # Votes lie along the first axis: their sums are a thread's own but for the last few.
+    itself = vote[:, None] == mine[None, :]
+    my_place = tl.sum(tl.where(itself, place[:, None], 0), axis=0)
+    my_own = tl.sum((itself & own[:, None]).to(tl.int32), axis=0) > 0
+    my_going = tl.sum(tl.where(itself, weight[:, None], 0), axis=0) > 0
     going = tl.full(itself.shape, True, tl.int1)
     share = tl.full((MINE,), 1.0, tl.float64)
     shares_ptr += pid_s * k * stride + mine
@@ -173,10 +174,10 @@ def _shares_kernel(
         token, there = _following(text_ptr, memory_ptr, place, own, weight > 0, length, size)
         my_token, my_going = _following(text_ptr, memory_ptr, my_place, my_own, my_going, length, size)
         # Those without weight vote for nothing; the others go on together until they differ or end.
-        going = going & there[None, :]
-        total = tl.sum(tl.where(going, weight[None, :], 0), axis=1).to(tl.float64) + OWN
-        going = going & (token[None, :] == my_token[:, None])
-        share *= tl.sum(tl.where(going, weight[None, :], 0), axis=1).to(tl.float64) / total
+        going = going & there[:, None]
+        total = tl.sum(tl.where(going, weight[:, None], 0), axis=0).to(tl.float64) + OWN
+        going = going & (token[:, None] == my_token[None, :])
+        share *= tl.sum(tl.where(going, weight[:, None], 0), axis=0).to(tl.float64) / total
         tl.store(shares_ptr + depth * stride, tl.where(my_going, share, -1.0))
         tl.store(tokens_ptr + depth * stride, my_token)
         place += 1
@@ -340,7 +341,7 @@ def lookup(
         num_draft_tokens,
         MINE=MINE,
         **sizes,
-        **launch.options(rule.warps, 1),
+        **launch.options(rule.warps, 1, registers=launch.PRODUCT_REGISTERS),
     )
     _vote_kernel[(sequences,)](
         room,

@@ -90,9 +90,9 @@ def ranked(
     for i in range(0, max_ngram):
         count = tl.load(counts_ptr + i * BLOCKS + offs_block, mask=offs_block < blocks, other=0)
         ends = found + tl.cumsum(count, axis=0)
-        passed = ends[None, :] <= order[:, None]
-        block = tl.sum(passed.to(tl.int32), axis=1)
-        start = found + tl.sum(tl.where(passed, count[None, :], 0), axis=1)
+        passed = ends[:, None] <= order[None, :]
+        block = tl.sum(passed.to(tl.int32), axis=0)
+        start = found + tl.sum(tl.where(passed, count[:, None], 0), axis=0)
         total = found + tl.sum(count, axis=0)
         mine = (order >= found) & (order < total)
         rank = tl.load(longer_ptr + i * BLOCKS + block, mask=mine, other=0) + order - start
