@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +47,7 @@ def peers(
             layers, on_gpu = engine.config.num_layers, "triton" in engine.backend
             mode = compile_mode if compile_mode != "auto" else "max-autotune" if on_gpu else "default"
             setting = Setting(exit_layer or max(1, 2 * layers // 3), num_draft_tokens, mode)
-            contest = Contest(folder, engine, chosen, setting, max_tokens, peer or ())
+            contest = Contest(folder, engine, chosen, replace(setting, timed=False), max_tokens, peer or ())
             agreements = contest.agree(notes)
         del contest
         result: dict[str, Any] = {"agreement": [asdict(agreement) for agreement in agreements]}

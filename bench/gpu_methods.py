@@ -72,7 +72,7 @@ def of_decode(label: str, result: Result, problem: str) -> Iterator[Measurement]
 
 def peers(setting: Setting) -> Found:
     """T12 and T13 at the small shapes."""
-    yield from _peers(setting, {"135m": 225, "1b": 185})
+    yield from _peers(setting, {"135m": 200, "1b": 210})
 
 
 def large_peers(setting: Setting) -> Found:

@@ -63,6 +63,8 @@ CAPTURED = {
 }
 # Those whose choices are made from rounds that the host steers.
 RECORDING = ("clasp", "knapspec", "del")
+# Processes that check the ops of one shape and dtype.
+SHARES = 4
 LONG_RUN_METHOD = "swift:skip_attention=2+3,num_draft_tokens=5,threshold=0"
 
 
@@ -89,6 +91,7 @@ class Setting:
     long_run: int
     dry: bool
     captured: tuple[tuple[str, str], ...] = tuple((shape, name) for shape, names in CAPTURED.items() for name in names)
+    cases: tuple[str, ...] = tuple(CASES)
 
     def models(self) -> list[tuple[str, torch.dtype]]:
         """The models whole passes are made with: the smallest shape in every dtype, the others in the first."""
@@ -101,7 +104,11 @@ class Setting:
         if part not in ("ops", "rows", "prompts", "exact"):
             return [self]
         models = list(product(self.shapes, self.dtypes)) if part == "ops" else self.models()
-        return [replace(self, shapes=(shape,), dtypes=(dtype,)) for shape, dtype in models]
+        settings: list[Setting] = [replace(self, shapes=(shape,), dtypes=(dtype,)) for shape, dtype in models]
+        if part != "ops":
+            return settings
+        # Most of their time is compilation.
+        return [replace(one, cases=self.cases[i::SHARES]) for one in settings for i in range(SHARES)]
 
     def config(self, shape: str) -> ModelConfig:
         """The configuration of a named shape, of which a dry run has only a few layers."""
@@ -134,7 +141,8 @@ def ops(setting: Setting) -> Iterator[Finding]:
         for dtype in setting.dtypes:
             mine = Side(triton, setting.device, dtype, dtype)
             oracle = Side(TORCH, torch.device("cpu"), dtype, torch.float64)
-            for name, case in CASES.items():
+            for name in setting.cases:
+                case = CASES[name]
                 prompt = [] if setting.dry or name in DECODE_ONLY else [(70, triton.prefill_tile)]
                 fast = [] if setting.dry else [(rows, None) for rows in (1, 40, *(n for n, _ in prompt))]
                 few = [(rows, triton.decode_tile) for rows in ((9,) if setting.dry else (16, 40))]

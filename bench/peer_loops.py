@@ -20,11 +20,20 @@ PLAIN = "transformers generate"
 
 @dataclass(frozen=True)
 class Setting:
-    """The early exit's layers, the lookup's draft length, and torch.compile's mode ("eager" compiles nothing)."""
+    """The early exit's layers, the lookup's draft length, torch.compile's mode ("eager" compiles nothing), whether timed.
+
+    What is not timed is not tuned: that takes minutes and changes no id in float32.
+    """
 
     exit_layer: int
     num_draft_tokens: int
     compile_mode: str
+    timed: bool = True
+
+    @property
+    def loop_mode(self) -> str:
+        """The mode the loop is compiled in."""
+        return self.compile_mode if self.timed or not self.compile_mode.startswith("max-autotune") else "default"
 
 
 def version() -> str:
@@ -59,7 +68,7 @@ def peers(model: Any, setting: Setting, max_context: int) -> dict[str, Callable[
         "transformers static cache + compile": lambda: _generate(model, static, _compile_config(model)),
         f"transformers {early}": lambda: _generate(model, {"assistant_early_exit": setting.exit_layer}),
         f"transformers {lookup}": lambda: _generate(model, {"prompt_lookup_num_tokens": setting.num_draft_tokens}),
-        f"torch.compile loop ({setting.compile_mode})": lambda: CompiledLoop(model, max_context, setting.compile_mode),
+        f"torch.compile loop ({setting.compile_mode})": lambda: CompiledLoop(model, max_context, setting.loop_mode),
     }
 
 

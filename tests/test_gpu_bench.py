@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from typer.testing import CliRunner
 
-from skipjack.bench import gpu, gpu_check, gpu_parts, gpu_speed, rotation, sampled, targets
+from skipjack.bench import gpu, gpu_check, gpu_parts, gpu_speed, op_cases, rotation, sampled, targets
 from skipjack.bench.gpu_methods import figures_of_decode, of_decode, of_peers
 from skipjack.bench.gpu_parts import DRY, GPU, Finding, Setting
 from skipjack.bench.gpu_speed import of_steps
@@ -205,8 +206,8 @@ def test_every_lossless_method_is_held_against_plain_decoding(monkeypatch: pytes
 
 
 def test_parts_of_a_check_make_up_the_whole() -> None:
-    cases = {(shape, dtype) for own in GPU.split("ops") for shape in own.shapes for dtype in own.dtypes}
-    assert cases == {(shape, dtype) for shape in GPU.shapes for dtype in GPU.dtypes}
+    cases = [one for own in GPU.split("ops") for one in product(own.shapes, own.dtypes, own.cases)]
+    assert sorted(cases, key=str) == sorted(product(GPU.shapes, GPU.dtypes, op_cases.CASES), key=str)
     assert [model for own in GPU.split("rows") for model in own.models()] == GPU.models()
     assert [one for own in GPU.split("graphs") for one in own.captured] == list(GPU.captured)
     assert {shape for shape, _ in GPU.captured} == set(gpu_parts.CAPTURED)

@@ -1,6 +1,7 @@
 """Other libraries' loops against the engine, and that one that cannot run says why."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from skipjack import Engine
 from skipjack.bench import peers, sheets
 from skipjack.bench.compiled_loop import CompiledLoop
 from skipjack.bench.peer_loops import PLAIN, Setting, load_model
+from skipjack.bench.peer_loops import peers as loop_peers
 from skipjack.bench.prompts import Prompt
 from skipjack.loaders.synthetic import write_synthetic
 from skipjack.runtime import cli
@@ -139,3 +141,14 @@ def test_a_table_of_peers_shows_what_is_unavailable() -> None:
     assert sheet.rows[0][:5] == (PLAIN, "2.50", "2.40–2.60", "10.0", "25.0")
     assert sheet.rows[1][:2] == ("torch.compile loop", "unavailable: no compiler")
     assert "X (CPU, 2 threads)" in sheet.title
+
+
+def test_only_what_is_timed_is_tuned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch, "compile", lambda step, mode, fullgraph: modes.append(mode) or step)
+    model = load_model(folder, torch.float32, torch.device("cpu"))
+    setting = Setting(4, 3, "max-autotune")
+    for one in (setting, replace(setting, timed=False), replace(setting, compile_mode="reduce-overhead", timed=False)):
+        name = f"torch.compile loop ({one.compile_mode})"
+        loop_peers(model, one, 64)[name]()
+    assert modes == ["max-autotune", "default", "reduce-overhead"]
