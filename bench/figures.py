@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.errors import ConfigError
-from . import accept, host, latency, numerics, plots, profile, project, sheets, tables, unified_picture
+from ..runtime.errors import ConfigError, SkipjackError
+from . import accept, gpu_sheets, host, latency, numerics, plots, profile, project, sheets, tables, unified_picture
 from .record import Sheet, markdown, read
 
 
@@ -54,6 +54,10 @@ SHEETS: dict[str, Callable[[dict[str, Any]], Sheet | tuple[Sheet, ...]]] = {
 }
 
 
+# What the results of the parts of `bench/gpu.sh` are called.
+PART_OF_GPU = "gpu-"
+
+
 def draw(results: Path, output: Path, notify: Callable[[str], None]) -> list[Path]:
     """Draw every picture there is a result for, `output`/NAME-RESULT.svg; `notify` is told of the others.
 
@@ -92,13 +96,14 @@ def table(paths: Sequence[Path]) -> str:
     made: list[Sheet] = []
     for path in paths:
         result = read(path)
-        if result["bench"] not in SHEETS:
-            raise ConfigError(
-                f"{path}: no table for results of {result['bench']!r}; there is one for {', '.join(SHEETS)}"
-            )
+        bench, on_gpu = result["bench"], str(result["bench"]).startswith(PART_OF_GPU)
+        if bench not in SHEETS and not on_gpu:
+            known = ", ".join([*SHEETS, f"{PART_OF_GPU}PART"])
+            raise ConfigError(f"{path}: no table for results of {bench!r}; there is one for {known}")
         try:
-            sheets_of = SHEETS[result["bench"]](result)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ConfigError(f"{path}: expected a result of `skipjack bench {result['bench']}`: {error!r}") from error
+            sheets_of = gpu_sheets.sheets(result) if on_gpu else SHEETS[bench](result)
+        except (KeyError, TypeError, ValueError, IndexError, SkipjackError) as error:
+            command = f"bench/gpu.sh {bench[len(PART_OF_GPU) :]}" if on_gpu else f"skipjack bench {bench}"
+            raise ConfigError(f"{path}: expected a result of `{command}`: {error!r}") from error
         made += [sheets_of] if isinstance(sheets_of, Sheet) else sheets_of
     return markdown(made)

@@ -17,17 +17,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from . import gpu_methods, gpu_parts, gpu_speed, rules, step
 from .gpu_check import facts, run, setting_of
-from .gpu_check import show as show_findings
 from .gpu_parts import Finding, Setting
-from .record import write
-from .targets import GPU, Measurement, Row, Target, as_json, best, judge, of
-
-# Of the table of targets, also where standard output is no terminal.
-WIDTH = 150
+from .gpu_sheets import sheets
+from .record import show, write
+from .targets import GPU, Measurement, Row, Target, as_json, judge, of
 
 app = typer.Typer(add_completion=False)
 Found = Iterator[step.Figure | Measurement | Finding]
@@ -158,7 +154,11 @@ class Record:
 
     def write(self) -> None:
         """Write the result file as it stands."""
-        result: dict[str, Any] = {
+        write(self._result, self._path)
+
+    @property
+    def _result(self) -> dict[str, Any]:
+        return {
             "bench": f"gpu-{self._name}",
             "machine": self._machine,
             "seconds": self.seconds,
@@ -167,37 +167,18 @@ class Record:
             "findings": [asdict(finding) for finding in self._findings],
             "figures": [asdict(figure) for figure in self._figures],
         }
-        write(result, self._path)
 
     def show(self) -> None:
         """Checks, figures, and last the targets."""
-        console = Console(highlight=False, markup=False, width=WIDTH)
-        if self._findings:
-            show_findings(self._findings)
-        if self._figures:
-            step.show([asdict(figure) for figure in self._figures])
+        for sheet in sheets(self._result):
+            show(sheet)
+        console = Console(highlight=False, markup=False, soft_wrap=True)
         card = self._machine.get("gpu")
-        table = Table("target", "case", "what", "measured", "must", "target", "moonshot", "result")
-        rows = self.rows
-        for target in self._targets:
-            own = [row for row in rows if (row.id, row.case) == target.key]
-            levels = [_number(row.target, target.unit) for row in own]
-            table.add_row(*target.key, target.what, _number(own[0].measured, target.unit), *levels, best(own))
-        console.print(table)
-        for row in rows:
-            if row.level == "must" and row.note and row.measured is None:
-                console.print(f"{row.id} {row.case}: {row.note}")
         if card and GPU not in card:
             console.print(f"measured on {card}: the targets are meant for an {GPU}")
         if self.broken:
             console.print(f"BROKE OFF: {self.broken}", style="bold red")
         console.print(f"{self._name}: {self.seconds or 0:.0f} s, {self._path}")
-
-
-def _number(value: float | None, unit: str) -> str:
-    if value is None:
-        return "-"
-    return f"{value * 1e6:.1f} µs" if unit == "s" else f"{value:.4g}"
 
 
 if __name__ == "__main__":

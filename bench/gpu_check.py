@@ -20,12 +20,12 @@ from typing import Annotated, Any, TypeVar, cast
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from ..kernels.ops import obstacle
 from . import machine
 from .gpu_parts import DRY, GPU, PARTS, Finding, Setting, long_run
-from .record import write
+from .gpu_sheets import sheets
+from .record import show, write
 
 # Of a process that checks beside others, and how many of these share a GPU's memory.
 THREADS = 2
@@ -46,12 +46,14 @@ def check(
         raise typer.BadParameter(f"expected {', '.join(PARTS)}, got {', '.join(unknown)}", param_hint="--part")
     setting = setting_of(dry_run)
     findings: list[Finding] = []
+    result: dict[str, Any] = {"bench": "gpu-check", "machine": facts(setting), "findings": []}
     for finding in run(setting, part or PARTS):
         findings.append(finding)
+        result["findings"] = [asdict(one) for one in findings]
         if output:
-            result = {"bench": "gpu-check", "machine": facts(setting), "findings": [asdict(f) for f in findings]}
             write(result, output)
-    show(findings)
+    for sheet in sheets(result):
+        show(sheet)
     if any(finding.passed is False for finding in findings):
         raise typer.Exit(1)
 
@@ -149,15 +151,6 @@ def facts(setting: Setting) -> dict[str, Any]:
         return found | {"note": "dry run in Triton's interpreter: no figure here was measured on a GPU"}
     card = cast("Any", torch.cuda).get_device_properties(0)
     return found | {"gpu": card.name, "cuda": torch.version.cuda, "memory_gib": round(card.total_memory / 2**30, 1)}
-
-
-def show(findings: Iterable[Finding]) -> None:
-    """Findings as a table on standard output."""
-    table = Table("part", "check", "result", "detail")
-    for finding in findings:
-        result = {True: "passed", False: "FAILED", None: "not run"}[finding.passed]
-        table.add_row(finding.part, finding.name, result, finding.detail)
-    Console(highlight=False).print(table)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -29,12 +30,16 @@ ROUND_SHAPE, UNIFIED = "1b", "unified:speedup=2"
 def steps(setting: Setting) -> Found:
     """T1 to T7: whole steps of 1, 8 and 16 rows, and the kernels of a layer; and what it costs to choose tokens."""
     shapes = setting.named(SHAPES)
-    found: list[Figure] = []
-    for figure in figures(setting.device, shapes.values(), setting.dry):
-        found.append(figure)
-        yield figure
-    for label, shape in shapes.items():
-        yield from of_steps(label, setting.config(shape).num_layers, [f for f in found if f.shape in (shape, "")])
+    labels, bandwidths = {shape: label for label, shape in shapes.items()}, list[Figure]()
+    for shape, group in groupby(figures(setting.device, shapes.values(), setting.dry), key=lambda figure: figure.shape):
+        found: list[Figure] = []
+        for figure in group:
+            found.append(figure)
+            yield figure
+        if shape in labels:
+            yield from of_steps(labels[shape], setting.config(shape).num_layers, [*bandwidths, *found])
+        else:
+            bandwidths = found
     yield from sampled.figures(setting.device, setting.dry)
 
 

@@ -20,9 +20,9 @@ PLAIN = "transformers generate"
 
 @dataclass(frozen=True)
 class Setting:
-    """The early exit's layers, the lookup's draft length, torch.compile's mode ("eager" compiles nothing), whether timed.
+    """The early exit's layers, the lookup's draft length, torch.compile's mode ("eager" compiles nothing).
 
-    What is not timed is not tuned: that takes minutes and changes no id in float32.
+    What is not `timed` is not tuned: that takes minutes and changes no id in float32.
     """
 
     exit_layer: int

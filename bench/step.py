@@ -14,8 +14,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ..kernels import attention_rules, launch
@@ -105,22 +103,6 @@ def figures(device: torch.device, shapes: Iterable[str], dry: bool) -> Iterator[
         yield from _kernels(clock, bed, copy)
         yield from _steps(clock, bed, copy)
         yield from _ablations(clock, bed)
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """Figures as a table on standard output."""
-    table = Table("what", "shape", "rows", "µs", "p10", "p90", "MB", "% of copy", "note")
-    for row in rows:
-        if row["name"].endswith("bandwidth"):
-            rate = "-" if row["median"] is None else f"{row['median'] / 1e12:.2f} TB/s"
-            table.add_row(row["name"], "", "", rate, "", "", "", "", "")
-            continue
-        times = ["-" if row[key] is None else f"{row[key] * 1e6:.1f}" for key in ("median", "p10", "p90")]
-        share = "-" if row["share"] is None else f"{100 * row['share']:.1f}"
-        table.add_row(
-            row["name"], row["shape"], str(row["rows"]), *times, f"{row['bytes'] / 1e6:.1f}", share, row["note"]
-        )
-    Console(highlight=False).print(table)
 
 
 def _steps(clock: Clock, bed: Bed, copy: float | None) -> Iterator[Figure]:

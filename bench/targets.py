@@ -13,6 +13,7 @@ from typing import Any
 
 LEVELS = ("must", "target", "moonshot")
 GPU = "H200"
+NOT_MEASURED = "not measured"
 Key = tuple[str, str]
 
 
@@ -79,7 +80,8 @@ def _same(
 SHAPES = ("8b", "1b", "135m")
 KERNELS = tuple(f"{shape} {kernel}" for shape in ("8b", "1b") for kernel in ("up", "down", "head"))
 FRACTIONS = (0.25, 0.5, 0.75)
-DRAFTS = ("8b", "1b")
+# Those with targets of their rounds first: a part may be cut short.
+DRAFTS = ("1b", "8b")
 
 TARGETS: tuple[Target, ...] = (
     *_same("T1", "bubble per layer", SHAPES, 14e-6, 10e-6, 6e-6, unit="s"),
@@ -143,7 +145,7 @@ def judge(targets: Iterable[Target], measurements: Iterable[Measurement]) -> lis
     Raises:
         KeyError: a measurement belongs to none of the targets.
     """
-    found = {target.key: Measurement(*target.key, None, "not measured") for target in targets}
+    found = {target.key: Measurement(*target.key, None, NOT_MEASURED) for target in targets}
     chosen = {target.key: target for target in targets}
     for measurement in measurements:
         key = measurement.id, measurement.case
@@ -165,12 +167,11 @@ def judge(targets: Iterable[Target], measurements: Iterable[Measurement]) -> lis
     ]
 
 
-def best(rows: Iterable[Row]) -> str:
-    """The highest level the three rows of one target reached, "falls short", or "not measured"."""
-    states = {row.level: row.passed for row in rows}
-    if None in states.values():
-        return "not measured"
-    return next((level for level in reversed(LEVELS) if states.get(level)), "falls short")
+def best(passed: Mapping[str, bool | None]) -> str:
+    """The highest level of one target that was passed, "falls short", or "not measured"."""
+    if None in passed.values():
+        return NOT_MEASURED
+    return next((level for level in reversed(LEVELS) if passed.get(level)), "falls short")
 
 
 def as_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
