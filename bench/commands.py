@@ -47,10 +47,14 @@ def peers(
             layers, on_gpu = engine.config.num_layers, "triton" in engine.backend
             mode = compile_mode if compile_mode != "auto" else "max-autotune" if on_gpu else "default"
             setting = Setting(exit_layer or max(1, 2 * layers // 3), num_draft_tokens, mode)
-            contest = Contest(folder, engine, chosen, replace(setting, timed=False), max_tokens, peer or ())
+            untimed = replace(setting, timed=False)
+            contest = Contest(folder, engine, chosen, untimed, max_tokens, peer or ())
             agreements = contest.agree(notes)
         del contest
-        result: dict[str, Any] = {"agreement": [asdict(agreement) for agreement in agreements]}
+        result: dict[str, Any] = {
+            "float32_compile_mode": untimed.loop_mode,
+            "agreement": [asdict(agreement) for agreement in agreements],
+        }
         if not trusted(agreements):
             options.alarm(f"RED: greedy ids are not those of {PLAIN} in float32: no speed is reported")
             notes(json.dumps(result))

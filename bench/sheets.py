@@ -83,8 +83,10 @@ def peers(result: dict[str, Any]) -> Sheet:
                 f"{line['identical']} of {line['prompts']}",
             )
         )
+    mode = result.get("float32_compile_mode")
     notes = (
         "Whole calls, prompt included, greedy, run skipjack, peer, peer, skipjack; medians over prompts.",
+        *((f"For the ids in float32 the loop is compiled in mode {mode}.",) if mode else ()),
         f"Measured on {where(result['machine'])}, transformers {result['transformers']}.",
     )
     return Sheet(f"Peers: {title(result)}, {result['max_tokens']} tokens", columns, tuple(rows), notes)

@@ -125,11 +125,11 @@ def _shares_kernel(
     MINE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """shares[d] = shares[d − 1] · (weight of those whose d + 1 next tokens are a vote's) / (of those with its first d).
+    """shares[d] = shares[d − 1] · (those whose d + 1 next tokens are a vote's ÷ those with its d, + OWN), by weight.
 
     Inputs as `_matches_kernel` leaves them for the text and for memory, if there is one, of which the first `votes`
-    vote. MINE votes a program: shares float64 [S, k, votes], -1 where nothing follows, and the tokens int32 beside
-    them; nothing is written past what follows all of them, nor past room int64 [S].
+    vote; one whose text has ended counts no longer. MINE votes a program: shares float64 [S, k, votes], -1 where a
+    vote's text has ended, and the tokens int32 beside them, up to room int64 [S] or to where all of a program's have.
     """
     pid_s = tl.program_id(0).to(tl.int64)
     mine = tl.program_id(1) * MINE + tl.arange(0, MINE)

@@ -120,6 +120,16 @@ def test_long_texts_grow_large_trees_from_much_that_is_remembered(op: Lookup, le
 
 
 @OPS
+def test_shares_are_rounded_as_the_host_rounds_them(op: Lookup) -> None:
+    """Here another order of product and quotient, or weights in float32, would choose another node."""
+    first, second = [0, 0, 0, 0, 0, 0, 1, 0, 0, 0], [1, 1, 3, *[1] * 17]
+    assert ngrams.likeliest(ngrams.Text(first), 1, 8, ngrams.Text(), tree=True).parent == [0, 1, 2, 3, 2, 0, 1, 3]
+    assert ngrams.likeliest(ngrams.Text(second), 16, 20, ngrams.Text(), tree=True).parent[-4:] == [0, 1, 17, 19]
+    check(op, [first], [8], 1, 8, 128, 64, tree=True)
+    check(op, [second], [20], 16, 20, 128, 64, tree=True)
+
+
+@OPS
 @pytest.mark.parametrize("votes", [None, 128])
 @pytest.mark.parametrize("letters", [1, 3, 40])
 def test_long_texts_of_few_and_many_letters(op: Lookup, votes: int | None, letters: int) -> None:
