@@ -42,16 +42,19 @@ def _none(context, rows):
 
 
 def _step(kind, added):
-    """An intrinsic that goes on with sums by the column, or pair of them, at the addresses of a panel and of x."""
+    """An intrinsic that goes on with sums by the column, or pair of them, at the addresses of a panel and of x.
+
+    As many bytes are asked for at `ahead` as are read of the panel.
+    """
 
     @intrinsic
-    def step(context, sums, panel, x, stride):
+    def step(context, sums, panel, x, stride, ahead):
         def build(context, builder, signature, given):
-            sums, panel, x, stride = given
+            sums, panel, x, stride, ahead = given
             found = sums
             weights = [load(builder, panel, 4 * WIDTH * i, kind) for i in range(VECTORS)]
-            for start in range(_AHEAD, _AHEAD + _BYTES, LINE):
-                ask(builder, builder.add(panel, ir.Constant(LONG, start)), nearness=2)
+            for start in range(0, _BYTES, LINE):
+                ask(builder, builder.add(ahead, ir.Constant(LONG, start)), nearness=2)
             for row in range(signature.args[0].count // VECTORS):
                 at = builder.add(x, builder.mul(stride, ir.Constant(LONG, row)))
                 value = splatted(builder, load(builder, at, 0, kind.element), kind)
@@ -61,7 +64,7 @@ def _step(kind, added):
                     found = builder.insert_value(found, total, place)
             return found
 
-        return sums(sums, types.int64, types.int64, types.int64), build
+        return sums(sums, types.int64, types.int64, types.int64, types.int64), build
 
     return step
 
@@ -84,14 +87,25 @@ def _put(context, sums, address):
 
 
 @part
-def _rows(sums, rows, x, panel, bias, residual, out, many, width, columns, half, scratch):
-    """out = x·panelᵀ + bias + residual of `rows` rows and `many` columns; sums: `_none` of them."""
-    if half:
+def _rows(sums, rows, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace):
+    """out = x·panelᵀ + bias + residual of `rows` rows and `many` columns; sums: `_none` of them.
+
+    Memory is asked for from `ahead` on, `pace` bytes a column or pair of them; with `pace` 0 `_AHEAD` bytes after what
+    is read, by instructions that hold that distance: eight rows take 4 % longer by another address.
+    """
+    if pace == 0:
+        if half:
+            for k in range(columns // 2):
+                sums = _with_pair(sums, panel + _BYTES * k, x + 4 * k, columns * 2, panel + _BYTES * k + _AHEAD)
+        else:
+            for k in range(columns):
+                sums = _with_column(sums, panel + _BYTES * k, x + 4 * k, columns * 4, panel + _BYTES * k + _AHEAD)
+    elif half:
         for k in range(columns // 2):
-            sums = _with_pair(sums, panel + _BYTES * k, x + 4 * k, columns * 2)
+            sums = _with_pair(sums, panel + _BYTES * k, x + 4 * k, columns * 2, ahead + pace * k)
     else:
         for k in range(columns):
-            sums = _with_column(sums, panel + _BYTES * k, x + 4 * k, columns * 4)
+            sums = _with_column(sums, panel + _BYTES * k, x + 4 * k, columns * 4, ahead + pace * k)
     _put(sums, scratch)
     _finish(rows, bias, residual, out, many, width, half, scratch)
 
@@ -115,18 +129,18 @@ def _by_count(most):
     if most == 1:
 
         @part
-        def some(count, x, panel, bias, residual, out, many, width, columns, half, scratch):
-            _rows(_none(1), 1, x, panel, bias, residual, out, many, width, columns, half, scratch)
+        def some(count, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace):
+            _rows(_none(1), 1, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace)
 
         return some
     fewer = _by_count(most - 1)
 
     @part
-    def some(count, x, panel, bias, residual, out, many, width, columns, half, scratch):
+    def some(count, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace):
         if count == most:
-            _rows(_none(most), most, x, panel, bias, residual, out, many, width, columns, half, scratch)
+            _rows(_none(most), most, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace)
         else:
-            fewer(count, x, panel, bias, residual, out, many, width, columns, half, scratch)
+            fewer(count, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace)
 
     return some
 
@@ -135,13 +149,25 @@ _some = _by_count(MOST)
 
 
 @part
-def _by_rows(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape):
-    """out = x·panelᵀ + bias + residual, `many` columns, of as many rows at once as registers hold."""
-    size, row = 2 if half else 4, 0
-    while row < rows:
-        source, target, some = x + row * columns * size, out + row * width * size, min(rows - row, MOST)
+def _by_rows(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape, asked, more):
+    """out = x·panelᵀ + bias + residual, `many` columns, of as many rows at once as registers hold.
+
+    Where that takes several turns each asks for its share of the next panel, if there is `more`, so that memory is
+    read all the time; but the first for this one, unless it was `asked` for.
+    """
+    size, row, turns = 2 if half else 4, 0, (rows + MOST - 1) // MOST
+    shares, length = turns if asked else turns - 1, columns * size * PANEL
+    for turn in range(turns):
+        source, target, some = x + row * columns * size, out + row * width * size, (rows - row) // (turns - turn)
         added = residual + row * width * size if residual else 0
-        _some(some, source, panel, bias, added, target, many, width, columns, half, scratch)
+        share = turn - turns + shares
+        if turns == 1 or share < 0:
+            ahead, pace = 0, 0
+        elif more:
+            ahead, pace = panel + length + length * share // shares, _BYTES // shares
+        else:
+            ahead, pace = panel, _BYTES
+        _some(some, source, panel, bias, added, target, many, width, columns, half, scratch, ahead, pace)
         row += some
 
 
@@ -158,7 +184,7 @@ def _tiled(blocks, new, x, panel, columns, scratch):
 
 
 @part
-def _by_tiles(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape):
+def _by_tiles(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape, asked, more):
     """`_by_rows` of bfloat16, by the matrix unit; shape: 64 zeroed bytes."""
     row = 0
     while row < rows:
@@ -180,25 +206,31 @@ _by_tiles = _by_tiles if matrix_unit.EXISTS else _by_rows
 
 
 @part
-def _panel(number, what, x, panels, bias, residual, out, many, width, scratch, shape):
-    """A panel's columns of a product; `what`: rows, columns, whether of bfloat16 and by the matrix unit."""
+def _panel(number, what, x, panels, bias, residual, out, many, width, scratch, shape, asked, more):
+    """A panel's columns of a product; `what`: rows, columns, whether of bfloat16 and by the matrix unit.
+
+    `asked`: the panel before it was this thread's too; `more`: the next will be.
+    """
     rows, columns, half, tiles = what
     panel = panels + number * PANEL * columns * (2 if half else 4)
     if tiles:
-        _by_tiles(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape)
+        _by_tiles(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape, asked, more)
     else:
-        _by_rows(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape)
+        _by_rows(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape, asked, more)
 
 
 @part
-def _join(number, what, x, panels, bias, out, side, pair, scratch, shape):
+def _join(number, what, x, panels, bias, out, side, pair, scratch, shape, asked, more):
     """silu(gate)·up of a panel of gates and one of what they gate, before they leave the cache: `pair` is for both."""
     rows, _, half, _ = what
     size, column = 2 if half else 4, PANEL * number
     many = min(PANEL, side - column)
     for i in range(2):
         added, target = bias + (i * side + column) * size if bias else 0, pair + i * PANEL * size
-        _panel(2 * number + i, what, x, panels, added, 0, target, many, 2 * PANEL, scratch, shape)
+        _panel(
+            2 * number + i, what, x, panels, added, 0, target, many, 2 * PANEL, scratch, shape,
+            asked or i == 1, more or i == 0,
+        )  # fmt: skip
     for row in range(rows):
         gate = pair + row * 2 * PANEL * size
         silu_row(gate, gate + PANEL * size, out + (row * side + column) * size, many, half)
@@ -221,19 +253,20 @@ def share(block):
     for turn in range(threads):
         run = (own + turn) % threads
         first, end = count * run // threads, count * (run + 1) // threads
-        number = first + taken(next_panels + LINE * run)
+        number, before = first + taken(next_panels + LINE * run), -1
         while number < end:
+            asked, more = number == before + 1, number + 1 < end
             if joined:
-                _join(number, what, x, panels, bias, out, side, pair, scratch, told)
+                _join(number, what, x, panels, bias, out, side, pair, scratch, told, asked, more)
             else:
                 column = PANEL * (number // 2 if gated else number)
                 many, start = min(PANEL, side - column), (column + (number % 2 * side if gated else 0)) * size
                 added, kept = bias + start if bias else 0, residual + start if residual else 0
-                _panel(number, what, x, panels, added, kept, out + start, many, width, scratch, told)
+                _panel(number, what, x, panels, added, kept, out + start, many, width, scratch, told, asked, more)
                 for row in range(rows if activation == GELU else 0):
                     some = out + start + row * width * size
                     gelu_tanh(some, some, many, half)
-            number = first + taken(next_panels + LINE * run)
+            number, before = first + taken(next_panels + LINE * run), number
     # Memory whose address alone is in use is let go of.
     memory[0] = shape[0] = both[0] = 0
 
