@@ -28,6 +28,8 @@ MOST = 8 if MANY_REGISTERS else 2
 NONE, SILU_GATE, GELU = range(3)
 # How far ahead memory is asked for, in bytes: more than the processor does, which stops where a page of 4 KiB ends.
 _AHEAD = 6144
+# How many turns over a panel ask for the next one, at most: more of them take longer for it than they gain.
+_SHARES = 8
 
 
 @intrinsic(prefer_literal=True)
@@ -152,11 +154,11 @@ _some = _by_count(MOST)
 def _by_rows(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape, asked, more):
     """out = x·panelᵀ + bias + residual, `many` columns, of as many rows at once as registers hold.
 
-    Where that takes several turns each asks for its share of the next panel, if there is `more`, so that memory is
-    read all the time; but the first for this one, unless it was `asked` for.
+    Where that takes several turns the last of them ask for a share of the next panel each, if there is `more`, so that
+    memory is read meanwhile; the first asks for this one, unless it was `asked` for.
     """
     size, row, turns = 2 if half else 4, 0, (rows + MOST - 1) // MOST
-    shares, length = turns if asked else turns - 1, columns * size * PANEL
+    shares, length = min(turns if asked else turns - 1, _SHARES), columns * size * PANEL
     for turn in range(turns):
         source, target, some = x + row * columns * size, out + row * width * size, (rows - row) // (turns - turn)
         added = residual + row * width * size if residual else 0
