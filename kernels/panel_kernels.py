@@ -1,7 +1,7 @@
 """Products of a CPU: rows of activations with the panels of a weight, forty-eight of its rows (`panels.pack`).
 
 An element is one chain of sums over the columns from the first to the last; which rows are computed together, by which
-thread and how many there are does not enter it. Eight rows share one reading of the weight.
+thread and how many there are does not enter it. Nine rows share one reading of the weight.
 
 A chain adds products of float32, or pairs of products of bfloat16 by the processor's instruction for them where it has
 one, or thirty-two by its matrix unit: its bits are those of the processor's kind.
@@ -22,8 +22,8 @@ from .team import dealt, taken, worker
 VECTORS = 3
 PANEL = VECTORS * WIDTH
 _BYTES = 4 * PANEL
-# Sums of that many rows fit into the registers.
-MOST = 8 if MANY_REGISTERS else 2
+# Sums of that many rows fit into the registers, with a column of a panel and one number: all of them.
+MOST = 9 if MANY_REGISTERS else 2
 # What is done with the sums of a row.
 NONE, SILU_GATE, GELU = range(3)
 # How far ahead memory is asked for, in bytes: more than the processor does, which stops where a page of 4 KiB ends.
