@@ -255,7 +255,7 @@ def share(block):
     for turn in range(threads):
         run = (own + turn) % threads
         first, end = count * run // threads, count * (run + 1) // threads
-        number, before = first + taken(next_panels + LINE * run), -1
+        number, before = first + taken(next_panels + LINE * run), -2
         while number < end:
             asked, more = number == before + 1, number + 1 < end
             if joined:
