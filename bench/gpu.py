@@ -75,6 +75,7 @@ PARTS: dict[str, Part] = {
     "large-peers": Part("other libraries, 8b", ("T12", "T13"), gpu_methods.large_peers, checked=False),
     "rules": Part("launch rules", (), rules.fastest, checked=False),
     "rules-16": Part("launch rules of 16 rows", (), partial(rules.fastest, rows=rules.MANY), checked=False),
+    "real": Part("methods on real weights", (), gpu_methods.real, checked=False),
 }
 
 

@@ -11,7 +11,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .gpu_parts import Setting
+from .gpu_parts import Finding, Setting
 from .gpu_speed import Found
 from .step import Figure
 from .targets import DRAFTS, FRACTIONS, Measurement
@@ -23,6 +23,8 @@ PEERS = {"T12": "transformers static cache", "T13": "torch.compile loop"}
 DMTD_BOUND = 2.11
 # Rounds have targets on one shape; of the other some are made so that something is seen of it.
 ROUNDS = {"1b": ("--tokens", "256", "--repeats", "4"), "8b": ("--tokens", "64", "--repeats", "1")}
+# On real weights: what drafts from the text, what picks, and what learns which layers to skip.
+REAL = ("lookup", "lookup:choose=likeliest,tree=true,num_draft_tokens=12", "auto", "swift")
 Result = Mapping[str, Any]
 
 
@@ -118,6 +120,28 @@ def cycles(setting: Setting) -> Found:
     result, problem = _bench(arguments, 150)
     lines = result.get("lines", ())
     yield Measurement("T16", "4b", lines[0]["speed"] / DMTD_BOUND if lines else None, problem)
+
+
+def real(setting: Setting) -> Iterator[Finding | Figure]:
+    """`bench methods` on the packaged model: whether texts are plain decoding's, and what each method's speed is."""
+    tiny = ["synthetic:tiny-llama:0.3", "--max-tokens", "4", "--category", "writing", "--dtype", "float32"]
+    full = ["demo", "--max-tokens", "128", "--dtype", "bfloat16", "--cache-tokens", "4096"]
+    arguments = [*(tiny if setting.dry else full), "--per-category", "1" if setting.dry else "3"]
+    methods = [part for method in REAL for part in ("--method", method)]
+    yield from of_methods(*_bench(["methods", *arguments, *methods], 400))
+
+
+def of_methods(result: Result, problem: str) -> Iterator[Finding | Figure]:
+    """Each method in each category; one that is not run at all where there is no result."""
+    if not result:
+        yield Finding("real", "methods", None, problem)
+    for line in result.get("summary", ()):
+        name, same = f"{line['method']} {line['category']}", line["identical"] == line["prompts"]
+        texts = f"{line['identical']} of {line['prompts']} texts are plain decoding's"
+        speed = f"speed ÷ plain {line['speed']:.2f} ({line['speed_p10']:.2f}–{line['speed_p90']:.2f})"
+        yield Finding("real", name, same, texts, line["tokens"])
+        note = f"{speed}, {line['mean_acceptance_length']:.2f} tokens a round"
+        yield Figure(name, result["model"], 0, None, None, None, 0, 0, None, note)
 
 
 def _bench(arguments: list[str], seconds: int) -> tuple[Result, str]:

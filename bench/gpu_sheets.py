@@ -101,9 +101,9 @@ def _others(place: str, figures: Sequence[Fields]) -> Sheet:
         else (
             one["name"],
             one["shape"],
-            str(one["rows"]),
+            str(one["rows"] or ""),
             _micro(one["median"]),
-            f"{_micro(one['p10'])}–{_micro(one['p90'])}",
+            "" if one["p10"] is None else f"{_micro(one['p10'])}–{_micro(one['p90'])}",
             _percent(one["share"]),
             one["note"],
         )

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from typer.testing import CliRunner
 
 from skipjack.bench import gpu, gpu_check, gpu_parts, gpu_speed, op_cases, rotation, sampled, targets
-from skipjack.bench.gpu_methods import figures_of_decode, of_decode, of_peers
+from skipjack.bench.gpu_methods import figures_of_decode, of_decode, of_methods, of_peers
 from skipjack.bench.gpu_parts import DRY, GPU, Finding, Setting
 from skipjack.bench.gpu_speed import of_steps
 from skipjack.bench.step import Figure
@@ -121,6 +121,20 @@ def test_result_files_of_other_benches_are_read() -> None:
     loop = {"peer": "torch.compile loop (max-autotune)", "unavailable": "out of memory", "ratio": 0.0}
     static, compiled = of_peers("1b", {"summary": [line, loop]}, "")
     assert (static.value, compiled.value, compiled.note) == (1.7, None, "out of memory")
+
+
+def test_methods_on_real_weights_are_checked_before_their_speed_is_told() -> None:
+    line = {"method": "lookup", "category": "rag", "prompts": 3, "identical": 3, "tokens": 384, "speed": 1.5}
+    line |= {"speed_p10": 1.25, "speed_p90": 1.75, "mean_acceptance_length": 1.64}
+    found = list(of_methods({"model": "demo", "summary": [line, line | {"identical": 2}]}, ""))
+    same, speed, other, _ = found
+    assert isinstance(same, Finding)
+    assert isinstance(other, Finding)
+    assert isinstance(speed, Figure)
+    assert (same.passed, other.passed, same.count) == (True, False, 384)
+    assert speed.note == "speed ÷ plain 1.50 (1.25–1.75), 1.64 tokens a round"
+    (missing,) = of_methods({}, "no weights")
+    assert (missing.passed, missing.detail) == (None, "no weights")
 
 
 def _part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: object, *, checked: bool = False) -> tuple[int, dict]:
