@@ -16,7 +16,9 @@ Fields = dict[str, Any]
 
 def sheets(result: Fields) -> tuple[Sheet, ...]:
     """The targets, steps and kernels, all other figures, and how many checks held, as far as a part has them."""
-    place, note = device(result["machine"]), (f"Measured on {where(result['machine'])}.",)
+    machine = result["machine"]
+    # A dry run's machine says that it measured nothing.
+    place, note = device(machine), (machine.get("note") or f"Measured on {where(machine)}.",)
     figures, findings = result.get("figures", ()), result.get("findings", ())
     copy = next((one["median"] for one in figures if one["name"] == "copy bandwidth"), None)
     steps = [one for one in figures if one["name"] == "step" and one["median"]]
