@@ -22,7 +22,7 @@ PLAIN = "transformers generate"
 class Setting:
     """The early exit's layers, the lookup's draft length, torch.compile's mode ("eager" compiles nothing).
 
-    What is not `timed` is not tuned: that takes minutes and changes no id in float32.
+    What is not `timed` is not tuned either: that takes minutes.
     """
 
     exit_layer: int

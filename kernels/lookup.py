@@ -87,13 +87,12 @@ def _following(text_ptr, memory_ptr, place, own, going, length, size):
 
 @triton.jit
 def _likeliest(left, share, row, token):
-    """Those of what is left with the highest share, lowest row and lowest token; that share, row and token."""
+    """Those of what is left with the highest share and lowest row; that share and row, and their lowest token."""
     best = tl.max(tl.where(left, share, -1.0), axis=0)
     chosen = left & (share == best)
     lowest = tl.min(tl.where(chosen, row, HIGHEST), axis=0)
     chosen = chosen & (row == lowest)
-    newest = tl.min(tl.where(chosen, token, HIGHEST), axis=0)
-    return chosen & (token == newest), best, lowest, newest
+    return chosen, best, lowest, tl.min(tl.where(chosen, token, HIGHEST), axis=0)
 
 
 @triton.jit(

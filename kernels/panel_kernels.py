@@ -22,7 +22,7 @@ from .team import dealt, taken, worker
 VECTORS = 3
 PANEL = VECTORS * WIDTH
 _BYTES = 4 * PANEL
-# Sums of that many rows fit into the registers, with a column of a panel and one number: all of them.
+# Sums of that many rows fit into the registers beside a column of a panel and one number.
 MOST = 9 if MANY_REGISTERS else 2
 # What is done with the sums of a row.
 NONE, SILU_GATE, GELU = range(3)
@@ -93,7 +93,7 @@ def _rows(sums, rows, x, panel, bias, residual, out, many, width, columns, half,
     """out = x·panelᵀ + bias + residual of `rows` rows and `many` columns; sums: `_none` of them.
 
     Memory is asked for from `ahead` on, `pace` bytes a column or pair of them; with `pace` 0 `_AHEAD` bytes after what
-    is read, by instructions that hold that distance: eight rows take 4 % longer by another address.
+    is read: a distance that instructions hold is faster than another address.
     """
     if pace == 0:
         if half:
@@ -158,17 +158,14 @@ def _by_rows(rows, x, panel, bias, residual, out, many, width, columns, half, sc
     memory is read meanwhile; the first asks for this one, unless it was `asked` for.
     """
     size, row, turns = 2 if half else 4, 0, (rows + MOST - 1) // MOST
-    shares, length = min(turns if asked else turns - 1, _SHARES), columns * size * PANEL
+    length, shares = columns * size * PANEL, min(turns if asked else turns - 1, _SHARES) if more and turns > 1 else 0
     for turn in range(turns):
         source, target, some = x + row * columns * size, out + row * width * size, (rows - row) // (turns - turn)
         added = residual + row * width * size if residual else 0
         share = turn - turns + shares
-        if turns == 1 or share < 0:
-            ahead, pace = 0, 0
-        elif more:
+        ahead, pace = 0, 0
+        if share >= 0:
             ahead, pace = panel + length + length * share // shares, _BYTES // shares
-        else:
-            ahead, pace = panel, _BYTES
         _some(some, source, panel, bias, added, target, many, width, columns, half, scratch, ahead, pace)
         row += some
 
