@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels import launch
 from ..kernels.triton_ops import TRITON
-from ..kernels.values import Grown, Matrix, Norm, Reshaping, Rope, Router, RowMap, Slots, Tree
+from ..kernels.values import Grown, Matrix, Norm, Progress, Reshaping, Rope, Router, RowMap, Slots, Tree
 from .gate_checks import Case
 
 
@@ -132,16 +132,23 @@ class Pass:
         active = self.tensor(self.rows, dtype=torch.bool)
         x, gated = self.tensor(self.rows, s.hidden), self.tensor(self.rows, s.inner)
         yield self._qkv("qkv, masked", active=active, write=active)._replace(alike="qkv")
+        known = {"active": active, "settled": True}
+        yield self._qkv("qkv, masked and settled", write=active, **known)._replace(alike="qkv")
         attention = self._attend("attention, masked", active=active, chains=not self.prefill)
         yield attention._replace(alike="attention")
         scale = self.tensor(self.rows, dtype=torch.float32)
         down = self.matrix(s.hidden, s.inner)
         masked = self._linear("down, masked", gated, down, residual=x, scale=scale, active=active)
         yield masked._replace(alike="down")
+        for label, ahead in (("down, masked and settled", None), ("down, masked, settled, with more ahead", down)):
+            settled = self._linear(label, gated, down, residual=x, ahead=ahead, **known)
+            yield settled._replace(alike="down")
         if not self.prefill:
             tree = Tree(self.ids(self.rows), self.ids(self.rows, DRAFTED + 1))
             yield self._attend("attention, tree", tree=tree)._replace(alike="attention")
-            yield self._attend("attention, masked tree", tree=tree, active=active)._replace(alike="attention")
+            for label, given in (("attention, wide tree", None), ("attention, masked wide tree", active)):
+                wide = self._attend(label, tree=tree, active=given, chains=True, ahead=down)
+                yield wide._replace(alike="attention")
             yield self._attend("attention, rows")._replace(alike="attention")
 
     def _head(self) -> Iterator[Step]:
@@ -246,17 +253,23 @@ class Pass:
         s, ids, flags = self.shape, [self.ids(count) for _ in range(6)], self.tensor(count, dtype=torch.bool)
         table, embedding = self.ids(count, CONTEXT // TRITON.page_size), self.tensor(s.vocab, s.hidden)
         token, draft = self.ids(count, self.rows // count), self.ids(count, DRAFTED)
-        report = self.ids(count, DRAFTED + 4)
+        report, progress = self.ids(3, count, DRAFTED + 4), Progress.of(*ids[3:6])
         turns = Rope(*(self.tensor(CONTEXT, 1, s.head_dim, dtype=torch.float32) for _ in range(2)))
-        paging = {"rows": self.rows, "ahead": 0, "page_size": TRITON.page_size}
+        paging = {"rows": self.rows, "ahead": 0, "page_size": TRITON.page_size, "kv_heads": s.kv_heads}
         value, total, threshold = (self.tensor(*size, dtype=torch.float32) for size in ((count,), (count,), ()))
+        extended, first = (ids[0], flags, *ids[1:3]), (None, flags, *ids[1:3])
         yield Step("enter", "enter", 0, lambda: TRITON.enter(token, *ids[:2], flags, table, embedding, turns, **paging))
-        yield Step("extend", "extend", 0, lambda: TRITON.extend(ids[0], flags, *ids[1:3], value, total, threshold))
-        yield Step("commit", "commit", 0, lambda: TRITON.commit(*ids[:3], draft, *ids[3:6], report))
+        yield Step("extend", "extend", 0, lambda: TRITON.extend(*extended, value, total, threshold, draft[:, 0]))
+        yield Step("extend", "extend, first", 0, lambda: TRITON.extend(*first, None, None, None, draft[:, 0]))
+        yield Step("commit", "commit", 0, lambda: TRITON.commit(*ids[:3], draft, progress, report))
+        token_only = None, ids[1], None, None, progress, self.ids(3, count, 4)
+        yield Step("commit", "commit, no draft", 0, lambda: TRITON.commit(*token_only))
         grown, siblings = self.grown(count), self.ids(count, SIBLINGS)
         where = {"depth": self.ids(count, self.rows // count), "path": self.ids(count, self.rows // count, DRAFTED + 1)}
         laid = (token, *ids[:2], flags, table, embedding, turns)
         yield Step("enter", "enter, tree", 0, lambda: TRITON.enter(*laid, **paging, **where))
+        after = (token[:, :1], *laid[1:])
+        yield Step("enter", "enter, draft", 0, lambda: TRITON.enter(*after, draft=draft, **paging))
         yield Step(
             "branch",
             "branch",
@@ -267,17 +280,17 @@ class Pass:
             "commit",
             "commit, tree",
             0,
-            lambda: TRITON.commit(*ids[:3], grown.token, *ids[3:6], report, self.ids(count, NODES + 1), grown.depth),
+            lambda: TRITON.commit(*ids[:3], grown.token, progress, report, self.ids(count, NODES + 1), grown.depth),
         )
         times = self._reshaping(count).times
         yield Step(
-            "commit", "commit, counted", 0, lambda: TRITON.commit(*ids[:3], draft, *ids[3:6], report, times=times)
+            "commit", "commit, counted", 0, lambda: TRITON.commit(*ids[:3], draft, progress, report, times=times)
         )
         text, drafts = (
             self.tensor(count, LONG_CONTEXT, dtype=torch.int32),
             {"max_ngram": 3, "num_draft_tokens": DRAFTED},
         )
-        yield Step("commit", "commit, text", 0, lambda: TRITON.commit(*ids[:3], draft, *ids[3:6], report, text=text))
+        yield Step("commit", "commit, text", 0, lambda: TRITON.commit(*ids[:3], draft, progress, report, text=text))
         look_up, memory = partial(TRITON.lookup, text, *ids[:2], **drafts), self.tensor(16384, dtype=torch.int32)
         yield Step("lookup", "lookup, newest", 0, partial(look_up, votes=None))
         yield Step("lookup", "lookup, votes", 0, partial(look_up, votes=128))

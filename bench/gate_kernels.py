@@ -8,6 +8,7 @@ SCORES = r"\brow_ptr \+ start\b"
 LISTED = r"\brow_ptr \+ ids\b"
 PROBABILITIES = r"\brow_ptr \+ offs\b"
 # The assembler gives a load of a position to the maximum that is taken of them.
+FLAGS = r"\bword_ptr\b"
 ROWS = r"\b(sequence|position|table)_ptr \+|\bword_ptr\b|\b_elementwise_max\b"
 TILE = ("BLOCK_N", "CHUNK")
 
@@ -15,8 +16,8 @@ KERNELS = {
     "_enter_kernel": Meaning(),
     "_normalise_kernel": Meaning(streams=r"\bweight_ptr \+", prefetch=("H",)),
     "_weigh_kernel": Meaning(),
-    "_linear_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=TILE),
-    "_qkv_rope_append_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=(2, "PAIRS", "CHUNK")),
+    "_linear_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=TILE, known=FLAGS),
+    "_qkv_rope_append_kernel": Meaning(streams=WEIGHT, mma=True, prefetch=(2, "PAIRS", "CHUNK"), known=FLAGS),
     "_row_groups_kernel": Meaning(),
     "_attend_kernel": Meaning(streams=CACHE, mma=True, known=ROWS),
     "_merge_splits_kernel": Meaning(known=ROWS),

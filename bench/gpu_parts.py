@@ -65,7 +65,12 @@ CAPTURED = {
 RECORDING = ("clasp", "knapspec", "del")
 # Processes that check the ops of one shape and dtype.
 SHARES = 4
-LONG_RUN_METHOD = "swift:skip_attention=2+3,num_draft_tokens=5,threshold=0"
+# Drafts of a skip set, drafts whose rows a mask and a threshold stop, and trees.
+LONG_RUN_METHODS = (
+    "swift:skip_attention=2+3,num_draft_tokens=5,threshold=0",
+    "swift:num_draft_tokens=5,threshold=1e-9,search_budget=1e-9",
+    "lookup:choose=likeliest,tree=true,num_draft_tokens=12",
+)
 
 
 @dataclass(frozen=True)
@@ -273,11 +278,14 @@ PARTS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
 
 
 def long_run(shape: str, count: int, setting: Setting) -> list[int]:
-    """The tokens of one greedy run by layer skipping."""
-    params = SamplingParams(max_tokens=count, ignore_eos=True)
-    return (
-        engine_of(shape, setting.dtypes[0], setting).generate([1, 2, 3, 4, 5], params, method=LONG_RUN_METHOD).token_ids
-    )
+    """The tokens of greedy runs by `LONG_RUN_METHODS`, so many in all."""
+    params = SamplingParams(max_tokens=count // len(LONG_RUN_METHODS), ignore_eos=True)
+    engine = engine_of(shape, setting.dtypes[0], setting)
+    return [
+        token
+        for method in LONG_RUN_METHODS
+        for token in engine.generate([1, 2, 3, 4, 5], params, method=method).token_ids
+    ]
 
 
 def engine_of(shape: str, dtype: torch.dtype, setting: Setting) -> Engine:

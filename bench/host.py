@@ -51,15 +51,15 @@ def absent_device(token: int) -> Generator[list[float], None, None]:
         nonlocal left
         times.append(perf_counter() - left)
         k = recipe.num_draft_tokens
-        state.report[:, :3] = k
-        state.report[:, 3:] = token
+        state.report[..., :3] = k
+        state.report[..., 3:] = token
         left = perf_counter()
 
     def report_steps(model: Model, _cache: KVCache, state: State, _steps: Steps, _sampled: bool) -> None:
         nonlocal left
         times.append(perf_counter() - left)
-        state.report[..., 0] = token
-        state.report[..., 1] = 2 * model.config.num_layers
+        state.report[...] = 2 * model.config.num_layers
+        state.report[..., 3] = token
         left = perf_counter()
 
     round_graph.device_round, round_graph.device_steps = report, report_steps

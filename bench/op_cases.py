@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.ops import Ops
-from ..kernels.values import Grown, Norm, Reshaping, Rope, Router, Slots, Tree
+from ..kernels.values import Grown, Norm, Progress, Reshaping, Rope, Router, Slots, Tree
 from ..loaders.config import ModelConfig
 
 PAGE = 64
@@ -253,23 +253,31 @@ def bookkeeping(side: Side, config: ModelConfig, rows: int, tile: int | None) ->
     table = side.put(torch.randint(0, 50, (sequences, 2), generator=generator))
     embedding, rope = side.randn(9, config.hidden_size, seed=1), side.rope(2 * PAGE, config.head_dim, 2)
     alive = some[0] > 0
-    paging = {"rows": rows, "ahead": 2, "page_size": PAGE}
+    paging = {"rows": rows, "ahead": 2, "page_size": PAGE, "kv_heads": config.num_kv_heads}
     entry = side.ops.enter(token, some[1], some[2], alive, table, embedding, rope, **paging)
     value, total = (side.put(torch.randn(sequences, generator=generator)) for _ in range(2))
     turned = entry.rope or rope
     text = side.put(torch.zeros(sequences, 3 * k, dtype=torch.int32))
-    further = side.ops.extend(some[0], alive, some[1], some[2], value, total, side.put(torch.tensor(0.5)))
-    state = [value.clone() for value in some[3:]]
-    report = side.put(torch.zeros(sequences, k + 4, dtype=torch.int64))
-    side.ops.commit(some[0], some[1], some[2], draft, *state, report, text=text)
+    # The rows of a draft after the newest token, which a later pass takes from where the draft left them.
+    after = side.ops.enter(token[:, :1], some[1], some[2], alive, table, embedding, rope, draft=token[:, 1:], **paging)
+    out = side.put(torch.zeros(sequences, 2, dtype=torch.int64))
+    further = side.ops.extend(some[0], alive, some[1], some[2], value, total, side.put(torch.tensor(0.5)), out[:, 1])
+    progress = Progress.of(*(value.clone() for value in some[3:]))
+    # The device writes where the host reads.
+    report = torch.zeros(3, sequences, k + 4, dtype=torch.int64, pin_memory=side.device.type == "cuda")
+    side.ops.commit(some[0], some[1], some[2], draft, progress, report, text=text)
+    if side.device.type == "cuda":
+        torch.cuda.synchronize()
     names = ("token", "position", "sequence", "real", "x")
     return {
         **{f"enter {name}": getattr(entry, name) for name in names},
         **{f"enter {name}": value for name, value in zip(("page", "offset"), entry.slots, strict=True)},
         "enter cos": turned.cos,
         "enter sin": turned.sin,
+        **{f"enter a draft {name}": getattr(after, name) for name in ("token", "position", "sequence", "x")},
         **{f"extend {name}": value for name, value in further._asdict().items()},
-        **{f"commit {name}": value for name, value in zip(("last", "length", "left"), state, strict=True)},
+        "extend token": out,
+        **{f"commit {name}": value for name, value in progress._asdict().items()},
         "commit report": report,
         "commit text": text,
     }
@@ -289,13 +297,14 @@ def trees(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outpu
     embedding = side.randn(sequences + 3, config.hidden_size, seed=1)
     laid = (tree.token, first, tree.count, room > 2, table, embedding, None)
     where = {"depth": tree.depth[:, :nodes], "path": tree.path[:, :nodes]}
-    entry = side.ops.enter(*laid, rows=nodes * sequences, ahead=2, page_size=PAGE, **where)
+    paging = {"ahead": 2, "page_size": PAGE, "kv_heads": config.num_kv_heads}
+    entry = side.ops.enter(*laid, rows=nodes * sequences, **paging, **where)
     assert entry.tree is not None
-    state = [room.clone() for _ in range(3)]
-    report = side.put(torch.zeros(sequences, 6, dtype=torch.int64))
+    progress = Progress.of(*(room.clone() for _ in range(3)))
+    report = side.put(torch.zeros(1, sequences, 6, dtype=torch.int64))
     path = tree.path[torch.arange(sequences, device=side.device), tree.count]
     path = torch.nn.functional.pad(path, (0, nodes - 2))
-    side.ops.commit(tree.count, first, tree.count, tree.token, *state, report, path, tree.depth)
+    side.ops.commit(tree.count, first, tree.count, tree.token, progress, report, path, tree.depth)
     return {
         **{f"branch {name}": value for name, value in tree._asdict().items()},
         **{f"enter {name}": getattr(entry, name) for name in ("position", "sequence")},

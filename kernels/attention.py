@@ -53,7 +53,7 @@ def attend(
     a row sees itself and the window − 1 positions before it. Returns [R, heads·D], undefined for rows of no sequence
     and rows that are not `active` bool [R]. Raises TypeError for an index of another backend. The kernel launched just
     before must have written neither the index nor `active`: with rows of equal `width` both are read before it
-    ends, and the L2 cache is asked for `ahead`, the weight of the kernel after this one, unless there is `active`.
+    ends, and the L2 cache is asked for `ahead`, the weight of the kernel after this one.
     """
     if not isinstance(index, TritonIndex):
         raise TypeError(f"index: expected TritonIndex, got {type(index).__name__}")
@@ -67,7 +67,11 @@ def attend(
     arch = launch.architecture()
     tile = launch.tile_of(rows, index.tile)
     sequences, width = index.block_table.shape[0], index.width
-    rule = attention_rules.attention_rule(head_dim, group, kv_heads, tile, q.element_size(), arch, width, sequences)
+    tree = index.tree
+    shared = None if tree is None else index.capacity
+    rule = attention_rules.attention_rule(
+        head_dim, group, kv_heads, tile, q.element_size(), arch, width, sequences, shared
+    )
     groups = row_groups(index, rule.rows) if width is None else None
     bound = groups.bound if groups else sequences * triton.cdiv(width or 1, rule.rows)
     splits = attention_rules.attention_splits(index.capacity, rule.split)
@@ -79,8 +83,7 @@ def attend(
         programs = attention_rules.attention_programs(tiles, splits, rule.at_once)
         # Nobody counts arrivals where a launch of its own merges.
         partial, state, arrivals = index.scratch(0 if apart else tiles, splits, heads, head_dim)
-    tree = index.tree
-    asked = 0 if ahead is None or groups or active is not None else launch.ahead_bytes(ahead.data.nbytes, arch)
+    asked = 0 if ahead is None or groups else launch.ahead_bytes(ahead.data.nbytes, arch)
     _attend_kernel[(bound, kv_heads, programs)](
         q,
         keys,
@@ -207,9 +210,7 @@ def _attend_kernel(  # noqa: PLR0915
                 BLOCK, SPLIT, D, EVEN,
             )  # fmt: skip
             if ahead_ptr is not None:
-                program = (pid_split * tl.num_programs(1) + pid_kv) * tl.num_programs(0) + pid_group
-                programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-                prefetch_first(ahead_ptr, ahead, program, programs)
+                prefetch_first(ahead_ptr, tl.where(last < 0, 0, ahead))
         wait_for_producers(PDL)
     if last < 0 or pid_split >= splits:
         return

@@ -55,7 +55,7 @@ class AttentionIndex:
     A pass's rows come sorted by sequence: `sequence` int64 [R] names the row of `block_table` [S, pages] a row belongs
     to (-1 for padding rows), `position` int64 [R] its place in that sequence; `page_size` slots per page. Rows that
     are nodes of a draft tree find their keys through `tree`. `width`: sequence s has the rows from s·width to
-    (s + 1)·width, the real ones first; only kernels need to be told.
+    (s + 1)·width, the real ones first; only kernels need to be told, as of `arrivals`, those of `Entry`.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class AttentionIndex:
         tile: int | None,
         tree: Tree | None = None,
         width: int | None = None,
+        arrivals: Tensor | None = None,
     ) -> None:
         self.tile = tile
         self.width = width
@@ -195,9 +196,11 @@ class TritonIndex:
         tile: int | None,
         tree: Tree | None = None,
         width: int | None = None,
+        arrivals: Tensor | None = None,
     ) -> None:
         self.tile = tile
         self.width = width
+        self.arrivals = arrivals
         self.page_size = page_size
         self.sequence = sequence.contiguous()
         self.position = position.contiguous()
@@ -218,7 +221,10 @@ class TritonIndex:
             device, rows = self.sequence.device, self.sequence.shape[0]
             partial = torch.empty(splits, rows, heads, head_dim, dtype=torch.float32, device=device)
             state = torch.empty(splits, rows, heads, 2, dtype=torch.float32, device=device)
-            self._scratch[key] = partial, state, torch.zeros(tiles, dtype=torch.int32, device=device)
+            counts = self.arrivals
+            if counts is None or len(counts) < tiles:
+                counts = torch.zeros(tiles, dtype=torch.int32, device=device)
+            self._scratch[key] = partial, state, counts
         return self._scratch[key]
 
 

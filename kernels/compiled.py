@@ -60,6 +60,7 @@ def linear(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
     active: Tensor | None = None,
+    settled: bool = False,
     ahead: Matrix | None = None,
 ) -> Tensor:
     """As `reference.linear`; a weight in panels needs no tiles, and a whole tile none of the steps to make it one."""
@@ -111,6 +112,7 @@ def qkv_rope_append(
     tile: int | None,
     active: Tensor | None = None,
     write: Tensor | None = None,
+    settled: bool = False,
 ) -> Tensor:
     """As `reference.qkv_rope_append`."""
     _, kv_heads, size, head_dim = keys.shape

@@ -60,16 +60,20 @@ def enter(
     rows: int,
     ahead: int,
     page_size: int,
+    kv_heads: int,
+    draft: Tensor | None = None,
     depth: Tensor | None = None,
     path: Tensor | None = None,
 ) -> Entry:
     """As `reference_rounds.enter`."""
+    if draft is not None:
+        token, count = torch.cat([token, draft], dim=1), count if count is None else count + token.shape[1]
     wide = embedding.shape[1] * embedding.itemsize
     turn = 0 if rope is None else rope.cos.shape[-1] * rope.cos.itemsize
     if wide % _WORD or turn % _WORD:
         return reference_rounds.enter(
             token, first, count, alive, block_table, embedding, rope,
-            rows=rows, ahead=ahead, page_size=page_size, depth=depth, path=path,
+            rows=rows, ahead=ahead, page_size=page_size, kv_heads=kv_heads, depth=depth, path=path,
         )  # fmt: skip
     (sequences, width), entries = token.shape, 0 if path is None else path.shape[2]
     given = [

@@ -13,9 +13,19 @@ ENTRIES: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit(
-    do_not_specialize=["sequences", "width", "ahead", "entries", "stride_token", "stride_table"],
+    do_not_specialize=[
+        "sequences",
+        "given",
+        "width",
+        "ahead",
+        "entries",
+        "stride_token",
+        "stride_draft",
+        "stride_table",
+    ],
     do_not_specialize_on_alignment=[
         "token_ptr",
+        "draft_ptr",
         "first_ptr",
         "count_ptr",
         "alive_ptr",
@@ -24,8 +34,9 @@ ENTRIES: tl.constexpr = tl.constexpr(16)
         "path_ptr",
     ],
 )
-def _enter_kernel(
+def _enter_kernel(  # noqa: PLR0915
     token_ptr,
+    draft_ptr,
     first_ptr,
     count_ptr,
     alive_ptr,
@@ -46,24 +57,29 @@ def _enter_kernel(
     out_sin_ptr,
     tree_length_ptr,
     tree_slot_ptr,
+    arrivals_ptr,
     stride_token,
+    stride_draft,
     stride_table,
     sequences,
+    given,
     width,
     ahead,
     entries,
     PAGE: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Row r is token r mod K of sequence r div K, real while r mod K < count; its embedding and rotation → x, cos, sin.
 
-    token [S, K]; first, count int64, alive bool [S]; table int64 [S, pages]; embedding [V, H]; cos, sin [positions, D];
-    depth int64 [S, K] and path int64 [S, K, entries] of a tree, or None; outputs [R], [R, H], [R, D], [R, entries]:
-    sequence -1, position, page and token 0 for rows that are not real.
+    token [S, K], or token [S, given] and draft [S, K − given], of which count are real; first, count int64, alive bool
+    [S]; table int64 [S, pages]; embedding [V, H]; cos, sin [positions, D]; depth int64 [S, K] and path int64
+    [S, K, entries] of a tree, or None; outputs [R], [R, H], [R, D], [R, entries], arrivals int32 [R, KV_HEADS] of
+    zeros: sequence -1, position, page and token 0 for rows that are not real.
     """
     pid_r = tl.program_id(0).to(tl.int64)
     offs_h = tl.arange(0, BLOCK_H)
@@ -74,7 +90,10 @@ def _enter_kernel(
     sequence = tl.where(known, pid_r // width, 0)
     real = known
     if count_ptr is not None:
-        real = real & (place < tl.load(count_ptr + sequence))
+        count = tl.load(count_ptr + sequence)
+        if draft_ptr is not None:
+            count += given
+        real = real & (place < count)
     if alive_ptr is not None:
         real = real & (tl.load(alive_ptr + sequence) != 0)
     first = tl.load(first_ptr + sequence) + ahead
@@ -88,7 +107,13 @@ def _enter_kernel(
             offs_e = start + tl.arange(0, ENTRIES)
             path = tl.load(path_ptr + row * entries + offs_e, mask=offs_e < entries, other=0)
             tl.store(tree_slot_ptr + pid_r * entries + offs_e, tl.where(real, first + path, 0), mask=offs_e < entries)
-    token = tl.load(token_ptr + sequence * stride_token + place, mask=real, other=0)
+    own = real
+    if draft_ptr is not None:
+        own = real & (place < given)
+    token = tl.load(token_ptr + sequence * stride_token + place, mask=own, other=0)
+    if draft_ptr is not None:
+        drafted = tl.load(draft_ptr + sequence * stride_draft + place - given, mask=real & (place >= given), other=0)
+        token = tl.where(own, token, drafted)
     page = tl.load(table_ptr + sequence * stride_table + slot // PAGE, mask=real, other=0)
     tl.store(out_token_ptr + pid_r, token)
     tl.store(position_ptr + pid_r, position)
@@ -96,6 +121,8 @@ def _enter_kernel(
     tl.store(page_ptr + pid_r, page)
     tl.store(offset_ptr + pid_r, slot % PAGE)
     tl.store(real_ptr + pid_r, real)
+    offs_kv = tl.arange(0, triton.next_power_of_2(KV_HEADS))
+    tl.store(arrivals_ptr + pid_r * KV_HEADS + offs_kv, tl.zeros_like(offs_kv), mask=offs_kv < KV_HEADS)
     for start in range(0, H, BLOCK_H):
         mask_h = start + offs_h < H
         x = tl.load(embedding_ptr + token * H + start + offs_h, mask=mask_h, other=0.0)
@@ -120,23 +147,28 @@ def enter(
     rows: int,
     ahead: int,
     page_size: int,
+    kv_heads: int,
+    draft: Tensor | None = None,
     depth: Tensor | None = None,
     path: Tensor | None = None,
 ) -> Entry:
     """Consecutive tokens of every sequence as `rows` rows of a pass, the last of which belong to none.
 
     token int64 [S, K], of which the first count int64 [S] are real, all without it, and none of a sequence that is not
-    alive bool [S]; position first int64 [S] + ahead is that of the first. block_table int64 [S, pages]; embedding
-    [V, H]; rope: rotations of every position, float32 [positions, 1, D] each. Rows that are not real are token 0 at
-    position 0 of sequence -1, on page 0. With depth int64 [S, K] and path int64 [S, K, n] tokens are nodes of a tree:
-    row j of a sequence lies in the slot of its place and stands at position first + ahead + depth[j], after the rows
-    path[j].
+    alive bool [S]; or token int64 [S, J], all real, and after them draft int64 [S, K − J], of which the first count
+    are. Position first int64 [S] + ahead is that of the first. block_table int64 [S, pages]; embedding [V, H]; rope:
+    rotations of every position, float32 [positions, 1, D] each. Rows that are not real are token 0 at position 0 of
+    sequence -1, on page 0. With depth int64 [S, K] and path int64 [S, K, n] tokens are nodes of a tree: row j of a
+    sequence lies in the slot of its place and stands at position first + ahead + depth[j], after the rows path[j].
     """
-    sequences, width = token.shape
+    sequences, given = token.shape
+    width = given + (0 if draft is None else draft.shape[1])
     hidden, device = embedding.shape[1], embedding.device
-    token = token if token.stride(1) == 1 else token.contiguous()
+    token = token if token.stride(1) == 1 or given == 1 else token.contiguous()
+    draft = draft if draft is None or draft.stride(1) == 1 else draft.contiguous()
     laid = torch.empty((5, -(-rows // 2) * 2), dtype=torch.int64, device=device)[:, :rows]
     real = torch.empty(rows, dtype=torch.bool, device=device)
+    arrivals = torch.empty(rows * kv_heads, dtype=torch.int32, device=device)
     x = torch.empty((rows, hidden), dtype=embedding.dtype, device=device)
     dim = 16 if rope is None else rope.cos.shape[-1]
     turned = None if rope is None else Rope(*torch.empty((2, rows, 1, dim), dtype=rope.cos.dtype, device=device))
@@ -148,6 +180,7 @@ def enter(
     block = 1 << min(10, (hidden - 1).bit_length())
     _enter_kernel[(rows,)](
         token,
+        draft,
         first,
         count,
         alive,
@@ -164,19 +197,23 @@ def enter(
         None if turned is None else turned.sin,
         None if tree is None else tree.length,
         None if tree is None else tree.slot,
+        arrivals,
         token.stride(0),
+        0 if draft is None else draft.stride(0),
         block_table.stride(0),
         sequences,
+        given,
         width,
         ahead,
         entries,
         PAGE=page_size,
         H=hidden,
         D=dim,
+        KV_HEADS=kv_heads,
         BLOCK_H=block,
         BLOCK_D=1 << (dim - 1).bit_length(),
         PDL=launch.dependent(launch.architecture()),
         **launch.options(4, 1),
     )
     tokens, position, sequence, page, offset = laid
-    return Entry(tokens, position, sequence, Slots(page, offset), real, x, turned, tree)
+    return Entry(tokens, position, sequence, Slots(page, offset), real, x, turned, tree, arrivals)

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import launch
-from .primitives import gelu_tanh, prefetch_first, silu, wait_for_producers
-from .products import halves, row_product, statistics_first, weighed, weight_tile
+from .primitives import flags, gelu_tanh, prefetch_first, silu, wait_for_producers
+from .products import ask_for_tile, halves, row_product, statistics_first, weighed, weight_tile
 from .values import Matrix, Norm, Split, Stack
 
 # Sums of a program beside whose product registers hold what they are completed with.
@@ -106,6 +106,7 @@ def _linear_kernel(
     PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
+    SETTLED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """scale·activation(norm(x)·Wᵀ + bias) + residual → out.
@@ -129,10 +130,14 @@ def _linear_kernel(
     if active_ptr is None:
         first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K, PARTS, CHUNK)
         if ahead_ptr is not None:
-            program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-            prefetch_first(ahead_ptr, ahead, program, tl.num_programs(0) * tl.num_programs(1))
+            prefetch_first(ahead_ptr, ahead)
         wait_for_producers(PDL)
     else:
+        if SETTLED:
+            live = tl.max(flags(active_ptr, offs_r, mask_r).to(tl.int32), axis=0)
+            ask_for_tile(w_ptr, offs_w * K_PADDED, mask_w, live, K_PADDED, BLOCK_K)
+            if ahead_ptr is not None:
+                prefetch_first(ahead_ptr, ahead * live)
         wait_for_producers(PDL)
         mask_out = mask_r & (tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0)
         if tl.max(mask_out.to(tl.int32), axis=0) == 0:
@@ -196,14 +201,16 @@ def linear(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
     active: Tensor | None = None,
+    settled: bool = False,
     ahead: Matrix | None = None,
 ) -> Tensor:
     """scale·activation(norm(x)·Wᵀ + bias), added in place to `residual` where that is given.
 
     x [R, K], W [N, K] → [R, N]; with activation "silu_gate" W holds gate rows above up rows and the result is
     silu(gate)·up, [R, N/2]; "gelu_tanh" is elementwise. `scale` float32 [R]. `active` bool [R]: rows that are False
-    leave `residual` untouched (their result is undefined without one). `ahead`: a weight that the kernel after this one
-    reads, which the L2 cache is asked for while this one waits, unless there is `active`.
+    leave `residual` untouched (their result is undefined without one); `settled`: the kernel launched just before has
+    not written it, so that weights can be asked for before that one ends. `ahead`: a weight that the kernel after this
+    one reads, which the L2 cache is asked for while this one waits, unless there is `active` that is not settled.
     """
     rows = x.shape[0]
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -216,7 +223,8 @@ def linear(
     )
     block = rule.block_n // 2 if activation == "silu_gate" else rule.block_n
     eps = 0.0 if norm is None else norm.eps
-    asked = 0 if ahead is None or active is not None else launch.ahead_bytes(ahead.data.nbytes, arch)
+    settled = settled and active is not None and launch.dependent(arch)
+    asked = 0 if ahead is None or (active is not None and not settled) else launch.ahead_bytes(ahead.data.nbytes, arch)
     x, norm, inverse_rms = weighed(x, norm, rule)
     _linear_kernel[(triton.cdiv(rows, rule.rows), triton.cdiv(width, block))](
         x,
@@ -244,6 +252,7 @@ def linear(
         PARTS=rule.parts,
         CHUNK=rule.chunk,
         ROWS=rule.rows,
+        SETTLED=settled,
         PDL=launch.dependent(arch),
         **launch.options(rule.warps, rule.stages, rule.registers),
     )

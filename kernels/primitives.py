@@ -98,11 +98,13 @@ def prefetch(ptrs):
 
 
 @triton.jit
-def prefetch_first(ptr, size, program, programs):
-    """Ask for the first `size` bytes at ptr, a multiple of AHEAD_PIECE, which the `programs` that call this share out.
+def prefetch_first(ptr, size):
+    """Ask for the first `size` bytes at ptr, a multiple of AHEAD_PIECE, each program of the launch for its share.
 
     One thread asks for a piece at once (sm_90 and later): nothing waits for the requests to be made.
     """
+    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     for piece in range(program, size // AHEAD_PIECE, programs):
         tl.inline_asm_elementwise(
             """{

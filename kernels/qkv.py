@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import ordered_sum, wait_for_producers
-from .products import halves, row_product, statistics_first, weighed, weight_tile
+from .primitives import flags, ordered_sum, wait_for_producers
+from .products import ask_for_tile, halves, row_product, statistics_first, weighed, weight_tile
 from .values import Matrix, Norm, Rope, Slots, Split
 
 
@@ -133,6 +133,7 @@ def _qkv_rope_append_kernel(  # noqa: PLR0915
     PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
+    SETTLED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """q, k, v = norm(x)·Wᵀ + bias; RMSNorm of q and k over D; rotation; q [rows, HEADS, D], k, v to their slots.
@@ -154,6 +155,9 @@ def _qkv_rope_append_kernel(  # noqa: PLR0915
         first = weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K, PARTS, CHUNK)
         wait_for_producers(PDL)
     else:
+        if SETTLED:
+            live = tl.max(flags(active_ptr, offs_r, mask_r).to(tl.int32), axis=0)
+            ask_for_tile(w_ptr, offs_w, mask_w, live, K_PADDED, BLOCK_K)
         wait_for_producers(PDL)
         if is_query:
             if active_ptr is not None:
@@ -231,13 +235,15 @@ def qkv_rope_append(
     tile: int | None,
     active: Tensor | None = None,
     write: Tensor | None = None,
+    settled: bool = False,
 ) -> Tensor:
     """q, k, v = norm(x)·Wᵀ + bias; RMSNorm of q and k over D; rotation; k and v written to their slots.
 
     x [R, H]; W [(heads + 2·kv_heads)·D, H]; keys, values [pages, kv_heads, P, D], one layer's cache; q_norm, k_norm
     [D]. Returns q [R, heads, D], undefined for rows that are not `active` bool [R]. Rows that are not `write` bool [R]
-    write nothing: FlexiDepth keeps the keys and values of rows it computes no query for. Raises TypeError for a split
-    weight: heads that no row needs are not read anyway.
+    write nothing: FlexiDepth keeps the keys and values of rows it computes no query for. `settled`: both are the same,
+    and the kernel launched just before has not written it, so that weights can be asked for before that one ends.
+    Raises TypeError for a split weight: heads that no row needs are not read anyway.
     """
     if isinstance(weight, Split):
         raise TypeError("weight: expected one matrix of this table's prepare_split, got a split one")
@@ -290,6 +296,7 @@ def qkv_rope_append(
         PARTS=rule.parts,
         CHUNK=rule.chunk,
         ROWS=rule.rows,
+        SETTLED=settled and active is not None and launch.dependent(arch),
         PDL=launch.dependent(arch),
         **launch.options(rule.warps, rule.stages, rule.registers),
     )

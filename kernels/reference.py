@@ -65,14 +65,15 @@ def linear(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
     active: Tensor | None = None,
+    settled: bool = False,
     ahead: Matrix | None = None,
 ) -> Tensor:
     """scale·activation(norm(x)·Wᵀ + bias), added in place to `residual` where that is given.
 
     x [R, K], W [N, K] → [R, N]; with activation "silu_gate" W holds gate rows above up rows and the result is
     silu(gate)·up, [R, N/2]; "gelu_tanh" is elementwise. `scale` float32 [R]. `active` bool [R]: rows that are False
-    leave `residual` untouched (their result is undefined without one). Only active rows are computed. `ahead`, the
-    weight of the kernel after this one, changes no result.
+    leave `residual` untouched (their result is undefined without one). Only active rows are computed. `settled` and
+    `ahead`, the weight of the kernel after this one, change no result.
     """
     return linear_by(_AROUND, x, weight, tile, norm, bias, activation, residual, scale, active)
 
@@ -136,6 +137,7 @@ def qkv_rope_append(
     tile: int | None,
     active: Tensor | None = None,
     write: Tensor | None = None,
+    settled: bool = False,
 ) -> Tensor:
     """q, k, v = norm(x)·Wᵀ + bias; RMSNorm of q and k over D; rotation; k and v written to their slots.
 

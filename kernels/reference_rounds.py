@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .values import Drafted, Entry, Grown, Rope, Slots, Tree
+from .values import Drafted, Entry, Grown, Progress, Rope, Slots, Tree
 
 
 def enter(
@@ -19,18 +19,22 @@ def enter(
     rows: int,
     ahead: int,
     page_size: int,
+    kv_heads: int,
+    draft: Tensor | None = None,
     depth: Tensor | None = None,
     path: Tensor | None = None,
 ) -> Entry:
     """Consecutive tokens of every sequence as `rows` rows of a pass, the last of which belong to none.
 
     token int64 [S, K], of which the first count int64 [S] are real, all without it, and none of a sequence that is not
-    alive bool [S]; position first int64 [S] + ahead is that of the first. block_table int64 [S, pages]; embedding
-    [V, H]; rope: rotations of every position, float32 [positions, 1, D] each. Rows that are not real are token 0 at
-    position 0 of sequence -1, on page 0. With depth int64 [S, K] and path int64 [S, K, n] tokens are nodes of a tree:
-    row j of a sequence lies in the slot of its place and stands at position first + ahead + depth[j], after the rows
-    path[j].
+    alive bool [S]; or token int64 [S, J], all real, and after them draft int64 [S, K − J], of which the first count
+    are. Position first int64 [S] + ahead is that of the first. block_table int64 [S, pages]; embedding [V, H]; rope:
+    rotations of every position, float32 [positions, 1, D] each. Rows that are not real are token 0 at position 0 of
+    sequence -1, on page 0. With depth int64 [S, K] and path int64 [S, K, n] tokens are nodes of a tree: row j of a
+    sequence lies in the slot of its place and stands at position first + ahead + depth[j], after the rows path[j].
     """
+    if draft is not None:
+        token, count = torch.cat([token, draft], dim=1), count if count is None else count + token.shape[1]
     sequences, width = token.shape
     row = torch.arange(rows, device=token.device)
     owner = (row // width).clamp(max=sequences - 1)
@@ -54,35 +58,36 @@ def enter(
 
 
 def extend(
-    count: Tensor,
+    count: Tensor | None,
     going: Tensor,
     room: Tensor,
     token: Tensor,
     value: Tensor | None,
     log_sum_exp: Tensor | None,
     threshold: Tensor | None,
+    out: Tensor,
 ) -> Drafted:
     """One token more for every draft that is `going`; it goes on while it has room and the token was likely enough.
 
-    count, room, token int64 [S]; going bool [S]; value, log_sum_exp [S] of the token's logit and threshold float32 []:
-    a draft ends with the first token less probable than that, or does not look without one. Drafts that have stopped
-    get token 0, for whatever they would have been given may be no token.
+    count int64 [S] tokens so far, none without it; room, token int64 [S]; going bool [S]; value, log_sum_exp [S] of the
+    token's logit and threshold float32 []: a draft ends with the first token less probable than that, or does not look
+    without one. out int64 [S] becomes the tokens, 0 for drafts that have stopped: whatever they would have been given
+    may be no token.
     """
-    count = count + going
+    count = going.long() if count is None else count + going
     goes_on = going & (count < room)
     if threshold is not None and value is not None and log_sum_exp is not None:
         goes_on = goes_on & ((value.float() - log_sum_exp.float()).exp() >= threshold)
-    return Drafted(count, goes_on, torch.where(going, token, 0))
+    out.copy_(torch.where(going, token, 0))
+    return Drafted(count, goes_on)
 
 
 def commit(
-    accepted: Tensor,
+    accepted: Tensor | None,
     token: Tensor,
-    count: Tensor,
-    draft: Tensor,
-    last: Tensor,
-    length: Tensor,
-    left: Tensor,
+    count: Tensor | None,
+    draft: Tensor | None,
+    progress: Progress,
     report: Tensor,
     path: Tensor | None = None,
     depth: Tensor | None = None,
@@ -92,23 +97,27 @@ def commit(
     """What a verdict does to the sequences, in place, and what the host is told of it.
 
     accepted, token, count int64 [S]: draft tokens accepted, the token after them, how many of draft int64 [S, k] there
-    were. In a tree path int64 [S, k + 1] are the accepted rows in order, row 0 first, and depth int64 [S, k + 1] tells
-    how deep every row lies. A sequence with tokens `left` int64 [S] has `token` as its `last`, accepted + 1 tokens more
-    in `length` and as many less `left`; one without is as before. report int64 [S, n + 4]: accepted, -1 for one
-    without, count, the depth of the draft, token, and the first n ≤ k tokens of the draft, of a tree's accepted path.
-    times int32 [S, V] counts those accepted + 1 tokens; they follow in text int32 [S, capacity], whose last one is at
-    `length`.
+    were; 0 and none without them. In a tree path int64 [S, k + 1] are the accepted rows in order, row 0 first, and
+    depth int64 [S, k + 1] tells how deep every row lies. A sequence with tokens left has `token` as its last, accepted
+    + 1 tokens more in its length and as many less left; one without is as before. report int64 [slots, S, n + 4], which
+    may lie on the host, in pinned memory: the slot whose number is the commits so far, modulo the slots, becomes
+    accepted, -1 for a sequence without tokens left, count, the depth of the draft, token, and the first n ≤ k tokens of
+    the draft, of a tree's accepted path. times int32 [S, V] counts those accepted + 1 tokens; they follow in text int32
+    [S, capacity], whose last one is at `length`.
     """
-    alive = left > 0
-    accepted, deepest = torch.where(alive, accepted, -1), count
+    last, length, left, room, alive, drafting, commits = progress
+    accepted = torch.where(left > 0, 0 if accepted is None else accepted, -1)
+    count = torch.zeros_like(token) if count is None else count
+    draft = token[:, None][:, :0] if draft is None else draft
+    deepest = count
     if depth is not None:
         real = torch.arange(depth.shape[1], device=depth.device) <= count[:, None]
         deepest = torch.where(real, depth, 0).amax(dim=1)
     if path is not None:
         draft = torch.where(path > 0, draft.gather(1, (path - 1).clamp(min=0)), 0)[:, 1:]
-    told = draft[:, : report.shape[1] - 4]
-    report.copy_(torch.cat([torch.stack([accepted, count, deepest, token], dim=1), told], dim=1))
-    last.copy_(torch.where(alive, token, last))
+    told = torch.cat([torch.stack([accepted, count, deepest, token], dim=1), draft[:, : report.shape[2] - 4]], dim=1)
+    report[commits % report.shape[0], torch.arange(len(token), device=token.device)] = told
+    last.copy_(torch.where(left > 0, token, last))
     if text is not None:
         new = torch.cat([draft, token[:, None]], dim=1).scatter(1, accepted.clamp(min=0)[:, None], token[:, None])
         offset = torch.arange(text.shape[1], device=text.device) - length[:, None] - 1
@@ -116,6 +125,10 @@ def commit(
         text.copy_(torch.where(mine, new.gather(1, offset.clamp(0, draft.shape[1])), text))
     length.add_(accepted + 1)
     left.sub_(accepted + 1)
+    room.copy_(left - 1)
+    alive.copy_(left > 0)
+    drafting.copy_(left > 1)
+    commits.add_(1)
     if times is not None:
         place, accepted = torch.arange(draft.shape[1] + 1, device=draft.device), accepted[:, None]
         given = torch.where(place < accepted, functional.pad(draft, (0, 1)), token[:, None])

@@ -128,7 +128,8 @@ class Entry(NamedTuple):
     """The rows a pass starts with: token, position and sequence int64 [R] and the slots they write.
 
     real bool [R]: rows of a sequence. x [R, H]: their embeddings; rope: their rotations, None without any. tree: where
-    the keys of their paths lie, None where they are consecutive tokens.
+    the keys of their paths lie, None where they are consecutive tokens. arrivals int32 [R·kv_heads]: zeros that
+    programs of attention count each other in, where its kernels do.
     """
 
     token: Tensor
@@ -139,14 +140,36 @@ class Entry(NamedTuple):
     x: Tensor
     rope: Rope | None
     tree: Tree | None
+    arrivals: Tensor | None = None
+
+
+class Progress(NamedTuple):
+    """How far S sequences have come, [S] each, in the rounds that a device runs alone.
+
+    last int64: the newest token, not yet in the cache; length int64: the tokens before it; left int64: how many may
+    still be appended. What follows from that: room int64, left − 1 draft tokens can still be of use; alive bool, left
+    > 0; drafting bool, room > 0. commits int64: how often `commit` was called.
+    """
+
+    last: Tensor
+    length: Tensor
+    left: Tensor
+    room: Tensor
+    alive: Tensor
+    drafting: Tensor
+    commits: Tensor
+
+    @staticmethod
+    def of(last: Tensor, length: Tensor, left: Tensor) -> Progress:
+        """Sequences that stand there and have had no round."""
+        return Progress(last, length, left, left - 1, left > 0, left > 1, torch.zeros_like(left))
 
 
 class Drafted(NamedTuple):
-    """Drafts so far: how many tokens each has, int64 [S], whether it goes on, bool [S], and the last one, int64 [S]."""
+    """Drafts so far: how many tokens each has, int64 [S], and whether it goes on, bool [S]."""
 
     count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     going: Tensor
-    token: Tensor
 
 
 class Grown(NamedTuple):

@@ -50,13 +50,18 @@ def _verify_kernel(
     chosen = mask & (draft == target)
 
     row = tl.zeros((), tl.int32)
-    accepted = tl.zeros((), tl.int32)
-    tl.store(path_ptr + pid_s * (k + 1), row.to(tl.int64))
-    for step in range(NODES):
-        child = tl.min(tl.where(chosen & (parent == row), offs, NODES), axis=0)
-        accepted += (child < NODES).to(tl.int32)
-        row = tl.where(child < NODES, child + 1, row)
-        tl.store(path_ptr + pid_s * (k + 1) + step + 1, row.to(tl.int64), mask=step < k)
+    if parent_ptr is None:
+        accepted = tl.min(tl.where(chosen, NODES, offs), axis=0)
+        row = accepted
+        tl.store(path_ptr + pid_s * (k + 1) + offs, tl.minimum(offs, accepted).to(tl.int64), mask=offs <= k)
+    else:
+        accepted = tl.zeros((), tl.int32)
+        tl.store(path_ptr + pid_s * (k + 1), row.to(tl.int64))
+        for step in range(NODES):
+            child = tl.min(tl.where(chosen & (parent == row), offs, NODES), axis=0)
+            accepted += (child < NODES).to(tl.int32)
+            row = tl.where(child < NODES, child + 1, row)
+            tl.store(path_ptr + pid_s * (k + 1) + step + 1, row.to(tl.int64), mask=step < k)
     tl.store(accepted_ptr + pid_s, accepted.to(tl.int64))
     tl.store(token_ptr + pid_s, tl.load(target_ptr + pid_s * stride_target + row))
     tl.store(next_length_ptr + pid_s, tl.load(length_ptr + pid_s) + accepted + 1)

@@ -164,9 +164,14 @@ class Batch:
         table = torch.tensor([token, position, sequence], device=self.device)
         return Rows(table[0], table[1], table[2], self.block_table, self.tile)
 
-    def nodes(self, tokens: Tensor, count: Tensor, lineage: Lineage) -> Chains:
-        """Rows for `tokens` int64 [S, K], a tree above each sequence's cache; the first `count` [S] are real.
+    def drafts(self, draft: Draft, lineage: Lineage | None) -> Chains:
+        """Rows for each sequence's newest token and its draft, a chain or a tree of that `lineage`.
 
-        In a device's own round K is what the largest tree needs: rows that are not real run no sub-layer there.
+        In a device's own round there are rows for the largest tree: where it is more than a tile, those that are not
+        real run no sub-layer.
         """
-        return replace(self.rows(tokens, self.length, count), gated=self.alive is not None, lineage=lineage)
+        if draft.tokens.shape[1] == 0:
+            return self.newest()
+        rows = replace(self.rows(self.last[:, None], self.length, draft.length), draft=draft.tokens, lineage=lineage)
+        gated = lineage is not None and self.alive is not None and len(rows) > (self.tile or 0)
+        return replace(rows, gated=gated)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -16,6 +17,7 @@ from ..kernels.values import Logprobs
 from .batch import Tally
 from .cache import KVCache
 from .decode import count
+from .depths import Depths
 from .methods.base import Method
 from .model import Model
 from .plan import LayerPlan
@@ -43,6 +45,7 @@ class Graphs:
         self._idle: dict[Key, list[RoundGraph]] = {}
         self._prepared: set[Key] = set()
         self._order = itertools.count()
+        self.depths = Depths()
         self._coming: dict[Key, Future[RoundGraph]] = {}
         self._builder: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "skipjack-graphs")
         self.captured = 0
@@ -61,7 +64,7 @@ class Graphs:
 
     def give(self, graph: RoundGraph) -> None:
         """Keep a graph for later. Nothing runs in it until then: its pages will be others'."""
-        graph.state.left.zero_()
+        graph.state.allow(torch.zeros_like(graph.state.progress.left))
         self._keep(graph)
 
     def has(self, recipe: Recipe, sequences: list[Sequence]) -> bool:
@@ -141,6 +144,8 @@ class Rounds:
         self._limit: int | None = None
         self._remembered: Tensor | None = None
         self._served: Recipe | None = None
+        # What the method gave for the graph that serves.
+        self._given: Recipe | None = None
         self._changed = False
         self._since = 0.0
 
@@ -149,9 +154,8 @@ class Rounds:
 
         None where this round needs the host, and none is under way: it is `speculate`'s.
         """
-        recipe = self._method.recipe(running)
-        if recipe is not None:
-            recipe = self._at_hand(recipe.choosing(running, self._model.config.vocab_size), running)
+        given = self._method.recipe(running)
+        recipe = None if given is None else self._at_hand(given, running)
         if self._graph is not None and (recipe != self._graph.recipe or self._members != running):
             late = self._drain()
             if any(late.values()):
@@ -163,6 +167,7 @@ class Rounds:
             self._graph, self._members = self._graphs.take(recipe, running), list(running)
             self._mask = self._threshold = self._limit = self._remembered = None
             self._served, self._changed = recipe, self._served not in (None, recipe)
+            self._given = given
             self._graph.load(running, self._method)
         while self._graph.pending <= AHEAD:
             self._steer(self._graph)
@@ -179,21 +184,20 @@ class Rounds:
         self._graph, self._members = None, []
         self._plans.clear()
 
-    def _at_hand(self, recipe: Recipe, running: list[Sequence]) -> Recipe:
-        """The recipe, or while its graph is still to be built another that serves as well.
+    def _at_hand(self, given: Recipe, running: list[Sequence]) -> Recipe:
+        """The method's recipe as it is to be served, or while its graph is still to be built another that does as well.
 
-        That is the masked one, which serves every skip set, or the one that is serving.
+        That is the masked one, which serves every skip set, the one that is serving, or the one with all draft steps.
         """
-        masked, serving = recipe.any_set, self._graph.key if self._graph else None
-        if serving == self._graphs.key(recipe, running):
+        recipe = self._graphs.depths.serve(self._method, given).choosing(running, self._model.config.vocab_size)
+        graph = self._graph
+        here = graph.recipe if graph and graph.key == self._graphs.key(graph.recipe, running) else None
+        if here == recipe:
             return recipe
-        if masked is not None and masked != recipe and self._graphs.has(masked, running):
-            other = masked
-        elif self._graph is not None and serving == self._graphs.key(self._graph.recipe, running):
-            other = self._graph.recipe
-        else:
-            return recipe
-        if other.sampled != recipe.sampled:
+        others = recipe.any_set, here, replace(recipe, num_draft_tokens=given.num_draft_tokens)
+        ready = (one for one in others if one and one != recipe and (one == here or self._graphs.has(one, running)))
+        other = next(ready, None)
+        if other is None or other.sampled != recipe.sampled:
             return recipe
         return recipe if self._graphs.expect(recipe, running) else other
 
@@ -254,9 +258,11 @@ class Rounds:
         """What `device_round` gave the sequences still `running`, by their rows, and the seconds the method took."""
         pieces: dict[int, list[Piece]] = {}
         told: list[tuple[Sequence, int, int, int]] = []
+        deepest = 0
         for row, sequence in running:
-            accepted, drafted, depth, token, *draft = ints(report[row])
+            accepted, drafted, depth, token, *draft = ints(report[0, row])
             pieces[id(sequence)] = commit(sequence, [*draft[:accepted], token], drafted, depth)
+            deepest = max(deepest, depth)
             told.append((sequence, drafted, accepted, len(pieces[id(sequence)])))
             counters = sequence.counters
             counters.rounds += 1
@@ -265,6 +271,8 @@ class Rounds:
         if not told:
             return pieces, 0.0
         members, drafts, accepts, emits = (list(column) for column in zip(*told, strict=True))
+        if self._given is not None:
+            self._graphs.depths.count(self._method, self._given, recipe.num_draft_tokens, deepest, max(accepts))
         tally = Tally(members, drafts, accepts, emits, 0.0, seconds, recipe, self._changed)
         self._changed = False
         return pieces, self._method.count(self._model, self._cache, tally)
@@ -274,10 +282,10 @@ class Rounds:
         pieces: dict[int, list[Piece]] = {id(sequence): [] for _, sequence in running}
         for number in range(steps.count):
             told = [
-                (sequence, *ints(report[row, number])) for row, sequence in running if sequence.finish_reason is None
+                (sequence, ints(report[number, row])) for row, sequence in running if sequence.finish_reason is None
             ]
-            most = max((ran for *_, ran in told), default=0) / 2
-            for sequence, token, ran in told:
+            most = max((ran for _, (_, ran, _, _) in told), default=0) / 2
+            for sequence, (_, ran, _, token) in told:
                 pieces[id(sequence)] += sequence.extend([token], 0)
                 count(sequence, self._model.config, ran / 2, most if steps.whole else None)
                 sequence.counters.graph_rounds += 1

@@ -17,7 +17,7 @@ from ..kernels.values import Heads, Matrix, Norm, Prediction, Rope, Route, Slots
 from ..loaders.config import ModelConfig
 from ..loaders.weights import Weights
 from .cache import KVCache
-from .laid import Pass
+from .laid import Gate, Pass
 from .layers import (
     alibi_slopes,
     matrices,
@@ -158,7 +158,8 @@ class Model:
             if streams is not None:
                 streams.append(x.clone())
             if sublayer < end:
-                self.step(laid, cache, sublayer, x, following)
+                known = None if laid.masked else following
+                self.step(laid, cache, sublayer, x, known, settled=sublayer != plan.sublayers[0])
 
     def lay(self, rows: Rows | Chains, cache: KVCache, kept: Tensor | None = None) -> Pass:
         """What every sub-layer of a pass over `rows` shares."""
@@ -169,9 +170,9 @@ class Model:
         rows = rows.padded(self.ops.filled(len(rows), rows.tile, self.dtype))
         # Who shares a sequence is not known here: attention takes no wider tile, to be padded for each of them.
         tile = min(rows.tile, self.ops.decode_tile or rows.tile) if rows.tile in self.tiles else rows.tile
-        index = self._index(rows, rows.position, cache, tile)
+        index = self._index(rows, cache, tile)
         slots, real = Slots(*rows.slots(cache.page_size)), rows.sequence >= 0
-        return Pass(rows, slots, index, self.rotations(rows, cache), real, {}, kept)
+        return Pass(rows, slots, index, self.rotations(rows, cache), real, {}, kept, masked=rows.active is not None)
 
     def _enter(self, chains: Chains, cache: KVCache, kept: Tensor | None) -> Pass:
         longest, lineage = chains.block_table.shape[1] * cache.page_size - 1, chains.lineage
@@ -186,39 +187,51 @@ class Model:
             rows=self.ops.filled(len(chains), chains.tile, self.dtype),
             ahead=chains.ahead,
             page_size=cache.page_size,
+            kv_heads=self._heads.key,
+            draft=chains.draft,
             depth=None if lineage is None else lineage.depth,
             path=None if lineage is None else lineage.path,
         )
         active = chains.active(entry.real)
         active = None if active is None else active.expand(2 * self.config.num_layers, -1)
-        tree, width = entry.tree, chains.token.shape[1]
+        tree, width = entry.tree, chains.width
         laid = Rows(
             entry.token, entry.position, entry.sequence, chains.block_table, chains.tile, tree=tree, active=active
         )
         tile = self.tile(width)
-        if tree is None:
-            index = self._index(laid, laid.position, cache, tile, width)
-        else:
+        if tree is not None and tile is not None:
             # Every leaf is a pass of a whole tile over its page, and of a tree's rows few may be real.
-            tile = None if tile is None else min(tile, self.ops.decode_tile or tile)
-            index = self._index(laid, laid.position, cache, tile)
-        return Pass(laid, entry.slots, index, entry.rope, entry.real, {}, kept, entry.x)
+            tile = min(tile, self.ops.decode_tile or tile)
+        index = self._index(laid, cache, tile, width, entry.arrivals)
+        masked = chains.mask is not None
+        return Pass(laid, entry.slots, index, entry.rope, entry.real, {}, kept, entry.x, masked)
 
     def embed(self, laid: Pass) -> Tensor:
         """The residual stream [R, H] a pass starts with; R counts padding."""
         x = laid.embedded if laid.embedded is not None else functional.embedding(laid.rows.token, self._embedding)
         return x if self._embedding_norm is None else self.ops.normalise(x, self._embedding_norm)
 
-    def step(self, laid: Pass, cache: KVCache, sublayer: int, x: Tensor, following: int | None = None) -> None:
+    def step(
+        self,
+        laid: Pass,
+        cache: KVCache,
+        sublayer: int,
+        x: Tensor,
+        following: int | None = None,
+        *,
+        settled: bool = False,
+    ) -> None:
         """One sub-layer, added in place to the residual stream x [R, H]; R counts padding.
 
-        `following`: the sub-layer that is to come after it, of whose weights a GPU may be told already.
+        `following`: the sub-layer that is to come after it, of whose weights a GPU may be told already. `settled`: a
+        kernel has been launched since the pass was laid.
         """
         active = None if laid.rows.active is None else laid.rows.active[sublayer]
+        gate = Gate(active, settled and sublayer // 2 not in self.routed)
         if sublayer % 2 == 0:
-            self._attention(sublayer // 2, x, cache, laid, active, self._first_weight(following))
+            self._attention(sublayer // 2, x, cache, laid, gate, self._first_weight(following))
         else:
-            self._mlp(sublayer // 2, x, laid, active)
+            self._mlp(sublayer // 2, x, laid, gate)
 
     def fill(self, laid: Pass, cache: KVCache, layers: range, x: Tensor) -> None:
         """Keys and values of consecutive layers whose attention is skipped, from the residual stream x [R, H].
@@ -243,16 +256,6 @@ class Model:
             heads=self.config.num_heads,
             tile=laid.rows.tile,
         )
-
-    def route_attention(self, layer: int, streams: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Whether a layer's attention runs for a sequence (MindSkip): a logit, float32, and a bool, on the device.
-
-        The router sees the mean of the sequence's rows, which `streams` [R, H] hold in parts, after the layer's norm.
-        """
-        norm, router = self.layers[layer].attention_norm, self.attention_routers[layer]
-        total = torch.stack([self.ops.normalise(x, norm).float().sum(dim=0) for x in streams]).sum(dim=0)
-        logit = total / sum(map(len, streams)) @ router.weight
-        return logit, torch.sigmoid(logit) >= router.threshold
 
     def rotations(self, rows: Rows, cache: KVCache) -> Rope | None:
         """The rotation of each row; None for a model without rotary embedding."""
@@ -305,15 +308,18 @@ class Model:
         tile = tile or self.tile(len(x))
         return self.ops.head(x, self._norm, head, tile=tile, top_k=top_k, ids=ids, active=active)
 
-    def _index(self, rows: Rows, position: Tensor, cache: KVCache, tile: int | None, width: int | None = None) -> Index:
+    def _index(
+        self, rows: Rows, cache: KVCache, tile: int | None, width: int | None = None, arrivals: Tensor | None = None
+    ) -> Index:
         return self.ops.index(
             rows.sequence,
-            position,
+            rows.position,
             rows.block_table,
             page_size=cache.page_size,
             tile=tile,
             tree=rows.tree,
             width=width,
+            arrivals=arrivals,
         )
 
     def _route(self, number: int, routed: Routed, x: Tensor, laid: Pass, active: Tensor | None) -> Route:
@@ -337,18 +343,16 @@ class Model:
         first = layer.qkv if sublayer % 2 == 0 else layer.up
         return first if sublayer // 2 not in self.routed and isinstance(first, Matrix) else None
 
-    def _attention(
-        self, number: int, x: Tensor, cache: KVCache, laid: Pass, active: Tensor | None, ahead: Matrix | None
-    ) -> None:
+    def _attention(self, number: int, x: Tensor, cache: KVCache, laid: Pass, gate: Gate, ahead: Matrix | None) -> None:
         layer, routed, config = self.layers[number], self.routed.get(number), self.config
         tile, (keys, values) = laid.rows.tile, cache.by_layer[number]
-        slots, index, write = laid.slots, laid.index, active
+        slots, index, active, write = laid.slots, laid.index, gate.active, gate.active
         if routed is not None:
             active = self._route(number, routed, x, laid, active).run
             if laid.kept is not None:
                 write, position = active, compacted(laid.rows, active, laid.kept[routed.place])
                 slots = Slots(*replace(laid.rows, slot=position).slots(cache.page_size))
-                index = self._index(laid.rows, position, cache, index.tile, index.width)
+                index = self._index(replace(laid.rows, position=position), cache, index.tile, index.width)
         q = self.ops.qkv_rope_append(
             x,
             layer.attention_norm,
@@ -364,6 +368,7 @@ class Model:
             tile=tile,
             active=active,
             write=write,
+            settled=gate.settled,
         )
         mixed = self.ops.attend(
             q,
@@ -376,17 +381,19 @@ class Model:
             active=active,
             ahead=layer.output,
         )
-        bias = layer.output_bias
-        self.ops.linear(mixed, layer.output, tile=tile, bias=bias, residual=x, active=active, ahead=ahead)
+        bias, output = layer.output_bias, layer.output
+        self.ops.linear(mixed, output, tile=tile, bias=bias, residual=x, active=active, settled=True, ahead=ahead)
 
-    def _mlp(self, number: int, x: Tensor, laid: Pass, active: Tensor | None) -> None:
+    def _mlp(self, number: int, x: Tensor, laid: Pass, gate: Gate) -> None:
         layer, routed, scale = self.layers[number], self.routed.get(number), None
         ops, tile, norm, activation = self.ops, laid.rows.tile, layer.mlp_norm, self._activation
+        active, bias = gate.active, layer.down_bias
         if routed is not None:
             route = self._route(number, routed, x, laid, active)
             scale, rest = (route.weight, route.rest) if routed.weighted else (None, None)
             active, skip = route.run, route.skip
             inner = ops.linear(x, routed.adapter_up, tile=tile, norm=norm, activation=activation, active=skip)
             ops.linear(inner, routed.adapter_down, tile=tile, residual=x, scale=rest, active=skip)
-        inner = ops.linear(x, layer.up, tile=tile, norm=norm, bias=layer.up_bias, activation=activation, active=active)
-        ops.linear(inner, layer.down, tile=tile, bias=layer.down_bias, residual=x, scale=scale, active=active)
+        up = {"norm": norm, "bias": layer.up_bias, "activation": activation, "settled": gate.settled}
+        inner = ops.linear(x, layer.up, tile=tile, active=active, **up)
+        ops.linear(inner, layer.down, tile=tile, bias=bias, residual=x, scale=scale, active=active, settled=True)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..kernels.values import Grown, Logprobs, Reshaping
+from ..kernels.values import Grown, Logprobs, Progress, Reshaping, Verdict
 from .batch import Batch, Draft, Exit, Sampling
 from .cache import KVCache
-from .methods.base import no_draft
 from .methods.drafting import FIRST_DRAFT_STREAM, WIDTHS, siblings
 from .model import Model
 from .ngrams import GAP
@@ -27,26 +26,26 @@ from .speculate import close_up, decide, verify_pass
 class State(NamedTuple):
     """What a round reads and what it leaves for the next one; S sequences, of which those with tokens left run.
 
-    last, length, prompt int64 [S] as in Batch; left int64 [S] tokens that may still be appended; block_table int64
-    [S, W]; mask bool [2L], the sub-layers that draft; threshold float32 []; limit int64 [], the longest draft;
-    sampling, [S] each; memory [S, …], what the recipe's steps remember; text int32 [S, C], the tokens so far where
-    drafts come from them, and remembered int32 [M], those of other texts with `ngrams.GAP` between them.
-    The report is int64 [S, k + 4]: accepted (-1: the sequence did not run), drafted, the depth of the draft, the token
-    after the accepted ones, and the k draft tokens, of a tree those of its accepted path; or [S, steps, 2]: of each
-    step the token and the sub-layers that ran (-1: the sequence did not). With it go the logprobs [S, k + 1 or steps,
-    …] of the tokens. `reshaping` and `logprobs` are there if the recipe has them.
+    progress and prompt int64 [S] of the sequences; block_table int64 [S, W]; mask bool [2L], the sub-layers that draft;
+    threshold float32 []; limit int64 [], the longest draft; sampling, [S] each; memory [S, …], what the recipe's steps
+    remember; undrafted, the draft of a round that has none; text int32 [S, C], the tokens so far where drafts come from
+    them, and remembered int32 [M], those of other texts with `ngrams.GAP` between them.
+    The report is int64 [slots, S, k + 4], on the host, which reads it while later rounds run: accepted (-1: the
+    sequence did not run), drafted, the depth of the draft, the token after the accepted ones, and the k draft tokens,
+    of a tree those of its accepted path; every step of a policy has a slot [S, 4] of its own, drafted being the
+    sub-layers that ran. With it go the logprobs [S, k + 1 or steps, …] of the tokens. `reshaping` and `logprobs` are
+    there if the recipe has them.
     """
 
-    last: Tensor
-    length: Tensor
+    progress: Progress
     prompt: Tensor
-    left: Tensor
     block_table: Tensor
     mask: Tensor
     threshold: Tensor
     limit: Tensor
     sampling: Sampling
     memory: Tensor
+    undrafted: Draft
     text: Tensor | None
     remembered: Tensor | None
     report: Tensor
@@ -54,24 +53,22 @@ class State(NamedTuple):
     logprobs: Logprobs | None
 
     @staticmethod
-    def empty(model: Model, recipe: Recipe, sequences: int, pages: int) -> State:
-        """A state in which nothing runs."""
+    def empty(model: Model, recipe: Recipe, sequences: int, pages: int, rounds: int = 1) -> State:
+        """A state in which nothing runs, with reports of so many `rounds`."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=model.device)
 
         temperature, top_p, min_p = (zeros(sequences, dtype=torch.float32) for _ in range(3))
         steps, vocabulary = recipe.steps or Steps(), model.config.vocab_size
-        report = (steps.count, 2) if recipe.steps else (recipe.num_draft_tokens + 4,)
         tokens, logprobs = steps.count if recipe.steps else recipe.num_draft_tokens + 1, None
         remember = recipe.ngrams.remember if recipe.ngrams else 0
         if recipe.logprobs is not None:
             values = zeros(sequences, tokens, 1 + recipe.logprobs, dtype=torch.float32)
             logprobs = Logprobs(values, zeros(sequences, tokens, recipe.logprobs, dtype=torch.int32))
+        report = rounds * steps.count, sequences, 4 + (0 if recipe.steps else recipe.num_draft_tokens)
         return State(
-            zeros(sequences),
-            zeros(sequences),
-            zeros(sequences),
+            Progress.of(zeros(sequences), zeros(sequences), zeros(sequences)),
             zeros(sequences),
             zeros(sequences, pages),
             zeros(2 * model.config.num_layers, dtype=torch.bool),
@@ -79,18 +76,24 @@ class State(NamedTuple):
             zeros(),
             Sampling(temperature, top_p, min_p, zeros(sequences), zeros(sequences)),
             steps.memory(model, sequences),
+            Draft(zeros(sequences, 0), zeros(sequences)),
             zeros(sequences, pages * model.ops.page_size, dtype=torch.int32) if recipe.ngrams else None,
             torch.full((remember,), GAP, dtype=torch.int32, device=model.device) if remember else None,
-            zeros(sequences, *report),
+            torch.zeros(report, dtype=torch.int64, pin_memory=model.device.type == "cuda"),
             neutral(sequences, vocabulary, model.device) if recipe.reshaped else None,
             logprobs,
         )
 
-    def batch(self, model: Model, alive: Tensor) -> Batch:
-        """The sequences as they stand, of which those `alive` bool [S] run."""
-        return Batch(
-            [], self.last, self.length, self.left - 1, self.prompt, self.block_table, model.ops.decode_tile, alive
-        )
+    def allow(self, left: Tensor) -> None:
+        """Let the sequences append `left` int64 [S] tokens."""
+        given = self.progress
+        for target, value in zip(given[2:6], Progress.of(given.last, given.length, left)[2:6], strict=True):
+            target.copy_(value)
+
+    def batch(self, model: Model) -> Batch:
+        """The sequences as they stand, of which those with tokens left run."""
+        last, length, _, room, alive, _, _ = self.progress
+        return Batch([], last, length, room, self.prompt, self.block_table, model.ops.decode_tile, alive)
 
 
 def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> None:
@@ -99,22 +102,27 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
     The tokens are those of `speculate`: the same passes over the same rows. A sequence drafts no more than it has room
     for; rows past its draft belong to no sequence.
     """
-    batch = state.batch(model, state.left > 0)
+    batch = state.batch(model)
     draft, lineage = _draft(model, cache, batch, state, recipe)
-    path = torch.cat([batch.last[:, None], draft.tokens], dim=1) if recipe.num_draft_tokens else batch.last[:, None]
-    with model.mark("verify", len(batch), path.numel()):
-        hidden = verify_pass(model, cache, batch, path, draft, lineage, recipe.target)
-        rule, position = _noise(state, batch, path.shape[1], lineage) if recipe.sampled else (None, None)
-        # Tiles of rows without a node of the tree read no head either.
-        real = None if lineage is None else _real(draft.length, path.shape[1])
+    width = 1 + draft.tokens.shape[1]
+    path = batch.last[:, None]
+    if width > 1 and (recipe.reshaped or recipe.logprobs is not None):
+        path = torch.cat([path, draft.tokens], dim=1)
+    verdict: Verdict | None = None
+    with model.mark("verify", len(batch), len(batch) * width):
+        hidden = verify_pass(model, cache, batch, draft, lineage, recipe.target)
+        rule, position = _noise(state, batch, width, lineage) if recipe.sampled else (None, None)
+        # Tiles of rows without a node of a large tree read no head either.
+        real = _real(draft.length, width) if batch.drafts(draft, lineage).gated else None
         chosen = draw(model, hidden, rule, position, real, reshape=_reshape(model, state, batch, path, lineage))
-        scores = None if chosen.scores is None else chosen.scores.view(*path.shape, -1)
-        warped = state.sampling if recipe.rejection else None
-        verdict = decide(model, batch, draft, chosen.token.view(path.shape), scores, warped, lineage)
-        if lineage is not None:
+        if width > 1 or recipe.logprobs is not None:
+            scores = None if chosen.scores is None else chosen.scores.view(len(batch), width, -1)
+            warped = state.sampling if recipe.rejection else None
+            verdict = decide(model, batch, draft, chosen.token.view(len(batch), width), scores, warped, lineage)
+        if lineage is not None and verdict is not None:
             close_up(model, cache, batch, verdict, lineage)
-    with model.mark("commit", len(batch), path.numel()):
-        if state.logprobs is not None:
+    with model.mark("commit", len(batch), len(batch) * width):
+        if state.logprobs is not None and verdict is not None:
             tokens, logits = draft.tokens, chosen.logits
             if lineage is not None and logits is not None:
                 rows = verdict.path[:, : recipe.num_draft_tokens + 1]
@@ -123,17 +131,15 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
                 logits = logits.view(*path.shape, -1)[each, rows].flatten(0, 1)
             place, accepted = torch.arange(tokens.shape[1] + 1, device=batch.device), verdict.accepted[:, None]
             given = torch.where(place < accepted, functional.pad(tokens, (0, 1)), verdict.token[:, None])
-            _tell(model, logits, given, (place <= accepted) & (state.left > 0)[:, None], state.logprobs)
+            _tell(model, logits, given, (place <= accepted) & state.progress.alive[:, None], state.logprobs)
         model.ops.commit(
-            verdict.accepted,
-            verdict.token,
+            None if verdict is None else verdict.accepted,
+            chosen.token if verdict is None else verdict.token,
             draft.length,
             draft.tokens,
-            state.last,
-            state.length,
-            state.left,
+            state.progress,
             state.report,
-            None if lineage is None else verdict.path,
+            None if lineage is None or verdict is None else verdict.path,
             None if lineage is None else lineage.depth,
             None if state.reshaping is None else state.reshaping.times,
             state.text,
@@ -142,25 +148,19 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
 
 def device_steps(model: Model, cache: KVCache, state: State, steps: Steps, sampled: bool) -> None:
     """A token after the other for every sequence from the passes of a policy, as `decode`, in place in `state`."""
+    batch = state.batch(model)
     for number in range(steps.count):
-        alive = state.left > 0
-        batch = state.batch(model, alive)
         with model.mark("verify", len(batch), len(batch)):
             hidden, ran = steps.step(model, cache, batch, state.memory, number)
             rule = state.sampling if sampled else None
             reshape = _reshape(model, state, batch, batch.last[:, None], newest=True)
-            drawn = draw(model, hidden, rule, batch.length + 1, alive, reshape=reshape)
-            token = drawn.token
+            drawn = draw(model, hidden, rule, batch.length + 1, batch.alive, reshape=reshape)
         with model.mark("commit", len(batch), len(batch)):
-            if state.logprobs is not None:
+            if state.logprobs is not None and batch.alive is not None:
                 told = Logprobs(*(part[:, number : number + 1] for part in state.logprobs))
-                _tell(model, drawn.logits, token[:, None], alive[:, None], told)
-            if state.reshaping is not None:
-                state.reshaping.times.scatter_add_(1, torch.where(alive, token, 0)[:, None], alive[:, None].int())
-            state.report[:, number].copy_(torch.stack([token, torch.where(alive, ran, -1)], dim=1))
-            state.last.copy_(torch.where(alive, token, state.last))
-            state.length.add_(alive.long())
-            state.left.sub_(alive.long())
+                _tell(model, drawn.logits, drawn.token[:, None], batch.alive[:, None], told)
+            times = None if state.reshaping is None else state.reshaping.times
+            model.ops.commit(None, drawn.token, ran, None, state.progress, state.report, times=times)
 
 
 def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Recipe) -> tuple[Draft, Lineage | None]:
@@ -169,7 +169,7 @@ def _draft(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Rec
     A sequence that has stopped drafting has no rows in the rest of them.
     """
     if not recipe.num_draft_tokens:
-        return no_draft(batch), None
+        return state.undrafted, None
     if recipe.ngrams is not None and state.text is not None:
         return _looked_up(model, batch, state.text, state.remembered, recipe.ngrams, recipe.num_draft_tokens)
     if recipe.max_nodes:
@@ -196,21 +196,24 @@ def _looked_up(
 
 
 def _chain(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Recipe) -> Draft:
-    room = torch.minimum(batch.room, state.limit) if recipe.limited else batch.room
-    count, going, tokens = torch.zeros_like(batch.length), room > 0, [batch.last]
-    streams, scores = list[Tensor](), list[Tensor]()
+    room, going, count = batch.room, state.progress.drafting, None
+    if recipe.limited:
+        room = torch.minimum(room, state.limit)
+        going = room > 0
+    drafted = torch.empty(len(batch), recipe.num_draft_tokens, dtype=torch.int64, device=batch.device)
+    tokens, streams, scores = [batch.last, *drafted.unbind(1)], list[Tensor](), list[Tensor]()
     threshold = state.threshold if recipe.confident else None
     for step in range(recipe.num_draft_tokens):
         with model.mark("draft", len(batch), len(batch), step):
-            hidden, drawn = _step(model, cache, batch, state, recipe, tokens, going)
+            hidden, drawn = _step(model, cache, batch, state, recipe, tokens[: step + 1], going)
             streams.append(hidden)
             if recipe.rejection and drawn.scores is not None:
                 scores.append(torch.where(going[:, None], drawn.scores, 0))
-            count, going, token = model.ops.extend(
-                count, going, room, drawn.token, drawn.value, drawn.log_sum_exp, threshold
+            count, going = model.ops.extend(
+                count, going, room, drawn.token, drawn.value, drawn.log_sum_exp, threshold, tokens[step + 1]
             )
-            tokens.append(token)
-    draft = Draft(torch.stack(tokens[1:], dim=1), count, scores=torch.stack(scores, dim=1) if scores else None)
+    assert count is not None
+    draft = Draft(drafted, count, scores=torch.stack(scores, dim=1) if scores else None)
     if not recipe.reuse:
         return draft
     return draft._replace(exit=Exit(recipe.plan.span[1] // 2, torch.stack(streams, dim=1)))

@@ -33,17 +33,18 @@ class RoundGraph:
     def __init__(self, model: Model, cache: KVCache, recipe: Recipe, sequences: int, pages: int) -> None:
         self.recipe, self.sequences, self.pages = recipe, sequences, pages
         self._model, self._cache = model, cache
-        self.state = State.empty(model, recipe, sequences, pages)
+        self.state = State.empty(model, recipe, sequences, pages, AHEAD + 1)
         self._graph: torch.cuda.CUDAGraph | None = None
         self.captured, self.waiting_since = False, 0
         pinned = model.device.type == "cuda"
         if pinned:
             self._compile()
-        self._told = self.state.report, *(self.state.logprobs or ())
-        self._ring = [
-            [torch.zeros_like(part, device="cpu", pin_memory=pinned) for part in self._told] for _ in range(AHEAD + 1)
+        self._reports = self.state.report.view(AHEAD + 1, -1, *self.state.report.shape[1:])
+        self._logprobs = [
+            [torch.zeros_like(part, device="cpu", pin_memory=pinned) for part in self.state.logprobs or ()]
+            for _ in range(AHEAD + 1)
         ]
-        self._events = [_begin_and_end() for _ in self._ring] if pinned else None
+        self._events = [_begin_and_end() for _ in self._logprobs] if pinned else None
         self._written = self._read = 0
         # Seconds of the round whose report was read last, where the device tells.
         self.took = 0.0
@@ -80,14 +81,19 @@ class RoundGraph:
         """Start from where these sequences stand; every report has been read."""
         idle = self.sequences - len(sequences)
         batch = Batch.of(sequences, self._model.ops.decode_tile, self._model.device)
-        for target, source in zip(self.state[:3], (batch.last, batch.length, batch.prompt), strict=True):
+        last, length, *_, commits = self.state.progress
+        for target, source in zip(
+            (last, length, self.state.prompt), (batch.last, batch.length, batch.prompt), strict=True
+        ):
             target[: len(sequences)] = source
+        # The slot that the report of the next round is read from.
+        commits.fill_(self._written * self._reports.shape[1])
         for row, sequence in enumerate(sequences):
             if (memory := method.memory(sequence)) is not None:
                 self.state.memory[row] = memory
             if self.state.text is not None:
                 self.state.text[row, : len(sequence.tokens)] = torch.tensor(sequence.tokens, dtype=torch.int32)
-        self.state.left.copy_(torch.cat([batch.room + 1, torch.zeros(idle, dtype=torch.int64, device=batch.device)]))
+        self.state.allow(torch.cat([batch.room + 1, torch.zeros(idle, dtype=torch.int64, device=batch.device)]))
         self.state.block_table[: len(sequences), : batch.block_table.shape[1]] = batch.block_table
         if self.recipe.sampled:
             for target, source in zip(self.state.sampling, batch.sampling(), strict=True):
@@ -104,8 +110,8 @@ class RoundGraph:
                 memory.copy_(self.state.memory[row])
 
     def enqueue(self) -> None:
-        """One round more; its report goes to the host as soon as it is there."""
-        place = self._written % len(self._ring)
+        """One round more; its report is on the host as soon as it is there."""
+        place = self._written % len(self._reports)
         if self._events is not None:
             self._events[place][0].record()
         with self._model.mark("round", self.sequences, self.sequences):
@@ -113,22 +119,22 @@ class RoundGraph:
                 self._run()
             else:
                 self._graph.replay()
-        for target, source in zip(self._ring[place], self._told, strict=True):
+        for target, source in zip(self._logprobs[place], self.state.logprobs or (), strict=True):
             target.copy_(source, non_blocking=True)
         if self._events is not None:
             self._events[place][1].record()
         self._written += 1
 
     def report(self) -> tuple[Tensor, Logprobs | None]:
-        """The oldest report that has not been read, and its logprobs, on the host; waits for its round."""
-        place = self._read % len(self._ring)
+        """The oldest report that has not been read, int64 [steps, S, …], and its logprobs; waits for its round."""
+        place = self._read % len(self._reports)
         if self._events is not None:
             begin, end = self._events[place]
             end.synchronize()
             self.took = begin.elapsed_time(end) / 1e3
         self._read += 1
-        table, *logprobs = (part.clone() for part in self._ring[place])
-        return table, Logprobs(*logprobs) if logprobs else None
+        logprobs = [part.clone() for part in self._logprobs[place]]
+        return self._reports[place].clone(), Logprobs(*logprobs) if logprobs else None
 
     def forget(self) -> None:
         """Read no report of what is under way."""
@@ -137,7 +143,7 @@ class RoundGraph:
     def settle(self) -> None:
         """Wait until nothing of it is under way, read or not."""
         if self._events is not None and self._written:
-            self._events[(self._written - 1) % len(self._ring)][1].synchronize()
+            self._events[(self._written - 1) % len(self._events)][1].synchronize()
 
     def _run(self) -> None:
         recipe = self.recipe
@@ -152,6 +158,7 @@ class RoundGraph:
         side.wait_stream(torch.cuda.current_stream(self._model.device))
         with torch.cuda.stream(side):
             self._run()
+            self.state.progress.commits.zero_()
         side.synchronize()
 
 

@@ -101,9 +101,10 @@ class Chains:
     """Consecutive tokens of every sequence, as many rows of each: what one launch makes the rows of a pass of.
 
     token int64 [S, K], of which the first count int64 [S] are real, all without it, and none of a sequence that is not
-    alive bool [S]. Position `first` int64 [S] + `ahead` is that of a sequence's first. `gated`: rows that are not real
-    run no sub-layer; with `mask` bool [2L] the others run those it says. With `lineage` the tokens lie in consecutive
-    slots and are nodes of a tree, whose root is at that position.
+    alive bool [S]; or token int64 [S, 1] and after it draft int64 [S, K − 1], of which the first count are real.
+    Position `first` int64 [S] + `ahead` is that of a sequence's first. `gated`: rows that are not real run no
+    sub-layer; with `mask` bool [2L] the others run those it says. With `lineage` the tokens lie in consecutive slots
+    and are nodes of a tree, whose root is at that position.
     """
 
     token: Tensor
@@ -116,9 +117,15 @@ class Chains:
     gated: bool = False
     mask: Tensor | None = None
     lineage: Lineage | None = None
+    draft: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """Rows of each sequence, real or not."""
+        return self.token.shape[1] + (0 if self.draft is None else self.draft.shape[1])
 
     def __len__(self) -> int:
-        return self.token.numel()
+        return len(self.token) * self.width
 
     def active(self, real: Tensor) -> Tensor | None:
         """Which of 2L sub-layers run for each row, of which some are `real` bool [R]; None where all do."""
@@ -128,13 +135,16 @@ class Chains:
 
     def spread(self) -> Rows:
         """Tokens that follow one another as rows that can be changed one by one."""
-        step = torch.arange(self.token.shape[1], device=self.token.device)
-        real = torch.ones_like(self.token, dtype=torch.bool) if self.count is None else step < self.count[:, None]
+        token, count = self.token, self.count
+        if self.draft is not None:
+            token, count = torch.cat([token, self.draft], dim=1), count if count is None else count + token.shape[1]
+        step = torch.arange(self.width, device=token.device)
+        real = torch.ones_like(token, dtype=torch.bool) if count is None else step < count[:, None]
         if self.alive is not None:
             real &= self.alive[:, None]
-        sequence = torch.where(real, torch.arange(len(self.token), device=self.token.device)[:, None], -1)
+        sequence = torch.where(real, torch.arange(len(token), device=token.device)[:, None], -1)
         position = torch.where(real, self.first[:, None] + self.ahead + step, 0)
-        return Rows(self.token.flatten(), position.flatten(), sequence.flatten(), self.block_table, self.tile)
+        return Rows(token.flatten(), position.flatten(), sequence.flatten(), self.block_table, self.tile)
 
 
 def one_sequence(

@@ -39,7 +39,7 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
     lineage = None if draft.parent is None else Lineage.of(draft.parent)
     streams: Streams | None = [] if draft.record else None
     with model.mark("verify", len(batch), path.numel()):
-        hidden = verify_pass(model, cache, batch, path, draft, lineage, method.target, streams)
+        hidden = verify_pass(model, cache, batch, draft, lineage, method.target, streams)
         target = choose(model, hidden, batch, path, lineage)
         rejection = method.rejection and not batch.sequences[0].params.greedy
         rule = batch.sampling() if rejection else None
@@ -79,23 +79,21 @@ def verify_pass(
     model: Model,
     cache: KVCache,
     batch: Batch,
-    path: Tensor,
     draft: Draft,
     lineage: Lineage | None,
     target: LayerPlan,
     streams: Streams | None = None,
 ) -> Tensor:
-    """The residual stream [S·K, H] of every row of `path` int64 [S, K] after the pass that has the last word.
+    """The residual stream [S·K, H] of each newest token and its K − 1 draft tokens, by the pass that has the last word.
 
     Where the draft left its streams after some layers, only the newest draft token still runs those (LayerSkip §4.3).
     """
-    if lineage is not None:
-        return model.forward(batch.nodes(path, draft.length + 1, lineage), cache, target, streams=streams)
-    rows = batch.rows(path, batch.length, draft.length + 1) if path.shape[1] > 1 else batch.newest()
+    rows = batch.drafts(draft, lineage)
     if draft.exit is None:
         return model.forward(rows, cache, target, streams=streams)
     layer, known = draft.exit
-    newest, one = path.gather(1, draft.length[:, None]), torch.ones_like(draft.length)
+    path, one = torch.cat([batch.last[:, None], draft.tokens], dim=1), torch.ones_like(draft.length)
+    newest = path.gather(1, draft.length[:, None])
     last = batch.rows(newest, batch.length + draft.length, one)
     hidden = functional.pad(known, (0, 0, 0, 1))
     each = torch.arange(len(batch), device=batch.device)

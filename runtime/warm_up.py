@@ -12,6 +12,7 @@ from ..kernels.compilation import Watch
 from .batch import Batch, Draft
 from .cache import KVCache
 from .decode import decode, prefill
+from .depths import cuts
 from .errors import CompilationError, RequestError
 from .graphs import SEQUENCES, Graphs
 from .methods.base import Method, sampled
@@ -141,11 +142,11 @@ class Rehearsal:
                 speculate(model, cache, sequences, Scripted(method, length, tree=method.tree, scores=scores))
 
     def _capture(self, graphs: Graphs, method: Method) -> None:
-        """Graphs of all sizes; with penalties and logprobs one, for the kernels: those of all sizes would be many."""
+        """Graphs of all sizes and numbers of draft steps; with penalties and logprobs of one size, for the kernels."""
         sizes = [(count, 1 << power) for power in range((self._pages - 1).bit_length() + 1) for count in self._counts]
         for params in CHOICES:
             sequence = Sequence(0, 0, [0], params, 0, frozenset(), 1, None)
-            for recipe in method.recipes([sequence]):
+            for recipe in (cut for whole in method.recipes([sequence]) for cut in cuts(whole)):
                 drawn = recipe.choosing([sequence], self._model.config.vocab_size)
                 for size in sizes if params in PLAIN else sizes[:1]:
                     graphs.prepare(drawn, *size)

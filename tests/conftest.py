@@ -22,6 +22,7 @@ from skipjack import Engine
 from skipjack.kernels.ops import TORCH, Ops
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
+from skipjack.runtime import depths
 from skipjack.runtime.request import Output
 
 
@@ -291,6 +292,12 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], None]:
             return self.empty(like.shape, like.dtype, like.device)
 
     return lambda module: monkeypatch.setattr(module, "torch", Torch("torch"))
+
+
+@pytest.fixture
+def whole_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds of the device draft as far as the host's, however many of them there were."""
+    monkeypatch.setattr(depths, "WINDOW", 10**9)
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ def _product_kernel(
         x = tl.load(x_ptr + offs_r[None, :] * K + offs_k[:, None])
     w = tl.load(w_ptr + offs_n[:, None] * K * STRIDE + offs_k[None, :] * STRIDE)
     if ahead_ptr is not None and FAULT != "nothing ahead":
-        prefetch_first(ahead_ptr, N << 10, tl.program_id(0), 2)
+        prefetch_first(ahead_ptr, N << 10)
     if FAULT == "late start":
         tl.extra.cuda.gdc_wait()
     else:

@@ -20,6 +20,8 @@ from skipjack.runtime.request import Output, TokenLogprob
 from skipjack.runtime.round import State, device_round, device_steps
 from skipjack.runtime.sequence import Sequence
 
+pytestmark = pytest.mark.usefixtures("whole_drafts")
+
 PROMPTS = [[5, 9, 11, 30], [7], list(range(20, 50)), [2, 2, 61, 2]]
 FIXED = "swift:skip_attention=2+3,num_draft_tokens=4"
 LOSSLESS = [
@@ -289,7 +291,8 @@ def test_a_round_asks_the_host_nothing(questions: Any, method: str, temperature:
     state = State.empty(model, recipe, 2, 1)
     assert state.reshaping is not None
     assert state.logprobs is not None
-    state.left[0], state.block_table[0, 0] = 9, 1
+    state.allow(torch.tensor([9, 0]))
+    state.block_table[0, 0] = 1
     state.logprobs.values.fill_(torch.nan)
     with questions:
         if recipe.steps:
@@ -297,6 +300,6 @@ def test_a_round_asks_the_host_nothing(questions: Any, method: str, temperature:
         else:
             device_round(model, cache, state, recipe)
     assert questions.asked == []
-    taken = 9 - int(state.left[0])
+    taken = 9 - int(state.progress.left[0])
     assert state.reshaping.times.sum(dim=1).tolist() == [taken, 0]
     assert state.logprobs.values[0, :taken].isfinite().all()

@@ -19,6 +19,8 @@ from skipjack.runtime.recipe import Recipe
 from skipjack.runtime.request import Output
 from skipjack.runtime.round_graph import AHEAD
 
+pytestmark = pytest.mark.usefixtures("whole_drafts")
+
 PROMPTS = [[5, 9, 11, 300], [7], list(range(20, 50))]
 METHODS = {
     "clasp": "clasp:interval=4,threshold=0.05,num_draft_tokens=4",
@@ -150,16 +152,17 @@ def test_tokens_are_those_of_plain_decoding_with_times_as_they_come(pair: Pair, 
     assert all(output.stats.graph_rounds for output in outputs)
 
 
-def test_one_graph_serves_every_set_and_length(pair: Pair) -> None:
+def test_one_graph_serves_every_set_with_drafts_of_some_length(pair: Pair) -> None:
     device = pair()[1]
     params = SamplingParams(max_tokens=60, ignore_eos=True)
-    for name, most in (("clasp", 1), ("knapspec", 2), ("del", 2)):
+    # One for each of the numbers of draft steps there are up to the option's, and one without where that may be 0.
+    for name, most in (("clasp", 3), ("knapspec", 5), ("del", 5)):
         pool = device._graphs
         assert pool is not None
         before = pool.captured
         timed_alike(device, METHODS[name])
         assert len(learnt(device.generate(PROMPTS[0], params, method=METHODS[name]))) > 1
-        assert 1 <= pool.captured - before <= most, "one that drafts, and one of plain decoding before there is a set"
+        assert 1 <= pool.captured - before <= most
 
 
 def test_a_recorded_round_pays_for_what_it_takes_longer() -> None:

@@ -222,14 +222,15 @@ def ask_nothing(questions: Any, model: Model, method: str, sampled: bool, number
     cache = model.new_cache(4)
     for left in numbers:
         state = State.empty(model, recipe, 2, 1)
-        state.left[0], state.block_table[0, 0] = left - 2, 1
+        state.allow(torch.tensor([left - 2, 0]))
+        state.block_table[0, 0] = 1
         with questions:
             device_steps(model, cache, state, steps, sampled)
         assert questions.asked == []
         taken = min(left - 2, steps.count)
-        assert (state.left.tolist(), state.length.tolist()) == ([left - 2 - taken, 0], [taken, 0])
-        assert [ran >= 0 for ran in state.report[0, :, 1].tolist()] == [n < taken for n in range(steps.count)]
-        assert state.report[1, :, 1].tolist() == [-1] * steps.count, "a place no sequence has does not run"
+        assert (state.progress.left.tolist(), state.progress.length.tolist()) == ([left - 2 - taken, 0], [taken, 0])
+        assert [ran >= 0 for ran in state.report[:, 0, 0].tolist()] == [n < taken for n in range(steps.count)]
+        assert state.report[:, 1, 0].tolist() == [-1] * steps.count, "a place no sequence has does not run"
 
 
 def test_the_kernels_give_the_ids_of_the_torch_table(told: Told) -> None:

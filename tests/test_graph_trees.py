@@ -17,6 +17,8 @@ from skipjack.runtime.recipe import Recipe
 from skipjack.runtime.request import Output
 from skipjack.runtime.round import State, device_round
 
+pytestmark = pytest.mark.usefixtures("whole_drafts")
+
 PROMPTS = [[5, 9, 11, 300], [7], list(range(20, 50))]
 TREE = "swift:skip_attention=2+3,skip_mlp=4,tree=true"
 # Drafts of every width; and ones that end at max_nodes, at a depth, by confidence, with one node.
@@ -159,17 +161,18 @@ def test_a_round_of_a_tree_asks_the_host_nothing(questions: Any, sampled: bool) 
     ]
     for recipe in recipes:
         state = State.empty(model, recipe, 2, 1)
-        state.left[0], state.block_table[0, 0], state.mask[:2] = 9, 1, True
+        state.allow(torch.tensor([9, 0]))
+        state.block_table[0, 0], state.mask[:2] = 1, True
         state.sampling.temperature.fill_(0.7)
         state.sampling.top_p.fill_(1.0)
         with questions:
             device_round(model, cache, state, recipe)
         assert questions.asked == []
-        accepted, drafted, depth = state.report[0, :3].tolist()
+        accepted, drafted, depth = state.report[0, 0, :3].tolist()
         assert 0 <= accepted <= depth <= 2
         assert depth < drafted <= 8
-        assert (state.left.tolist(), state.length.tolist()) == ([8 - accepted, 0], [accepted + 1, 0])
-        assert state.report[1, :3].tolist() == [-1, 0, 0], "a place no sequence has does not run"
+        assert (state.progress.left.tolist(), state.progress.length.tolist()) == ([8 - accepted, 0], [accepted + 1, 0])
+        assert state.report[0, 1, :3].tolist() == [-1, 0, 0], "a place no sequence has does not run"
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -25,6 +25,8 @@ from skipjack.runtime.request import Output
 from skipjack.runtime.round import State, device_round
 from skipjack.runtime.round_graph import AHEAD, RoundGraph
 
+pytestmark = pytest.mark.usefixtures("whole_drafts")
+
 PROMPTS = [[5, 9, 11, 300], [7], list(range(20, 50))]
 FIXED = "swift:skip_attention=2+3,num_draft_tokens=4"
 METHODS = [
@@ -217,7 +219,7 @@ def test_a_graph_that_was_given_back_writes_to_nobodys_pages(device: Engine) -> 
     stopped = device.generate(PROMPTS[0], replace(params, stop_token_ids=(said[3],)), method=FIXED)
     assert (stopped.finish_reason, len(stopped.token_ids) < 60) == ("stop", True)
     assert device._graphs is not None
-    assert all(not graph.state.left.any() for graphs in device._graphs._idle.values() for graph in graphs)
+    assert all(not graph.state.progress.left.any() for graphs in device._graphs._idle.values() for graph in graphs)
     expected = device.generate(PROMPTS[2], params, method="lookup:choose=likeliest,tree=true").token_ids
     stream = device.stream(PROMPTS[2], params, method="lookup:choose=likeliest,tree=true")
     got = list(next(stream).token_ids)
@@ -314,17 +316,18 @@ def test_a_round_asks_the_host_nothing(questions: Any, sampled: bool) -> None:
     ]
     for recipe in recipes:
         state = State.empty(model, recipe, 2, 1)
-        state.left[0], state.block_table[0, 0] = 9, 1
+        state.allow(torch.tensor([9, 0]))
+        state.block_table[0, 0] = 1
         state.limit.fill_(1)
         with questions:
             device_round(model, cache, state, recipe)
         assert questions.asked == []
-        accepted, drafted = state.report[0, :2].tolist()
+        accepted, drafted = state.report[0, 0, :2].tolist()
         assert 0 <= accepted <= drafted <= 2
         # A text of one token has nothing to look up.
         assert recipe.confident or drafted == (0 if recipe.ngrams else 1 if recipe.limited else 2)
-        assert (state.left.tolist(), state.length.tolist()) == ([8 - accepted, 0], [accepted + 1, 0])
-        assert state.report[1, 0] == -1, "a place no sequence has does not run"
+        assert (state.progress.left.tolist(), state.progress.length.tolist()) == ([8 - accepted, 0], [accepted + 1, 0])
+        assert state.report[0, 1, 0] == -1, "a place no sequence has does not run"
 
 
 def test_a_round_takes_what_the_device_says_where_the_host_had_not_to_wait_for_it(

@@ -1,6 +1,7 @@
 """Entering a pass, extending a draft and committing a round: the kernels and the PyTorch ops against plain loops."""
 
 from collections.abc import Callable
+from itertools import product
 from types import ModuleType
 
 import pytest
@@ -15,7 +16,7 @@ from skipjack import Engine, SamplingParams
 from skipjack.kernels import enter as enter_module
 from skipjack.kernels import reference_rounds, rounds
 from skipjack.kernels.rounds import commit, extend
-from skipjack.kernels.values import Entry, Rope
+from skipjack.kernels.values import Entry, Progress, Rope
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import round_graph
@@ -51,14 +52,20 @@ def test_rows_are_those_of_a_loop_over_tokens(
     table = torch.randperm(40, generator=generator)[: sequences * 5].view(sequences, 5)
     embedding = torch.randn(30, hidden, generator=generator).to(dtype)
     rope = None if dim is None else Rope(*torch.randn(2, 20, 1, dim, generator=generator))
-    for counts, living in ((count, alive), (None, None), (count, None), (None, alive)):
-        inputs = [token, first, counts, living, table, embedding]
+    for counts, living, drafted in product((count, None), (alive, None), (False, True)):
+        own = token[:, :1] if drafted else token
+        # Of a draft the tokens before it are not counted.
+        numbers = counts if counts is None or not drafted else (counts - 1).clamp(min=0)
+        inputs = [own, first, numbers, living, table, embedding]
         inputs = [None if given is None else given.to(DEVICE) for given in inputs]
         turned = None if rope is None else Rope(rope.cos.to(DEVICE), rope.sin.to(DEVICE))
-        got = enter(*inputs, turned, rows=rows, ahead=ahead, page_size=PAGE)
+        draft = token[:, 1:].to(DEVICE) if drafted else None
+        got = enter(*inputs, turned, rows=rows, ahead=ahead, page_size=PAGE, kv_heads=3, draft=draft)
+        assert got.arrivals is None or got.arrivals.tolist() == [0] * 3 * rows
         for row in range(rows):
             s, j = divmod(row, width)
-            real = s < sequences and (counts is None or j < counts[s]) and (living is None or bool(living[s]))
+            counted = counts is None or j < counts[s] or (drafted and j == 0)
+            real = s < sequences and counted and (living is None or bool(living[s]))
             position = int(first[s]) + ahead + j if real else 0
             entered = int(token[s, j]) if real else 0
             assert bool(got.real[row]) is bool(real)
@@ -83,13 +90,16 @@ def test_a_draft_goes_on_while_it_has_room_and_is_likely(op: object, sequences: 
     total = torch.randn(sequences, generator=generator)
     least = None if threshold is None else torch.tensor(threshold, device=DEVICE)
     value = (probability.log() + total).to(DEVICE)
-    got = op(*(given.to(DEVICE) for given in (count, going, room, token)), value, total.to(DEVICE), least)
-    for s in range(sequences):
-        longer = int(count[s]) + int(going[s])
-        likely = threshold is None or float(probability[s]) >= threshold
-        assert int(got.count[s]) == longer
-        assert bool(got.going[s]) is (bool(going[s]) and longer < int(room[s]) and likely)
-        assert int(got.token[s]) == (int(token[s]) if going[s] else 0)
+    for so_far in (count, None):
+        given = (None if own is None else own.to(DEVICE) for own in (so_far, going, room, token))
+        out = torch.full((sequences, 3), -7, device=DEVICE)
+        got = op(*given, value, total.to(DEVICE), least, out[:, 1])
+        for s in range(sequences):
+            longer = int(going[s]) + (0 if so_far is None else int(count[s]))
+            likely = threshold is None or float(probability[s]) >= threshold
+            assert int(got.count[s]) == longer
+            assert bool(got.going[s]) is (bool(going[s]) and longer < int(room[s]) and likely)
+            assert out[s].tolist() == [-7, int(token[s]) if going[s] else 0, -7]
 
 
 @pytest.mark.parametrize("op", [commit, reference_rounds.commit], ids=["triton", "torch"])
@@ -99,16 +109,35 @@ def test_a_verdict_moves_the_sequences_that_have_tokens_left(op: object, k: int)
     accepted, token = torch.tensor([0, k, min(1, k), 0]), torch.tensor([7, 8, 9, 10])
     count, draft = torch.full((4,), k), torch.randint(0, 99, (4, k), generator=generator)
     last, length, left = torch.arange(4) + 20, torch.arange(4) * 100, torch.tensor([1, k + 5, 0, 3])
-    report = torch.full((4, k + 4), -7)
-    state = [given.clone().to(DEVICE) for given in (last, length, left, report)]
-    op(*(given.to(DEVICE) for given in (accepted, token, count, draft)), *state)
+    report = torch.full((3, 4, k + 4), -7, device=DEVICE)
+    progress = Progress.of(*(given.clone().to(DEVICE) for given in (last, length, left)))
+    progress.commits.copy_(torch.tensor([2, 3, 4, 5]))
+    progress.room.fill_(-9)
+    op(*(given.to(DEVICE) for given in (accepted, token, count, draft)), progress, report)
     for s in range(4):
         alive, new = int(left[s]) > 0, int(accepted[s]) + 1
-        assert int(state[0][s]) == (int(token[s]) if alive else int(last[s]))
-        assert int(state[1][s]) == int(length[s]) + (new if alive else 0)
-        assert int(state[2][s]) == int(left[s]) - (new if alive else 0)
+        rest = int(left[s]) - (new if alive else 0)
+        assert int(progress.last[s]) == (int(token[s]) if alive else int(last[s]))
+        assert int(progress.length[s]) == int(length[s]) + (new if alive else 0)
+        told = [int(own[s]) for own in progress[2:]]
+        assert told == [rest, rest - 1, rest > 0, rest > 1, 3 + s]
         told = [int(accepted[s]) if alive else -1, k, k, int(token[s]), *draft[s].tolist()]
-        assert state[3][s].tolist() == told
+        slots = [[-7] * (k + 4)] * 3
+        slots[(2 + s) % 3] = told
+        assert report[:, s].tolist() == slots, "the others are of earlier rounds that the host may be reading"
+
+
+@pytest.mark.parametrize("op", [commit, reference_rounds.commit], ids=["triton", "torch"])
+def test_a_token_without_a_draft_needs_no_verdict(op: object) -> None:
+    zeros, left = torch.zeros(2, dtype=torch.int64, device=DEVICE), torch.tensor([2, 0], device=DEVICE)
+    progress, report = Progress.of(zeros.clone(), zeros + 5, left), torch.full((2, 2, 4), -7, device=DEVICE)
+    token, ran = torch.tensor([8, 9], device=DEVICE), torch.tensor([12, 13], device=DEVICE)
+    op(None, token, None, None, progress, report)
+    op(None, token + 1, ran, None, progress, report)
+    assert report.tolist() == [[[0, 0, 0, 8], [-1, 0, 0, 9]], [[0, 12, 12, 9], [-1, 13, 13, 10]]]
+    assert [own.tolist() for own in progress] == [
+        [9, 0], [7, 5], [0, 0], [-1, -1], [False, False], [False, False], [2, 2],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("op", [commit, reference_rounds.commit], ids=["triton", "torch"])
@@ -123,10 +152,10 @@ def test_the_tokens_of_a_verdict_are_counted(op: object, k: int) -> None:
     for s in (0, 1, 3):
         for given in (*draft[s, : accepted[s]].tolist(), int(token[s])):
             expected[s, given] += 1
-    zeros = [torch.zeros(4, dtype=torch.int64) for _ in range(3)]
-    state = [zeros[0], zeros[1], left, torch.zeros(4, k + 4, dtype=torch.int64)]
+    zeros = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    progress, report = Progress.of(zeros.clone(), zeros.clone(), left.to(DEVICE)), zeros.new_zeros(1, 4, k + 4)
     times = times.to(DEVICE)
-    op(*(given.to(DEVICE) for given in (accepted, token, zeros[2], draft, *state)), times=times)
+    op(*(given.to(DEVICE) for given in (accepted, token, zeros, draft)), progress, report, times=times)
     assert torch.equal(times.cpu(), expected)
 
 
@@ -159,10 +188,9 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("drafted", "confident", "options", "choice", "most"),
     [
-        (0, False, "", {}, 5),
-        (2, False, "", {}, 13),
-        (6, False, "", {}, 21),
-        (6, True, "", {}, 21),
+        (0, False, "", {}, 0),
+        (6, False, "", {}, 0),
+        (6, True, "", {}, 0),
         (2, True, ",tree=true", {}, 14),
         (0, False, "", {"presence_penalty": 0.5}, 16),
         (2, False, "", {"temperature": 0.8}, 24),

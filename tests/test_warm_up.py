@@ -29,6 +29,7 @@ from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 
 CHAIN = "swift:skip_attention=1,num_draft_tokens=4,threshold=0"
+EARLY = "swift:skip_attention=1,num_draft_tokens=5,threshold=1"
 LONG = "layerskip:exit_layer=1,num_draft_tokens"
 VOTES = "lookup:choose=likeliest,acceptance=rejection"
 SEARCH = "swift:window=20,search_budget=1,max_opt_iter=3"
@@ -72,6 +73,7 @@ TRIALS = {
     "chains": Trial("tiny-llama", methods=(CHAIN,), fields=SMALL, sequences=8),
     "long chains": Trial("tiny-llama", methods=(f"{LONG}=17",), fields=SMALL, sequences=2, graphs=False),
     "one sequence": Trial("tiny-qwen3", methods=(f"{LONG}=9",), fields=SMALL, sequences=1),
+    "drafts that end early": Trial("tiny-llama", methods=(EARLY, f"{EARLY},tree=true"), fields=SMALL),
     "reduced vocabulary": Trial("tiny-llama", methods=(f"{CHAIN},draft_vocab=64,adaptive=true",), fields=SMALL),
     "trees": Trial("tiny-mistral", methods=(f"{CHAIN},tree=true",), fields=SMALL),
     "rejection": Trial("tiny-llama", methods=(f"{CHAIN},acceptance=rejection",), fields=SMALL),

@@ -71,7 +71,7 @@ class MindSkip(Policy):
         for layer in layers:
             if layer in model.attention_routers:
                 real = [x[: len(rows)] for x, rows in zip(streams, chunks, strict=True)]
-                logit, active[2 * layer] = model.route_attention(layer, real)
+                logit, active[2 * layer] = _route(model, layer, real)
                 logits.append(logit)
             for laid, x in zip(passes, streams, strict=True):
                 model.step(laid, cache, 2 * layer, x)
@@ -104,3 +104,14 @@ class MindSkip(Policy):
 def _shared(laid: Pass, active: Tensor) -> Pass:
     """The same pass, whose every row runs the sub-layers that `active` bool [2L] says when they are reached."""
     return laid._replace(rows=replace(laid.rows, active=active[:, None].expand(-1, len(laid.rows))))
+
+
+def _route(model: Model, layer: int, streams: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Whether a layer's attention runs for a sequence: a logit, float32, and a bool, on the device.
+
+    The router sees the mean of the sequence's rows, which `streams` [R, H] hold in parts, after the layer's norm.
+    """
+    norm, router = model.layers[layer].attention_norm, model.attention_routers[layer]
+    total = torch.stack([model.ops.normalise(x, norm).float().sum(dim=0) for x in streams]).sum(dim=0)
+    logit = total / sum(map(len, streams)) @ router.weight
+    return logit, torch.sigmoid(logit) >= router.threshold

@@ -124,6 +124,8 @@ class Swift(Method):
         )
         self._accepted_share = TARGET
         self._drift = Drift(options.restart_drop)
+        # Draft steps of the latest round that drafted: with another number, another share is accepted of the same text.
+        self._steps = 0
         self._accumulated = 0
         self._budget = Budget(options.search_budget)
         self._candidate_s = 0.0
@@ -185,6 +187,10 @@ class Swift(Method):
         drafted, accepted = sum(tally.drafted), sum(tally.accepted)
         if self._options.adaptive and drafted:
             self._adapt(accepted / drafted)
+        steps = tally.recipe.num_draft_tokens if tally.recipe else self._options.num_draft_tokens
+        if drafted and steps != self._steps:
+            self._steps = steps
+            self._drift.reset()
         longest = max(tally.sequences, key=lambda sequence: sequence.generated)
         if self.phase() == "acceleration":
             if not self._fixed and self._options.search_budget and self._drift.observe(drafted, accepted):
