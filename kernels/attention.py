@@ -67,11 +67,7 @@ def attend(
     arch = launch.architecture()
     tile = launch.tile_of(rows, index.tile)
     sequences, width = index.block_table.shape[0], index.width
-    tree = index.tree
-    shared = None if tree is None else index.capacity
-    rule = attention_rules.attention_rule(
-        head_dim, group, kv_heads, tile, q.element_size(), arch, width, sequences, shared
-    )
+    rule = attention_rules.attention_rule(head_dim, group, kv_heads, tile, q.element_size(), arch, width, sequences)
     groups = row_groups(index, rule.rows) if width is None else None
     bound = groups.bound if groups else sequences * triton.cdiv(width or 1, rule.rows)
     splits = attention_rules.attention_splits(index.capacity, rule.split)
@@ -83,6 +79,7 @@ def attend(
         programs = attention_rules.attention_programs(tiles, splits, rule.at_once)
         # Nobody counts arrivals where a launch of its own merges.
         partial, state, arrivals = index.scratch(0 if apart else tiles, splits, heads, head_dim)
+    tree = index.tree
     asked = 0 if ahead is None or groups else launch.ahead_bytes(ahead.data.nbytes, arch)
     _attend_kernel[(bound, kv_heads, programs)](
         q,
@@ -226,6 +223,8 @@ def _attend_kernel(  # noqa: PLR0915
         length_ptr += first
         slot_ptr += first * stride_node
         shared = tl.min(tl.load(length_ptr + offs_row, mask=mask_m, other=2147483647), axis=0).to(tl.int32) // BLOCK
+        # A tree has rows for the largest there may be: those past the last that is one have no path.
+        members = tl.max(tl.where(mask_m, offs_row + 1, 0), axis=0)
 
     offs_state = 2 * (offs_row * HEADS + offs_head)
     offs_out = (offs_row * HEADS + offs_head)[:, None] * D + offs_d[None, :]
@@ -244,7 +243,7 @@ def _attend_kernel(  # noqa: PLR0915
         if slot_ptr is not None:
             split_peak, split_total, split_acc = _fold_paths(
                 q, keys_ptr, values_ptr, table_ptr, length_ptr, slot_ptr, stride_page, stride_slot, stride_node,
-                tl.maximum(begin, shared), end, count, offs_row, position, oldest,
+                tl.maximum(begin, shared), end, members, offs_row, position, oldest,
                 slope, scale, window, split_peak, split_total, split_acc, BLOCK, D,
             )  # fmt: skip
         if IN_ORDER:
@@ -317,7 +316,7 @@ def _fold_paths(
     stride_node,
     begin,
     end,
-    count,
+    members,
     offs_row,
     position,
     oldest,
@@ -333,7 +332,7 @@ def _fold_paths(
     """`_fold_block` for blocks begin to end of a tree: each row's own, along its path, other rows seeing nothing."""
     for block in range(begin, end):
         offs_n = block * BLOCK + tl.arange(0, BLOCK)
-        for member in range(0, count):
+        for member in range(0, members):
             own = tl.where(offs_row == member, position, -1)
             node = tl.max(own, axis=0)
             mask_n = (offs_n >= oldest) & (offs_n <= node)

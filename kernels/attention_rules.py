@@ -17,8 +17,6 @@ PRODUCT_ROWS = 16
 NARROW = 128
 # Programs of so many rows × heads that a Hopper chip holds at once.
 FEW_PROGRAMS = 2 * BUSY_PROGRAMS
-# Bytes of keys and values that programs read in the time that one row of a tree takes for its own blocks.
-PATH_BYTES = 1 << 22
 
 
 class AttentionRule(NamedTuple):
@@ -54,7 +52,6 @@ def attention_rule(
     arch: int,
     width: int | None = None,
     sequences: int = 1,
-    shared: int | None = None,
 ) -> AttentionRule:
     """Passes of tiles of `tile` rows, `group` query heads to a key head: one product takes 16 or more rows × heads.
 
@@ -62,8 +59,7 @@ def attention_rule(
     units for prompts, which round otherwise. Of sequences with `width` rows each a program takes no more than these,
     up to the power of two: the same instructions, fewer of them; and of narrow keys, which cost little to be read
     twice, no more than one product takes, as long as the chip holds all programs at once: splits are then merged by
-    the last of them to end. Of the rows of a tree, `shared` positions after its sequence began, a program takes as many
-    as `tree_rows` says. Stages are what fits into shared memory. Splits are short where their keys are wide, or
+    the last of them to end. Stages are what fits into shared memory. Splits are short where their keys are wide, or
     where few key heads make few programs.
     """
     size = (1 << (head_dim - 1).bit_length()) * itemsize
@@ -78,8 +74,6 @@ def attention_rule(
         fewer = max(1, PRODUCT_ROWS // heads)
         if size <= NARROW and sequences * kv_heads * -(-width // fewer) * NEAR_SPLITS <= FEW_PROGRAMS:
             rows = min(rows, fewer)
-        if shared is not None:
-            rows = tree_rows(rows, width, sequences * kv_heads, 2 * shared * size)
     heads = max(heads, 16 // rows)
     queries = rows * heads * (size + 64 * itemsize)
     held = 0 if rows * heads >= 64 else 1
@@ -87,20 +81,6 @@ def attention_rule(
     if single:
         return AttentionRule(rows, heads, split, 8, 1, 255)
     return AttentionRule(rows, heads, split, 4 if size <= 128 else 8, stages, 255)
-
-
-def tree_rows(most: int, width: int, tiles: int, shared_bytes: int) -> int:
-    """Rows of a program of a draft tree of `width` rows, a power of two up to `most`.
-
-    Each row of a program has blocks of its own path, which it takes one after the other; each program reads
-    `shared_bytes`, the blocks before the tree, of one of `tiles` (sequence, key head) once more.
-    """
-
-    def waits(rows: int) -> float:
-        return rows + -(-width // rows) * tiles * shared_bytes / PATH_BYTES
-
-    few = [n for n in (1, 2, 4, 8, 16) if n <= most and -(-width // n) * tiles < BUSY_PROGRAMS]
-    return min(few, key=waits, default=most)
 
 
 def attention_splits(positions: int, split: int) -> int:
