@@ -147,7 +147,8 @@ class Rounds:
         # What the method gave for the graph that serves.
         self._given: Recipe | None = None
         self._changed = False
-        self._since = 0.0
+        # When the host began to wait, and what the method has learnt for since the round before: seconds.
+        self._since = self._learnt = 0.0
 
     def advance(self, running: list[Sequence]) -> list[list[Piece]] | None:
         """What the oldest round under way adds to each running sequence, or all of them where their set has changed.
@@ -234,22 +235,28 @@ class Rounds:
         """Commit the oldest round under way; a sequence that has ended gets nothing of it."""
         (report, logprobs), plan = graph.report(), self._plans.popleft()
         now = perf_counter()
-        # The device goes on while the caller has its tokens: then the host waits less than the round takes.
-        seconds, self._since = max(now - self._since, graph.took), now
+        # The device goes on while the caller has its tokens and while the method learns: then the host waits less than
+        # the round takes, and learning takes no time but what is longer.
+        waited, self._since = now - self._since, now
+        seconds = max(waited, graph.took)
+        learnt = max(0.0, waited + self._learnt - seconds)
         running = [(row, sequence) for row, sequence in enumerate(self._members) if sequence.finish_reason is None]
         for _, sequence in running:
             sequence.enter(self._method.phase())
         if graph.recipe.steps is None:
-            pieces, searched = self._speculated(running, report, graph.recipe, plan, seconds)
+            pieces, self._learnt = self._speculated(running, report, graph.recipe, plan, seconds)
         else:
-            pieces, searched = self._decoded(running, report, graph.recipe.steps), 0.0
+            pieces, self._learnt = self._decoded(running, report, graph.recipe.steps), 0.0
+        if all(sequence.finish_reason is not None for _, sequence in running):
+            # Nothing comes after it that it could be hidden by.
+            learnt, self._learnt = learnt + self._learnt, 0.0
         for row, sequence in running:
             if logprobs is not None:
                 note(sequence, pieces[id(sequence)], Logprobs(*(part[row] for part in logprobs)))
         for sequence in firsts(sequence for _, sequence in running):
-            sequence.counters.search_s += searched
-            sequence.counters.decode_s += seconds + searched
-        self._since += searched
+            sequence.counters.search_s += learnt
+            sequence.counters.decode_s += seconds + learnt
+        self._since += self._learnt
         return {id(sequence): pieces.get(id(sequence), []) for sequence in self._members}
 
     def _speculated(

@@ -17,6 +17,7 @@ from skipjack.runtime import graphs, round_graph
 from skipjack.runtime.cache import KVCache
 from skipjack.runtime.graphs import Rounds
 from skipjack.runtime.methods.stretches import Stretches
+from skipjack.runtime.methods.swift import Swift
 from skipjack.runtime.model import Model
 from skipjack.runtime.ngrams import GAP
 from skipjack.runtime.plan import LayerPlan
@@ -345,6 +346,26 @@ def test_a_round_takes_what_the_device_says_where_the_host_had_not_to_wait_for_i
     for method in ("autoregressive", f"{FIXED},threshold=0"):
         stats = device.generate(PROMPTS[0], SamplingParams(max_tokens=9, ignore_eos=True), method=method).stats
         assert stats.decode_s == pytest.approx(told * stats.rounds, rel=0.02)
+
+
+@pytest.mark.parametrize(("told", "rounds", "learnt"), [(60.0, 60.0, 0.0), (15.0, 15.0, 25.0), (0.0, 0.0, 40.0)])
+def test_what_a_method_learns_while_the_device_goes_on_takes_no_time(
+    device: Engine, monkeypatch: pytest.MonkeyPatch, told: float, rounds: float, learnt: float
+) -> None:
+    """Of forty seconds after every round those that the next round does not take; all of them after the last."""
+    usual = RoundGraph.report
+
+    def report(self: RoundGraph) -> Any:
+        found = usual(self)
+        self.took = told
+        return found
+
+    monkeypatch.setattr(RoundGraph, "report", report)
+    monkeypatch.setattr(Swift, "count", lambda *given: 40.0)
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    stats = device.generate(PROMPTS[0], params, method=f"{FIXED},threshold=0").stats
+    assert stats.search_s == pytest.approx(learnt * (stats.rounds - 1) + 40, abs=2)
+    assert stats.decode_s == pytest.approx((rounds + learnt) * (stats.rounds - 1) + rounds + 40, abs=2)
 
 
 def test_the_device_is_ahead_of_the_host(device: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
