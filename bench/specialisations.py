@@ -106,7 +106,8 @@ def _unpadded(value: Any) -> Any:
 def _fill(empty: Any, computed: Any) -> None:
     """The values of `computed` into the tensors of `empty`, which may be views of what a launcher has allocated."""
     if isinstance(empty, Tensor):
-        empty.copy_(computed)
+        # What only kernels need another table does not have: attention's counts of arrivals.
+        empty.copy_(computed) if computed is not None else empty.zero_()
     elif isinstance(empty, tuple):
         for mine, theirs in zip(cast("tuple[Any, ...]", empty), computed, strict=True):
             _fill(mine, theirs)

@@ -63,6 +63,7 @@ def attend(
     out = torch.empty(rows, heads * head_dim, dtype=q.dtype, device=q.device)
     if rows == 0:
         return out
+    assert active is None or index.width is None or active.is_contiguous(), "a copy would be written just before"
     active = None if active is None else active.contiguous()
     arch = launch.architecture()
     tile = launch.tile_of(rows, index.tile)

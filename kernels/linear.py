@@ -209,8 +209,9 @@ def linear(
     x [R, K], W [N, K] → [R, N]; with activation "silu_gate" W holds gate rows above up rows and the result is
     silu(gate)·up, [R, N/2]; "gelu_tanh" is elementwise. `scale` float32 [R]. `active` bool [R]: rows that are False
     leave `residual` untouched (their result is undefined without one); `settled`: the kernel launched just before has
-    not written it, so that weights can be asked for before that one ends. `ahead`: a weight that the kernel after this
-    one reads, which the L2 cache is asked for while this one waits, unless there is `active` that is not settled.
+    not written it, so that weights can be asked for before that one ends, and no more is lost if it had. `ahead`: a
+    weight that the kernel after this one reads, which the L2 cache is asked for while this one waits, unless there is
+    `active` that is not settled.
     """
     rows = x.shape[0]
     x = x if x.stride(1) == 1 else x.contiguous()

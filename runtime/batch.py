@@ -167,11 +167,14 @@ class Batch:
     def drafts(self, draft: Draft, lineage: Lineage | None) -> Chains:
         """Rows for each sequence's newest token and its draft, a chain or a tree of that `lineage`.
 
-        In a device's own round there are rows for the largest tree: where it is more than a tile, those that are not
-        real run no sub-layer.
+        Where they are `sparse`, those that are not real run no sub-layer.
         """
         if draft.tokens.shape[1] == 0:
             return self.newest()
-        rows = replace(self.rows(self.last[:, None], self.length, draft.length), draft=draft.tokens, lineage=lineage)
-        gated = lineage is not None and self.alive is not None and len(rows) > (self.tile or 0)
-        return replace(rows, gated=gated)
+        rows = self.rows(self.last[:, None], self.length, draft.length)
+        return replace(rows, draft=draft.tokens, lineage=lineage, gated=self.sparse(draft, lineage))
+
+    def sparse(self, draft: Draft, lineage: Lineage | None) -> bool:
+        """Whether a device's own round has more rows than a tile for the largest tree there may be."""
+        rows = len(self) * (1 + draft.tokens.shape[1])
+        return lineage is not None and self.alive is not None and rows > (self.tile or 0)

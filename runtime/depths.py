@@ -108,7 +108,10 @@ class Depths:
         if len(choices) == 1:
             return None
         if recipe.limited:
+            # A method may give up drafting while rounds are under way: none are left then.
             choices = [n for n, shorter in zip(choices, [0, *choices], strict=False) if shorter < method.limit]
+        if not choices:
+            return None
         known = self._known.setdefault(method, OrderedDict())
         key = recipe, len(choices)
         depth = known[key] = known.pop(key, None) or Depth(choices)

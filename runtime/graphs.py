@@ -87,13 +87,16 @@ class Graphs:
         return self.has(recipe, sequences)
 
     def close(self) -> None:
-        """Wait for the graph that is being built; what went wrong with one that nobody asked for is raised here."""
+        """Wait for what is being built or under way; what went wrong with a graph nobody asked for is raised here."""
         if self._builder is not None:
             self._builder.shutdown(cancel_futures=True)
         self._builder, coming, self._coming = None, self._coming, {}
         for graph in coming.values():
             if not graph.cancelled():
                 graph.result()
+        # The device writes reports into memory of the host, which must not be another's before it has.
+        for idle in itertools.chain.from_iterable(self._idle.values()):
+            idle.settle()
 
     @staticmethod
     def key(recipe: Recipe, sequences: list[Sequence]) -> Key:

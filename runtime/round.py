@@ -86,9 +86,11 @@ class State(NamedTuple):
 
     def allow(self, left: Tensor) -> None:
         """Let the sequences append `left` int64 [S] tokens."""
-        given = self.progress
-        for target, value in zip(given[2:6], Progress.of(given.last, given.length, left)[2:6], strict=True):
-            target.copy_(value)
+        progress = self.progress
+        progress.left.copy_(left)
+        progress.room.copy_(left - 1)
+        progress.alive.copy_(left > 0)
+        progress.drafting.copy_(left > 1)
 
     def batch(self, model: Model) -> Batch:
         """The sequences as they stand, of which those with tokens left run."""
@@ -113,7 +115,7 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
         hidden = verify_pass(model, cache, batch, draft, lineage, recipe.target)
         rule, position = _noise(state, batch, width, lineage) if recipe.sampled else (None, None)
         # Tiles of rows without a node of a large tree read no head either.
-        real = _real(draft.length, width) if batch.drafts(draft, lineage).gated else None
+        real = _real(draft.length, width) if batch.sparse(draft, lineage) else None
         chosen = draw(model, hidden, rule, position, real, reshape=_reshape(model, state, batch, path, lineage))
         if width > 1 or recipe.logprobs is not None:
             scores = None if chosen.scores is None else chosen.scores.view(len(batch), width, -1)

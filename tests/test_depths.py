@@ -2,7 +2,8 @@
 
 import random
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, cast
@@ -17,6 +18,7 @@ from skipjack.runtime import depths, graphs, round_graph
 from skipjack.runtime.batch import Tally
 from skipjack.runtime.cache import KVCache
 from skipjack.runtime.depths import KEPT, LONGEST_WAIT, WINDOW, Depth, Depths, cuts, lengths
+from skipjack.runtime.methods import knapspec
 from skipjack.runtime.methods.base import Method
 from skipjack.runtime.methods.swift import Options, Swift
 from skipjack.runtime.model import Model
@@ -182,6 +184,30 @@ def test_a_length_the_method_chooses_is_the_most_and_learnt_about_anew() -> None
     for limit, expected in ((4, 1), (5, 7), (7, 7), (1, 1), (2, 2)):
         own.limit = limit
         assert known.serve(own, recipe).num_draft_tokens == expected
+    # It gave up drafting while rounds were under way.
+    own.limit = 0
+    known.count(own, recipe, 2, 1, 0)
+
+
+def test_a_method_may_give_up_drafting_while_rounds_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths_chosen = list[int]()
+
+    def choose(model: Model, *given: object) -> Iterator[None]:
+        for _ in range(6):
+            time.sleep(0.01)
+            yield
+        lengths_chosen.append(3 if not lengths_chosen or lengths_chosen[-1] == 0 else 0)
+        plan = model.full.without(attention=(2,)) if lengths_chosen[-1] else model.full
+        return knapspec.Choice(plan, lengths_chosen[-1], 1.2, 0.9, (1, 1))
+
+    monkeypatch.setattr(knapspec, "choose_set", choose)
+    name = "knapspec:interval=4,threshold=0.05,window_rounds=2,search_budget=1"
+    params = SamplingParams(max_tokens=150, ignore_eos=True)
+    with engine(graphs=False) as host:
+        expected = host.generate(PROMPTS[0], params).token_ids
+    with engine(graphs=True) as device:
+        assert device.generate(PROMPTS[0], params, method=name).token_ids == expected
+    assert lengths_chosen[:4] == [3, 0, 3, 0]
 
 
 def engine(*, graphs: bool, backend: str = "torch", shape: str = "tiny") -> Engine:

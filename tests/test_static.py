@@ -81,10 +81,10 @@ def executed(engine: Engine, prompt: object, method: str, monkeypatch: pytest.Mo
     seen: Counter[tuple[str, int]] = Counter()
     step, fill = Model.step, Model.fill
 
-    def spy(self, laid, cache, sublayer, x, *rest):
+    def spy(self, laid, cache, sublayer, x, *rest, **options):
         phase = "prompt" if laid.rows.tile == self.ops.prefill_tile else "decode"
         seen[phase, sublayer] += int((laid.rows.sequence >= 0).sum())
-        step(self, laid, cache, sublayer, x, *rest)
+        step(self, laid, cache, sublayer, x, *rest, **options)
 
     def spy_fill(self, laid, cache, layers, x):
         for layer in layers:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from skipjack.kernels import lookup, lookup_rule, matches, reference_lookup, reference_rounds, rounds
+from skipjack.kernels.values import Progress
 from skipjack.runtime import ngrams
 from skipjack.runtime.rows import Lineage
 
@@ -162,10 +163,10 @@ def test_new_tokens_follow_in_the_text(op: Callable[..., None]) -> None:
     draft = torch.tensor([[1, 2], [3, 4], [5, 6], [11, 12]])
     length, left = torch.tensor([0, 3, 2, 5]), torch.tensor([1, 9, 0, 2])
     text = torch.full((4, 8), -7, dtype=torch.int32)
-    state = [torch.zeros(4).long(), length, left, torch.zeros(4, 6).long()]
-    on_device = [value.to(DEVICE) for value in (accepted, token, torch.full((4,), 2), draft, *state)]
+    on_device = [value.to(DEVICE) for value in (accepted, token, torch.full((4,), 2), draft)]
+    state = Progress.of(*(value.to(DEVICE) for value in (torch.zeros(4).long(), length, left)))
     text = text.to(DEVICE)
-    op(*on_device, text=text)
+    op(*on_device, state, torch.zeros(1, 4, 6, dtype=torch.int64, device=DEVICE), text=text)
     none = -7
     assert text.tolist() == [
         [none, 7, *[none] * 6],

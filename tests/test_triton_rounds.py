@@ -64,8 +64,8 @@ def test_rows_are_those_of_a_loop_over_tokens(
         assert got.arrivals is None or got.arrivals.tolist() == [0] * 3 * rows
         for row in range(rows):
             s, j = divmod(row, width)
-            counted = counts is None or j < counts[s] or (drafted and j == 0)
-            real = s < sequences and counted and (living is None or bool(living[s]))
+            counted = s < sequences and (counts is None or j < counts[s] or (drafted and j == 0))
+            real = counted and (living is None or bool(living[s]))
             position = int(first[s]) + ahead + j if real else 0
             entered = int(token[s, j]) if real else 0
             assert bool(got.real[row]) is bool(real)

@@ -12,7 +12,7 @@ from skipjack.kernels import enter as enter_module
 from skipjack.kernels import reference_rounds
 from skipjack.kernels.branch import branch
 from skipjack.kernels.rounds import commit
-from skipjack.kernels.values import Entry, Grown
+from skipjack.kernels.values import Entry, Grown, Progress
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS = ((0.9, 1), (0.6, 2), (0.3, 5))
@@ -111,7 +111,7 @@ def test_rows_of_a_tree_lie_in_their_place_and_stand_at_their_depth(
     inputs = [token, first, count, alive, table, torch.randn(30, 40, generator=generator)]
     inputs = [given.to(DEVICE) for given in inputs]
     where = {"depth": depth.to(DEVICE), "path": path.to(DEVICE)}
-    got = enter(*inputs, None, rows=rows, ahead=2, page_size=PAGE, **where)
+    got = enter(*inputs, None, rows=rows, ahead=2, page_size=PAGE, kv_heads=2, **where)
     assert got.tree is not None
     for row in range(rows):
         s, j = divmod(row, width)
@@ -143,8 +143,9 @@ def test_the_report_of_a_tree_has_the_tokens_of_its_path(op: object, k: int, tol
         path[s, 1:] = rows[-1] if len(rows) else 0
         path[s, 1 : 1 + len(rows)] = rows
     last, length, token = torch.arange(4) + 20, torch.arange(4) * 100, torch.tensor([7, 8, 9, 10])
-    state = [given.clone().to(DEVICE) for given in (last, length, left, torch.full((4, told + 4), -7))]
-    op(*(given.to(DEVICE) for given in (accepted, token, count, draft)), *state, path.to(DEVICE), depth.to(DEVICE))
+    state = Progress.of(*(given.clone().to(DEVICE) for given in (last, length, left)))
+    report, where = torch.full((1, 4, told + 4), -7, device=DEVICE), (path.to(DEVICE), depth.to(DEVICE))
+    op(*(given.to(DEVICE) for given in (accepted, token, count, draft)), state, report, *where)
     for s in range(4):
         new = int(accepted[s]) + 1 if left[s] else 0
         assert [int(part[s]) for part in state[:3]] == [
@@ -154,4 +155,4 @@ def test_the_report_of_a_tree_has_the_tokens_of_its_path(op: object, k: int, tol
         ]
         deepest = max(depth[s, : int(count[s]) + 1].tolist())
         tokens = [0 if row == 0 else int(draft[s, row - 1]) for row in path[s, 1 : told + 1].tolist()]
-        assert state[3][s].tolist() == [new - 1, int(count[s]), deepest, int(token[s]), *tokens]
+        assert report[0, s].tolist() == [new - 1, int(count[s]), deepest, int(token[s]), *tokens]
