@@ -117,23 +117,15 @@ def device_round(model: Model, cache: KVCache, state: State, recipe: Recipe) -> 
         # Tiles of rows without a node of a large tree read no head either.
         real = _real(draft.length, width) if batch.sparse(draft, lineage) else None
         chosen = draw(model, hidden, rule, position, real, reshape=_reshape(model, state, batch, path, lineage))
-        if width > 1 or recipe.logprobs is not None:
+        if width > 1:
             scores = None if chosen.scores is None else chosen.scores.view(len(batch), width, -1)
             warped = state.sampling if recipe.rejection else None
             verdict = decide(model, batch, draft, chosen.token.view(len(batch), width), scores, warped, lineage)
-        if lineage is not None and verdict is not None:
-            close_up(model, cache, batch, verdict, lineage)
+            if lineage is not None:
+                close_up(model, cache, batch, verdict, lineage)
     with model.mark("commit", len(batch), len(batch) * width):
-        if state.logprobs is not None and verdict is not None:
-            tokens, logits = draft.tokens, chosen.logits
-            if lineage is not None and logits is not None:
-                rows = verdict.path[:, : recipe.num_draft_tokens + 1]
-                tokens = path.gather(1, rows[:, 1:])
-                each = torch.arange(len(batch), device=batch.device)[:, None]
-                logits = logits.view(*path.shape, -1)[each, rows].flatten(0, 1)
-            place, accepted = torch.arange(tokens.shape[1] + 1, device=batch.device), verdict.accepted[:, None]
-            given = torch.where(place < accepted, functional.pad(tokens, (0, 1)), verdict.token[:, None])
-            _tell(model, logits, given, (place <= accepted) & state.progress.alive[:, None], state.logprobs)
+        if state.logprobs is not None:
+            _tell_round(model, state, draft, path, verdict, lineage, chosen)
         model.ops.commit(
             None if verdict is None else verdict.accepted,
             chosen.token if verdict is None else verdict.token,
@@ -295,6 +287,32 @@ def _reshape(
     else:
         draft = before(path, lineage.depth, lineage)
     return partial(model.ops.reshape_logits, how=state.reshaping, length=batch.length, draft=draft)
+
+
+def _tell_round(
+    model: Model,
+    state: State,
+    draft: Draft,
+    path: Tensor,
+    verdict: Verdict | None,
+    lineage: Lineage | None,
+    chosen: Drawn,
+) -> None:
+    """Logprobs of what a round gives each sequence: accepted draft tokens and the one after them."""
+    assert state.logprobs is not None
+    alive, logits = state.progress.alive[:, None], chosen.logits
+    if verdict is None:
+        _tell(model, logits, chosen.token[:, None], alive, state.logprobs)
+        return
+    tokens = draft.tokens
+    if lineage is not None and logits is not None:
+        rows = verdict.path[:, : state.logprobs.ids.shape[1]]
+        tokens = path.gather(1, rows[:, 1:])
+        each = torch.arange(len(path), device=path.device)[:, None]
+        logits = logits.view(*path.shape, -1)[each, rows].flatten(0, 1)
+    place, accepted = torch.arange(tokens.shape[1] + 1, device=path.device), verdict.accepted[:, None]
+    given = torch.where(place < accepted, functional.pad(tokens, (0, 1)), verdict.token[:, None])
+    _tell(model, logits, given, (place <= accepted) & alive, state.logprobs)
 
 
 def _tell(model: Model, logits: Tensor | None, token: Tensor, given: Tensor, told: Logprobs) -> None:

@@ -134,7 +134,10 @@ class Rehearsal:
             for _ in range(method.period):
                 decode(model, cache, sequences, method)
             return
-        method.propose(model, cache, Batch.of(sequences, model.ops.decode_tile, model.device))
+        batch = Batch.of(sequences, model.ops.decode_tile, model.device)
+        method.propose(model, cache, batch)
+        # A pass of a draft, for methods that do not draft at first.
+        model.forward(batch.rows(batch.last[:, None], batch.length, torch.ones_like(batch.length)), cache, model.full)
         lengths = [2**i - 1 for i in range(method.widest.bit_length())] if len(sequences) == 1 else []
         rejection = method.rejection and sampled(sequences)
         for length in (*lengths, method.widest):
