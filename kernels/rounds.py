@@ -98,7 +98,7 @@ def extend(
 
 
 @triton.jit(
-    do_not_specialize=["sequences", "k", "told", "slots", "stride_draft", "stride_times", "stride_slot", "capacity"],
+    do_not_specialize=["k", "told", "slots", "stride_draft", "stride_times", "stride_slot", "capacity"],
     do_not_specialize_on_alignment=[
         "accepted_ptr",
         "token_ptr",
