@@ -11,13 +11,13 @@ from torch import Tensor
 
 from skipjack import Engine
 from skipjack.kernels.ops import TORCH
-from skipjack.kernels.values import Matrix
+from skipjack.kernels.values import Matrix, Norm
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.loaders.weights import load_weights
 from skipjack.runtime.cache import KVCache
 from skipjack.runtime.model import Model
-from skipjack.runtime.rows import Rows, one_sequence
+from skipjack.runtime.rows import Chains, Rows, one_sequence
 
 transformers = pytest.importorskip("transformers")
 
@@ -178,3 +178,39 @@ def test_the_output_of_attention_is_told_what_the_plan_reads_next(monkeypatch: p
     up = [layer.up for layer in model.layers]
     assert [number for number, _ in told] == [0, 2, 3]
     assert [ahead for _, ahead in told] == [up[1], up[2], None]
+
+
+@pytest.mark.parametrize(("shape", "fields"), [("tiny-llama", {}), ("routed-tiny", {"routing_layers": [1, 2]})])
+def test_which_rows_run_is_said_to_be_settled_once_a_kernel_has_been_launched_since(
+    monkeypatch: pytest.MonkeyPatch, shape: str, fields: dict[str, Any]
+) -> None:
+    """Before that, and of what a router has just decided, a kernel that does not wait may read what was not written."""
+    config = ModelConfig.parse(synthetic_config(shape) | {"num_hidden_layers": 3} | fields, shape)
+    model = Model(config, synthetic_weights(config, 0, torch.float32), TORCH)
+    said: list[tuple[str, bool]] = []
+    names = {
+        id(weight): f"{name} {number}"
+        for number, layer in enumerate(model.layers)
+        for name, weight in (("qkv", layer.qkv), ("output", layer.output), ("up", layer.up), ("down", layer.down))
+    }
+
+    def linear(x: Tensor, weight: Matrix, *, settled: bool = False, **rest: Any) -> Tensor:
+        said.append((names.get(id(weight), "adapter"), settled))
+        return TORCH.linear(x, weight, **rest)
+
+    def qkv(x: Tensor, norm: Norm, weight: Matrix, *given: Any, settled: bool = False, **rest: Any) -> Tensor:
+        said.append((names[id(weight)], settled))
+        return TORCH.qkv_rope_append(x, norm, weight, *given, **rest)
+
+    monkeypatch.setattr(model, "ops", replace(TORCH, linear=linear, qkv_rope_append=qkv))
+    cache = model.new_cache(2)
+    table, first = torch.tensor([cache.reserve(2)]), torch.tensor([0])
+    mask = torch.tensor([True, False, True, True, False, True])
+    rows = Chains(first[:, None] + 5, first, None, torch.tensor([True]), table, 8, gated=True, mask=mask)
+    model.forward(rows, cache, model.full)
+    late = {name for name, settled in said if not settled}
+    routed = [number for number in range(3) if number in model.routed]
+    assert late == {"qkv 0", *(f"{part} {number}" for number in routed for part in ("qkv", "up"))} | (
+        {"adapter"} if routed else set()
+    )
+    assert len(said) >= 12
