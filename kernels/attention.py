@@ -196,7 +196,8 @@ def _attend_kernel(  # noqa: PLR0915
     length = split_length(last, SPLIT, EVEN)
     first_split = split_of(oldest, length, EVEN)
     splits = split_of(last, length, EVEN) + 1 - first_split
-    table_ptr += tl.max(owner, axis=0) * stride_table
+    # Rows of no sequence have no pages, and what stands before the table is no page's number.
+    table_ptr += tl.maximum(tl.max(owner, axis=0), 0) * stride_table
     keys_ptr += pid_kv.to(tl.int64) * stride_head
     values_ptr += pid_kv.to(tl.int64) * stride_head
     pages = pages_of(table_ptr, first_split + pid_split, length, oldest, last, BLOCK, SPLIT, EVEN)
@@ -291,17 +292,18 @@ def _prefetch_blocks(
     D: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Ask for the first blocks of a split, as many as the shortest has, before anything waits."""
+    """Ask for the first blocks of a split, as many as the shortest has, before anything waits; none for no rows."""
     LINE: tl.constexpr = CACHE_LINE // (keys_ptr.dtype.element_ty.primitive_bitwidth // 8)
     LINES: tl.constexpr = triton.next_power_of_2((D + LINE - 1) // LINE)
     begin, end = blocks_of(split, length, oldest, last, BLOCK, EVEN)
     offs_page = begin + tl.arange(0, FAR_FACTOR * SPLIT // BLOCK)
     offs = tl.arange(0, BLOCK)[:, None] * stride_slot + tl.minimum(tl.arange(0, LINES) * LINE, D - 1)[None, :]
-    for block in tl.static_range(SPLIT // BLOCK):
-        # No branch: one that is not there is the last one once more.
-        page = tl.sum(tl.where(offs_page == tl.minimum(begin + block, end - 1), pages, 0), axis=0) * stride_page
-        prefetch(keys_ptr + page + offs)
-        prefetch(values_ptr + page + offs)
+    if last >= 0:
+        for block in tl.static_range(SPLIT // BLOCK):
+            # No branch: one that is not there is the last one once more.
+            page = tl.sum(tl.where(offs_page == tl.minimum(begin + block, end - 1), pages, 0), axis=0) * stride_page
+            prefetch(keys_ptr + page + offs)
+            prefetch(values_ptr + page + offs)
 
 
 @triton.jit

@@ -39,9 +39,12 @@ def split_begin(split, length, EVEN: tl.constexpr):
 
 @triton.jit
 def blocks_of(split, length, oldest, last, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """The blocks of a split that hold positions from oldest to last: the first one, and the one after them."""
+    """The blocks of a split that hold positions from oldest to last: the first one, and the one after them.
+
+    There are none where last is −1: integers are divided towards zero.
+    """
     begin = tl.maximum(split_begin(split, length, EVEN), oldest) // BLOCK
-    return begin, tl.minimum(split_begin(split + 1, length, EVEN) // BLOCK, last // BLOCK + 1)
+    return begin, tl.minimum(split_begin(split + 1, length, EVEN) // BLOCK, (last + BLOCK) // BLOCK)
 
 
 @triton.jit

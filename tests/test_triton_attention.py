@@ -6,8 +6,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from skipjack.kernels import attention, attention_rules
 from skipjack.kernels.attention_index import AttentionIndex, TritonIndex
+from skipjack.kernels.splits import FAR_FACTOR, pages_of, split_length
 
 PAGE = 64
 RTOL = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -340,6 +344,25 @@ def test_few_programs_over_narrow_keys_take_one_product_each(
 def test_splits_are_short_where_keys_are_wide_or_programs_few() -> None:
     for head_dim, kv_heads, split in ((64, 8, 128), (64, 3, 64), (128, 8, 64)):
         assert attention_rules.attention_rule(head_dim, 4, kv_heads, 8, 2, 90).split == split
+
+
+@triton.jit
+def pages_kernel(table_ptr, out_ptr, split, last, BLOCK: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr):
+    length = split_length(last, SPLIT, EVEN)
+    pages = pages_of(table_ptr, split, length, last * 0, last, BLOCK, SPLIT, EVEN)
+    tl.store(out_ptr + tl.arange(0, FAR_FACTOR * SPLIT // BLOCK), pages)
+
+
+@pytest.mark.parametrize("even", [False, True])
+@pytest.mark.parametrize(
+    ("last", "expected"), [(-1, []), (0, [7]), (63, [7]), (64, [7, 8]), (127, [7, 8]), (300, [7, 8])]
+)
+def test_rows_that_are_none_have_no_pages(even: bool, last: int, expected: list[int]) -> None:
+    """What a table's memory says of no sequence is no page: to ask for its keys was to ask for any address."""
+    table = torch.arange(7, 27, device=DEVICE)
+    out = torch.full((8,), -1, device=DEVICE)
+    pages_kernel[(1,)](table, out, 0, last, BLOCK=64, SPLIT=128, EVEN=even)
+    assert [page for page in out.tolist() if page] == expected
 
 
 def test_splits_cover_every_position() -> None:
