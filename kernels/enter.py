@@ -34,7 +34,7 @@ ENTRIES: tl.constexpr = tl.constexpr(16)
         "path_ptr",
     ],
 )
-def _enter_kernel(  # noqa: PLR0915
+def _enter_kernel(
     token_ptr,
     draft_ptr,
     first_ptr,
@@ -107,13 +107,9 @@ def _enter_kernel(  # noqa: PLR0915
             offs_e = start + tl.arange(0, ENTRIES)
             path = tl.load(path_ptr + row * entries + offs_e, mask=offs_e < entries, other=0)
             tl.store(tree_slot_ptr + pid_r * entries + offs_e, tl.where(real, first + path, 0), mask=offs_e < entries)
-    own = real
+    token = tl.load(token_ptr + sequence * stride_token + place, mask=real & (place < given), other=0)
     if draft_ptr is not None:
-        own = real & (place < given)
-    token = tl.load(token_ptr + sequence * stride_token + place, mask=own, other=0)
-    if draft_ptr is not None:
-        drafted = tl.load(draft_ptr + sequence * stride_draft + place - given, mask=real & (place >= given), other=0)
-        token = tl.where(own, token, drafted)
+        token += tl.load(draft_ptr + sequence * stride_draft + place - given, mask=real & (place >= given), other=0)
     page = tl.load(table_ptr + sequence * stride_table + slot // PAGE, mask=real, other=0)
     tl.store(out_token_ptr + pid_r, token)
     tl.store(position_ptr + pid_r, position)
