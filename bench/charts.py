@@ -86,7 +86,7 @@ def pyplot_svg() -> Any:
     try:
         matplotlib: Any = import_module("matplotlib")
     except ImportError as error:
-        raise SkipjackError("pictures need matplotlib: pip install 'skipjack[bench]'") from error
+        raise SkipjackError("pictures need matplotlib: pip install matplotlib") from error
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "skipjack"
     return import_module("matplotlib.pyplot")

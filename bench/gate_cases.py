@@ -303,7 +303,7 @@ class Pass:
             label,
             size(weight),
             lambda: TRITON.linear(x, weight, tile=self.tile, **options),
-            masked="active" in options,
+            masked="active" in options and "settled" not in options,
         )
 
     def _qkv(self, label: str, **options: object) -> Step:
@@ -317,7 +317,7 @@ class Pass:
             label,
             size(weight),
             lambda: TRITON.qkv_rope_append(*inputs, heads=s.heads, tile=self.tile, **options),
-            masked=bool(options),
+            masked=bool(options) and "settled" not in options,
         )
 
     def _attend(

@@ -48,8 +48,9 @@ class Case:
     """One call of an op.
 
     group: the same call with any number of rows, masked or not, whose members must round alike. layer: the pass it is
-    part of, where it runs in every layer; place: where in the pass. masked: rows may be inactive, so that nothing is
-    read before the mask is known. floor: bytes of weights, cache or scores that it must read.
+    part of, where it runs in every layer; place: where in the pass. masked: rows may be inactive, and the launch before
+    may decide which, so that nothing is read before the wait. floor: bytes of weights, cache or scores that it must
+    read.
     """
 
     op: str

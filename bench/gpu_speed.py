@@ -12,12 +12,13 @@ from itertools import groupby
 import numpy as np
 import torch
 
+from ..runtime.costs import head_layers
 from ..runtime.engine import Engine
 from ..runtime.plan import LayerPlan
 from ..runtime.request import Output, SamplingParams
 from . import sampled
 from .gpu_parts import Setting, engine_of
-from .methods import PLAIN, head_layers
+from .methods import PLAIN
 from .rotation import NAMES, cells
 from .step import Figure, bubble_per_layer, figures
 from .targets import SHAPES, Measurement

@@ -10,7 +10,7 @@ import numpy as np
 from ..loaders.config import ModelConfig
 from ..loaders.synthetic import synthetic_config, synthetic_weights
 from ..runtime.choices import dtype_of, place_of
-from ..runtime.costs import head_layers
+from ..runtime.costs import weight_pass
 from ..runtime.engine import Engine
 from ..runtime.errors import RequestError
 from ..runtime.request import Output, SamplingParams
@@ -27,7 +27,8 @@ class Row:
 
     The method sees a prompt once: what it may remember of an answer must not draft it.
     The parts of a round are in units of a plainly decoded token: draft, verify, search and what is left.
-    `depth` is the mean draft depth of a round.
+    `depth` is the mean draft depth of a round; `ideal` the speed if a pass took its share of the weights and all else
+    nothing: tokens a round ÷ (1 + draft passes a round × their share), a lookup being no pass.
     """
 
     method: str
@@ -148,8 +149,8 @@ def _row(engine: Engine, method: str, prompt: Prompt, number: int, params: Sampl
         return seconds / rounds / per_token if per_token else 0.0
 
     depth = sum(stats.drafted_per_position) / rounds
-    h = head_layers(engine.config)
-    cost = (stats.layers_kept + h) / (stats.layers + h) if stats.layers_kept < stats.layers else 0.0
+    skipped = 2 * (stats.layers - stats.layers_kept)
+    passes = stats.executed_skips / rounds / skipped if skipped else 0.0
     return Row(
         method,
         prompt.category,
@@ -164,7 +165,7 @@ def _row(engine: Engine, method: str, prompt: Prompt, number: int, params: Sampl
         part(stats.verify_s),
         part(stats.search_s),
         part(stats.other_s),
-        stats.mean_acceptance_length / (depth * cost + 1),
+        stats.mean_acceptance_length / (passes * weight_pass(engine.config, stats.layers_kept) + 1),
     )
 
 

@@ -76,7 +76,7 @@ def _transformers() -> Any:
     try:
         return import_module("transformers")
     except ImportError as error:
-        raise SkipjackError("peers need transformers: pip install 'skipjack[bench]'") from error
+        raise SkipjackError("peers need transformers: pip install transformers") from error
 
 
 def _generate(model: Any, options: dict[str, Any], compile_config: Any = None) -> Generate:

@@ -8,12 +8,12 @@ from itertools import islice
 
 import numpy as np
 
+from ..runtime.costs import head_layers
 from ..runtime.engine import Engine
 from ..runtime.keep_sets import PATTERNS, keep_set
 from ..runtime.prompts import Prompts
 from ..runtime.request import SamplingParams
 from . import agreement
-from .methods import head_layers
 from .prompts import Prompt, source
 
 PLAIN = agreement.PLAIN

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from . import launch
 from .primitives import flags, gelu_tanh, prefetch_first, silu, wait_for_producers
-from .products import ask_for_tile, halves, row_product, statistics_first, weighed, weight_tile
+from .products import halves, row_product, statistics_first, weighed, weight_tile
 from .values import Matrix, Norm, Split, Stack
 
 # Sums of a program beside whose product registers hold what they are completed with.
@@ -127,17 +127,17 @@ def _linear_kernel(
     offs_w += offs_b // BLOCK * OUT
     mask_r = offs_r < rows
     mask_out = mask_r
-    if active_ptr is None:
+    if SETTLED:
+        mask_out = flags(active_ptr, offs_r, mask_r)
+        if tl.max(mask_out.to(tl.int32), axis=0) == 0:
+            wait_for_producers(PDL)
+            return
+    if active_ptr is None or SETTLED:
         first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K, PARTS, CHUNK)
         if ahead_ptr is not None:
             prefetch_first(ahead_ptr, ahead)
         wait_for_producers(PDL)
     else:
-        if SETTLED:
-            live = tl.max(flags(active_ptr, offs_r, mask_r).to(tl.int32), axis=0)
-            ask_for_tile(w_ptr, offs_w * K_PADDED, mask_w, live, K_PADDED, BLOCK_K)
-            if ahead_ptr is not None:
-                prefetch_first(ahead_ptr, ahead * live)
         wait_for_producers(PDL)
         mask_out = mask_r & (tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0)
         if tl.max(mask_out.to(tl.int32), axis=0) == 0:
@@ -209,9 +209,8 @@ def linear(
     x [R, K], W [N, K] → [R, N]; with activation "silu_gate" W holds gate rows above up rows and the result is
     silu(gate)·up, [R, N/2]; "gelu_tanh" is elementwise. `scale` float32 [R]. `active` bool [R]: rows that are False
     leave `residual` untouched (their result is undefined without one); `settled`: the kernel launched just before has
-    not written it, so that weights can be asked for before that one ends, and no more is lost if it had. `ahead`: a
-    weight that the kernel after this one reads, which the L2 cache is asked for while this one waits, unless there is
-    `active` that is not settled.
+    not written it, so that it and the weights can be read before that one ends. `ahead`: a weight that the kernel after
+    this one reads, which the L2 cache is asked for while this one waits, unless there is `active` that is not settled.
     """
     rows = x.shape[0]
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -224,7 +223,7 @@ def linear(
     )
     block = rule.block_n // 2 if activation == "silu_gate" else rule.block_n
     eps = 0.0 if norm is None else norm.eps
-    settled = settled and active is not None and launch.dependent(arch)
+    settled = settled and active is not None and active.is_contiguous() and launch.dependent(arch)
     asked = 0 if ahead is None or (active is not None and not settled) else launch.ahead_bytes(ahead.data.nbytes, arch)
     x, norm, inverse_rms = weighed(x, norm, rule)
     _linear_kernel[(triton.cdiv(rows, rule.rows), triton.cdiv(width, block))](

@@ -18,10 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import dot, gathered_sum, gathered_sum_of_columns, ordered_sum, prefetch, wait_for_producers
+from .primitives import dot, gathered_sum, gathered_sum_of_columns, ordered_sum, wait_for_producers
 from .values import Norm
-
-CACHE_LINE: tl.constexpr = tl.constexpr(launch.CACHE_LINE)
 
 
 def weighed(x: Tensor, norm: Norm | None, rule: launch.ProductRule) -> tuple[Tensor, Norm | None, Tensor | None]:
@@ -117,25 +115,6 @@ def weight_tile(
     offs_k = _columns(BLOCK_K, PARTS, CHUNK)
     rows, columns = _left(offs_w, offs_k)
     return _weight(w_ptr + rows + columns, offs_k, mask_w, 0, K_PADDED, BLOCK_K)
-
-
-@triton.jit
-def ask_for_tile(
-    w_ptr,
-    offs_w,
-    mask_w,
-    live,
-    K_PADDED: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Ask the L2 cache for what the first step reads of the weight rows at offs_w [BLOCK_N] if it is `live`, not 0.
-
-    Nothing waits for it, and no product has an operand that depends on it.
-    """
-    LINE: tl.constexpr = CACHE_LINE // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    offs_k = tl.minimum(tl.arange(0, (BLOCK_K + LINE - 1) // LINE) * LINE, K_PADDED - 1)
-    if live != 0:
-        prefetch(w_ptr + tl.where(mask_w, offs_w, 0)[:, None] + offs_k[None, :])
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import launch
 from .primitives import flags, ordered_sum, wait_for_producers
-from .products import ask_for_tile, halves, row_product, statistics_first, weighed, weight_tile
+from .products import halves, row_product, statistics_first, weighed, weight_tile
 from .values import Matrix, Norm, Rope, Slots, Split
 
 
@@ -151,13 +151,15 @@ def _qkv_rope_append_kernel(  # noqa: PLR0915
     offs_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask_r = offs_r < rows
     mask_out = mask_r
-    if active_ptr is None and write_ptr is None:
+    if SETTLED:
+        mask_out = flags(active_ptr, offs_r, mask_r)
+        if tl.max(mask_out.to(tl.int32), axis=0) == 0:
+            wait_for_producers(PDL)
+            return
+    if SETTLED or (active_ptr is None and write_ptr is None):
         first = weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K, PARTS, CHUNK)
         wait_for_producers(PDL)
     else:
-        if SETTLED:
-            live = tl.max(flags(active_ptr, offs_r, mask_r).to(tl.int32), axis=0)
-            ask_for_tile(w_ptr, offs_w, mask_w, live, K_PADDED, BLOCK_K)
         wait_for_producers(PDL)
         if is_query:
             if active_ptr is not None:
@@ -167,7 +169,6 @@ def _qkv_rope_append_kernel(  # noqa: PLR0915
         if tl.max(mask_out.to(tl.int32), axis=0) == 0:
             return
         first = weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K, PARTS, CHUNK)
-
     rotated = is_query | is_key
     bias = None
     norm = None
@@ -242,7 +243,7 @@ def qkv_rope_append(
     x [R, H]; W [(heads + 2·kv_heads)·D, H]; keys, values [pages, kv_heads, P, D], one layer's cache; q_norm, k_norm
     [D]. Returns q [R, heads, D], undefined for rows that are not `active` bool [R]. Rows that are not `write` bool [R]
     write nothing: FlexiDepth keeps the keys and values of rows it computes no query for. `settled`: both are the same,
-    and the kernel launched just before has not written it, so that weights can be asked for before that one ends.
+    and the kernel launched just before has not written it, so that it and the weights can be read before that one ends.
     Raises TypeError for a split weight: heads that no row needs are not read anyway.
     """
     if isinstance(weight, Split):

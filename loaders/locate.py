@@ -32,7 +32,7 @@ def check_name(model: str | Path) -> None:
     if importlib.util.find_spec("huggingface_hub") is None:
         raise ConfigError(
             f'MODEL: expected a model folder or "{DEMO}", got {str(model)!r}, which is not a folder; '
-            "as a hub id it needs the package huggingface-hub: pip install 'skipjack[hub]'"
+            "as a hub id it needs a package: pip install huggingface-hub"
         )
 
 

@@ -4,13 +4,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from skipjack import Engine, RequestError, SamplingParams, SkipjackError
-from skipjack.bench import exact, options, rotation
+from skipjack.bench import exact, methods, options, rotation
 from skipjack.bench.prompts import load
-from skipjack.runtime import cli
+from skipjack.loaders.config import ModelConfig
+from skipjack.loaders.synthetic import synthetic_config
+from skipjack.runtime import cli, costs
+from skipjack.runtime.request import Choice, Output, Stats
 
 RUN = ("swift", 0, "swift", 1)
 
@@ -78,6 +82,28 @@ def test_prompts_come_again_until_every_cell_has_had_its_turn(name: str) -> None
     assert met == set[rotation.Pair]().union(*(rotation.pairs(cell) for cell in rotation.cells(name)))
     levels = {(factor, level) for factor, own in rotation.factors(name).items() for level in own}
     assert all({(a, b), (b, a)} & met for a in levels for b in levels if a[0] != b[0])
+
+
+@pytest.mark.parametrize(
+    ("passes", "expected"), [(0, 3.0), (5, 3.0 / (1 + 0.5 * 6 / 10)), (20, 3.0 / (1 + 2 * 6 / 10))]
+)
+def test_the_ideal_counts_the_passes_of_layers_and_no_lookup(
+    monkeypatch: pytest.MonkeyPatch, passes: int, expected: float
+) -> None:
+    """A method that drafts now by layers, now by a lookup, has a skip set all the time."""
+    config = ModelConfig.parse(synthetic_config("tiny") | {"num_hidden_layers": 8}, "tiny")
+    monkeypatch.setattr(costs, "head_layers", lambda config: 2.0)
+    stats = Stats(
+        "auto", True, "torch", 0, 1, 31, decode_s=1.0, rounds=10, drafted=40, accepted=20, bonus=10, layers=8,
+        layers_kept=4.0, executed_skips=8 * passes, drafted_per_position=(10, 10, 10, 10),
+    )  # fmt: skip
+    output = Output([1], (Choice(None, list(range(31)), "length"),), stats)
+    engine = SimpleNamespace(
+        tokenizer=None, config=config, backend="torch", generate=lambda *given, **how: output
+    )  # fmt: skip
+    prompt = load(None, 1)[0]
+    (row,) = methods.compare(cast("Engine", engine), ["auto"], [prompt], SamplingParams(), lambda row: None)
+    assert row.ideal == pytest.approx(expected)
 
 
 def test_methods_are_compared_and_drawn(

@@ -208,7 +208,7 @@ def test_without_the_client_a_hub_id_says_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for model, message in (("org/name", "pip install 'skipjack[hub]'"), ("/org/name", "got '/org/name', which is not")):
+    for model, message in (("org/name", "pip install huggingface-hub"), ("/org/name", "got '/org/name', which is not")):
         assert cli.run(["generate", model, "--prompt-ids", "1"]) == 2
         assert message in capsys.readouterr().err
 
