@@ -87,16 +87,13 @@ class Graphs:
         return self.has(recipe, sequences)
 
     def close(self) -> None:
-        """Wait for what is being built or under way; what went wrong with a graph nobody asked for is raised here."""
+        """Wait for what is being built; what went wrong with a graph nobody asked for is raised here."""
         if self._builder is not None:
             self._builder.shutdown(cancel_futures=True)
         self._builder, coming, self._coming = None, self._coming, {}
         for graph in coming.values():
             if not graph.cancelled():
                 graph.result()
-        # The device writes reports into memory of the host, which must not be another's before it has.
-        for idle in itertools.chain.from_iterable(self._idle.values()):
-            idle.settle()
 
     @staticmethod
     def key(recipe: Recipe, sequences: list[Sequence]) -> Key:
@@ -122,7 +119,7 @@ class Graphs:
         spare = [graphs for key, graphs in self._idle.items() if graphs and key not in self._prepared]
         if sum(map(len, spare)) > SPARE:
             oldest = min(spare, key=lambda graphs: graphs[0].waiting_since)
-            oldest.pop(0).settle()
+            oldest.pop(0)
         self._idle = {key: graphs for key, graphs in self._idle.items() if graphs}
 
     def _build(self, key: Key) -> RoundGraph:
@@ -209,7 +206,7 @@ class Rounds:
         """Tell the device what the method has changed since the last round."""
         draft = self._method.plan
         if graph.recipe.masked and draft != self._mask:
-            graph.state.mask.copy_(torch.tensor(draft.mask, device=self._model.device))
+            _tell(graph.state.mask, torch.tensor(draft.mask))
             self._mask = draft
         if graph.recipe.confident and self._method.threshold != self._threshold:
             graph.state.threshold.fill_(self._method.threshold)
@@ -219,8 +216,7 @@ class Rounds:
             self._limit = self._method.limit
         held, known = graph.state.remembered, self._method.remembered
         if held is not None and known is not None and known is not self._remembered:
-            # From pinned memory, or the host would wait for the rounds under way.
-            held.copy_(known.pin_memory() if held.is_cuda else known, non_blocking=True)
+            _tell(held, known)
             self._remembered = known
 
     def _drain(self) -> dict[int, list[Piece]]:
@@ -300,6 +296,14 @@ class Rounds:
                 count(sequence, self._model.config, ran / 2, most if steps.whole else None)
                 sequence.counters.graph_rounds += 1
         return pieces
+
+
+def _tell(held: Tensor, values: Tensor) -> None:
+    """Write values of the host for the rounds enqueued from here on.
+
+    From pinned memory, or the host would wait for the rounds under way.
+    """
+    held.copy_(values.pin_memory() if held.is_cuda else values, non_blocking=True)
 
 
 def graph_size(sequences: int) -> int:

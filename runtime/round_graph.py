@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -139,6 +140,11 @@ class RoundGraph:
     def forget(self) -> None:
         """Read no report of what is under way."""
         self._read = self._written
+
+    def __del__(self) -> None:
+        """The device writes reports into memory of the host, which must not be another's before it has."""
+        with suppress(Exception):  # One that was never whole, or whose device is gone.
+            self.settle()
 
     def settle(self) -> None:
         """Wait until nothing of it is under way, read or not."""

@@ -213,6 +213,26 @@ def test_a_stream_closed_early_leaves_its_graph_to_the_next(device: Engine) -> N
     assert pool.captured == captured
 
 
+def test_rounds_under_way_are_waited_for_when_an_engine_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody closes it, and the device writes reports into memory that would be another's."""
+    begun, waited = list[int](), list[int]()
+    forget = RoundGraph.forget
+
+    def forgotten(graph: RoundGraph) -> None:
+        begun.append(graph.pending)
+        forget(graph)
+
+    monkeypatch.setattr(RoundGraph, "forget", forgotten)
+    monkeypatch.setattr(RoundGraph, "settle", lambda graph: waited.append(graph._written))
+    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
+    engine = Engine(config, synthetic_weights(config, 0, torch.float32, 0.1), graphs=True)
+    engine.generate(PROMPTS[0], SamplingParams(max_tokens=8, ignore_eos=True))
+    assert begun == [AHEAD]
+    del engine
+    gc.collect()
+    assert waited == [8 - 1 + AHEAD]
+
+
 def test_a_graph_that_was_given_back_writes_to_nobodys_pages(device: Engine) -> None:
     """Its sequence ended before its tokens were used up, and a warm-up runs every graph there is."""
     params = SamplingParams(max_tokens=60, ignore_eos=True)
