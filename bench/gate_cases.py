@@ -37,6 +37,7 @@ SHAPES = (
     Shape("Llama-3.2-1B", 2048, 8192, 32, 8, 64, 128256),
     Shape("Llama-3-8B", 4096, 14336, 32, 8, 128, 128256),
     Shape("Qwen3-4B", 2560, 9728, 32, 8, 128, 151936, qk_norm=True),
+    Shape("Qwen2.5-7B", 3584, 18944, 28, 4, 128, 152064),
     Shape("BLOOM-1b7", 2048, 4096, 16, 16, 128, 250880, layer_norm=True),
 )
 PASSES = (
@@ -162,10 +163,9 @@ class Pass:
         yield Step("logits", "logits", size(weight), lambda: TRITON.logits(x, norm, weight, tile=tile))
         yield Step("head", "head", size(weight), lambda: TRITON.head(x, norm, weight, tile=tile))
         active = self.tensor(self.rows, dtype=torch.bool)
-        masked = Step(
-            "head", "head, masked", size(weight), lambda: TRITON.head(x, norm, weight, tile=tile, active=active)
-        )
-        yield masked._replace(masked=True, alike="head")
+        for name, op in (("logits", TRITON.logits), ("head", TRITON.head)):
+            masked = partial(op, x, norm, weight, tile=tile, active=active)
+            yield Step(name, f"{name}, masked", size(weight), masked, masked=True, alike=name)
         yield Step(
             "head", "head of 8", size(reduced), lambda: TRITON.head(x, norm, reduced, tile=tile, top_k=8, ids=ids)
         )

@@ -6,7 +6,7 @@ Where a split begins fixes the order of sums, and depends on the shape alone.
 from functools import cache
 from typing import NamedTuple
 
-from .launch import PROCESSORS
+from .launch import DECODE_TILE, PROCESSORS
 
 NEAR_SPLITS = 8
 FAR_FACTOR = 4
@@ -56,14 +56,14 @@ def attention_rule(
     """Passes of tiles of `tile` rows, `group` query heads to a key head: one product takes 16 or more rows × heads.
 
     32 are enough to read keys once for a verified draft, 16 are what float32 has registers for; sm_90 has wider matrix
-    units for prompts, which round otherwise. Of sequences with `width` rows each a program takes no more than these,
-    up to the power of two: the same instructions, fewer of them; and of narrow keys, which cost little to be read
-    twice, no more than one product takes, as long as the chip holds all programs at once: splits are then merged by
-    the last of them to end. Stages are what fits into shared memory. Splits are short where their keys are wide, or
-    where few key heads make few programs.
+    units for prompts, which round otherwise and take 64. Of sequences with `width` rows each a program takes no more
+    than these, up to the power of two: the same instructions, fewer of them; and of narrow keys, which cost little to
+    be read twice, no more than one product takes, as long as the chip holds all programs at once: splits are then
+    merged by the last of them to end. Stages are what fits into shared memory. Splits are short where their keys are
+    wide, or where few key heads make few programs.
     """
     size = (1 << (head_dim - 1).bit_length()) * itemsize
-    wide = 90 <= arch < 100 and itemsize == 2 and head_dim <= 128
+    wide = tile > DECODE_TILE and 90 <= arch < 100 and itemsize == 2 and head_dim <= 128
     heads = 1 << (group - 1).bit_length()
     single = itemsize > 2
     split = 64 if head_dim > 64 or kv_heads < 8 else 128

@@ -26,6 +26,8 @@ STEP_BYTES = 32 * 1024
 LONG_STEP_ROWS = 16
 WIDE_WEIGHT = 2048
 WIDE_STEP_ROWS = 8
+# Rows of activations that are one instruction of the matrix units.
+DECODE_TILE = 8
 MANY_ROWS = 64
 TWO_PROGRAM_ROWS = 32
 RUN = 64
@@ -303,7 +305,7 @@ def head_rule(
     tile, width = tile_of(rows, tile), padded(columns)
     rule = product_rule(weight_rows, columns, rows, tile, itemsize, arch, short=short)
     pairs = max(8, 1 << (head_dim // 2 - 1).bit_length())
-    if arch and tile <= 8:
+    if arch and tile <= DECODE_TILE:
         large = width % 512 == 0 and weight_rows >= 32 * PROCESSORS
         reach = _reach(width, normed=True)
         rule = _streamed(weight_rows, width, reach, tile, itemsize, large=large, short=short or itemsize == 4)
@@ -315,7 +317,7 @@ def head_rule(
     if not whole:
         return rule._replace(block_n=min(rule.block_n, 2 * pairs))
     block_k = min(rule.block_k, 128 // itemsize)
-    wide = min(rule.rows, 32 // itemsize if tile <= 8 else 128 // itemsize) if arch else tile
+    wide = min(rule.rows, 32 // itemsize if tile <= DECODE_TILE else 128 // itemsize) if arch else tile
     room = SHARED_BYTES // ((2 * pairs + wide) * block_k * itemsize)
     stages = min(room, 8) if arch else 1
     warps = 8 if tile > 8 and itemsize == 2 and 2 * pairs * wide > 64 * 64 else rule.warps

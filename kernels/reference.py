@@ -245,9 +245,9 @@ def attend(
     return out if active is None else out.masked_fill_(~active[:, None], 0)
 
 
-def logits(x: Tensor, norm: Norm, weight: Matrix, *, tile: int | None) -> Tensor:
-    """norm(x)·Wᵀ: x [R, H], W [V, H] → [R, V]."""
-    return linear(x, weight, tile=tile, norm=norm)
+def logits(x: Tensor, norm: Norm, weight: Matrix, *, tile: int | None, active: Tensor | None = None) -> Tensor:
+    """norm(x)·Wᵀ: x [R, H], W [V, H] → [R, V]; rows that are not `active` bool [R] are undefined."""
+    return linear(x, weight, tile=tile, norm=norm, active=active)
 
 
 def head(

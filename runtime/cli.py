@@ -37,7 +37,9 @@ class Commands(TyperGroup):
         added = _added_commands().get(cmd_name)
         if added is None:
             return super().get_command(ctx, cmd_name)
-        return TyperCommand(cmd_name, help=f"Commands of {added.module.rpartition('.')[0]}: skipjack {cmd_name} --help.")
+        return TyperCommand(
+            cmd_name, help=f"Commands of {added.module.rpartition('.')[0]}: skipjack {cmd_name} --help."
+        )
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         added = _added_commands().get(args[0])

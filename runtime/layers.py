@@ -1,4 +1,4 @@
-"""A layer's parameters in the layout of the op table that reads them."""
+"""Parameters of layers, and of the head, in the layout of the op table that reads them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ class AttentionRouter(NamedTuple):
 
     weight: Tensor
     threshold: float
+
+
+class Vocabulary(NamedTuple):
+    """A part of the vocabulary to draft from: the head's rows [V', H] and the tokens int64 [V'] they stand for."""
+
+    head: Matrix
+    ids: Tensor
 
 
 class Fill(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from ..loaders.weights import Weights
 from .cache import KVCache
 from .laid import Gate, Pass
 from .layers import (
+    Vocabulary,
     alibi_slopes,
     matrices,
     prepare_attention_routers,
@@ -34,13 +34,6 @@ from .rows import Chains, Rows
 from .skip_sets import fingerprint
 
 Streams = list[Tensor]
-
-
-class Vocabulary(NamedTuple):
-    """A part of the vocabulary to draft from: the head's rows [V', H] and the tokens int64 [V'] they stand for."""
-
-    head: Matrix
-    ids: Tensor
 
 
 class Model:
@@ -267,14 +260,17 @@ class Model:
         """The residual stream [R, H] after the final norm."""
         return self.ops.normalise(x, self._norm)
 
-    def logits(self, x: Tensor, vocabulary: int = 0) -> Tensor:
-        """Final norm and LM head: [R, H] → [R, V]; outside the first `vocabulary` tokens, 0 being all of them, −∞."""
+    def logits(self, x: Tensor, vocabulary: int = 0, active: Tensor | None = None) -> Tensor:
+        """Final norm and LM head: [R, H] → [R, V], anything for rows that are not `active` bool [R].
+
+        Outside the first `vocabulary` tokens, 0 being all of them, logits are −∞.
+        """
         tile = self.tile(len(x))
         if not self.reduces(vocabulary):
-            return self.ops.logits(x, self._norm, self._head, tile=tile)
+            return self.ops.logits(x, self._norm, self._head, tile=tile, active=active)
         head, ids = self.vocabulary(vocabulary)
         scores = x.new_full((x.shape[0], self.config.vocab_size), -torch.inf)
-        return scores.index_copy_(1, ids, self.ops.logits(x, self._norm, head, tile=tile))
+        return scores.index_copy_(1, ids, self.ops.logits(x, self._norm, head, tile=tile, active=active))
 
     def reduces(self, vocabulary: int) -> bool:
         """Whether a vocabulary of this size leaves anything out."""
@@ -389,11 +385,14 @@ class Model:
         ops, tile, norm, activation = self.ops, laid.rows.tile, layer.mlp_norm, self._activation
         active, bias = gate.active, layer.down_bias
         if routed is not None:
+            decided = number in laid.routes
             route = self._route(number, routed, x, laid, active)
             scale, rest = (route.weight, route.rest) if routed.weighted else (None, None)
             active, skip = route.run, route.skip
-            inner = ops.linear(x, routed.adapter_up, tile=tile, norm=norm, activation=activation, active=skip)
-            ops.linear(inner, routed.adapter_down, tile=tile, residual=x, scale=rest, active=skip)
-        up = {"norm": norm, "bias": layer.up_bias, "activation": activation, "settled": gate.settled}
+            first = {"norm": norm, "activation": activation, "settled": decided}
+            inner = ops.linear(x, routed.adapter_up, tile=tile, active=skip, **first)
+            ops.linear(inner, routed.adapter_down, tile=tile, residual=x, scale=rest, active=skip, settled=True)
+        settled = gate.settled or routed is not None
+        up = {"norm": norm, "bias": layer.up_bias, "activation": activation, "settled": settled}
         inner = ops.linear(x, layer.up, tile=tile, active=active, **up)
         ops.linear(inner, layer.down, tile=tile, bias=bias, residual=x, scale=scale, active=active, settled=True)

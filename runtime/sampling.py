@@ -129,7 +129,7 @@ def draw(
     if rule is None or position is None:
         token, value, log_sum_exp = model.predict(hidden, top_k=count, active=active, vocabulary=vocabulary)
         return Drawn(token, value if count is None else value[:, 0], log_sum_exp, None, None)
-    logits = model.logits(hidden, vocabulary)
+    logits = model.logits(hidden, vocabulary, active)
     scores = logits if reshape is None else reshape(logits)
     token = model.ops.sample(
         scores, rule.temperature, rule.top_k, rule.top_p, rule.min_p, rule.seed, position, stream=stream, count=count

@@ -2,12 +2,14 @@
 
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from skipjack import Engine, SamplingParams
 from skipjack.kernels.ops import select
@@ -195,6 +197,30 @@ def test_drafts_from_a_part_of_the_vocabulary_choose_what_the_whole_would_among_
     assert torch.equal(model.predict(x, vocabulary=100).token, whole[:, :100].argmax(dim=1))
     assert torch.equal(model.predict(x, vocabulary=600).token, whole.argmax(dim=1))
     assert model.vocabulary(1).ids.tolist() == [0, *model.config.eos_token_ids], "what ends a text is always among it"
+
+
+@pytest.mark.parametrize("method", [f"{FIXED},threshold=0.9", f"{FIXED},threshold=0.9,acceptance=rejection"])
+def test_sampled_drafts_that_have_stopped_read_no_head(
+    device: Engine, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """As greedy ones do: their steps are launched all the same, and nothing depends on what such rows get."""
+    params = SamplingParams(max_tokens=12, temperature=0.8, seed=3, ignore_eos=True)
+    expected = device.generate(PROMPTS[0], params, method=method)
+    model, rows = device._loaded()[0], Counter[bool]()
+    ops = model.ops
+
+    def logits(*given: Any, active: Tensor | None = None, **how: Any) -> Tensor:
+        scores: Tensor = ops.logits(*given, active=active, **how)
+        if active is None:
+            return scores
+        rows.update(active.tolist())
+        return torch.where(active[:, None], scores, torch.nan)
+
+    monkeypatch.setattr(model, "ops", replace(ops, logits=logits))
+    output = device.generate(PROMPTS[0], params, method=method)
+    assert output.token_ids == expected.token_ids
+    assert rows[True] >= output.stats.drafted
+    assert rows[False] > rows[True]
 
 
 def test_a_stream_closed_early_leaves_its_graph_to_the_next(device: Engine) -> None:

@@ -210,7 +210,12 @@ def test_which_rows_run_is_said_to_be_settled_once_a_kernel_has_been_launched_si
     model.forward(rows, cache, model.full)
     late = {name for name, settled in said if not settled}
     routed = [number for number in range(3) if number in model.routed]
-    assert late == {"qkv 0", *(f"{part} {number}" for number in routed for part in ("qkv", "up"))} | (
-        {"adapter"} if routed else set()
-    )
+    assert late == {"qkv 0", *(f"qkv {number}" for number in routed)}
     assert len(said) >= 12
+    if routed:
+        said.clear()
+        model.forward(rows, cache, model.full.without(attention=[routed[0]]))
+        first = next(place for place, (name, _) in enumerate(said) if name == "adapter")
+        assert [now for _, now in said[first : first + 3]] == [False, True, True], (
+            "the router's own attention was left out"
+        )
