@@ -103,8 +103,8 @@ class Chains:
     token int64 [S, K], of which the first count int64 [S] are real, all without it, and none of a sequence that is not
     alive bool [S]; or token int64 [S, 1] and after it draft int64 [S, K − 1], of which the first count are real.
     Position `first` int64 [S] + `ahead` is that of a sequence's first. `gated`: rows that are not real run no
-    sub-layer; with `mask` bool [2L] the others run those it says. With `lineage` the tokens lie in consecutive slots
-    and are nodes of a tree, whose root is at that position.
+    sub-layer; with `mask` bool [2L], or [2L, S], the others run those it says. With `lineage` the tokens lie in
+    consecutive slots and are nodes of a tree, whose root is at that position.
     """
 
     token: Tensor
@@ -129,9 +129,12 @@ class Chains:
 
     def active(self, real: Tensor) -> Tensor | None:
         """Which of 2L sub-layers run for each row, of which some are `real` bool [R]; None where all do."""
-        if self.mask is not None:
+        if self.mask is None:
+            return real[None] if self.gated else None
+        if self.mask.dim() == 1:
             return self.mask[:, None] & real
-        return real[None] if self.gated else None
+        mask, padding = self.mask[:, :, None].expand(-1, -1, self.width).flatten(1), len(real) - len(self)
+        return (functional.pad(mask, (0, padding)) if padding else mask) & real
 
     def spread(self) -> Rows:
         """Tokens that follow one another as rows that can be changed one by one."""

@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from skipjack import Engine, SamplingParams
+from skipjack.kernels import attention, reference_rounds, rounds
 from skipjack.kernels import enter as enter_module
-from skipjack.kernels import reference_rounds, rounds
 from skipjack.kernels.rounds import commit, extend
 from skipjack.kernels.values import Entry, Progress, Rope
 from skipjack.loaders.config import ModelConfig
@@ -225,3 +225,26 @@ def test_a_round_of_the_device_launches_little_besides_our_kernels(
         engine.generate([5, 6, 7], SamplingParams(max_tokens=12, ignore_eos=True, **choice))
     assert counts
     assert max(counts) <= most
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts what the interpreter does not launch")
+@pytest.mark.parametrize(("method", "shape", "most"), [("mindskip", "tiny-mindskip", 4), ("dmtd", "tiny-dmtd", 50)])
+def test_the_steps_of_a_policy_begin_with_one_launch(
+    method: str, shape: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`enter` makes their rows: nothing looks for row groups, and rows made of several operators are few."""
+    config = ModelConfig.parse(synthetic_config(shape) | {"vocab_size": 64}, shape)
+    counts: list[int] = []
+    honest = round_graph.device_steps
+
+    def counted(*given: object) -> None:
+        with monkeypatch.context() as patch, Launches(patch) as launches:
+            patch.setattr(attention, "row_groups", lambda *given: pytest.fail("row groups are looked for"))
+            honest(*given)
+        counts.append(launches.count)
+
+    monkeypatch.setattr(round_graph, "device_steps", counted)
+    weights = synthetic_weights(config, 0, torch.float32, 0.3)
+    with Engine(config, weights, method=method, backend="triton", graphs=True) as engine:
+        engine.generate([5, 6, 7], SamplingParams(max_tokens=4, ignore_eos=True))
+    assert 0 < max(counts) <= most

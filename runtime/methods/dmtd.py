@@ -105,8 +105,12 @@ class Cycles(Steps):
         width = self.horizon if self.refill else 1
         count = torch.where(head, generated.clamp(max=width), 0)
         first = batch.length - generated.clamp(max=width) + 1
-        rows = batch.rows(batch.last[:, None].expand(-1, width), first, count).spread()
-        if not self.refill:
+        chains = batch.rows(batch.last[:, None].expand(-1, width), first, count)
+        if self.refill:
+            # Where cycles do not begin together, a step may be nobody's head: then no weight is read.
+            rows = replace(chains, gated=not self.aligned)
+        else:
+            rows = chains.spread()
             heads = (batch.length - start) // self.horizon - (batch.prompt - start - 1) // self.horizon
             place = torch.where(rows.sequence >= 0, batch.prompt + heads - 1, 0)
             rows = replace(rows, position=place, angle=rows.position)

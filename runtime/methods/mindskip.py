@@ -50,7 +50,7 @@ class DecidedSteps(Steps):
         return torch.ones(sequences, len(self.plan.runs), dtype=torch.bool, device=model.device)
 
     def step(self, model: Model, cache: KVCache, batch: Batch, memory: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        rows = replace(batch.newest().spread(), active=memory.T.contiguous())
+        rows = replace(batch.newest(), mask=memory.T.contiguous())
         return model.forward(rows, cache, self.plan), memory.sum(dim=1)
 
 
