@@ -143,7 +143,7 @@ class Stats:
     from its prefill; with them, `accepted` and `bonus` (the full model's own choice at the end of a round) add up to
     `completion_tokens`.
     `lossless` promises the tokens of plain decoding of the prompt alone, every one of them: it takes a lossless method
-    and `numerics` "exact".
+    and `numerics` "exact". Draws by rejection sampling have the distribution of plain decoding's instead (see `notes`).
     `graph_rounds` of the rounds ran on the device alone, their draft and verification not timed apart.
     `drafted_per_position[i]` counts rounds whose draft reached depth i + 1, `accepted_per_position[i]` those in which a
     draft token of that depth was accepted. `layers_kept` is what a draft step runs, of `layers`, or what a decode step

@@ -12,6 +12,7 @@ from .request import Output, Stats
 from .sequence import Sequence
 
 FAST = "fast numerics: the text may differ from that of exact numerics where two tokens are almost equally likely"
+REJECTION = "rejection sampling: the distribution of plain decoding, but not the tokens it has for this seed"
 
 
 def summarise(
@@ -28,6 +29,8 @@ def summarise(
     first = sequences[0]
     decoded = first.layers_used[1:]
     skips = sum(c.executed_skips for c in counters)
+    sampled = method.rejection and not first.params.greedy
+    said = [note for note, holds in ((FAST, method.lossless and numerics == "fast"), (REJECTION, sampled)) if holds]
     stats = Stats(
         method=method.name,
         lossless=method.lossless and numerics == "exact",
@@ -55,7 +58,7 @@ def summarise(
         weight_pass_bound=method.bound if isinstance(method, Policy) else None,
         layers_per_token=tuple(first.layers_used),
         layers_per_prompt_token=tuple(first.prompt_layers),
-        notes=(*method.notes(skips), *([FAST] if method.lossless and numerics == "fast" else [])),
+        notes=(*method.notes(skips), *said),
         phases=tuple(first.phases),
         events=(*method.findings(first), *events),
     )

@@ -168,3 +168,16 @@ def test_rounds_on_the_device_need_no_tile() -> None:
             outputs = device.generate(prompts, params, method=method)
             assert [output.token_ids for output in outputs] == expected
             assert all(output.stats.graph_rounds == output.stats.rounds for output in outputs)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "acceptance", "said"), [(0.8, "rejection", 1), (0, "rejection", 0), (0.8, "coupled", 0)]
+)
+def test_draws_by_rejection_say_that_they_are_not_those_of_the_seed(
+    temperature: float, acceptance: str, said: int
+) -> None:
+    params = SamplingParams(max_tokens=8, temperature=temperature, seed=1, ignore_eos=True)
+    method = f"swift:skip_attention=1,search_budget=0,acceptance={acceptance}"
+    stats = engine("exact").generate([5, 6, 7], params, method=method).stats
+    assert stats.lossless
+    assert ["rejection sampling" in note for note in stats.notes] == [True] * said
