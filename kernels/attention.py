@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import attention_rules, launch
 from .attention_index import Index, TritonIndex
-from .primitives import dot, prefetch, prefetch_first, wait_for_producers
+from .primitives import dot, is_last, prefetch, prefetch_first, wait_for_producers
 from .row_groups import row_groups, rows_of_group
 from .splits import (
     FAR_FACTOR,
@@ -265,8 +265,7 @@ def _attend_kernel(  # noqa: PLR0915
         if splits == 1:
             return
         arrivals_ptr += pid_group * tl.num_programs(1) + pid_kv
-        tl.debug_barrier()
-        if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1 < tl.minimum(splits, tl.num_programs(2)):
+        if not is_last(arrivals_ptr, tl.minimum(splits, tl.num_programs(2))):
             return
         tl.store(arrivals_ptr, 0)
         merge(

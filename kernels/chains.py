@@ -5,15 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .primitives import wait_for_producers
+from . import launch, noise
+from .primitives import is_last, wait_for_producers
 from .ranking import token_of, value_of
-from .residual import DRAW_STREAM, best_of, best_of_blocks, is_last, warped
+from .residual import DRAW_STREAM, best_of, best_of_blocks, warped
 from .sampling_rule import sampling_rule
 from .values import Verdict
 from .warping import log, uniform
 
-ACCEPT_STREAM: tl.constexpr = tl.constexpr(1)
+ACCEPT_STREAM: tl.constexpr = tl.constexpr(noise.ACCEPT_STREAM)
 
 
 @triton.jit(

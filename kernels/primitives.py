@@ -90,6 +90,17 @@ def wait_for_producers(PDL: tl.constexpr):
 
 
 @triton.jit
+def is_last(arrivals_ptr, PROGRAMS):
+    """Whether this is the last of so many programs to arrive; it sees what all of them have stored, past the L1 cache.
+
+    The barrier puts every thread's stores before the release of its program, the acquire puts them before the loads of
+    the last one.
+    """
+    tl.debug_barrier()
+    return tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1 == PROGRAMS
+
+
+@triton.jit
 def prefetch(ptrs):
     """Ask for the cache lines at ptrs to be brought to the L2 cache. Nothing is read, and nothing waits."""
     tl.inline_asm_elementwise(

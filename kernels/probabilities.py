@@ -8,8 +8,7 @@ from torch import Tensor
 from . import launch
 from .nucleus import EDGES, bracket_of, gathered, limited_by_nucleus, nucleus_of_kept, nucleus_of_segments
 from .partials import block_peaks, partials_of, total_of_blocks
-from .primitives import wait_for_producers
-from .residual import is_last
+from .primitives import is_last, wait_for_producers
 from .sampling_rule import sampling_rule
 from .warping import known, listed, lowest_of_best, mass, segment_peaks, threshold_of
 

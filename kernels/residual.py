@@ -11,14 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .primitives import wait_for_producers
+from . import launch, noise
+from .primitives import is_last, wait_for_producers
 from .ranking import NONE, candidate, token_of
 from .sampling_rule import sampling_rule
 from .values import Verdict
 from .warping import log, uniform
 
-DRAW_STREAM: tl.constexpr = tl.constexpr(2)
+DRAW_STREAM: tl.constexpr = tl.constexpr(noise.DRAW_STREAM)
 
 
 class Left(NamedTuple):
@@ -246,17 +246,6 @@ def _draw_kernel(
 def best_of(race, ids, V: tl.constexpr):
     """The `candidate` of the highest race [BLOCK] among the ids below V."""
     return tl.max(tl.where(ids < V, candidate(race, ids), NONE), axis=0)
-
-
-@triton.jit
-def is_last(arrivals_ptr, BLOCKS: tl.constexpr):
-    """Whether this is the last of BLOCKS programs to arrive; it sees what all of them have stored, past the L1 cache.
-
-    The barrier puts every thread's stores before the release of its program, the acquire puts them before the loads of
-    the last one.
-    """
-    tl.debug_barrier()
-    return tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1 == BLOCKS
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import sigmoid, tanh, wait_for_producers
+from .primitives import is_last, sigmoid, tanh, wait_for_producers
 from .products import row_product, statistics_first, weight_tile
 from .values import Norm, Route, Router, RowMap
 
@@ -126,8 +126,7 @@ def _route_kernel(
         ROWS,
     )
     tl.store(code_ptr + offs_r[None, :] * N + offs_n[:, None], code, mask=mask_n[:, None], cache_modifier=".cg")
-    tl.debug_barrier()
-    if tl.atomic_add(arrived_ptr + pid_r, 1, sem="acq_rel") < tl.num_programs(1) - 1:
+    if not is_last(arrived_ptr + pid_r, tl.num_programs(1)):
         return
     offs_c = tl.arange(0, BLOCK_CODE)
     mask_c = offs_c < N

@@ -4,14 +4,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import attention_rules, launch
+from . import attention_index, attention_rules, launch
 from .attention_index import RowGroups, TritonIndex
 from .primitives import wait_for_producers
 from .row_groups import rows_of_group
 
 NEAR_SPLITS: tl.constexpr = tl.constexpr(attention_rules.NEAR_SPLITS)
 FAR_FACTOR: tl.constexpr = tl.constexpr(attention_rules.FAR_FACTOR)
-UNSEEN: tl.constexpr = tl.constexpr(-1e30)
+UNSEEN: tl.constexpr = tl.constexpr(attention_index.UNSEEN)
 # Rows × heads that are merged at once.
 MERGED: tl.constexpr = tl.constexpr(attention_rules.PRODUCT_ROWS)
 
