@@ -1,4 +1,4 @@
-"""The fastest launch parameters of the decode kernels on the GPU at hand, to make rules of `kernels/launch.py` from.
+"""The fastest launch parameters of the decode kernels on the GPU at hand, to make rules of `product_rules.py` from.
 
 They are looked for in the chain: a pass of one row, or of MANY, through a few layers as one captured graph. Kernels
 overlap there, so that what is fastest alone may not be. Kernel after kernel is launched by each of its candidates in
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels import attention_rules, launch
+from ..kernels import attention_rules, launch, product_rules
 from ..runtime.model import Model
 from .gpu_check import in_processes
 from .gpu_parts import Setting
@@ -169,7 +169,7 @@ def candidates(model: Model, kernel: str, dry: bool, rows: int = 1) -> list[Cand
     return [candidate for candidate in every if candidate != in_use(model, kernel, rows)]
 
 
-def blocks(rule: launch.ProductRule, kernel: str) -> list[Blocks]:
+def blocks(rule: product_rules.ProductRule, kernel: str) -> list[Blocks]:
     """The blocks that shared memory has room for, with one buffer on its way and with as many as are of use.
 
     A step keeps its columns and parts, whose sums they are; a head sums over a program's weight rows and keeps those.
@@ -190,13 +190,13 @@ def blocks(rule: launch.ProductRule, kernel: str) -> list[Blocks]:
     return found
 
 
-def rule_of(model: Model, kernel: str, rows: int) -> launch.ProductRule:
+def rule_of(model: Model, kernel: str, rows: int) -> product_rules.ProductRule:
     """What the code says of a product's launch."""
     config, tile, size, arch = model.config, model.tile(rows), model.dtype.itemsize, launch.architecture()
     given = (*_weights(model)[kernel], rows, tile, size, arch)
     if kernel == "qkv":
-        return launch.head_rule(config.head_dim, config.qk_norm, *given)
-    return launch.product_rule(*given, normed=kernel in NORMED, summed=kernel == "head")
+        return product_rules.projection_rule(config.head_dim, config.qk_norm, *given)
+    return product_rules.product_rule(*given, normed=kernel in NORMED, summed=kernel == "head")
 
 
 def in_use(model: Model, kernel: str, rows: int = 1) -> Candidate:
@@ -217,28 +217,32 @@ def in_use(model: Model, kernel: str, rows: int = 1) -> Candidate:
 @contextmanager
 def replaced(model: Model, chosen: Chosen) -> Generator[None]:
     """Launch these kernels by these candidates and the others by the rules in use; weights are known by their shape."""
-    usual = launch.product_rule, launch.head_rule, attention_rules.attention_rule
+    usual = product_rules.product_rule, product_rules.projection_rule, attention_rules.attention_rule
     weights = _weights(model)
     own = {weights[kernel]: candidate for kernel, candidate in chosen.items() if not isinstance(candidate, Attention)}
 
-    def product_rule(*given: Any, **options: Any) -> launch.ProductRule:
+    def product_rule(*given: Any, **options: Any) -> product_rules.ProductRule:
         return _with(usual[0](*given, **options), own.get(given[:2]))
 
-    def head_rule(*given: Any, **options: Any) -> launch.ProductRule:
+    def projection_rule(*given: Any, **options: Any) -> product_rules.ProductRule:
         return _with(usual[1](*given, **options), own.get(given[2:4]))
 
     def attention_rule(*given: Any) -> attention_rules.AttentionRule:
         rule, candidate = usual[2](*given), chosen.get("attend")
         return rule if candidate is None else rule._replace(**candidate._asdict())
 
-    launch.product_rule, launch.head_rule, attention_rules.attention_rule = product_rule, head_rule, attention_rule
+    product_rules.product_rule, product_rules.projection_rule, attention_rules.attention_rule = (
+        product_rule,
+        projection_rule,
+        attention_rule,
+    )
     try:
         yield
     finally:
-        launch.product_rule, launch.head_rule, attention_rules.attention_rule = usual
+        product_rules.product_rule, product_rules.projection_rule, attention_rules.attention_rule = usual
 
 
-def _with(rule: launch.ProductRule, candidate: Product | Blocks | Attention | None) -> launch.ProductRule:
+def _with(rule: product_rules.ProductRule, candidate: Product | Blocks | Attention | None) -> product_rules.ProductRule:
     if isinstance(candidate, Blocks):
         fields = candidate._asdict() | {"run": candidate.run or None, "warps": max(4, rule.parts)}
     elif isinstance(candidate, Product):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import attention_rules, launch
+from ..kernels import attention_rules, launch, product_rules
 from ..kernels.ops import select
 from ..kernels.values import Matrix, Slots, Split
 from ..loaders.config import ModelConfig
@@ -124,7 +124,7 @@ def _ablations(clock: Clock, bed: Bed) -> Iterator[Figure]:
     for name, other, count, constant in (
         *(("fast", fast, count, None) for count in (1, 16)),
         ("nothing ahead", bed, 1, (launch, "AHEAD_BYTES", 0)),
-        ("whole steps", bed, 16, (launch, "WIDE_WEIGHT", 1 << 30)),
+        ("whole steps", bed, 16, (product_rules, "WIDE_WEIGHT", 1 << 30)),
         *(("attention of 32", bed, count, (attention_rules, "FEW_PROGRAMS", 0)) for count in (8, 16)),
     ):
         before = clock.times(bed.step(count))

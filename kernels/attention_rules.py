@@ -1,4 +1,4 @@
-"""How attention is launched: pure rules from shapes and architecture, as those of `launch`.
+"""How attention is launched: pure rules from shapes and architecture, as those of `product_rules`.
 
 Where a split begins fixes the order of sums, and depends on the shape alone.
 """

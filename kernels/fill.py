@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, product_rules
 from .primitives import wait_for_producers
 from .products import row_product, statistics_first, weight_tile
 from .qkv import head_halves, pair_rows, store_halves, turns
@@ -152,13 +152,13 @@ def fill_kv(
     _, _, kv_heads, _, head_dim = keys.shape
     arch = launch.architecture()
     short, itemsize = statistics_first(norm, x.dtype), x.element_size()
-    rule = launch.head_rule(
+    rule = product_rules.projection_rule(
         head_dim,
         k_norm is not None,
         weight[0].rows,
         columns,
         # Each layer has a norm of its own, which stays in the product.
-        min(mapped, launch.whole_steps(columns)),
+        min(mapped, product_rules.whole_steps(columns)),
         tile,
         itemsize,
         arch,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, product_rules
 from .primitives import ordered_sum, wait_for_producers
 from .products import row_product, statistics_first, weighed, weight_tile
 from .ranking import LAST_ID, LOWEST, NONE, candidate_of_key, key_of, token_of, value_of, value_of_key
@@ -183,7 +183,9 @@ def head(
     active = None if active is None else active.contiguous()
     arch = launch.architecture()
     short = statistics_first(norm, x.dtype)
-    rule = launch.product_rule(vocabulary, weight.columns, rows, tile, x.element_size(), arch, short=short, summed=True)
+    rule = product_rules.product_rule(
+        vocabulary, weight.columns, rows, tile, x.element_size(), arch, short=short, summed=True
+    )
     blocks = triton.cdiv(vocabulary, rule.block_n)
     taken = 1 if top_k is None else min(top_k, vocabulary)
     kept = min(taken, rule.block_n)

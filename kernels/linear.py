@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from . import launch
+from . import launch, product_rules
 from .primitives import flags, gelu_tanh, prefetch_first, silu, wait_for_producers
 from .products import halves, row_product, statistics_first, weighed, weight_tile
 from .values import Matrix, Norm, Split, Stack
@@ -218,7 +218,7 @@ def linear(
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device) if residual is None else residual
     arch = launch.architecture()
     short = statistics_first(norm, x.dtype)
-    rule = launch.product_rule(
+    rule = product_rules.product_rule(
         weight.rows, weight.columns, rows, tile, x.element_size(), arch, normed=norm is not None, short=short
     )
     block = rule.block_n // 2 if activation == "silu_gate" else rule.block_n

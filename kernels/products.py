@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, product_rules
 from .primitives import dot, gathered_sum, gathered_sum_of_columns, ordered_sum, wait_for_producers
 from .values import Norm
 
 
-def weighed(x: Tensor, norm: Norm | None, rule: launch.ProductRule) -> tuple[Tensor, Norm | None, Tensor | None]:
+def weighed(x: Tensor, norm: Norm | None, rule: product_rules.ProductRule) -> tuple[Tensor, Norm | None, Tensor | None]:
     """What `row_product` takes as x [R, K], norm and inverse_rms by that rule.
 
     Where the rule has norms apart, the first is the right operand itself: w·x, whose 1/√(mean x² + eps) is the last,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, product_rules
 from .primitives import flags, ordered_sum, wait_for_producers
 from .products import halves, row_product, statistics_first, weighed, weight_tile
 from .values import Matrix, Norm, Rope, Slots, Split
@@ -253,7 +253,9 @@ def qkv_rope_append(
     normed = q_norm is not None and k_norm is not None
     arch = launch.architecture()
     short = statistics_first(norm, x.dtype)
-    rule = launch.head_rule(head_dim, normed, weight.rows, columns, rows, tile, x.element_size(), arch, short=short)
+    rule = product_rules.projection_rule(
+        head_dim, normed, weight.rows, columns, rows, tile, x.element_size(), arch, short=short
+    )
     pairs = rule.block_n // 2
     q = torch.empty(rows, heads, head_dim, dtype=x.dtype, device=x.device)
     blocks = triton.cdiv(head_dim // 2, pairs)

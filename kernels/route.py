@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, product_rules
 from .primitives import is_last, sigmoid, tanh, wait_for_producers
 from .products import row_product, statistics_first, weight_tile
 from .values import Norm, Route, Router, RowMap
@@ -160,7 +160,7 @@ def route(
     width = router.encoder.rows
     arch = launch.architecture()
     short = statistics_first(norm, x.dtype)
-    rule = launch.route_rule(width, columns, rows, tile, x.element_size(), arch, short=short)
+    rule = product_rules.route_rule(width, columns, rows, tile, x.element_size(), arch, short=short)
     tiles = triton.cdiv(rows, rule.rows)
     code = torch.empty((tiles, rule.rows, width), dtype=torch.float32, device=x.device)
     arrived = torch.zeros(tiles, dtype=torch.int32, device=x.device)

@@ -22,6 +22,7 @@ from skipjack.bench.gpu_speed import of_steps
 from skipjack.bench.step import Figure
 from skipjack.bench.targets import Measurement, best, judge, of
 from skipjack.kernels import launch
+from skipjack.kernels.product_rules import RUN, WIDE_WEIGHT
 from skipjack.runtime.methods.policy import PlannedSteps
 from skipjack.runtime.request import SamplingParams
 
@@ -194,7 +195,7 @@ def test_steps_run_dry_through_the_interpreter(monkeypatch: pytest.MonkeyPatch, 
         *(f"sample, {name}" for name in sampled.CHOICES),
         "rejection, top-p 0.9",
     }
-    assert (launch.AHEAD_BYTES, launch.RUN, launch.WIDE_WEIGHT) == (8 << 20, 64, 2048), "constants are as they were"
+    assert (launch.AHEAD_BYTES, RUN, WIDE_WEIGHT) == (8 << 20, 64, 2048), "constants are as they were"
     assert {row["note"] for row in result["rows"] if row["id"] == "T6" and row["case"] == "8b"} == {
         "dry run, not measured"
     }

@@ -29,9 +29,9 @@ from skipjack.bench.rules import (
     replaced,
 )
 from skipjack.bench.step import Bed, Clock, Times
-from skipjack.kernels import attention_rules, launch
+from skipjack.kernels import attention_rules, launch, product_rules
 
-RULES = ((launch, "product_rule"), (launch, "head_rule"), (attention_rules, "attention_rule"))
+RULES = ((product_rules, "product_rule"), (product_rules, "projection_rule"), (attention_rules, "attention_rule"))
 SLOW = 10.0
 
 
@@ -116,7 +116,7 @@ def test_no_warp_is_added_where_a_step_has_no_part_for_it(bed: Bed, monkeypatch:
     most = {kernel: max(c.warps for c in candidates(bed.model, kernel, dry=False)) for kernel in ("qkv", "up")}
     assert most == {"qkv": 4, "up": 8}
     with replaced(bed.model, {"up": Product(16, 512, 2, 4)}):
-        assert launch.product_rule(4096, 4096, 16, 8, 2, 90).warps == 8, "a candidate takes no warps away"
+        assert product_rules.product_rule(4096, 4096, 16, 8, 2, 90).warps == 8, "a candidate takes no warps away"
 
 
 @pytest.mark.parametrize("kernel", sorted({*KERNELS} - {"attend"}))
@@ -136,7 +136,7 @@ def test_many_rows_of_one_kernel_are_launched_in_other_blocks(
     "weight", [(960, 576), (2048, 2048), (16384, 2048), (2048, 8192), (28672, 4096), (128256, 2048)]
 )
 def test_blocks_for_many_rows_fit_and_change_no_sum(weight: tuple[int, int], kernel: str) -> None:
-    rule = launch.product_rule(*weight, MANY, 8, 2, 90, summed=kernel == "head")
+    rule = product_rules.product_rule(*weight, MANY, 8, 2, 90, summed=kernel == "head")
     found = rules.blocks(rule, kernel)
     assert len(found) == len(set(found)) >= 4
     assert {blocks.rows for blocks in found} == {8, 16}
@@ -165,8 +165,8 @@ def test_what_is_in_use_is_what_launchers_are_told(bed: Bed, monkeypatch: pytest
 
         monkeypatch.setattr(module, name, rule)
 
-    heard(launch, "product_rule", Product, slice(2))
-    heard(launch, "head_rule", Product, slice(2, 4))
+    heard(product_rules, "product_rule", Product, slice(2))
+    heard(product_rules, "projection_rule", Product, slice(2, 4))
     heard(attention_rules, "attention_rule", Attention, None)
     with torch.inference_mode():
         rules._chain(bed).run()
@@ -229,7 +229,7 @@ def test_chain_and_steps_are_timed_again_by_what_was_kept(monkeypatch: pytest.Mo
 
     class Halved(Clock):
         def times(self, function: Callable[[], Any], calls: int = 1, samples: int = 1) -> Times:
-            up = launch.product_rule(256, 64, 1, 8, 2, 0)
+            up = product_rules.product_rule(256, 64, 1, 8, 2, 0)
             own = tuple(getattr(up, field) for field in Product._fields)
             return (1.0, 1.0, 1.0) if own == kept else (2.0, 2.0, 2.0)
 

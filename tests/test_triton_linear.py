@@ -8,9 +8,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from skipjack.kernels import launch
+from skipjack.kernels import launch, product_rules
 from skipjack.kernels.linear import linear, logits, prepare, prepare_stack
 from skipjack.kernels.norm import normalise
+from skipjack.kernels.product_rules import ENOUGH_PROGRAMS, ROOM, SHARED_BYTES, ProductRule, product_rule
 from skipjack.kernels.values import Matrix, Norm
 
 TILE = 8
@@ -260,7 +261,7 @@ def test_product_rules_fit_every_matrix_and_round_alike(model: str, arch: int, i
     for weight_rows, columns in [*matrices(model), (33, 7), (5, 40)]:
         every = [*range(1, 19), 32, 33, 64, 144]
         both = [
-            [launch.product_rule(weight_rows, columns, rows, tile, itemsize, arch, normed=normed) for rows in every]
+            [product_rule(weight_rows, columns, rows, tile, itemsize, arch, normed=normed) for rows in every]
             for normed in (True, False)
         ]
         assert all(len({(rule.block_k, rule.parts) for rule in rules}) == 1 for rules in both)
@@ -275,7 +276,7 @@ def test_product_rules_fit_every_matrix_and_round_alike(model: str, arch: int, i
             assert rule.rows == tile or (arch and tile <= rule.rows <= most)
             # The first chunk is held in registers; a weight of one step needs no buffer for another.
             buffers = min(rule.stages, -(-launch.padded(columns) // rule.chunk)) - 1
-            room = launch.ROOM.get(arch, launch.SHARED_BYTES)
+            room = ROOM.get(arch, SHARED_BYTES)
             assert buffers * (rule.block_n + rule.rows) * rule.chunk * itemsize <= room or arch == 0
             assert rule.stages >= (2 if arch else 1)
 
@@ -283,14 +284,14 @@ def test_product_rules_fit_every_matrix_and_round_alike(model: str, arch: int, i
 def test_a_small_weight_is_one_step_where_a_program_has_the_shared_memory_for_it() -> None:
     for arch, step in ((80, 2048), (86, 1024), (89, 1024), (90, 2048), (100, 2048), (120, 1024)):
         for rows in (1, 16, 64):
-            rule = launch.product_rule(2048, 2048, rows, 8, 2, arch)
+            rule = product_rule(2048, 2048, rows, 8, 2, arch)
             assert (rule.block_k, rule.parts, rule.warps) == (step, 8, 8 if rows > 8 or step == 2048 else 4)
     for weight_rows, columns, itemsize in ((2128, 2048, 2), (2048, 1024, 2), (2048, 2048, 4)):
-        assert launch.product_rule(weight_rows, columns, 1, 8, itemsize, 90).block_k <= 1024
+        assert product_rule(weight_rows, columns, 1, 8, itemsize, 90).block_k <= 1024
 
 
 def test_programs_with_a_processor_each_have_twice_the_step_on_its_way() -> None:
-    one, nine, many = (launch.product_rule(2048, 8192, rows, 8, 2, 90, normed=False) for rows in (1, 9, 40))
+    one, nine, many = (product_rule(2048, 8192, rows, 8, 2, 90, normed=False) for rows in (1, 9, 40))
     assert (one.block_k, one.chunk, one.warps) == (2048, 2048, 8)
     assert (nine.block_k, nine.chunk, nine.warps) == (2048, 1024, 8)
     assert (many.block_k, many.chunk, many.warps) == (2048, 512, 8)
@@ -300,7 +301,7 @@ def test_programs_that_would_outnumber_processors_take_twice_the_weight_rows() -
     for weight_rows, columns, block_n, block_k, stages in (
         (4096, 4096, 32, 1024, 3), (4096, 14336, 32, 1024, 3), (3072, 576, 32, 1024, 2), (2560, 4096, 16, 1024, 2),
     ):  # fmt: skip
-        rule = launch.product_rule(weight_rows, columns, 1, 8, 2, 90, normed=columns == 576)
+        rule = product_rule(weight_rows, columns, 1, 8, 2, 90, normed=columns == 576)
         assert (rule.block_n, rule.block_k, rule.stages) == (block_n, block_k, stages)
 
 
@@ -313,26 +314,26 @@ def test_few_programs_read_the_activations_of_a_large_weight(arch: int) -> None:
         (128256, 4096, 512),
     ):
         for rows in (1, 8):
-            rule = launch.product_rule(weight_rows, columns, rows, 8, 2, arch)
+            rule = product_rule(weight_rows, columns, rows, 8, 2, arch)
             assert (rule.block_n, rule.block_k) == (64, block_k)
             assert (rule.stages - 1) * rule.block_n * rule.block_k * 2 == 64 * 1024, "in flight behind the first step"
-    assert launch.product_rule(16384, 1024, 1, 8, 2, arch).block_n == 32, "narrow"
-    assert launch.product_rule(16384, 2048, 1, 8, 4, arch).block_n == 32, "float32"
+    assert product_rule(16384, 1024, 1, 8, 2, arch).block_n == 32, "narrow"
+    assert product_rule(16384, 2048, 1, 8, 4, arch).block_n == 32, "float32"
 
 
 def test_a_step_is_mostly_past_a_weight_only_behind_a_norm() -> None:
     for columns, normed, step in ((576, True, 1024), (576, False, 512), (1536, False, 2048), (700, False, 1024)):
-        assert launch.product_rule(576, columns, 1, 8, 2, 90, normed=normed).block_k == step
+        assert product_rule(576, columns, 1, 8, 2, 90, normed=normed).block_k == step
 
 
 @pytest.mark.parametrize("weight_rows", [1000, 4096, 9000, 128256])
 def test_sums_over_weight_rows_do_not_follow_the_rows_of_a_pass(weight_rows: int) -> None:
-    rules = [launch.product_rule(weight_rows, 2048, rows, 8, 2, 90, summed=True) for rows in (1, 8, 16, 17, 64, 144)]
+    rules = [product_rule(weight_rows, 2048, rows, 8, 2, 90, summed=True) for rows in (1, 8, 16, 17, 64, 144)]
     assert len({rule.block_n for rule in rules}) == 1
 
 
 def test_more_rows_take_wider_programs_until_these_are_full() -> None:
-    widths = [launch.product_rule(4096, 4096, rows, 8, 2, 90).rows for rows in (1, 8, 9, 16, 17, 32, 33, 144)]
+    widths = [product_rule(4096, 4096, rows, 8, 2, 90).rows for rows in (1, 8, 9, 16, 17, 32, 33, 144)]
     assert widths == [8, 8, 16, 16, 32, 32, 64, 64]
 
 
@@ -340,7 +341,7 @@ def test_more_rows_take_wider_programs_until_these_are_full() -> None:
 def test_many_rows_read_a_large_weight_from_memory_once(arch: int) -> None:
     """What programs share with each other comes from the L2 cache, as little of it as registers allow."""
     for rows, most in ((17, 2.1), (32, 2.1), (33, 5.1), (64, 5.1), (128, 10.1)):
-        rule = launch.product_rule(28672, 4096, rows, 8, 2, arch)
+        rule = product_rule(28672, 4096, rows, 8, 2, arch)
         assert moved(rule, rows) <= most
         assert rule.block_n * rule.rows * rule.parts <= 128 * 32 * rule.warps, "registers of the sums"
         assert rule.norm_apart
@@ -348,38 +349,38 @@ def test_many_rows_read_a_large_weight_from_memory_once(arch: int) -> None:
 
 def test_a_processor_holds_two_wide_programs_of_a_large_weight() -> None:
     large, small, narrow = (
-        launch.product_rule(*shape, 8, 2, 90) for shape in ((28672, 1536, 16), (4096, 1536, 16), (28672, 1536, 8))
+        product_rule(*shape, 8, 2, 90) for shape in ((28672, 1536, 16), (4096, 1536, 16), (28672, 1536, 8))
     )
     assert (large.warps, large.parts, large.registers) == (8, 8, 128)
     assert 2 * 32 * large.warps * large.registers <= 65536, "registers of a processor"
     assert (small.warps, small.parts, small.registers) == (8, 8, launch.PRODUCT_REGISTERS)
     assert (narrow.warps, narrow.parts, narrow.registers) == (4, 8, launch.PRODUCT_REGISTERS)
-    assert launch.product_rule(28672, 1536, 16, 8, 2, 100) == large._replace(registers=launch.PRODUCT_REGISTERS)
-    assert launch.product_rule(49152, 576, 16, 8, 2, 90)[3:4] == (4,), "of four parts, as steps of 64 columns have"
+    assert product_rule(28672, 1536, 16, 8, 2, 100) == large._replace(registers=launch.PRODUCT_REGISTERS)
+    assert product_rule(49152, 576, 16, 8, 2, 90)[3:4] == (4,), "of four parts, as steps of 64 columns have"
 
 
 @pytest.mark.parametrize("shape", [(16384, 2048), (28672, 4096), (19456, 2560)])
 def test_a_processor_holds_two_programs_of_a_large_weight_up_to_32_rows(shape: tuple[int, int]) -> None:
     for rows in (1, 8, 9, 16, 32):
-        rule = launch.product_rule(*shape, rows, 8, 2, 90)
+        rule = product_rule(*shape, rows, 8, 2, 90)
         assert (rule.warps, rule.registers) == ((8, 128) if rows > 8 else (4, launch.PRODUCT_REGISTERS))
         one = (rule.stages - 1) * (rule.block_n + rule.rows) * rule.chunk * 2
         assert 2 * one <= 200 * 1024, "shared memory of a processor"
         assert rule.block_n == (64 if rows <= 8 else 32)
-    assert launch.product_rule(*shape, 64, 8, 2, 90).registers == launch.PRODUCT_REGISTERS
+    assert product_rule(*shape, 64, 8, 2, 90).registers == launch.PRODUCT_REGISTERS
 
 
 @pytest.mark.parametrize(("rows", "wide"), [(9, 16), (32, 32), (33, 64), (64, 64), (144, 64)])
 @pytest.mark.parametrize("columns", [2048, 4096])
 def test_a_head_is_read_once_for_up_to_64_rows(columns: int, rows: int, wide: int) -> None:
-    rule = launch.product_rule(128256, columns, rows, 8, 2, 90, summed=True)
+    rule = product_rule(128256, columns, rows, 8, 2, 90, summed=True)
     assert (rule.block_n, rule.rows) == (64, wide)
     assert rule.stages == 3, "two chunks on the way"
     assert (rule.stages - 1) * (rule.block_n + rule.rows) * rule.chunk * 2 <= 200 * 1024
     assert rule.block_n * rule.rows * rule.parts <= 256 * 32 * rule.warps, "registers of the sums"
 
 
-def moved(rule: launch.ProductRule, rows: int) -> float:
+def moved(rule: ProductRule, rows: int) -> float:
     """Bytes the programs of a product read for every byte of weights, activations included."""
     return -(-rows // rule.rows) + rows / rule.block_n
 
@@ -391,7 +392,7 @@ def test_fast_numerics_takes_the_products_of_exact_numerics(model: str, arch: in
     for weight_rows, columns in matrices(model):
         for rows in (1, 3, 8, 9, 16, 17, 33, 64, 65, 100, 144, 512, 1024):
             tile = 8 if rows <= 64 else 64
-            exact, fast = (launch.product_rule(weight_rows, columns, rows, t, itemsize, arch) for t in (tile, None))
+            exact, fast = (product_rule(weight_rows, columns, rows, t, itemsize, arch) for t in (tile, None))
             assert fast == exact
 
 
@@ -399,11 +400,11 @@ def test_fast_numerics_takes_the_products_of_exact_numerics(model: str, arch: in
 @pytest.mark.parametrize("model", MODELS)
 def test_prompts_take_blocks_as_large_as_leave_work_for_every_processor(model: str, arch: int) -> None:
     for weight_rows, columns in matrices(model):
-        rules = {rows: launch.product_rule(weight_rows, columns, rows, 64, 2, arch) for rows in (5, 64, 65, 512, 4096)}
+        rules = {rows: product_rule(weight_rows, columns, rows, 64, 2, arch) for rows in (5, 64, 65, 512, 4096)}
         assert len({(rule.block_k, rule.parts) for rule in rules.values()}) == 1
         for rows, rule in rules.items():
             padded = max(64, 1 << (rows - 1).bit_length())
-            assert weight_rows // rule.block_n * padded // rule.rows >= launch.ENOUGH_PROGRAMS or rule.block_n == 64
+            assert weight_rows // rule.block_n * padded // rule.rows >= ENOUGH_PROGRAMS or rule.block_n == 64
             assert rule.rows <= padded
             assert rule.stages * (rule.block_n + rule.rows) * rule.block_k * 2 <= 99 * 1024
         assert moved(rules[4096], 4096) == 64
@@ -415,9 +416,9 @@ def test_the_last_step_may_reach_past_the_weight(
     monkeypatch: pytest.MonkeyPatch, block_k: int, norm: str, dtype: torch.dtype
 ) -> None:
     """Weights lie in memory of other values, so that a column too many is not a zero."""
-    rule = launch.product_rule
+    rule = product_rule
     monkeypatch.setattr(
-        launch,
+        product_rules,
         "product_rule",
         lambda *given, **options: rule(*given, **options)._replace(block_k=block_k, most_parts=8),
     )
@@ -442,9 +443,9 @@ def test_a_step_in_chunks_is_summed_as_the_step_is(monkeypatch: pytest.MonkeyPat
 
     A group has one column that is not zero, so that its own sum has one order.
     """
-    rule = launch.product_rule
+    rule = product_rule
     monkeypatch.setattr(
-        launch,
+        product_rules,
         "product_rule",
         lambda *given, **options: rule(*given, **options)._replace(block_k=block_k, run=16),
     )

@@ -10,8 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from skipjack.kernels import launch, qkv
+from skipjack.kernels import qkv
 from skipjack.kernels.linear import prepare
+from skipjack.kernels.product_rules import projection_rule
 from skipjack.kernels.values import Norm, Rope, Slots
 
 TILE = 8
@@ -217,9 +218,9 @@ def test_a_mask_changes_no_bit_of_the_rows_it_keeps() -> None:
         (80, True, 960, (128, 128)),
     ],
 )
-def test_head_rule_holds_pairs_of_one_head(
+def test_projection_rule_holds_pairs_of_one_head(
     head_dim: int, whole: bool, weight_rows: int, blocks: tuple[int, int]
 ) -> None:
-    rules = [launch.head_rule(head_dim, whole, weight_rows, 4096, rows, 8, 2, 90) for rows in (1, 8, 16)]
+    rules = [projection_rule(head_dim, whole, weight_rows, 4096, rows, 8, 2, 90) for rows in (1, 8, 16)]
     assert [rule.block_n for rule in rules] == [blocks[0], *blocks]
     assert len({rule.block_k for rule in rules}) == 1

@@ -11,8 +11,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from skipjack.kernels import fill, launch, qkv, reference, reference_routes, route
+from skipjack.kernels import fill, qkv, reference, reference_routes, route
 from skipjack.kernels.linear import prepare
+from skipjack.kernels.product_rules import route_rule
 from skipjack.kernels.values import Norm, Route, Router
 
 TILE = 8
@@ -174,5 +175,5 @@ def test_row_map_gathers_active_rows_in_order(op: object, rows: int) -> None:
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("columns", [576, 2048, 4096, 40])
 def test_route_rule_fixes_the_order_of_a_sum(columns: int, itemsize: int) -> None:
-    rules = [launch.route_rule(columns // 16, columns, rows, 8, itemsize, 90) for rows in (1, 8, 16, 32, 64)]
+    rules = [route_rule(columns // 16, columns, rows, 8, itemsize, 90) for rows in (1, 8, 16, 32, 64)]
     assert len(set(rules)) == 1
