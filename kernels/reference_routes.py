@@ -21,11 +21,19 @@ def row_map(active: Tensor) -> RowMap:
 
 
 def route(
-    x: Tensor, norm: Norm, router: Router, *, tile: int | None, threshold: float = 0.5, active: Tensor | None = None
+    x: Tensor,
+    norm: Norm,
+    router: Router,
+    *,
+    tile: int | None,
+    threshold: float = 0.5,
+    active: Tensor | None = None,
+    arrivals: Tensor | None = None,
 ) -> Route:
     """weight = sigmoid(readout · tanh(RMSNorm_r(encoder · norm(x)))), run = weight > threshold (FlexiDepth).
 
     x [R, H]; RMSNorm_r takes its eps from `norm`. Rows that are not `active` bool [R] neither run nor are skipped.
+    `arrivals`: those of `Entry`, where kernels count each other; they are zeros again afterwards.
     """
     code = reference.linear(x, router.encoder, tile=tile, norm=norm)
     code = code.to(torch.promote_types(code.dtype, torch.float32))

@@ -72,7 +72,7 @@ def _route_kernel(
     inner_norm_ptr,
     readout_ptr,
     code_ptr,
-    arrived_ptr,
+    arrivals_ptr,
     active_ptr,
     weight_ptr,
     rest_ptr,
@@ -95,8 +95,8 @@ def _route_kernel(
 ):
     """weight [rows] = sigmoid(readout · tanh(RMSNorm(W·norm(x)))); rest = 1 − weight; run, skip of active rows.
 
-    x [rows, K]; W [N, K_PADDED]; code float32 [tiles, ROWS, N] and arrived [tiles], zero, are scratch: the last program
-    of a tile of rows finds the whole code there.
+    x [rows, K]; W [N, K_PADDED]; code float32 [tiles, ROWS, N] and arrivals [tiles], zeros, are scratch: the last
+    program of a tile of rows finds the whole code there.
     """
     pid_r = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -126,8 +126,9 @@ def _route_kernel(
         ROWS,
     )
     tl.store(code_ptr + offs_r[None, :] * N + offs_n[:, None], code, mask=mask_n[:, None], cache_modifier=".cg")
-    if not is_last(arrived_ptr + pid_r, tl.num_programs(1)):
+    if not is_last(arrivals_ptr + pid_r, tl.num_programs(1)):
         return
+    tl.store(arrivals_ptr + pid_r, 0)
     offs_c = tl.arange(0, BLOCK_CODE)
     mask_c = offs_c < N
     inner_norm = tl.load(inner_norm_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
@@ -150,11 +151,19 @@ def _route_kernel(
 
 
 def route(
-    x: Tensor, norm: Norm, router: Router, *, tile: int | None, threshold: float = 0.5, active: Tensor | None = None
+    x: Tensor,
+    norm: Norm,
+    router: Router,
+    *,
+    tile: int | None,
+    threshold: float = 0.5,
+    active: Tensor | None = None,
+    arrivals: Tensor | None = None,
 ) -> Route:
     """weight = sigmoid(readout · tanh(RMSNorm_r(encoder · norm(x)))), run = weight > threshold (FlexiDepth).
 
     x [R, H]; RMSNorm_r takes its eps from `norm`. Rows that are not `active` bool [R] neither run nor are skipped.
+    `arrivals`: those of `Entry`, where kernels count each other; they are zeros again afterwards.
     """
     rows, columns = x.shape
     width = router.encoder.rows
@@ -163,7 +172,8 @@ def route(
     rule = product_rules.route_rule(width, columns, rows, tile, x.element_size(), arch, short=short)
     tiles = triton.cdiv(rows, rule.rows)
     code = torch.empty((tiles, rule.rows, width), dtype=torch.float32, device=x.device)
-    arrived = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    if arrivals is None:
+        arrivals = torch.zeros(tiles, dtype=torch.int32, device=x.device)
     weight, rest = (torch.empty((rows,), dtype=torch.float32, device=x.device) for _ in range(2))
     run, skip = (torch.empty((rows,), dtype=torch.bool, device=x.device) for _ in range(2))
     _route_kernel[(tiles, triton.cdiv(width, rule.block_n))](
@@ -174,7 +184,7 @@ def route(
         router.norm,
         router.readout,
         code,
-        arrived,
+        arrivals,
         None if active is None else active.contiguous(),
         weight,
         rest,

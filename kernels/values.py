@@ -129,7 +129,7 @@ class Entry(NamedTuple):
 
     real bool [R]: rows of a sequence. x [R, H]: their embeddings; rope: their rotations, None without any. tree: where
     the keys of their paths lie, None where they are consecutive tokens. arrivals int32 [R·kv_heads]: zeros that
-    programs of attention count each other in, where its kernels do.
+    programs of attention and of routers count each other in, where their kernels do.
     """
 
     token: Tensor

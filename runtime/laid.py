@@ -28,7 +28,7 @@ class Pass(NamedTuple):
     real bool [R]: the rows that are not padding. routes: what routed layers decided so far, padding included.
     kept int64 [routed layers, S]: the keys each sequence has in each of them where skipped tokens leave none.
     embedded [R, H]: the rows' embeddings where they came with the rest. masked: a row may run some sub-layers and not
-    others.
+    others. arrivals: those of `Entry`.
     """
 
     rows: Rows
@@ -40,3 +40,4 @@ class Pass(NamedTuple):
     kept: Tensor | None
     embedded: Tensor | None = None
     masked: bool = False
+    arrivals: Tensor | None = None

@@ -197,7 +197,7 @@ class Model:
             tile = min(tile, self.ops.decode_tile or tile)
         index = self._index(laid, cache, tile, width, entry.arrivals)
         masked = chains.mask is not None
-        return Pass(laid, entry.slots, index, entry.rope, entry.real, {}, kept, entry.x, masked)
+        return Pass(laid, entry.slots, index, entry.rope, entry.real, {}, kept, entry.x, masked, entry.arrivals)
 
     def embed(self, laid: Pass) -> Tensor:
         """The residual stream [R, H] a pass starts with; R counts padding."""
@@ -328,6 +328,7 @@ class Model:
                 tile=laid.rows.tile,
                 threshold=routed.threshold,
                 active=laid.real if active is None else laid.real & active,
+                arrivals=laid.arrivals,
             )
         return laid.routes[number]
 
@@ -346,9 +347,10 @@ class Model:
         if routed is not None:
             active = self._route(number, routed, x, laid, active).run
             if laid.kept is not None:
-                write, position = active, compacted(laid.rows, active, laid.kept[routed.place])
+                write, position = active, compacted(laid.rows, active, laid.kept[routed.place], index.width)
                 slots = Slots(*replace(laid.rows, slot=position).slots(cache.page_size))
-                index = self._index(replace(laid.rows, position=position), cache, index.tile, index.width)
+                rows = replace(laid.rows, position=position)
+                index = self._index(rows, cache, index.tile, index.width, laid.arrivals)
         q = self.ops.qkv_rope_append(
             x,
             layer.attention_norm,

@@ -62,11 +62,16 @@ def routed_layers(weights: Weights, config: ModelConfig, ops: Ops) -> dict[int, 
     }
 
 
-def compacted(rows: Rows, run: Tensor, kept: Tensor) -> Tensor:
+def compacted(rows: Rows, run: Tensor, kept: Tensor, width: int | None) -> Tensor:
     """Positions int64 [R] among the tokens of each row's sequence that run a layer, and so leave keys there.
 
-    run bool [R]; kept int64 [S], the tokens that ran it before this pass, is advanced in place.
+    run bool [R]; kept int64 [S], the tokens that ran it before this pass, is advanced in place. `width`: rows of each
+    sequence, where all have as many.
     """
+    if width == 1 and len(run) == len(kept):
+        position = kept.clone()
+        kept += run
+        return position
     sequence = rows.sequence.clamp(min=0)
     ran = torch.zeros_like(kept).index_add_(0, sequence, run.long())
     earlier = kept - (ran.cumsum(0) - ran)

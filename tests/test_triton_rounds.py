@@ -228,7 +228,15 @@ def test_a_round_of_the_device_launches_little_besides_our_kernels(
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts what the interpreter does not launch")
-@pytest.mark.parametrize(("method", "shape", "most"), [("mindskip", "tiny-mindskip", 4), ("dmtd", "tiny-dmtd", 50)])
+@pytest.mark.parametrize(
+    ("method", "shape", "most"),
+    [
+        ("mindskip", "tiny-mindskip", 4),
+        ("dmtd", "tiny-dmtd", 50),
+        ("flexidepth", "routed-tiny", 5),
+        ("flexidepth:kv=none", "routed-tiny", 38),
+    ],
+)
 def test_the_steps_of_a_policy_begin_with_one_launch(
     method: str, shape: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,15 @@ def test_the_oracle_in_float64_is_exact() -> None:
     assert torch.equal(got.run, case.expected() > 0.5)
 
 
+def test_counters_of_others_are_left_at_zero() -> None:
+    case = Case(96, 20, 21, torch.float32)
+    arrivals = torch.zeros(21, dtype=torch.int32, device=case.x.device)
+    for _ in range(2):
+        routed = route.route(case.x, case.norm, case.router(), tile=TILE, arrivals=arrivals)
+        assert_routes(routed, case.expected(), torch.float32)
+        assert not arrivals.any()
+
+
 def test_prefill_tiles_of_rows() -> None:
     case = Case(96, 20, 70, torch.float32)
     assert_routes(route.route(case.x, case.norm, case.router(), tile=32), case.expected(), torch.float32)
