@@ -58,9 +58,9 @@ def attention_rule(
     32 are enough to read keys once for a verified draft, 16 are what float32 has registers for; sm_90 has wider matrix
     units for prompts, which round otherwise and take 64. Of sequences with `width` rows each a program takes no more
     than these, up to the power of two: the same instructions, fewer of them; and of narrow keys, which cost little to
-    be read twice, no more than one product takes, as long as the chip holds all programs at once: splits are then
-    merged by the last of them to end. Stages are what fits into shared memory. Splits are short where their keys are
-    wide, or where few key heads make few programs.
+    be read twice, up to eight take no more than one product, as long as the chip holds all programs at once: splits are
+    then merged by the last of them to end. Stages are what fits into shared memory. Splits are short where their keys
+    are wide, or where few key heads make few programs.
     """
     size = (1 << (head_dim - 1).bit_length()) * itemsize
     wide = tile > DECODE_TILE and 90 <= arch < 100 and itemsize == 2 and head_dim <= 128
@@ -72,7 +72,8 @@ def attention_rule(
     if arch and width and rows * heads < 64:
         rows = min(rows, 1 << (width - 1).bit_length())
         fewer = max(1, PRODUCT_ROWS // heads)
-        if size <= NARROW and sequences * kv_heads * -(-width // fewer) * NEAR_SPLITS <= FEW_PROGRAMS:
+        programs = sequences * kv_heads * -(-width // fewer) * NEAR_SPLITS
+        if size <= NARROW and width <= DECODE_TILE and programs <= FEW_PROGRAMS:
             rows = min(rows, fewer)
     heads = max(heads, 16 // rows)
     queries = rows * heads * (size + 64 * itemsize)
