@@ -481,6 +481,7 @@ def test_what_is_asked_ahead_is_a_whole_number_of_pieces_of_a_weight_where_a_ker
     assert launch.ahead_bytes(4096 * 4096 * 2, 90) == 8 << 20
     assert launch.ahead_bytes(576 * 576 * 2, 100) == 40 * 16384 <= 576 * 576 * 2
     assert launch.ahead_bytes(64 * 64 * 2, 90) == 0
+    assert launch.ahead_bytes(2 * 14336 * 4096 * 2, 90) == 0, "so long a weight keeps memory busy by itself"
     assert launch.ahead_bytes(4096 * 4096 * 2, 80) == 0, "no kernel waits there"
     monkeypatch.setattr(launch, "AHEAD_BYTES", 0)
     assert launch.ahead_bytes(4096 * 4096 * 2, 90) == 0
