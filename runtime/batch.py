@@ -88,12 +88,15 @@ class Round(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """Sampling parameters of each row, [R]; float32 the first three, int64 the rest."""
+    """Sampling parameters of each row, [R], as `sample` and `verify_rejection` take them.
+
+    top_k and seed are int64, the others float32.
+    """
 
     temperature: Tensor
+    top_k: Tensor
     top_p: Tensor
     min_p: Tensor
-    top_k: Tensor
     seed: Tensor
 
 
@@ -134,9 +137,9 @@ class Batch:
         params, device = [s.params for s in self.sequences], self.device
         return Sampling(
             torch.tensor([float(p.temperature) for p in params], device=device),
+            torch.tensor([p.top_k for p in params], device=device),
             torch.tensor([float(p.top_p) for p in params], device=device),
             torch.tensor([float(p.min_p) for p in params], device=device),
-            torch.tensor([p.top_k for p in params], device=device),
             torch.tensor([s.seed if s.seed < 2**63 else s.seed - 2**64 for s in self.sequences], device=device),
         )
 

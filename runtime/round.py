@@ -74,7 +74,7 @@ class State(NamedTuple):
             zeros(2 * model.config.num_layers, dtype=torch.bool),
             zeros(dtype=torch.float32),
             zeros(),
-            Sampling(temperature, top_p, min_p, zeros(sequences), zeros(sequences)),
+            Sampling(temperature, zeros(sequences), top_p, min_p, zeros(sequences)),
             steps.memory(model, sequences),
             Draft(zeros(sequences, 0), zeros(sequences)),
             zeros(sequences, pages * model.ops.page_size, dtype=torch.int32) if recipe.ngrams else None,

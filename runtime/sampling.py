@@ -72,9 +72,7 @@ def choose(
         scores = model.ops.reshape_logits(logits, how, batch.length, before(path, depth, lineage))
     rule = Sampling(*(field.repeat_interleave(n) for field in batch.sampling()))
     position = (batch.length[:, None] + depth + 1).flatten()
-    token = model.ops.sample(
-        scores, rule.temperature, rule.top_k, rule.top_p, rule.min_p, rule.seed, position, stream=stream, count=count
-    )
+    token = model.ops.sample(scores, *rule, position, stream=stream, count=count)
     first = token if count is None else token[:, 0]
     probability = (logits.float().gather(1, first[:, None])[:, 0] - logits.float().logsumexp(dim=-1)).exp()
     each = (sequences, n, -1)
@@ -131,9 +129,7 @@ def draw(
         return Drawn(token, value if count is None else value[:, 0], log_sum_exp, None, None)
     logits = model.logits(hidden, vocabulary, active)
     scores = logits if reshape is None else reshape(logits)
-    token = model.ops.sample(
-        scores, rule.temperature, rule.top_k, rule.top_p, rule.min_p, rule.seed, position, stream=stream, count=count
-    )
+    token = model.ops.sample(scores, *rule, position, stream=stream, count=count)
     if not confidence:
         return Drawn(token, None, None, logits, scores)
     first = token if count is None else token[:, 0]

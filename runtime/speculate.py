@@ -122,11 +122,7 @@ def decide(
         draft.scores,
         draft.length,
         batch.length,
-        rule.temperature,
-        rule.top_k,
-        rule.top_p,
-        rule.min_p,
-        rule.seed,
+        *rule,
         parent=draft.parent,
         drawn=None if lineage is None else lineage.depth,
     )
