@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import CancelledError, Future, TimeoutError
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from threading import Lock
 from time import monotonic
 from typing import TypeVar
 
@@ -16,23 +17,35 @@ ADMISSION_WAIT_S = 30.0
 Result = TypeVar("Result")
 
 
-class Ticket(Future[list[int]]):
-    """A place in the line for pages of `tokens` slots, which are its result; to cancel it is to leave the line."""
+class Ticket(Future[None]):
+    """A place in the line for pages of `tokens` slots; to cancel it is to leave the line.
 
-    def __init__(self, tokens: int, admission: Admission) -> None:
+    They come into `pages`, which its owner gives back in any case.
+    """
+
+    def __init__(self, tokens: int, pages: list[int], admission: Admission) -> None:
         super().__init__()
-        self.tokens, self._admission, self._since = tokens, admission, monotonic()
+        self.tokens, self.pages = tokens, pages
+        self._admission, self._since = admission, monotonic()
 
     @property
     def patience(self) -> float:
         """Seconds it still makes sense to wait: `ADMISSION_WAIT_S` after anything of any request last moved."""
         return 0.0 if self.done() else max(self._since, self._admission.moved) + ADMISSION_WAIT_S - monotonic()
 
+    def grant(self) -> None:
+        """Let whoever waits go on; nothing where it is done already."""
+        with suppress(InvalidStateError):
+            self.set_result(None)
+
     def wait(self) -> None:
         """Return when it is granted or cancelled, or when there is no more sense in waiting."""
+        # Not by `result`: the TimeoutError of a signal's handler would look like its own.
+        gate = Lock()
+        gate.acquire()
+        self.add_done_callback(lambda _: gate.release())
         while (left := self.patience) > 0:
-            with suppress(TimeoutError, CancelledError):
-                self.result(left)
+            gate.acquire(timeout=left)
 
     async def awaited(self) -> None:
         """As `wait`, for an event loop."""
@@ -56,30 +69,33 @@ class Admission:
         """Somebody has got on: those who wait may go on waiting."""
         self.moved = monotonic()
 
-    def take(self, tokens: int) -> list[int] | None:
-        """Pages for `tokens` slots; None where too few are free or others were first."""
+    def take(self, tokens: int, pages: list[int]) -> bool:
+        """Reserve `pages` for `tokens` slots; False where too few are free or others were first."""
         self.serve()
         if self._line or self.cache.pages_for(tokens) > self.cache.free_pages:
-            return None
-        return self.cache.reserve(tokens)
+            return False
+        self.cache.reserve(tokens, pages)
+        return True
 
-    def ask(self, tokens: int) -> Ticket:
-        """A place at the end of the line."""
-        self._line.append(ticket := Ticket(tokens, self))
+    def ask(self, ticket: Ticket) -> None:
+        """Give a ticket a place at the end of the line."""
+        self._line.append(ticket)
         self.serve()
-        return ticket
 
-    def redeem(self, ticket: Ticket) -> list[int]:
-        """The pages of a ticket that has been waited for, or if it was not granted those that are free now.
+    def redeem(self, ticket: Ticket) -> None:
+        """Have the pages of a ticket that has been waited for, or if it was not granted some that are free now.
 
         Raises:
             CapacityError: there are not enough.
         """
-        return self.cache.reserve(ticket.tokens) if ticket.cancel() else ticket.result()
+        ticket.cancel()
+        if not ticket.pages:
+            self.cache.reserve(ticket.tokens, ticket.pages)
 
     def withdraw(self, ticket: Ticket) -> None:
-        """Leave the line, or give back what the ticket was granted."""
-        self.release([] if ticket.cancel() else ticket.result())
+        """Leave the line, and give back what the ticket was granted."""
+        ticket.cancel()
+        self.release(ticket.pages)
 
     def release(self, pages: list[int]) -> None:
         """Give pages back to whoever waits for them."""
@@ -90,10 +106,12 @@ class Admission:
         """Grant what can be granted, from the front of the line."""
         while self._line:
             ticket = self._line[0]
-            if not ticket.cancelled() and self.cache.pages_for(ticket.tokens) > self.cache.free_pages:
-                return
-            if ticket.set_running_or_notify_cancel():
-                ticket.set_result(self.cache.reserve(ticket.tokens))
+            # One that is done, or has its pages, was left here by an interrupt.
+            if not ticket.done() and not ticket.pages:
+                if self.cache.pages_for(ticket.tokens) > self.cache.free_pages:
+                    return
+                self.cache.reserve(ticket.tokens, ticket.pages)
+            ticket.grant()
             self._line.popleft()
 
 

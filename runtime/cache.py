@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
+from itertools import repeat, starmap
 
 import torch
 
@@ -13,8 +16,8 @@ class KVCache:
     """Keys and values [layers, pages, kv_heads, page_size, head_dim] of every sequence.
 
     A sequence is a list of page numbers and a count of valid slots that its owner keeps; slots past the count are free
-    for a round's draft, so rolling back is not advancing. Page 0 belongs to nobody: padding rows write there. Pages
-    are shared by `fork` and return when their last holder releases them.
+    for a round's draft, so rolling back is not advancing. Page 0 belongs to nobody: padding rows write there. Every
+    other page is free or in the list of its one owner.
     """
 
     def __init__(
@@ -42,63 +45,70 @@ class KVCache:
         self.by_layer = [(self.keys[i], self.values[i]) for i in range(layers)]
         self._zero([0])
         self.page_size = page_size
-        self._holders = [0] * (pages + 1)
+        self.total_pages = pages
         self._free = list(range(pages, 0, -1))
 
     @property
     def free_pages(self) -> int:
         return len(self._free)
 
-    @property
-    def total_pages(self) -> int:
-        return len(self._holders) - 1
-
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` slots."""
         return -(-tokens // self.page_size)
 
-    def reserve(self, tokens: int) -> list[int]:
-        """Take zeroed pages for `tokens` slots.
+    def reserve(self, tokens: int, into: list[int] | None = None) -> list[int]:
+        """Take zeroed pages for `tokens` slots; `into` is the list that is to hold them.
+
+        An interrupt leaves every page free or in `into`, so whoever gives back that list in the end loses none.
 
         Raises:
             CapacityError: not enough pages are free; nothing is taken.
         """
-        needed = self.pages_for(tokens)
+        needed, pages = self.pages_for(tokens), [] if into is None else into
         if needed > len(self._free):
             raise CapacityError(
                 f"the KV cache has {len(self._free)} of {self.total_pages} pages free and {tokens} tokens need "
                 f"{needed} of {self.page_size} slots each: shorten the request or raise cache_tokens"
             )
-        pages = [self._free.pop() for _ in range(needed)]
-        for page in pages:
-            self._holders[page] = 1
-        self._zero(pages)
+        # It takes a while, and they are nobody's yet.
+        self._zero(self._free[len(self._free) - needed :])
+        _move(needed, self._free, pages)
         return pages
 
-    def fork(self, pages: list[int], length: int, tokens: int) -> list[int]:
-        """Pages of a new sequence of up to `tokens` slots that starts as the first `length` slots of `pages`.
+    def release(self, pages: list[int]) -> None:
+        """Give pages back."""
+        _move(len(pages), pages, self._free)
 
-        Full pages are shared, the partial one is copied, the rest is new.
+    @contextmanager
+    def lent(self, tokens: int) -> Generator[list[int]]:
+        """Zeroed pages for `tokens` slots, given back at the end; raises as `reserve`."""
+        pages: list[int] = []
+        try:
+            yield self.reserve(tokens, pages)
+        finally:
+            self.release(pages)
+
+    @contextmanager
+    def forked(self, pages: list[int], length: int, tokens: int) -> Generator[list[int]]:
+        """Pages of another sequence of up to `tokens` slots that starts as the first `length` slots of `pages`.
+
+        Full pages are those of `pages`, the partial one is copied, the rest is new; what is new is given back at the
+        end. Raises as `reserve`.
         """
         full = length // self.page_size
-        own = self.reserve(tokens - full * self.page_size)
-        if length % self.page_size:
-            self.keys[:, own[0]].copy_(self.keys[:, pages[full]])
-            self.values[:, own[0]].copy_(self.values[:, pages[full]])
-        for page in pages[:full]:
-            self._holders[page] += 1
-        return pages[:full] + own
-
-    def release(self, pages: list[int]) -> None:
-        """Give pages back; each returns to the pool with its last holder."""
-        for page in pages:
-            self._holders[page] -= 1
-            if self._holders[page] == 0:
-                self._free.append(page)
-        pages.clear()
+        with self.lent(tokens - full * self.page_size) as own:
+            if length % self.page_size:
+                self.keys[:, own[0]].copy_(self.keys[:, pages[full]])
+                self.values[:, own[0]].copy_(self.values[:, pages[full]])
+            yield pages[:full] + own
 
     def _zero(self, pages: list[int]) -> None:
         """Whatever an earlier holder left, NaN included, must not reach a masked sum."""
         index = torch.tensor(pages, dtype=torch.int64, device=self.keys.device)
         self.keys.index_fill_(1, index, 0.0)
         self.values.index_fill_(1, index, 0.0)
+
+
+def _move(count: int, source: list[int], target: list[int]) -> None:
+    """Move the last `count` in one step of the interpreter, before or after which a signal's handler may raise."""
+    target.extend(starmap(source.pop, repeat((), count)))

@@ -68,9 +68,8 @@ def calibrate(model: Model, cache: KVCache, clock: Clock = perf_counter) -> Cost
     """
     sizes, layers = model.tiles or (PROBED_ROWS,), model.config.num_layers
     smallest, largest = sizes[0], sizes[-1]
-    pages = cache.reserve(2 * largest)
 
-    def once(rows: int, plan: LayerPlan) -> float:
+    def once(pages: list[int], rows: int, plan: LayerPlan) -> float:
         start = clock()
         laid = one_sequence([0] * rows, 0, pages, model.ops.decode_tile, model.device)
         int(model.predict(model.forward(laid, cache, plan)[-1:]).token[0])
@@ -78,11 +77,9 @@ def calibrate(model: Model, cache: KVCache, clock: Clock = perf_counter) -> Cost
 
     half = model.full.early_exit(max(1, layers // 2))
     passes = [(1, half), *((rows, model.full) for rows in (1, *sizes, 2 * largest))]
-    try:
+    with cache.lent(2 * largest) as pages:
         # In turns, so that a machine that is busy for a while slows all of them.
-        turns = [[once(rows, plan) for rows, plan in passes] for _ in range(REPEATS + 1)][1:]
-    finally:
-        cache.release(pages)
+        turns = [[once(pages, rows, plan) for rows, plan in passes] for _ in range(REPEATS + 1)][1:]
     some, full, *filled, two = (min(times) for times in zip(*turns, strict=True))
     share = max(1, layers // 2) / layers
     fixed = full if share == 1 else (some - share * full) / (1 - share)

@@ -126,18 +126,14 @@ def lens(engine: Engine, ids: list[int], max_tokens: int = 32) -> Lens:
     text, start = [*ids, *generated[:-1]], 0
     first = len(ids) - 1 if generated else 0
     readings: list[Reading] = []
-    with engine._turn, torch.inference_mode():  # pyright: ignore[reportPrivateUsage]
-        pages = cache.reserve(len(text))
-        try:
-            for rows in text_rows(model, text, len(ids), pages, as_decoded=True):
-                wanted = max(first - start, 0)
-                streams: Streams | None = [] if wanted < len(rows) else None
-                model.forward(rows, cache, model.full, streams=streams)
-                if streams is not None:
-                    readings += _read(model, [x[wanted:] for x in streams[2::2]], start + wanted + 1, tile)
-                start += len(rows)
-        finally:
-            cache.release(pages)
+    with engine._turn, torch.inference_mode(), cache.lent(len(text)) as pages:  # pyright: ignore[reportPrivateUsage]
+        for rows in text_rows(model, text, len(ids), pages, as_decoded=True):
+            wanted = max(first - start, 0)
+            streams: Streams | None = [] if wanted < len(rows) else None
+            model.forward(rows, cache, model.full, streams=streams)
+            if streams is not None:
+                readings += _read(model, [x[wanted:] for x in streams[2::2]], start + wanted + 1, tile)
+            start += len(rows)
     return Lens(engine.config.num_layers, len(ids), tuple(readings))
 
 

@@ -138,29 +138,24 @@ def lay_states(
         CapacityError: there are not enough of them.
     """
     count, width = len(owner), max(map(len, pages))
-    scratch = cache.reserve(count)
-    try:
+    with cache.lent(count) as scratch:
         table = torch.tensor([own + [0] * (width - len(own)) + scratch for own in pages], device=owner.device)
         slot = width * cache.page_size + torch.arange(count, device=owner.device)
         tile = model.ops.tile_of(count)
         tree = Tree(position, slot[:, None])
         yield model.lay(Rows(torch.zeros_like(owner), position, owner, table, tile, slot, tree), cache)
-    finally:
-        cache.release(scratch)
 
 
 def rehearse(model: Model, cache: KVCache) -> list[Tensor]:
     """Passes over 1, 2, 4, … states, as many as run at a time: their residual streams [R, H]."""
-    pages, left = cache.reserve(1), list[Tensor]()
-    try:
+    left = list[Tensor]()
+    with cache.lent(1) as pages:
         for power in range(min(MAX_ROWS, cache.free_pages * cache.page_size).bit_length()):
             owner = torch.zeros(1 << power, dtype=torch.int64, device=model.device)
             with lay_states(model, cache, [pages], owner, owner) as laid:
                 x = model.embed(laid)
                 model.run(laid, cache, model.full, x)
                 left.append(x[: len(owner)])
-    finally:
-        cache.release(pages)
     return left
 
 

@@ -76,16 +76,17 @@ class Run:
             shared.runs.add(self)
             try:
                 if self._ticket is not None:
+                    shared.admission.redeem(self._ticket)
                     # They were waited for so that the method finds them free.
-                    shared.admission.cache.release(self._redeemed(shared, self._ticket))
+                    shared.admission.cache.release(self._ticket.pages)
+                    self._ticket = None
                 try:
                     self.method = self._enter()
                 except CapacityError:
                     cache = shared.admission.cache
                     if cache.free_pages == cache.total_pages:
                         raise
-                    self._ticket = shared.admission.ask((cache.free_pages + 1) * cache.page_size)
-                    return self._ticket
+                    return self._queue(shared, (cache.free_pages + 1) * cache.page_size, [])
                 self._enter = None
                 shared.admission.move()
                 shared.admission.serve()
@@ -156,7 +157,6 @@ class Run:
         shared = self._shared
         if shared is None:
             return
-        shared.runs.discard(self)
         shared.turns.rest()
         with torch.inference_mode():
             if self._rounds is not None:
@@ -171,19 +171,17 @@ class Run:
         self._enter = self._rounds = self._reading = None
         self._waiting.clear()
         self._running.clear()
+        shared.runs.discard(self)
         self._shared = None
 
     def _step(self, shared: Shared) -> list[Chunk] | Ticket:
         if self._reading is None:
-            pages = self._pages(shared)
-            if pages is not None:
+            if self._admits(shared):
                 sequence = self._waiting.popleft()
-                sequence.pages = pages
                 self._running.append(sequence)
                 self._reading = reading(shared.model, shared.admission.cache, sequence, self.method)
             elif not self._running:
-                self._ticket = shared.admission.ask(self._waiting[0].max_length)
-                return self._ticket
+                return self._queue(shared, self._waiting[0].max_length, self._waiting[0].pages)
         if self._reading is None:
             return self._round(shared)
         pieces = next(self._reading)
@@ -194,17 +192,21 @@ class Run:
         self._release_finished(shared)
         return [chunk]
 
-    def _pages(self, shared: Shared) -> list[int] | None:
-        """All the pages the next sequence may need; None where it has to wait."""
+    def _admits(self, shared: Shared) -> bool:
+        """Whether the next sequence has all the pages it may need, and need not wait."""
         if self._ticket is not None:
-            return self._redeemed(shared, self._ticket)
+            shared.admission.redeem(self._ticket)
+            self._ticket = None
+            return True
         if self._waiting and len(self._running) < MAX_BATCH and self.method.admits(self._running):
-            return shared.admission.take(self._waiting[0].max_length)
-        return None
+            return shared.admission.take(self._waiting[0].max_length, self._waiting[0].pages)
+        return False
 
-    def _redeemed(self, shared: Shared, ticket: Ticket) -> list[int]:
-        self._ticket = None
-        return shared.admission.redeem(ticket)
+    def _queue(self, shared: Shared, tokens: int, pages: list[int]) -> Ticket:
+        # Ours before it stands in the line: an interrupt in between must not leave one there that nobody withdraws.
+        self._ticket = ticket = Ticket(tokens, pages, shared.admission)
+        shared.admission.ask(ticket)
+        return ticket
 
     def _round(self, shared: Shared) -> list[Chunk]:
         model, cache, running = shared.model, shared.admission.cache, self._running

@@ -27,12 +27,9 @@ def matchness(model: Model, cache: KVCache, pages: list[int], tokens: list[int],
     generated than the window has.
     """
     start = len(tokens) - window - 1
-    fork = cache.fork(pages, start, len(tokens))
-    try:
+    with cache.forked(pages, start, len(tokens)) as fork:
         rows = one_sequence(tokens[start:-1], start, fork, model.ops.prefill_tile, model.device)
         predicted = model.predict(model.forward(rows, cache, plan)).token
-    finally:
-        cache.release(fork)
     return float((predicted == torch.tensor(tokens[start + 1 :], device=model.device)).float().mean())
 
 

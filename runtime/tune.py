@@ -54,7 +54,8 @@ def tune_swift(
     try:
         with torch.inference_mode():
             for output, tokens in zip(outputs, texts, strict=True):
-                held.append(cache.reserve(len(tokens)))
+                held.append([])
+                cache.reserve(len(tokens), held[-1])
                 for rows in text_rows(model, tokens[:-1], len(output.prompt_ids), held[-1]):
                     model.forward(rows, cache, model.full)
 

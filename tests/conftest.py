@@ -1,5 +1,9 @@
+import inspect
+import itertools
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from inspect import signature
@@ -160,7 +164,7 @@ class Audit:
         self.reads = 0
         self.written = torch.zeros(kv.keys.shape[0], kv.keys.shape[1], kv.page_size, dtype=torch.bool)
         self._size = kv.page_size
-        self._table, self._reserve, self._fork = model.ops, kv.reserve, kv.fork
+        self._table, self._reserve, self._fork = model.ops, kv.reserve, kv.forked
         self._layers = {kv.keys[i].data_ptr(): i for i in range(len(kv.keys))}
         self._mlps = {id(layer.up): i for i, layer in enumerate(model.layers)}
         self._passes: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
@@ -170,7 +174,7 @@ class Audit:
         monkeypatch.setattr(model, "ops", ops)
         monkeypatch.setattr(model, "_joined", None)
         monkeypatch.setattr(kv, "reserve", self._reserved)
-        monkeypatch.setattr(kv, "fork", self._forked)
+        monkeypatch.setattr(kv, "forked", self._forked)
 
     def _watch(self, name: str) -> Callable[..., Any]:
         op, note = getattr(self._table, name), getattr(self, f"_{name}")
@@ -232,23 +236,63 @@ class Audit:
                 source, target = (block_table[row, slot // self._size] for slot in (here, there))
                 self.written[:, target, there % self._size] = written[:, source, here % self._size]
 
-    def _reserved(self, tokens: int) -> list[int]:
-        pages = self._reserve(tokens)
+    def _reserved(self, tokens: int, into: list[int] | None = None) -> list[int]:
+        pages = self._reserve(tokens, into)
         self.written[:, pages] = False
         return pages
 
-    def _forked(self, pages: list[int], length: int, tokens: int) -> list[int]:
-        child = self._fork(pages, length, tokens)
-        full, part = divmod(length, self._size)
-        if part:
-            self.written[:, child[full], :part] = self.written[:, pages[full], :part]
-        return child
+    @contextmanager
+    def _forked(self, pages: list[int], length: int, tokens: int) -> Iterator[list[int]]:
+        with self._fork(pages, length, tokens) as child:
+            full, part = divmod(length, self._size)
+            if part:
+                self.written[:, child[full], :part] = self.written[:, pages[full], :part]
+            yield child
 
 
 @pytest.fixture
 def audit(monkeypatch: pytest.MonkeyPatch) -> Callable[[Engine], Audit]:
     """Watch an engine until the test ends: `audit(engine)` fails a pass that reads a hole."""
     return lambda engine: Audit(engine, monkeypatch)
+
+
+def _interrupted(work: Callable[[], Any], *functions: Any) -> Iterator[None]:
+    """Do `work` with a KeyboardInterrupt at the first line of `functions` that it comes to, then at the second, …
+
+    Between two lines is where the handler of a signal may raise. Yields after each.
+    """
+    codes = {inspect.unwrap(function).__code__ for function in functions}
+    lines = 0
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        nonlocal lines
+        if frame.f_code not in codes:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == cut:
+                raise KeyboardInterrupt
+        return trace
+
+    for cut in itertools.count(1):
+        lines, usual = 0, sys.gettrace()
+        sys.settrace(trace)
+        try:
+            work()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(usual)
+        if lines < cut:
+            assert cut > 10
+            return
+        yield
+
+
+@pytest.fixture
+def interrupted() -> Callable[..., Iterator[None]]:
+    """`for line in interrupted(work, *functions)`: after each interrupt of `work`, at every line of functions."""
+    return _interrupted
 
 
 class Questions(TorchFunctionMode):

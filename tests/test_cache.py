@@ -1,6 +1,6 @@
 """Pages have one owner; nothing reads a slot that its layer never wrote."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -65,16 +65,31 @@ def test_a_fork_shares_full_pages_and_copies_the_partial_one() -> None:
     parent = cache.reserve(20)
     cache.keys[:, parent] = torch.randn(2, 3, 1, 8, 4)
     before = cache.keys.clone()
-    child = cache.fork(parent, 13, 20)
-    assert child[0] == parent[0]
-    assert not set(child[1:]) & set(parent)
-    assert torch.equal(cache.keys[:, child[1], :, :5], before[:, parent[1], :, :5])
-    cache.keys[:, child[1]] = 7.0
-    assert torch.equal(cache.keys[:, parent], before[:, parent])
-    cache.release(parent)
-    assert cache.free_pages == 6 - len(child), "the shared page lives on"
-    cache.release(child)
-    assert cache.free_pages == 6
+    with cache.forked(parent, 13, 20) as child:
+        assert child[0] == parent[0]
+        assert not set(child[1:]) & set(parent)
+        assert torch.equal(cache.keys[:, child[1], :, :5], before[:, parent[1], :, :5])
+        cache.keys[:, child[1]] = 7.0
+        assert torch.equal(cache.keys[:, parent], before[:, parent])
+        assert cache.free_pages == 1
+    assert cache.free_pages == 3
+
+
+def test_an_interrupt_while_pages_are_taken_loses_none(interrupted: Callable[..., Iterator[None]]) -> None:
+    cache = small()
+    parent = cache.reserve(20)
+
+    def work() -> None:
+        mine: list[int] = []
+        try:
+            cache.reserve(9, mine)
+            with cache.forked(parent, 13, 14):
+                pass
+        finally:
+            cache.release(mine)
+
+    for _ in interrupted(work, KVCache.reserve, KVCache.forked, KVCache._zero):
+        assert sorted([*parent, *cache._free]) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(

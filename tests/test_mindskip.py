@@ -138,7 +138,7 @@ def test_skipped_attention_is_not_computed_and_leaves_no_keys(engine: Engine, mo
     monkeypatch.setattr(model, "ops", replace(model.ops, linear=spy))
     reserved: list[list[int]] = []
     reserve = type(cache).reserve
-    monkeypatch.setattr(type(cache), "reserve", lambda self, n: reserved.append(reserve(self, n)) or reserved[-1][:])
+    monkeypatch.setattr(type(cache), "reserve", lambda *given: reserved.append(reserve(*given)[:]) or given[-1])
     prompt, tokens = PROMPTS[2], 5
     result = engine.generate(prompt, SamplingParams(max_tokens=tokens, ignore_eos=True))
     skipped = set(result.stats.events[0]["skip_attention"])

@@ -157,8 +157,8 @@ def test_holes_are_never_read(synthetic: Callable[..., Engine], monkeypatch: pyt
     _, cache = engine._loaded()
     reserve = type(cache).reserve
 
-    def poisoned(self, tokens):
-        pages = reserve(self, tokens)
+    def poisoned(self, tokens, into):
+        pages = reserve(self, tokens, into)
         self.keys[:, pages], self.values[:, pages] = float("nan"), float("nan")
         for layer in (0, 1, 4, 6, 7):
             self.keys[layer, pages], self.values[layer, pages] = 0, 0

@@ -4,9 +4,9 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
@@ -16,7 +16,10 @@ from skipjack import CapacityError, Engine, RequestError, SamplingParams
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import prefill as prefill_module
+from skipjack.runtime.admission import Admission, Ticket
+from skipjack.runtime.cache import KVCache
 from skipjack.runtime.request import Output
+from skipjack.runtime.run import Run
 from skipjack.runtime.stream import Stream
 
 LIMIT_S = 60
@@ -383,4 +386,37 @@ def test_what_was_finished_is_kept_when_the_rest_never_gets_its_pages(
     assert stream.outputs[0].token_ids == expected
     assert list(stream) == []
     first.close()
+    assert free(engine)
+
+
+def test_a_request_that_is_interrupted_anywhere_gives_everything_back(
+    engine: Engine, interrupted: Callable[..., Iterator[None]]
+) -> None:
+    def work() -> None:
+        engine.generate([[5, 6], [7]], SHORT)
+
+    cache = engine._loaded()[1]
+    for _ in interrupted(
+        work, Run._step, Run._admits, Run._release_finished, Run._end, KVCache.reserve, KVCache.release
+    ):
+        assert free(engine)
+        assert sorted(cache._free) == list(range(1, cache.total_pages + 1))
+        assert not engine._runs
+        assert not engine._turn._line
+
+
+def test_a_request_that_is_interrupted_where_it_queues_leaves_the_line(
+    engine: Engine, interrupted: Callable[..., Iterator[None]]
+) -> None:
+    with closing(engine.stream([1], everything(engine))) as holder:
+        next(holder)
+
+        def work() -> None:
+            with closing(engine.stream([1], SHORT)) as stream:
+                assert isinstance(stream.advance(), Ticket)
+
+        for _ in interrupted(work, Run._queue, Run._end, Admission.ask, Admission.serve, Admission.withdraw):
+            assert not engine._runs - {holder._run}
+            assert engine._admission is not None
+            assert not [ticket for ticket in engine._admission._line if not ticket.cancelled()]
     assert free(engine)

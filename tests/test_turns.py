@@ -14,7 +14,7 @@ import torch
 
 from skipjack.kernels import openmp
 from skipjack.runtime import admission as admission_module
-from skipjack.runtime.admission import ADMISSION_WAIT_S, Admission
+from skipjack.runtime.admission import ADMISSION_WAIT_S, Admission, Ticket
 from skipjack.runtime.cache import KVCache
 from skipjack.runtime.turns import Turns
 
@@ -119,8 +119,10 @@ def test_a_turn_is_queued_between_what_its_caller_has_queued_and_what_comes_afte
     @contextmanager
     def entered(stream: Stream) -> Iterator[None]:
         said.append(f"enter {stream.name}")
-        yield
-        said.append(f"leave {stream.name}")
+        try:
+            yield
+        finally:
+            said.append(f"leave {stream.name}")
 
     caller = Stream(torch.device("cuda"), "caller")
     for name, fake in (("Stream", Stream), ("stream", entered), ("current_stream", lambda _: caller)):
@@ -144,37 +146,98 @@ def admission() -> Admission:
     return Admission(KVCache(1, 1, 2, pages=4, page_size=8, dtype=torch.float32, device=CPU))
 
 
+def asked(admission: Admission, tokens: int) -> Ticket:
+    admission.ask(ticket := Ticket(tokens, [], admission))
+    return ticket
+
+
 def test_pages_go_to_whoever_asked_first_even_where_a_later_one_would_fit(admission: Admission) -> None:
-    held = admission.take(24)
-    assert held is not None
-    large, small = admission.ask(32), admission.ask(8)
-    assert admission.take(8) is None, "others were first"
+    held: list[int] = []
+    assert admission.take(24, held)
+    large, small = asked(admission, 32), asked(admission, 8)
+    assert not admission.take(8, []), "others were first"
     assert not large.done()
     assert not small.done()
     admission.release(held)
-    assert len(large.result(0)) == 4
+    assert large.done()
+    assert len(large.pages) == 4
     assert not small.done()
     admission.withdraw(large)
-    assert len(small.result(0)) == 1
+    assert small.done()
+    assert len(small.pages) == 1
     admission.withdraw(small)
     assert admission.cache.free_pages == 4
 
 
 def test_a_ticket_that_is_cancelled_makes_room_for_the_next(admission: Admission) -> None:
-    held = admission.take(24)
-    large, small = admission.ask(32), admission.ask(8)
+    assert admission.take(24, [])
+    large, small = asked(admission, 32), asked(admission, 8)
     large.cancel()
     admission.release([])
-    assert admission.redeem(small) == small.result(0)
-    assert held is not None
+    assert small.done()
+    admission.redeem(small)
+    assert len(small.pages) == 1
     assert admission.cache.free_pages == 0
+
+
+def test_the_exception_of_a_signal_ends_the_wait_for_pages(admission: Admission) -> None:
+    """Whatever it is: a deadline is often a TimeoutError, which a wait that has an end raises too."""
+    assert admission.take(32, [])
+    ticket = asked(admission, 8)
+
+    def late(*_: object) -> None:
+        raise TimeoutError("too late")
+
+    usual = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(TimeoutError, match="too late"):
+            ticket.wait()
+    finally:
+        signal.signal(signal.SIGALRM, usual)
+
+
+def test_a_wait_for_pages_ends_with_the_ticket(admission: Admission) -> None:
+    held: list[int] = []
+    assert admission.take(32, held)
+    for end in (lambda ticket: ticket.cancel(), lambda _: admission.release(held)):
+        ticket = asked(admission, 8)
+        waiting = threading.Thread(target=ticket.wait)
+        waiting.start()
+        end(ticket)
+        waiting.join(ADMISSION_WAIT_S / 2)
+        assert not waiting.is_alive()
+
+
+def test_an_interrupt_in_the_line_loses_neither_pages_nor_those_behind(
+    admission: Admission, interrupted: Callable[..., Iterator[None]]
+) -> None:
+    mine: list[int] = []
+
+    def work() -> None:
+        admission.take(16, held)
+        admission.ask(first)
+        admission.release(held)
+        admission.redeem(first)
+
+    held: list[int] = []
+    first = Ticket(32, mine, admission)
+    for _ in interrupted(work, Admission.take, Admission.ask, Admission.redeem, Admission.serve, KVCache.reserve):
+        behind = asked(admission, 8)
+        admission.release(held)
+        admission.withdraw(first)
+        assert behind.done()
+        admission.withdraw(behind)
+        assert admission.cache.free_pages == 4
+        assert not admission._line
+        first = Ticket(32, mine, admission)
 
 
 def test_waiting_has_an_end_only_when_nothing_moves(admission: Admission, monkeypatch: pytest.MonkeyPatch) -> None:
     now = admission.moved
     monkeypatch.setattr(admission_module, "monotonic", lambda: now)
-    admission.take(32)
-    ticket: Any = admission.ask(8)
+    admission.take(32, [])
+    ticket: Any = asked(admission, 8)
     now += ADMISSION_WAIT_S - 1
     assert ticket.patience == pytest.approx(1)
     admission.moved = now
