@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from threading import Lock, get_ident
 
 import torch
@@ -25,7 +25,8 @@ class Turns:
         # wakes the first: nothing here waits for a lock that the garbage collector or a signal might find taken.
         self._line = deque[Lock]()
         self._late = deque[Callable[[], None]]()
-        self._gate, self._holder, self._depth = Lock(), 0, 0
+        self._gate: Lock | None = None
+        self._holder = self._depth = 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._computes, self._resting = device.type == "cpu", False
         self._ordered = _ordered(None)
@@ -36,25 +37,33 @@ class Turns:
         return self._holder == get_ident()
 
     def __enter__(self) -> Turns:
-        if not self.held:
-            gate = Lock()
-            gate.acquire()
-            try:
-                self._line.append(gate)
-                if self._line[0] is not gate:
-                    gate.acquire()
-            except BaseException:
-                self._leave(gate)
-                raise
+        if self.held:
+            self._depth += 1
+            return self
+        gate = Lock()
+        gate.acquire()
+        try:
+            self._line.append(gate)
+            if self._line[0] is not gate:
+                gate.acquire()
             self._begin(gate)
-        self._depth += 1
-        return self
+            return self
+        except BaseException:
+            # The handler of a signal may raise at any line: nobody else would leave.
+            self._leave(gate)
+            raise
 
     def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self._finish()
-            self._catch_up()
+        if self._depth > 1:
+            self._depth -= 1
+            return
+        gate = self._gate
+        try:
+            self._finish(gate)
+        except BaseException:
+            self._leave(gate)
+            raise
+        self._catch_up()
 
     def after(self, work: Callable[[], None]) -> None:
         """Do `work` in a turn without waiting for one: now if nobody has it, else at the end of the one under way."""
@@ -74,15 +83,11 @@ class Turns:
             work()
 
     def _begin(self, gate: Lock) -> None:
-        ordered = _ordered(self._stream)
-        try:
-            ordered.__enter__()
-        except BaseException:
-            self._leave(gate)
-            raise
-        self._ordered, self._gate, self._holder = ordered, gate, get_ident()
+        self._gate, self._ordered = gate, _ordered(self._stream)
+        next(self._ordered)
+        self._depth, self._holder = 1, get_ident()
 
-    def _finish(self) -> None:
+    def _finish(self, gate: Lock | None) -> None:
         self._depth = 1
         try:
             while self._late:
@@ -92,41 +97,49 @@ class Turns:
                 disband()
                 self._resting = False
         finally:
-            try:
-                self._ordered.__exit__(None, None, None)
-            finally:
-                self._depth = self._holder = 0
-                self._leave(self._gate)
+            self._leave(gate)
 
-    def _leave(self, gate: Lock) -> None:
-        with suppress(ValueError):
-            self._line.remove(gate)
-        # Nobody waits, or the first has been woken already.
-        with suppress(IndexError, RuntimeError):
-            self._line[0].release()
+    def _leave(self, gate: Lock | None) -> None:
+        """Give the turn back, or the place in the line; to do so again, after an interrupt, changes nothing more."""
+        try:
+            if self._gate is gate:
+                self._ordered.close()
+        finally:
+            if self._gate is gate:
+                self._depth, self._holder, self._gate = 0, 0, None
+            if gate in self._line:
+                self._line.remove(gate)
+            # Nobody waits, or the first has been woken already.
+            with suppress(IndexError, RuntimeError):
+                self._line[0].release()
 
     def _catch_up(self) -> None:
         while self._late:
             gate = Lock()
             gate.acquire()
-            self._line.append(gate)
-            if self._line[0] is gate:
-                self._begin(gate)
-                self._finish()
-                continue
-            self._leave(gate)
-            if self._line:
+            try:
+                self._line.append(gate)
+                if first := self._line[0] is gate:
+                    self._begin(gate)
+                    self._finish(gate)
+            finally:
+                self._leave(gate)
+            if not first and self._line:
                 return  # Whoever is in the line does it.
 
 
-@contextmanager
 def _ordered(stream: torch.cuda.Stream | None) -> Generator[None]:
-    """What is queued inside runs on `stream`, between what the caller's stream has now and what it is given later."""
+    """What is queued from the first step of this to its end runs on `stream`.
+
+    That is between what the caller's stream has at the first and what it is given after the end.
+    """
     if stream is None:
         yield
         return
     caller = torch.cuda.current_stream(stream.device)
     stream.wait_stream(caller)
-    with torch.cuda.stream(stream):
-        yield
-    caller.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        caller.wait_stream(stream)

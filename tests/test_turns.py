@@ -14,6 +14,7 @@ import torch
 
 from skipjack.kernels import openmp
 from skipjack.runtime import admission as admission_module
+from skipjack.runtime import turns as turns_module
 from skipjack.runtime.admission import ADMISSION_WAIT_S, Admission, Ticket
 from skipjack.runtime.cache import KVCache
 from skipjack.runtime.turns import Turns
@@ -78,6 +79,20 @@ def test_a_thread_that_is_interrupted_while_it_waits_leaves_the_line(interruptib
     with turns:
         assert turns.held
     assert not turns._line
+
+
+def test_a_turn_that_is_interrupted_anywhere_is_the_next_ones(interrupted: Callable[..., Iterator[None]]) -> None:
+    turns = Turns(CPU)
+
+    def work() -> None:
+        with turns:
+            turns.rest()
+
+    for _ in interrupted(work, Turns.__enter__, Turns._begin, Turns._finish, turns_module._ordered):
+        assert not turns._line
+        assert not turns.held
+        with turns:
+            assert turns._depth == 1
 
 
 def test_work_that_may_not_wait_is_done_when_the_turn_under_way_ends() -> None:
