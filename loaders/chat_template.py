@@ -73,10 +73,12 @@ class ChatTemplate:
                     add_generation_prompt=add_generation_prompt,
                     **self._special_tokens,
                 )
+            except TimeoutError:
+                raise  # No template's: that of a signal's handler, a deadline.
             # Whatever a template from a stranger makes Jinja or Python's compiler raise is the template's fault.
             except Exception as problem:
                 reason = " ".join(str(problem).split())[:300]
-                raise TokenizerError(f"{self._source}: chat template: {reason or type(problem).__name__}") from None
+                raise TokenizerError(f"{self._source}: chat template: {reason or type(problem).__name__}") from problem
 
 
 def checked_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:

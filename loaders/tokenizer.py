@@ -18,6 +18,9 @@ MAX_TOKENIZER_BYTES: Final = 64_000_000
 _UNFINISHED: Final = "\N{REPLACEMENT CHARACTER}"
 _CHARACTER_BYTES: Final = 4
 
+# By the tokenizers library, and by what makes its arguments of Python's.
+_RAISED: Final = (Exception, ValueError, TypeError, OverflowError, UnicodeEncodeError)
+
 _T = TypeVar("_T")
 
 
@@ -173,11 +176,12 @@ class TokenStream:
 
 
 def _guarded(what: str, operation: Callable[[], _T]) -> _T:
-    """Run a call into the tokenizers library, whose panics are no `Exception`."""
+    """Run a call into the tokenizers library; what the handler of a signal raises meanwhile is let through."""
     try:
         return operation()
     except BaseException as problem:
-        if not isinstance(problem, Exception) and type(problem).__name__ != "PanicException":
+        # Its panics are no `Exception`.
+        if type(problem) not in _RAISED and type(problem).__name__ != "PanicException":
             raise
         reason = " ".join(str(problem).split())[:200]
-    raise TokenizerError(f"{what}, found: {reason}")
+        raise TokenizerError(f"{what}, found: {reason}") from problem

@@ -11,6 +11,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from skipjack.loaders.chat_template import ChatTemplate
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.errors import TokenizerError
 from skipjack.loaders.tokenizer import Tokenizer, TokenStream
@@ -360,6 +361,26 @@ def test_prompts_are_never_cut_or_padded(tmp_path):
     loaded = load(tmp_path)
     assert loaded.decode(loaded.encode("the cat sat on the mat")) == "the cat sat on the mat"
     assert len(loaded.encode("the cat")) < 20
+
+
+def test_a_deadline_that_passes_while_text_is_encoded_is_no_fault_of_a_file(folder, monkeypatch):
+    """The handler of a signal raises what it likes, inside whatever call of Python comes next."""
+    tokenizer = load(folder)
+
+    class Slow:
+        def encode(self, *_, **__):
+            raise TimeoutError("too late")
+
+        def render(self, **_):
+            raise TimeoutError("too late")
+
+    monkeypatch.setattr(tokenizer, "_backend", Slow())
+    with pytest.raises(TimeoutError, match="too late"):
+        tokenizer.encode("a")
+    template = ChatTemplate("", "test", {})
+    template._compiled = Slow()
+    with pytest.raises(TimeoutError, match="too late"):
+        template.render([], True)
 
 
 def test_bad_text_and_ids(folder):
