@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -33,7 +33,7 @@ from .methods.autoregressive import Autoregressive
 from .methods.base import Method
 from .methods.policy import Policy
 from .model import Model
-from .prompts import Prompt, Prompts, check_params, is_many, to_ids
+from .prompts import Prompt, Prompts, TokenIds, check_params, is_many, to_ids
 from .ranges import marks
 from .recent import Recent
 from .request import Chunk, Output, SamplingParams
@@ -193,7 +193,9 @@ class Engine:
         """
         return self._asked(prompt, params, method).begun()
 
-    def score(self, prompts: Prompts, continuations: Prompts, *, method: str | None = None) -> list[Scored]:
+    def score(
+        self, prompts: Prompts, continuations: Collection[TokenIds], *, method: str | None = None
+    ) -> list[Scored]:
         """What a method makes of given continuations, token ids, one for every prompt: teacher forcing.
 
         The prompt is read and every token decoded as `generate` would, together with the other prompts; only the token
@@ -203,10 +205,12 @@ class Engine:
             RequestError, CapacityError: as `generate`, or the method is one of those.
         """
         spec = registry.parse(method) if method else self._default
+        if not is_many(prompts):
+            raise RequestError("score: expected a list of one prompt or more")
         if len(prompts) != len(continuations):
             raise RequestError(f"score: expected {len(prompts)} continuations, got {len(continuations)}")
         prompt_ids = [to_ids(prompt, self.tokenizer, self.config) for prompt in prompts]
-        forced = Forced.all(prompt_ids, [to_ids(given, None, self.config) for given in continuations], self.config)
+        forced = Forced.all(prompt_ids, continuations, self.config)
         # The host replaces every token, so it steers the rounds.
         with closing(self._stream([*forced], spec, 0, None).begun()) as stream:
             if self._method(spec).lossless and spec.name != Autoregressive.name:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
 from ..loaders.config import ModelConfig
 from .errors import RequestError
+from .prompts import TokenIds, checked_ids
 from .request import Piece, SamplingParams
 from .sequence import Sequence
 
@@ -39,12 +41,15 @@ class Forced(Sequence):
         return Forced(index, 0, prompt, params, 0, frozenset(), length, None, given=given)
 
     @staticmethod
-    def all(prompts: list[list[int]], continuations: list[list[int]], config: ModelConfig) -> list[Forced]:
-        """One for every prompt and its continuation; RequestError where the two exceed the context."""
-        for prompt, given in zip(prompts, continuations, strict=True):
+    def all(prompts: list[list[int]], continuations: Collection[TokenIds], config: ModelConfig) -> list[Forced]:
+        """One for every prompt and its continuation; RequestError where that is no ids or exceeds the context."""
+        given_ids = [checked_ids(f"continuations[{i}]", ids, config.vocab_size) for i, ids in enumerate(continuations)]
+        for i, (prompt, given) in enumerate(zip(prompts, given_ids, strict=True)):
+            if not given:
+                raise RequestError(f"continuations[{i}]: expected at least one token, got none")
             if len(prompt) + len(given) > config.max_context:
                 raise RequestError(f"score: {len(prompt)} + {len(given)} tokens, the context is {config.max_context}")
-        return [Forced.of(i, *pair) for i, pair in enumerate(zip(prompts, continuations, strict=True))]
+        return [Forced.of(i, *pair) for i, pair in enumerate(zip(prompts, given_ids, strict=True))]
 
     def extend(self, tokens: list[int], drafted: int) -> list[Piece]:
         first = self.generated

@@ -13,6 +13,7 @@ import typer
 
 from ..loaders.locate import check_name
 from .errors import RequestError
+from .request import check_unicode
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -95,7 +96,11 @@ def read_prompt(prompt: str | None, prompt_file: Path | None, prompt_ids: str | 
             return _text(prompt_file.read_bytes(), str(prompt_file))
         except OSError as error:
             raise RequestError(f"--prompt-file: cannot read {prompt_file}: {error.strerror}") from error
-    return _text(sys.stdin.buffer.read(), "standard input") if prompt == "-" else str(prompt)
+    if prompt == "-":
+        return _text(sys.stdin.buffer.read(), "standard input")
+    # Bytes of a command line that are not UTF-8 arrive as surrogates.
+    check_unicode("prompt", str(prompt))
+    return str(prompt)
 
 
 def parse_ids(text: str) -> list[int]:

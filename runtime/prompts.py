@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias, cast
+from numbers import Integral
+from typing import Any, TypeAlias, cast
+
+import numpy as np
 
 from ..loaders.config import ModelConfig
 from ..loaders.tokenizer import Tokenizer
 from .errors import RequestError
-from .request import SamplingParams
+from .request import SamplingParams, check_unicode
 
 Message: TypeAlias = Mapping[str, str]
-Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message]"
+TokenIds: TypeAlias = "Sequence[int] | np.ndarray[Any, Any]"
+Prompt: TypeAlias = "str | TokenIds | Sequence[Message]"
 Prompts: TypeAlias = "Sequence[Prompt]"
 
 
 def is_many(prompt: Prompt | Prompts) -> bool:
-    """Whether this is a list of prompts rather than one: one is a string, a list of ids or a list of messages."""
+    """Whether this is a list of prompts rather than one: one is a string, ids or a list of messages."""
     return (
         isinstance(cast(object, prompt), Sequence)
         and not isinstance(prompt, str)
         and len(prompt) > 0
-        and not isinstance(prompt[0], (int, Mapping))
+        and not isinstance(prompt[0], (Integral, Mapping))
     )
 
 
@@ -29,16 +33,23 @@ def to_ids(prompt: Prompt, tokenizer: Tokenizer | None, config: ModelConfig) -> 
     """Token ids of one prompt.
 
     Raises:
-        RequestError: it is empty, has an id outside the vocabulary, is text without a tokenizer, or fills the context.
+        RequestError: it is empty, has an id outside the vocabulary, is text without a tokenizer or no valid Unicode,
+        or fills the context.
     """
+    if isinstance(prompt, np.ndarray):
+        prompt = cast("list[int]", prompt.tolist())
     if not isinstance(cast(object, prompt), Sequence) or isinstance(cast(object, prompt), (bytes, bytearray)):
         raise RequestError(f"prompt: expected text, token ids or chat messages, got {type(prompt).__name__}")
     if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
         if tokenizer is None:
             raise RequestError("prompt: this model folder has no tokenizer.json: pass token ids")
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.chat(cast(Sequence[Message], prompt))
+        ids = (
+            _encoded(prompt, tokenizer)
+            if isinstance(prompt, str)
+            else _chat(cast(Sequence[Message], prompt), tokenizer)
+        )
     else:
-        ids = _checked_ids(cast(Sequence[object], prompt), config.vocab_size)
+        ids = checked_ids("prompt", prompt, config.vocab_size)
     if not ids:
         raise RequestError("prompt: expected at least one token, got none")
     if len(ids) >= config.max_context:
@@ -60,12 +71,30 @@ def check_params(params: SamplingParams, tokenizer: Tokenizer | None, config: Mo
             raise RequestError(f"{name}: token {outside[0]} is outside the vocabulary of {config.vocab_size}")
 
 
-def _checked_ids(ids: Sequence[object], vocab_size: int) -> list[int]:
+def checked_ids(name: str, ids: object, vocab_size: int) -> list[int]:
+    """Token ids as a list of Python's integers; RequestError, which starts with `name`, where they are none."""
+    if isinstance(ids, np.ndarray):
+        ids = ids.tolist()
+    if isinstance(ids, (str, bytes, bytearray)) or not isinstance(ids, Sequence):
+        raise RequestError(f"{name}: expected token ids, got {'text' if isinstance(ids, str) else type(ids).__name__}")
     checked: list[int] = []
-    for i, token in enumerate(ids):
-        if isinstance(token, bool) or not isinstance(token, int):
-            raise RequestError(f"prompt: expected a token id at place {i}, got {token!r}")
-        if not 0 <= token < vocab_size:
-            raise RequestError(f"prompt: token {token} at place {i} is outside the vocabulary of {vocab_size}")
-        checked.append(token)
+    for i, token in enumerate(cast("Sequence[object]", ids)):
+        if isinstance(token, bool) or not isinstance(token, Integral):
+            raise RequestError(f"{name}: expected a token id at place {i}, got {token!r}")
+        if not 0 <= int(token) < vocab_size:
+            raise RequestError(f"{name}: token {token} at place {i} is outside the vocabulary of {vocab_size}")
+        checked.append(int(token))
     return checked
+
+
+def _encoded(text: str, tokenizer: Tokenizer) -> list[int]:
+    check_unicode("prompt", text)
+    return tokenizer.encode(text)
+
+
+def _chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    for number, message in enumerate(messages):
+        for field, text in message.items() if isinstance(cast(object, message), Mapping) else ():
+            if isinstance(cast(object, text), str):
+                check_unicode(f"messages[{number}].{field}", text)
+    return tokenizer.chat(messages)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, cast
 
 from .errors import RequestError
@@ -49,28 +50,37 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", _several("stop_token_ids", self.stop_token_ids, "token ids"))
         object.__setattr__(self, "logit_bias", _mapping("logit_bias", self.logit_bias))
-        integer("max_tokens", self.max_tokens, 1)
-        integer("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _number("temperature", self.temperature, 0.0, 100.0)
-        _number("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        integer("top_k", self.top_k, -1, 2**63 - 1)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, *REPETITION_PENALTIES)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        integer("n", self.n, 1, 256)
+        self._integer("max_tokens", 1)
+        self._integer("min_tokens", 0, self.max_tokens)
+        self._number("temperature", 0.0, 100.0)
+        self._number("top_p", 0.0, 1.0, low_open=True)
+        self._integer("top_k", -1, 2**63 - 1)
+        self._number("min_p", 0.0, 1.0)
+        self._number("repetition_penalty", *REPETITION_PENALTIES)
+        self._number("presence_penalty", -2.0, 2.0)
+        self._number("frequency_penalty", -2.0, 2.0)
+        self._integer("n", 1, 256)
         if not isinstance(cast("object", self.ignore_eos), bool):
             raise RequestError(f"ignore_eos: expected True or False, got {self.ignore_eos!r}")
         if self.seed is not None:
-            integer("seed", self.seed, 0, 2**64 - 1)
+            self._integer("seed", 0, 2**64 - 1)
         if self.logprobs is not None:
-            integer("logprobs", self.logprobs, 0, 100)
+            self._integer("logprobs", 0, 100)
         if len(stop) > MAX_STOP_STRINGS or not all(_is_text(s) for s in stop):
             raise RequestError(f"stop: expected at most {MAX_STOP_STRINGS} non-empty strings, got {self.stop!r}")
-        for token in (*self.stop_token_ids, *self.logit_bias):
-            integer("stop_token_ids" if token in self.stop_token_ids else "logit_bias", token, 0)
-        for token, bias in self.logit_bias.items():
-            _number(f"logit_bias[{token}]", bias, -100.0, 100.0)
+        ids = tuple(integer("stop_token_ids", token, 0) for token in self.stop_token_ids)
+        bias = {
+            integer("logit_bias", token, 0): _number(f"logit_bias[{token}]", value, -100.0, 100.0)
+            for token, value in self.logit_bias.items()
+        }
+        object.__setattr__(self, "stop_token_ids", ids)
+        object.__setattr__(self, "logit_bias", bias)
+
+    def _integer(self, name: str, low: int, high: int | None = None) -> None:
+        object.__setattr__(self, name, integer(name, getattr(self, name), low, high))
+
+    def _number(self, name: str, low: float, high: float, *, low_open: bool = False) -> None:
+        object.__setattr__(self, name, _number(name, getattr(self, name), low, high, low_open=low_open))
 
     @property
     def greedy(self) -> bool:
@@ -249,22 +259,35 @@ def _mapping(name: str, value: object) -> dict[int, float]:
     return dict(cast("Mapping[int, float]", value or {}))
 
 
-def integer(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Refuse a value that is no integer within bounds, with a RequestError that names it."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise RequestError(f"{name}: expected an integer {bounds}, got {value!r}")
-
-
-def _number(name: str, value: object, low: float, high: float, *, low_open: bool = False) -> None:
+def check_unicode(name: str, text: str) -> None:
+    """Refuse text that no encoding can write, with a RequestError that starts with `name`."""
     try:
-        number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+        text.encode()
+    except UnicodeEncodeError as problem:
+        raise RequestError(f"{name}: expected valid Unicode, got a lone surrogate at {problem.start}") from problem
+
+
+def integer(name: str, value: object, low: int, high: int | None = None) -> int:
+    """An integer, NumPy's included, as Python's; RequestError, which names it, where it is none within bounds."""
+    # Most are of the exact type; to look for one of another is slow.
+    if type(value) is int or (not isinstance(value, bool) and isinstance(value, Integral)):
+        found = int(value)
+        if found >= low and (high is None or found <= high):
+            return found
+    bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+    raise RequestError(f"{name}: expected an integer {bounds}, got {value!r}")
+
+
+def _number(name: str, value: object, low: float, high: float, *, low_open: bool = False) -> float:
+    try:
+        number = float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
     except OverflowError:
         number = math.inf
     if not low <= number <= high or math.isinf(number) or (low_open and number == low):
         raise RequestError(
             f"{name}: expected a number {'above' if low_open else 'from'} {low} up to {high}, got {value!r}"
         )
+    return number
 
 
 def _is_text(value: object) -> bool:

@@ -59,8 +59,11 @@ class Sequence:
     prompt_layers: list[float] = field(default_factory=list[float])
     memory: Any = None
     finish_reason: str | None = None
+    # Tokens that end it.
+    ends: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.ends = self.eos.union(self.params.stop_token_ids)
         self.tokens = list(self.prompt)
         self.max_length = min(self.max_length, len(self.prompt) + self.params.max_tokens)
 
@@ -80,7 +83,7 @@ class Sequence:
     @property
     def forbidden(self) -> frozenset[int]:
         """Tokens that end generation, while it is too short to end."""
-        return (self.eos | frozenset(self.params.stop_token_ids)) if self.params.min_tokens else frozenset()
+        return self.ends if self.params.min_tokens else frozenset()
 
     def enter(self, phase: str) -> None:
         """Note the phase the next token is produced in."""
@@ -108,7 +111,7 @@ class Sequence:
 
     def _ends_with(self, token: int) -> str | None:
         if self.generated >= self.params.min_tokens and (
-            token in self.eos or token in self.params.stop_token_ids or (self.text is not None and self.text.stopped)
+            token in self.ends or (self.text is not None and self.text.stopped)
         ):
             return "stop"
         return "length" if len(self.tokens) >= self.max_length else None

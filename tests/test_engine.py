@@ -394,7 +394,7 @@ def test_requests_that_cannot_be_served_are_refused(monkeypatch: pytest.MonkeyPa
         engine.generate([1], SamplingParams(stop=["x"]))
     with pytest.raises(RequestError, match="logit_bias"):
         engine.generate([1], SamplingParams(logit_bias={512: 1.0}))
-    for prompt in (5, None, np.array([1, 2]), [[1, 2], 3]):
+    for prompt in (5, None, {1, 2}, [[1, 2], 3]):
         with pytest.raises(RequestError, match="prompt: expected text, token ids or chat messages"):
             engine.generate(prompt)
     assert cache.free_pages == cache.total_pages

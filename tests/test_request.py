@@ -1,12 +1,16 @@
 """Sampling parameters and method options out of range are refused by name."""
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from time import perf_counter
 
+import numpy as np
 import pytest
 
 from skipjack import ConfigError, Engine, RequestError, SamplingParams
+from skipjack.runtime.options import read_prompt
 
 
 @pytest.mark.parametrize(
@@ -46,6 +50,90 @@ from skipjack import ConfigError, Engine, RequestError, SamplingParams
 def test_sampling_parameters_out_of_range_are_named(fields: dict[str, object], name: str) -> None:
     with pytest.raises(RequestError, match=f"^{name}"):
         SamplingParams(**fields)
+
+
+def test_numbers_of_numpy_are_numbers(synthetic: Callable[..., Engine]) -> None:
+    given = SamplingParams(
+        max_tokens=np.int64(3),
+        temperature=np.float32(0.5),
+        seed=np.uint64(2**63),
+        stop_token_ids=np.array([7]),
+        logit_bias={np.int32(3): np.float64(1.5)},
+    )
+    assert given == SamplingParams(max_tokens=3, temperature=0.5, seed=2**63, stop_token_ids=[7], logit_bias={3: 1.5})
+    assert {type(value) for value in (given.max_tokens, given.seed, *given.stop_token_ids, *given.logit_bias)} == {int}
+    engine, ids = synthetic("tiny"), [5, 6, 7]
+    expected = engine.generate(ids, given).token_ids
+    for prompt in (np.array(ids), list(np.array(ids, dtype=np.uint16)), tuple(ids)):
+        output = engine.generate(prompt, given)
+        assert output.token_ids == expected
+        assert json.dumps([output.prompt_ids, output.token_ids])
+    assert [output.token_ids for output in engine.generate([np.array(ids), ids], given)] == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (np.array([1.5]), "prompt: expected a token id at place 0, got 1.5"),
+        (np.array([[1], [2]]), r"prompt: expected a token id at place 0, got \[1\]"),
+        (np.array([True]), "prompt: expected a token id at place 0, got True"),
+        (np.array([], dtype=int), "prompt: expected at least one token"),
+        ([np.int64(10**6)], "prompt: token 1000000 at place 0 is outside the vocabulary"),
+    ],
+)
+def test_arrays_that_are_no_ids_are_refused(synthetic: Callable[..., Engine], prompt: object, message: str) -> None:
+    with pytest.raises(RequestError, match=f"^{message}"):
+        synthetic("tiny").generate(prompt)
+
+
+def test_a_numpy_truth_is_no_number() -> None:
+    with pytest.raises(RequestError, match=r"^max_tokens: expected an integer"):
+        SamplingParams(max_tokens=np.bool_(True))
+
+
+def test_every_token_may_end_a_text(synthetic: Callable[..., Engine]) -> None:
+    """What is looked up for every token, or for every stop token, does not go through all of them."""
+    start = perf_counter()
+    params = SamplingParams(max_tokens=4, stop_token_ids=range(50_000))
+    assert perf_counter() - start < 2
+    with pytest.raises(RequestError, match=r"^stop_token_ids: token 512 is outside the vocabulary"):
+        synthetic("tiny", vocab=512).generate([1], params)
+    every = SamplingParams(max_tokens=4, stop_token_ids=range(512))
+    output = synthetic("tiny", vocab=512).generate([1], every)
+    assert (output.finish_reason, len(output.token_ids)) == ("stop", 1)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "continuations", "message"),
+    [
+        ([], [], "score: expected a list of one prompt or more"),
+        ([5, 6], [[1], [2]], "score: expected a list of one prompt or more"),
+        ([[5]], [], "score: expected 1 continuations, got 0"),
+        ([[5]], [" is blue"], r"continuations\[0\]: expected token ids, got text"),
+        ([[5], [6]], [[1], []], r"continuations\[1\]: expected at least one token, got none"),
+        ([[5]], [[10**6]], r"continuations\[0\]: token 1000000 at place 0 is outside the vocabulary"),
+    ],
+)
+def test_what_cannot_be_scored_is_named(
+    synthetic: Callable[..., Engine], prompts: object, continuations: object, message: str
+) -> None:
+    with pytest.raises(RequestError, match=f"^{message}"):
+        synthetic("tiny").score(prompts, continuations)
+
+
+def test_text_that_is_no_unicode_is_the_callers(
+    synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = synthetic("tiny")
+    monkeypatch.setattr(engine, "tokenizer", object())
+    with pytest.raises(RequestError, match=r"^prompt: expected valid Unicode, got a lone surrogate at 3"):
+        engine.generate("abc\ud800")
+    with pytest.raises(
+        RequestError, match=r"^messages\[0\].content: expected valid Unicode, got a lone surrogate at 1"
+    ):
+        engine.generate([{"role": "user", "content": "a\udfff"}])
+    with pytest.raises(RequestError, match=r"^prompt: expected valid Unicode, got a lone surrogate at 0"):
+        read_prompt("\udcff", None, None)
 
 
 def test_none_is_nothing() -> None:
