@@ -12,11 +12,14 @@ from .chat_template import ChatTemplate, checked_messages
 from .config import ModelConfig
 from .errors import TokenizerError
 from .json_files import present, read_bytes
+from .tokenizer_density import Density
 from .tokenizer_growth import check_growth
 
 MAX_TOKENIZER_BYTES: Final = 64_000_000
 _UNFINISHED: Final = "\N{REPLACEMENT CHARACTER}"
 _CHARACTER_BYTES: Final = 4
+# About ten milliseconds' worth.
+_LONG_CHARACTERS: Final = 10_000
 
 # By the tokenizers library, and by what makes its arguments of Python's.
 _RAISED: Final = (Exception, ValueError, TypeError, OverflowError, UnicodeEncodeError)
@@ -32,6 +35,7 @@ class Tokenizer:
         self._source = source
         self._max_ids = max_ids
         self._template = template
+        self._density = Density.of(backend)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         added = backend.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(token for token, entry in added.items() if entry.special)
@@ -69,13 +73,23 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids, with the special tokens that the tokenizer's post-processor adds.
 
         Raises:
             TokenizerError: the text is not valid Unicode, or the tokenizer fails on it.
         """
-        return self._encode(text, add_special_tokens=True)
+        ids = _guarded(
+            f"{self._source}: cannot encode",
+            lambda: self._encoding(text, add_special_tokens).ids,
+        )
+        if ids and max(ids) >= self._max_ids:
+            raise TokenizerError(f"{self._source}: expected ids below vocab_size {self._max_ids}, found {max(ids)}")
+        return ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """How many tokens a text has at least, told by its length alone; 0 where that tells nothing."""
+        return self._density.fewest(text) if self._density else 0
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens; bytes that are not UTF-8 become U+FFFD.
@@ -92,6 +106,13 @@ class Tokenizer:
     def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a chat by the model's template; every message has a `role` and a `content`.
 
+        Raises as `render` and `encode`.
+        """
+        return self.encode(self.render(messages, add_generation_prompt), add_special_tokens=False)
+
+    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a chat by the model's template, which writes the special tokens itself.
+
         Raises:
             TokenizerError: there is no template, the messages are malformed, or the template fails or exceeds limits.
         """
@@ -101,16 +122,13 @@ class Tokenizer:
                 f"{self._source}: expected a chat template in chat_template.jinja or tokenizer_config.json "
                 "(named 'default' if it has several), found none"
             )
-        return self._encode(self._template.render(entries, add_generation_prompt), add_special_tokens=False)
+        return self._template.render(entries, add_generation_prompt)
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids = _guarded(
-            f"{self._source}: cannot encode",
-            lambda: self._backend.encode(text, add_special_tokens=add_special_tokens).ids,
-        )
-        if ids and max(ids) >= self._max_ids:
-            raise TokenizerError(f"{self._source}: expected ids below vocab_size {self._max_ids}, found {max(ids)}")
-        return ids
+    def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        if len(text) < _LONG_CHARACTERS:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
+        # Of one text, but unlike `encode` it lets other threads of Python run.
+        return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
     def _silent(self, token: int) -> bool:
         """Whether `decode` leaves an id out: a special token, or one that the tokenizer does not have."""

@@ -13,7 +13,12 @@ from .json_files import as_list, as_object
 
 MAX_GROWTH: Final = 100
 MAX_ADDED_IDS: Final = 1024
-_PARTS: Final = {"normalizer": "normalizers", "decoder": "decoders", "post_processor": "processors"}
+_PARTS: Final = {
+    "normalizer": "normalizers",
+    "pre_tokenizer": "pretokenizers",
+    "decoder": "decoders",
+    "post_processor": "processors",
+}
 
 
 def check_growth(backend: tokenizers.Tokenizer, source: str) -> None:
@@ -24,18 +29,18 @@ def check_growth(backend: tokenizers.Tokenizer, source: str) -> None:
     """
     for field in ("normalizer", "decoder"):
         growth = 1.0
-        for part in _parts(backend, field):
+        for part in parts(backend, field):
             growth *= _growth(part)
         if growth > MAX_GROWTH:
             raise TokenizerError(f"{source}: {field}: expected text to grow at most {MAX_GROWTH} times, found more")
-    added = sum(map(_added_ids, _parts(backend, "post_processor")))
+    added = sum(map(_added_ids, parts(backend, "post_processor")))
     if added > MAX_ADDED_IDS:
         raise TokenizerError(
             f"{source}: post_processor: expected at most {MAX_ADDED_IDS} ids to be added, found {added}"
         )
 
 
-def _parts(backend: tokenizers.Tokenizer, field: str) -> Iterator[dict[str, object]]:
+def parts(backend: tokenizers.Tokenizer, field: str) -> Iterator[dict[str, object]]:
     """The parts of a component in the order they work in; sequences of them are opened."""
     component: Any = getattr(backend, field)
     if component is None:

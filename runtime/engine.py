@@ -256,11 +256,15 @@ class Engine:
     ) -> AsyncIterator[Chunk]:
         """As `stream`, for an event loop: all that may wait for the engine runs in a worker thread.
 
+        The prompt is checked and encoded in a thread of the loop's default executor.
+
         A cancelled request ends after the round it is in.
         """
         self._loaded()
-        work = partial(asyncio.get_running_loop().run_in_executor, self._pool)
-        stream = await work(self._asked, prompt, params, method)
+        loop = asyncio.get_running_loop()
+        # On a thread of the loop's own: the steps of other requests must not wait while a long text is encoded.
+        stream = await loop.run_in_executor(None, self._asked, prompt, params, method)
+        work = partial(loop.run_in_executor, self._pool)
         try:
             await eventually(stream.prepare, work)
             while (chunks := await eventually(stream.advance, work)) is not None:

@@ -43,11 +43,14 @@ def to_ids(prompt: Prompt, tokenizer: Tokenizer | None, config: ModelConfig) -> 
     if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
         if tokenizer is None:
             raise RequestError("prompt: this model folder has no tokenizer.json: pass token ids")
-        ids = (
-            _encoded(prompt, tokenizer)
-            if isinstance(prompt, str)
-            else _chat(cast(Sequence[Message], prompt), tokenizer)
-        )
+        text = _text(prompt) if isinstance(prompt, str) else tokenizer.render(_messages(prompt))
+        # To encode megabytes takes seconds, and most of that for nothing.
+        if (fewest := tokenizer.fewest_tokens(text)) >= config.max_context:
+            raise RequestError(
+                f"prompt: {len(text)} characters are at least {fewest} tokens, which leave no room in the model's "
+                f"context of {config.max_context}"
+            )
+        ids = tokenizer.encode(text, add_special_tokens=isinstance(prompt, str))
     else:
         ids = checked_ids("prompt", prompt, config.vocab_size)
     if not ids:
@@ -87,14 +90,15 @@ def checked_ids(name: str, ids: object, vocab_size: int) -> list[int]:
     return checked
 
 
-def _encoded(text: str, tokenizer: Tokenizer) -> list[int]:
+def _text(text: str) -> str:
     check_unicode("prompt", text)
-    return tokenizer.encode(text)
+    return text
 
 
-def _chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+def _messages(prompt: object) -> Sequence[Message]:
+    messages = cast("Sequence[Message]", prompt)
     for number, message in enumerate(messages):
         for field, text in message.items() if isinstance(cast(object, message), Mapping) else ():
             if isinstance(cast(object, text), str):
                 check_unicode(f"messages[{number}].{field}", text)
-    return tokenizer.chat(messages)
+    return messages

@@ -383,6 +383,12 @@ def test_a_deadline_that_passes_while_text_is_encoded_is_no_fault_of_a_file(fold
         template.render([], True)
 
 
+def test_a_long_text_is_encoded_as_a_short_one(folder):
+    text = "the cat sat on the mat " * 1000
+    assert load(folder).encode(text) == backend().encode(text).ids
+    assert load(folder).encode(text, add_special_tokens=False) == backend().encode(text, add_special_tokens=False).ids
+
+
 def test_bad_text_and_ids(folder):
     tokenizer = load(folder)
     with pytest.raises(TokenizerError, match="cannot encode"):
