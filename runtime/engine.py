@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,7 @@ from .methods.autoregressive import Autoregressive
 from .methods.base import Method
 from .methods.policy import Policy
 from .model import Model
-from .prompts import Prompt, Prompts, TokenIds, check_params, is_many, to_ids
+from .prompts import Prompt, Prompts, TokenIds, check_params, is_many, is_written, to_ids
 from .ranges import marks
 from .recent import Recent
 from .request import Chunk, Output, SamplingParams
@@ -54,7 +55,8 @@ class Engine:
 
     Threads and event loops may share an engine: their requests take turns, a round or a part of a prompt at a time, and
     those that need pages which others hold wait for them in the order they came, as long as anything moves; 30 seconds
-    after nothing has, it is a CapacityError. `model_path` is where the weights lie, `backend` the op table in use,
+    after nothing has, it is a CapacityError. A forked process may use a copy of an engine that is on the CPU and had no
+    request under way. `model_path` is where the weights lie, `backend` the op table in use,
     `numerics` "exact" or "fast", `config` the model's shape, `cache_tokens` what requests can hold together,
     `cache_note` why that is less than the model's context, `load_s` the seconds `load` took and `warmed_up` what the
     latest `warm_up` did.
@@ -94,6 +96,7 @@ class Engine:
         self._methods = Recent[registry.MethodSpec, Method](MAX_METHODS, self._default)
         self._turn, self._runs = Turns(weights.embedding.device), set[Run]()
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "skipjack-engine")
+        self._process = os.getpid()
         self._strict, self._watch = strict, Watch(enabled=table.name == "triton")
         self._model: Model | None = Model(config, weights, table, marks(ranges))
         self.backend = self._model.backend
@@ -256,15 +259,17 @@ class Engine:
     ) -> AsyncIterator[Chunk]:
         """As `stream`, for an event loop: all that may wait for the engine runs in a worker thread.
 
-        The prompt is checked and encoded in a thread of the loop's default executor.
+        Text is encoded in a thread of the loop's default executor, and comes to the engine when it is.
 
         A cancelled request ends after the round it is in.
         """
         self._loaded()
         loop = asyncio.get_running_loop()
-        # On a thread of the loop's own: the steps of other requests must not wait while a long text is encoded.
-        stream = await loop.run_in_executor(None, self._asked, prompt, params, method)
         work = partial(loop.run_in_executor, self._pool)
+        if any(map(is_written, prompt if is_many(prompt) else [prompt])):
+            # On a thread of the loop's: the steps of other requests must not wait while a long text is encoded.
+            prompt = await loop.run_in_executor(None, self._encoded, prompt)
+        stream = await work(self._asked, prompt, params, method)
         try:
             await eventually(stream.prepare, work)
             while (chunks := await eventually(stream.advance, work)) is not None:
@@ -307,7 +312,18 @@ class Engine:
     def _open(self) -> tuple[Model, Admission]:
         if self._model is None or self._admission is None:
             raise RequestError(CLOSED)
+        if self._process != os.getpid():
+            self._adopt(self._model.device)
         return self._model, self._admission
+
+    def _adopt(self, device: torch.device) -> None:
+        """Work in a forked process: it has a copy of everything but the threads, and of a GPU nothing."""
+        if device.type != "cpu" or self._graphs or self._runs or self._turn.taken:
+            raise RequestError(
+                f"engine: it was loaded in process {self._process} and this is {os.getpid()}, forked from it: expected "
+                "one on the CPU, and no request under way when it was forked; load it in this process"
+            )
+        self._process, self._pool = os.getpid(), ThreadPoolExecutor(1, "skipjack-engine")
 
     @property
     def _encode(self) -> Encode | None:
@@ -341,6 +357,11 @@ class Engine:
             method.calibrate(model, self._encode)
             method.prepare(model, cache)
         self._methods[spec] = method
+
+    def _encoded(self, prompt: Prompt | Prompts) -> Prompt | Prompts:
+        if is_many(prompt):
+            return [to_ids(one, self.tokenizer, self.config) for one in cast(Prompts, prompt)]
+        return to_ids(cast(Prompt, prompt), self.tokenizer, self.config)
 
     def _sequence(self, index: int, choice: int, ids: list[int], params: SamplingParams, seed: int) -> Sequence:
         text = TextStream(self.tokenizer, params.stop) if self.tokenizer else None

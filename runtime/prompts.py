@@ -29,6 +29,14 @@ def is_many(prompt: Prompt | Prompts) -> bool:
     )
 
 
+def is_written(prompt: object) -> bool:
+    """Whether one prompt is text or chat messages, which are still to be encoded."""
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+        return isinstance(prompt, str)
+    parts = cast("Sequence[object]", prompt)
+    return len(parts) > 0 and isinstance(parts[0], Mapping)
+
+
 def to_ids(prompt: Prompt, tokenizer: Tokenizer | None, config: ModelConfig) -> list[int]:
     """Token ids of one prompt.
 
@@ -40,7 +48,7 @@ def to_ids(prompt: Prompt, tokenizer: Tokenizer | None, config: ModelConfig) -> 
         prompt = cast("list[int]", prompt.tolist())
     if not isinstance(cast(object, prompt), Sequence) or isinstance(cast(object, prompt), (bytes, bytearray)):
         raise RequestError(f"prompt: expected text, token ids or chat messages, got {type(prompt).__name__}")
-    if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
+    if is_written(prompt):
         if tokenizer is None:
             raise RequestError("prompt: this model folder has no tokenizer.json: pass token ids")
         text = _text(prompt) if isinstance(prompt, str) else tokenizer.render(_messages(prompt))
@@ -51,13 +59,17 @@ def to_ids(prompt: Prompt, tokenizer: Tokenizer | None, config: ModelConfig) -> 
                 f"context of {config.max_context}"
             )
         ids = tokenizer.encode(text, add_special_tokens=isinstance(prompt, str))
-    else:
-        ids = checked_ids("prompt", prompt, config.vocab_size)
-    if not ids:
+        _check_room(len(ids), config)
+        return ids
+    _check_room(len(prompt), config)
+    return checked_ids("prompt", prompt, config.vocab_size)
+
+
+def _check_room(tokens: int, config: ModelConfig) -> None:
+    if not tokens:
         raise RequestError("prompt: expected at least one token, got none")
-    if len(ids) >= config.max_context:
-        raise RequestError(f"prompt: {len(ids)} tokens leave no room in the model's context of {config.max_context}")
-    return ids
+    if tokens >= config.max_context:
+        raise RequestError(f"prompt: {tokens} tokens leave no room in the model's context of {config.max_context}")
 
 
 def check_params(params: SamplingParams, tokenizer: Tokenizer | None, config: ModelConfig) -> None:

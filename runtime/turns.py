@@ -36,6 +36,11 @@ class Turns:
         """Whether this thread has the turn."""
         return self._holder == get_ident()
 
+    @property
+    def taken(self) -> bool:
+        """Whether any thread has the turn."""
+        return bool(self._line)
+
     def __enter__(self) -> Turns:
         if self.held:
             self._depth += 1

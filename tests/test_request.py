@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from time import perf_counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -125,7 +126,7 @@ def test_text_that_is_no_unicode_is_the_callers(
     synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = synthetic("tiny")
-    monkeypatch.setattr(engine, "tokenizer", object())
+    monkeypatch.setattr(engine, "tokenizer", SimpleNamespace(render=None))
     with pytest.raises(RequestError, match=r"^prompt: expected valid Unicode, got a lone surrogate at 3"):
         engine.generate("abc\ud800")
     with pytest.raises(

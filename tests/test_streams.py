@@ -2,11 +2,15 @@
 
 import asyncio
 import gc
+import os
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -420,3 +424,49 @@ def test_a_request_that_is_interrupted_where_it_queues_leaves_the_line(
             assert engine._admission is not None
             assert not [ticket for ticket in engine._admission._line if not ticket.cancelled()]
     assert free(engine)
+
+
+FORKED = """
+import asyncio
+import os
+import sys
+
+import torch
+
+from skipjack import Engine, RequestError, SamplingParams
+from skipjack.loaders.config import ModelConfig
+from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
+
+config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
+engine = Engine(config, synthetic_weights(config, 0, torch.float32, 0.3))
+params = SamplingParams(max_tokens=4, ignore_eos=True)
+
+async def read():
+    return [token async for chunk in engine.astream([5, 6], params) for token in chunk.token_ids]
+
+def report(end):
+    try:
+        print(asyncio.run(read()) == engine.generate([5, 6], params).token_ids, flush=True)
+    except RequestError as error:
+        print(str(error).replace(str(os.getppid()), "PARENT"), flush=True)
+    end(0)
+
+report(lambda _: None)  # The pool has its thread.
+if not os.fork():
+    report(os._exit)
+os.wait()
+stream = engine.stream([5, 6], params)
+if not os.fork():
+    report(os._exit)
+os.wait()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_uses_a_copy_or_says_why_not(tmp_path: Path) -> None:
+    """As servers do that load a model once and fork their workers."""
+    command = [sys.executable, "-c", FORKED]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=tmp_path)
+    ours, theirs, refused = done.stdout.splitlines()
+    assert (ours, theirs) == ("True", "True")
+    assert refused.startswith("engine: it was loaded in process PARENT and this is ")
