@@ -16,7 +16,7 @@ from .config import MAX_CONFIG_BYTES, ModelConfig
 from .errors import CheckpointError, ConfigError
 from .json_files import present, read_object, shown
 from .naming import ROUTED_FIELDS, Piece, pieces
-from .routing import REDUCTION, routed_fields
+from .routing import GATES, REDUCTION, routed_fields
 from .save import staged_folder, write_json, write_tensors
 from .synthetic import draw
 from .weights import checked_plan
@@ -65,9 +65,11 @@ def attach_routers(
     source = folder / "config.json"
     if plain.model_type != "llama":
         raise ConfigError(f"{source}: model_type: expected 'llama', which routers fit, found {shown(plain.model_type)}")
+    layers = range(plain.num_layers // 2, plain.num_layers) if layers is None else layers
+    _check(plain, layers, gate, router_reduction, adapter_reduction)
     fields = routed_fields(
         read_object(source, MAX_CONFIG_BYTES, ConfigError),
-        range(plain.num_layers // 2, plain.num_layers) if layers is None else layers,
+        layers,
         router_reduction=router_reduction,
         adapter_reduction=adapter_reduction,
         gate=gate,
@@ -91,6 +93,21 @@ def attach_routers(
         places = {name: shards[file] for name, file in weight_map.items()} | dict.fromkeys(tensors, ROUTERS_FILE)
         write_json(stage / INDEX_FILE, {"metadata": {}, "weight_map": places})
     return config
+
+
+def _check(plain: ModelConfig, layers: Sequence[int], gate: str, router_reduction: int, adapter_reduction: int) -> None:
+    """What config.json of the new folder would be refused for, said of the option it comes from."""
+    if not layers or len(set(layers)) < len(layers) or not set(layers) <= set(range(plain.num_layers)):
+        expected = f"different layers from 0 to {plain.num_layers - 1}, at least one"
+        raise ConfigError(f"--layers: expected {expected}, got {shown(list(layers))}")
+    if gate not in GATES:
+        raise ConfigError(f"--gate: expected one of {', '.join(GATES)}, got {shown(gate)}")
+    for option, reduction, size in (
+        ("--router-reduction", router_reduction, plain.hidden_size),
+        ("--adapter-reduction", adapter_reduction, plain.intermediate_size),
+    ):
+        if not 1 <= reduction <= size:
+            raise ConfigError(f"{option}: expected an integer from 1 to {size}, got {reduction}")
 
 
 def _drawn(config: ModelConfig, wanted: Sequence[Piece], seed: int) -> dict[str, Tensor]:
