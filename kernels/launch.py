@@ -3,16 +3,17 @@
 Architectures are compute capabilities times ten, 90 for sm_90; 0 is the interpreter.
 """
 
-import os
 from functools import cache
 from typing import Any, NamedTuple, cast
 
 from triton import knobs
 from triton.runtime import driver
 
+from . import environment
+
 INTERPRETED = bool(knobs.runtime.interpret)
-DEPENDENT_LAUNCH = os.environ.get("SKIPJACK_PDL", "1") != "0"
-AHEAD_BYTES = int(os.environ.get("SKIPJACK_AHEAD_MIB", "8")) << 20
+DEPENDENT_LAUNCH = environment.dependent_launch()
+AHEAD_BYTES = environment.ahead_mib() << 20
 AHEAD_PIECE = 16 * 1024
 AHEAD_OF = 128 << 20
 CACHE_LINE = 128

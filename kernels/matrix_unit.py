@@ -5,7 +5,6 @@ those of the odd ones in another, and both to the sum. How many rows there are d
 """
 
 import ctypes
-import os
 import platform
 import sys
 from functools import cache
@@ -14,6 +13,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from . import environment
 from .instructions import FEATURES, LINE, LONG, ask
 from .lanes import part, put_whole
 
@@ -33,7 +33,7 @@ def permitted() -> bool:
 
     SKIPJACK_CPU_KERNELS=pairs does without, for the bits of processors that have none.
     """
-    if not EXISTS or os.environ.get("SKIPJACK_CPU_KERNELS") == "pairs":
+    if not EXISTS or environment.cpu_kernels() == "pairs":
         return False
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import (
+    environment,
     packed,
     reference,
     reference_logits,
@@ -192,7 +192,7 @@ def obstacle(backend: str, device: torch.device) -> str | None:
 
 def plain_because() -> str | None:
     """Why the small operations of the CPU are PyTorch's and not compiled; None if they are."""
-    if os.environ.get("SKIPJACK_CPU_KERNELS") == "torch":
+    if environment.cpu_kernels() == "torch":
         return "SKIPJACK_CPU_KERNELS is torch"
     if find_spec("numba") is None:
         return "numba is not installed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..kernels import ops
+from ..kernels import environment, ops
 from ..loaders.config import ModelConfig
 from .errors import RequestError
 from .request import integer
@@ -33,7 +33,12 @@ def place_of(device: str) -> torch.device:
 
 
 def table_of(backend: str, device: torch.device, numerics: str) -> ops.Ops:
-    """The op table of that name, auto being the device's own; RequestError where it cannot run."""
+    """The op table of that name, auto being the device's own.
+
+    Raises:
+        RequestError: there is none of that name or it cannot run, or an environment variable says what means nothing.
+    """
+    check_environment()
     one_of("backend", backend, ("auto", "torch", "triton"))
     one_of("numerics", numerics, ("exact", "fast"))
     chosen = backend if backend != "auto" else "triton" if device.type == "cuda" else "torch"
@@ -41,6 +46,14 @@ def table_of(backend: str, device: torch.device, numerics: str) -> ops.Ops:
     if obstacle:
         raise RequestError(f"backend: {chosen} cannot run on {device.type}: {obstacle}")
     return ops.select(chosen, numerics)
+
+
+def check_environment() -> None:
+    """Refuse values of environment variables that mean nothing, with a RequestError."""
+    try:
+        environment.check()
+    except environment.VariableError as problem:
+        raise RequestError(str(problem)) from problem
 
 
 def check_cache_tokens(tokens: int | None) -> None:

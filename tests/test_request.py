@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from skipjack import ConfigError, Engine, RequestError, SamplingParams
+from skipjack.kernels import environment
+from skipjack.runtime import cli
 from skipjack.runtime.options import read_prompt
 
 
@@ -201,3 +203,24 @@ def test_a_method_of_another_type_is_refused(synthetic: Callable[..., Engine]) -
 def test_methods_that_do_not_parse_are_refused(synthetic: Callable[..., Engine], method: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         synthetic("tiny").generate([1], method=method)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("SKIPJACK_AHEAD_MIB", "abc", "SKIPJACK_AHEAD_MIB: expected a whole number of MiB below 100000, got 'abc'"),
+        ("SKIPJACK_AHEAD_MIB", "-1", "SKIPJACK_AHEAD_MIB: expected a whole number"),
+        ("SKIPJACK_CPU_KERNELS", "foo", "SKIPJACK_CPU_KERNELS: expected one of torch, pairs, got 'foo'"),
+        ("SKIPJACK_PDL", "off", "SKIPJACK_PDL: expected one of 1, 0, got 'off'"),
+    ],
+)
+def test_a_variable_of_the_environment_that_means_nothing_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(RequestError, match=f"^{message}"):
+        Engine.load("demo")
+    assert cli.run(["doctor"]) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+    monkeypatch.setenv(variable, "")
+    environment.check()
