@@ -198,11 +198,15 @@ def tune(
     output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")],
     method: Annotated[str, typer.Option(help="swift or knapspec.")] = "swift",
     prompts: Annotated[Path | None, typer.Option(help="One prompt a line, or JSON lines with turns.")] = None,
-    candidates: Annotated[int, typer.Option(min=1, help="Sets scored at most.")] = 500,
+    candidates: Annotated[
+        int | None, typer.Option(min=1, help="Sets scored at most (swift).", show_default="500")
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0, help="End the search after this time.")] = 600.0,
-    skip_ratio: Annotated[float, typer.Option(min=0, max=1, help="Share of inner sub-layers skipped (swift).")] = 0.45,
+    skip_ratio: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of inner sub-layers skipped (swift).", show_default="0.45")
+    ] = None,
     window: Annotated[int, typer.Option(min=1, max=1024, help="Tokens of each prompt a set is scored on.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Of the candidates.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the candidates (swift).", show_default="0")] = None,
     device: options.DeviceName = options.Device.AUTO,
     dtype: options.DtypeName = options.Dtype.AUTO,
     backend: options.BackendName = options.Backend.AUTO,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from time import monotonic
 from typing import Any
 
@@ -88,23 +89,36 @@ def tune_swift(
 
 
 def tune_knapspec(
-    engine: Engine, prompts: list[list[int]], *, max_tokens: int, stop: Callable[[], bool], report: Report
+    engine: Engine,
+    prompts: list[list[int]],
+    *,
+    max_tokens: int,
+    seconds: float,
+    stop: Callable[[], bool],
+    report: Report,
 ) -> SkipSet:
     """The set KnapSpec (arXiv 2602.20217) chooses last while it decodes the prompts with nothing to hold it back.
 
+    Ends after `seconds`, or when `stop` says so, with the set it has; both are asked after every round.
+
     Raises:
-        RequestError: the prompts were too short for it to choose any.
+        RequestError: the prompts were too short for it to choose any, or the time was.
     """
-    spec = "knapspec:search_budget=1.0,interval=8"
+    spec, params = "knapspec:search_budget=1.0,interval=8", SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     found: list[Mapping[str, Any]] = []
+    started, over = monotonic(), False
     for ids in prompts:
-        if stop():
-            break
-        output = engine.generate(ids, SamplingParams(max_tokens=max_tokens, ignore_eos=True), method=spec)
-        found += [event for event in output.stats.events if event["kind"] == "programme"]
+        with closing(engine.stream(ids, params, method=spec)) as stream:
+            for _ in stream:
+                if over := stop() or monotonic() - started >= seconds:
+                    break
+        found += [event for event in stream.outputs[0].stats.events if event["kind"] == "programme"]
         report(len(found), found[-1]["score"] if found else 0.0)
+        if over:
+            break
     if not found:
-        raise RequestError("tune: knapspec chose no set on these prompts: give it more or longer ones")
+        more = "more time" if over else "more or longer ones"
+        raise RequestError(f"tune: knapspec chose no set on these prompts: give it {more}")
     last = found[-1]
     return SkipSet(
         config_hash(engine.config),

@@ -20,21 +20,28 @@ def tune_and_save(
     output: Path,
     method: str,
     prompts: Path | None,
-    candidates: int,
+    candidates: int | None,
     seconds: float,
-    skip_ratio: float,
+    skip_ratio: float | None,
     window: int,
-    seed: int,
+    seed: int | None,
     *,
     as_json: bool,
 ) -> None:
     """Search with `method` over the prompts of a file, or a few of our own, and write the best set to `output`.
+
+    `candidates`, `skip_ratio` and `seed` are of SWIFT's search: None are 500, 0.45 and 0.
 
     Raises:
         RequestError: an argument is not one of its choices, or a file cannot be read or written.
     """
     if method not in ("swift", "knapspec"):
         raise RequestError(f"--method: expected swift or knapspec, got {method!r}")
+    own = {"--candidates": candidates, "--skip-ratio": skip_ratio, "--seed": seed}
+    given = next((option for option, value in own.items() if value is not None), None)
+    if method == "knapspec" and given:
+        raise RequestError(f"{given}: expected with swift only, as knapspec computes its sets, got {own[given]}")
+    candidates = 500 if candidates is None else candidates
     if "," in str(output):
         raise RequestError(f"--output: expected a name without a comma, which ends a method's option, got {output}")
     if not output.parent.is_dir():
@@ -51,10 +58,10 @@ def tune_and_save(
                 engine,
                 ids,
                 window=window,
-                skip_ratio=skip_ratio,
+                skip_ratio=0.45 if skip_ratio is None else skip_ratio,
                 candidates=candidates,
                 seconds=seconds,
-                seed=seed,
+                seed=seed or 0,
                 stop=stop,
                 report=lambda done, best: progress("candidates", done, candidates),
             )
@@ -63,6 +70,7 @@ def tune_and_save(
                 engine,
                 ids,
                 max_tokens=4 * window,
+                seconds=seconds,
                 stop=stop,
                 report=lambda done, best: progress("sets", done, len(ids)),
             )

@@ -64,15 +64,36 @@ def test_stopping_keeps_the_best_so_far(synthetic: Callable[..., Engine]) -> Non
 
 def test_knapspec_leaves_the_set_it_chose_last(synthetic: Callable[..., Engine]) -> None:
     engine = synthetic("tiny", torch.float32, 0.1)
-    found = tune_knapspec(engine, PROMPTS, max_tokens=80, stop=lambda: False, report=lambda done, best: None)
+    found = choose(engine, lambda: False)
     assert found.method == "knapspec"
     assert not {0, 7} & {*found.skip_attention, *found.skip_mlp}
+
+
+def choose(engine: Engine, stop: Callable[[], bool], seconds: float = 60.0) -> SkipSet:
+    return tune_knapspec(engine, PROMPTS, max_tokens=80, seconds=seconds, stop=stop, report=lambda done, best: None)
+
+
+def test_knapspec_is_asked_to_stop_in_the_middle_of_a_text(
+    synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = synthetic("tiny", torch.float32, 0.1)
+    rounds: list[int] = []
+    one = choose(engine, lambda: len(rounds) >= 20 or bool(rounds.append(1)))
+    assert one.method == "knapspec"
+    assert len(rounds) == 20
+    with pytest.raises(RequestError, match=r"^tune: knapspec chose no set on these prompts: give it more time"):
+        choose(engine, lambda: False, seconds=0.0)
+    cache = engine._loaded()[1]
+    assert cache.free_pages == cache.total_pages
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--method", "magic", "-o", "x.json"], "--method: expected swift or knapspec"),
+        (["--method", "knapspec", "--candidates", "3", "-o", "x.json"], "--candidates: expected with swift only"),
+        (["--method", "knapspec", "--skip-ratio", "0", "-o", "x.json"], "--skip-ratio: expected with swift only"),
+        (["--method", "knapspec", "--seed", "0", "-o", "x.json"], "--seed: expected with swift only"),
         (["-o", "/nowhere/x.json"], "--output: no such folder"),
         (["-o", "/"], "--output: expected a file that can be written"),
         (["-o", "a,b.json"], "--output: expected a name without a comma"),
