@@ -29,7 +29,8 @@ def cpu_kernels() -> str:
 
 def check() -> None:
     """Raises VariableError: one of them has a value that means nothing."""
-    dependent_launch(), ahead_mib(), cpu_kernels()
+    for variable in (dependent_launch, ahead_mib, cpu_kernels):
+        variable()
 
 
 def _one_of(variable: str, choices: tuple[str, ...]) -> str:
