@@ -50,11 +50,13 @@ class Draft(NamedTuple):
 class Tally(NamedTuple):
     """What a round came to for each of S sequences: draft tokens, those accepted, tokens emitted; seconds.
 
+    `depth`: how many of the draft tokens could be accepted together: of a chain all, of a tree its longest path.
     `recipe` is that of a round the device ran alone, which is `changed` if the one before was of another.
     """
 
     sequences: list[Sequence]
     drafted: list[int]
+    depth: list[int]
     accepted: list[int]
     emitted: list[int]
     draft_s: float
@@ -66,9 +68,9 @@ class Tally(NamedTuple):
 class Round(NamedTuple):
     """A finished round, for the method to learn from: S sequences, K rows each.
 
-    path int64 [S, K] are the rows' tokens, target int64 [S, K] the full model's choices after them; `emitted` tokens
-    came of the round for each sequence. Times are seconds. `streams` has, if the draft asked for it, the residual
-    stream [S·K, H] before every sub-layer and after the last.
+    path int64 [S, K] are the rows' tokens, target int64 [S, K] the full model's choices after them; for each sequence
+    the draft was `depth` deep, and `emitted` tokens came of the round. Times are seconds. `streams` has, if the draft
+    asked for it, the residual stream [S·K, H] before every sub-layer and after the last.
     """
 
     batch: Batch
@@ -76,6 +78,7 @@ class Round(NamedTuple):
     path: Tensor
     target: Tensor
     verdict: Verdict
+    depth: list[int]
     emitted: list[int]
     draft_s: float
     verify_s: float
@@ -84,7 +87,7 @@ class Round(NamedTuple):
     @property
     def tally(self) -> Tally:
         drafted, accepted = ints(self.draft.length), ints(self.verdict.accepted)
-        return Tally(self.batch.sequences, drafted, accepted, self.emitted, self.draft_s, self.verify_s)
+        return Tally(self.batch.sequences, drafted, self.depth, accepted, self.emitted, self.draft_s, self.verify_s)
 
 
 class Sampling(NamedTuple):

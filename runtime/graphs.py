@@ -263,23 +263,21 @@ class Rounds:
     ) -> tuple[dict[int, list[Piece]], float]:
         """What `device_round` gave the sequences still `running`, by their rows, and the seconds the method took."""
         pieces: dict[int, list[Piece]] = {}
-        told: list[tuple[Sequence, int, int, int]] = []
-        deepest = 0
+        told: list[tuple[Sequence, int, int, int, int]] = []
         for row, sequence in running:
             accepted, drafted, depth, token, *draft = ints(report[0, row])
             pieces[id(sequence)] = commit(sequence, [*draft[:accepted], token], drafted, depth)
-            deepest = max(deepest, depth)
-            told.append((sequence, drafted, accepted, len(pieces[id(sequence)])))
+            told.append((sequence, drafted, depth, accepted, len(pieces[id(sequence)])))
             counters = sequence.counters
             counters.rounds += 1
             counters.graph_rounds += 1
             counters.executed_skips += plan.skipped * depth + self._method.target.skipped
         if not told:
             return pieces, 0.0
-        members, drafts, accepts, emits = (list(column) for column in zip(*told, strict=True))
+        members, drafts, depths, accepts, emits = (list(column) for column in zip(*told, strict=True))
         if self._given is not None:
-            self._graphs.depths.count(self._method, self._given, recipe.num_draft_tokens, deepest, max(accepts))
-        tally = Tally(members, drafts, accepts, emits, 0.0, seconds, recipe, self._changed)
+            self._graphs.depths.count(self._method, self._given, recipe.num_draft_tokens, max(depths), max(accepts))
+        tally = Tally(members, drafts, depths, accepts, emits, 0.0, seconds, recipe, self._changed)
         self._changed = False
         return pieces, self._method.count(self._model, self._cache, tally)
 

@@ -149,7 +149,7 @@ class Search:
 class Drift:
     """Whether a draft is accepted clearly less often than it used to be: the text has changed its subject.
 
-    The acceptance rate is a moving average over about ten rounds, held against the best it has been.
+    The accepted share of a draft's depth is a moving average over about ten rounds, held against the best it has been.
     """
 
     drop: float
@@ -157,11 +157,11 @@ class Drift:
     best: float = 0.0
     rounds: int = 0
 
-    def observe(self, drafted: int, accepted: int) -> bool:
+    def observe(self, depth: int, accepted: int) -> bool:
         """Take in a round; True once the rate has fallen by the share `drop`."""
-        if not drafted or not self.drop:
+        if not depth or not self.drop:
             return False
-        now = accepted / drafted
+        now = accepted / depth
         self.rate = now if self.rate is None else 0.9 * self.rate + 0.1 * now
         self.rounds += 1
         if self.rounds >= 10:

@@ -53,20 +53,21 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
         sequence.enter(phase)
     with model.mark("commit", len(batch), path.numel()):
         counts = ints(draft.length)
-        tried = counts if lineage is None else ints(_deepest(lineage, draft.length))
+        depth = counts if lineage is None else ints(_deepest(lineage, draft.length))
         pieces: list[list[Piece]] = []
         for row, sequence in enumerate(sequences):
             rows = verdict.path[row, : accepted[row] + 1]
             tokens = [*ints(path[row, rows[1:]]), int(verdict.token[row])]
-            pieces.append(commit(sequence, tokens, counts[row], tried[row]))
+            pieces.append(commit(sequence, tokens, counts[row], depth[row]))
         tell(model, sequences, pieces, target.logits, verdict.path)
     emitted = [len(new) for new in pieces]
-    done = Round(batch, draft, path, target.tokens, verdict, emitted, drafted - start, verified - drafted, streams)
+    seconds = drafted - start, verified - drafted
+    done = Round(batch, draft, path, target.tokens, verdict, depth, emitted, *seconds, streams)
     searched = method.observe(model, cache, done)
-    for sequence, count, depth in zip(sequences, counts, tried, strict=True):
+    for sequence, count, deep in zip(sequences, counts, depth, strict=True):
         counters = sequence.counters
         counters.rounds += 1
-        counters.executed_skips += (plan.skipped * depth if count else 0) + method.target.skipped
+        counters.executed_skips += (plan.skipped * deep if count else 0) + method.target.skipped
     for counters in (sequence.counters for sequence in firsts(sequences)):
         counters.draft_s += drafted - start
         counters.verify_s += verified - drafted

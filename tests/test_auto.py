@@ -170,7 +170,7 @@ class Run:
         verdict = Verdict(one, one, one, torch.zeros(1, k + 1, dtype=torch.int64))
         draft = Draft(tokens, torch.tensor([k]))
         made.observe(
-            None, None, Round(self.batch, draft, tokens, tokens, verdict, [taken + 1], draft_s, verify_s, None)
+            None, None, Round(self.batch, draft, tokens, tokens, verdict, [k], [taken + 1], draft_s, verify_s, None)
         )
         self.decoding += made._choice.seconds
         self.lost += made._choice.seconds - (taken + 1)
@@ -266,6 +266,7 @@ def test_what_choosing_costs_is_booked(monkeypatch: pytest.MonkeyPatch) -> None:
             Draft(torch.zeros(1, 0).long(), torch.tensor([0])),
             *[torch.zeros(1, 1).long()] * 2,
             Verdict(*[torch.tensor([0])] * 3, torch.zeros(1, 1).long()),
+            [0],
             [1],
             0.1,
             1.0,
@@ -279,7 +280,7 @@ def test_what_choosing_costs_is_booked(monkeypatch: pytest.MonkeyPatch) -> None:
 def plain_round(run: Run, draft_s: float, verify_s: float) -> Round:
     one, tokens = torch.tensor([0]), torch.zeros(1, 1).long()
     draft, verdict = Draft(torch.zeros(1, 0).long(), one), Verdict(one, one, one, tokens)
-    return Round(run.batch, draft, tokens, tokens, verdict, [1], draft_s, verify_s, None)
+    return Round(run.batch, draft, tokens, tokens, verdict, [0], [1], draft_s, verify_s, None)
 
 
 def test_to_learn_that_a_context_is_long_is_no_loss() -> None:

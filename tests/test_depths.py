@@ -321,7 +321,7 @@ def test_another_number_of_steps_is_no_change_of_subject() -> None:
         own = Swift(Options(set="", restart_drop=0.3, max_opt_iter=0), 8)
         sequence = Sequence(0, 0, [0], SamplingParams(), 0, frozenset(), 99, None)
         for recipe, drafted, accepted in [(EARLY, 7, 7)] * 30 + [(replace(EARLY, num_draft_tokens=steps), 2, 1)] * 30:
-            tally = Tally([sequence], [drafted], [accepted], [1], 0.0, 1.0, recipe)
+            tally = Tally([sequence], [drafted], [drafted], [accepted], [1], 0.0, 1.0, recipe)
             own.count(cast(Model, None), cast(KVCache, None), tally)
         return [event["kind"] for event in own.events()]
 

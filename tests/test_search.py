@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,10 +12,15 @@ import torch
 
 from skipjack import Engine, SamplingParams
 from skipjack.kernels.ops import TORCH
+from skipjack.loaders.synthetic import synthetic_weights
+from skipjack.runtime.batch import Tally
+from skipjack.runtime.cache import KVCache
 from skipjack.runtime.methods import registry
-from skipjack.runtime.methods.swift import Swift
+from skipjack.runtime.methods.swift import Options, Swift
+from skipjack.runtime.model import Model
 from skipjack.runtime.rows import one_sequence
 from skipjack.runtime.search import Drift, Incumbent, Search, initial_plan, matchness, plan_of
+from skipjack.runtime.sequence import Sequence
 
 
 @pytest.mark.parametrize("case", ["swift-1", "swift-2"])
@@ -249,13 +255,30 @@ def test_drift_is_a_fall_from_the_best() -> None:
     assert not any(Drift(0.0).observe(7, taken) for taken in (7, 0, 0, 0))
 
 
-def test_the_adaptive_threshold_follows_the_acceptance(synthetic: Callable[..., Engine]) -> None:
+@pytest.mark.parametrize("tree", ["false", "true"])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_adaptive_threshold_follows_the_acceptance(
+    synthetic: Callable[..., Engine], tree: str, graphs: bool
+) -> None:
+    """Siblings beside an accepted token are no misses: where a draft is right at every depth, the threshold falls."""
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     for late_scale, rises in ((1.0, True), (0.0, False)):
-        engine = synthetic("tiny", torch.float32, late_scale)
-        spec = "swift:skip_attention=4+5+6,skip_mlp=4+5+6,adaptive=true,threshold=0.2"
-        output = engine.generate([5, 6, 7], params, method=spec)
-        assert output.token_ids == engine.generate([5, 6, 7], params).token_ids
-        method = engine._method(registry.parse(spec))
+        plain = synthetic("tiny", torch.float32, late_scale)
+        weights = synthetic_weights(plain.config, 0, torch.float32, late_scale)
+        spec = f"swift:skip_attention=4+5+6,skip_mlp=4+5+6,adaptive=true,threshold=0.2,tree={tree}"
+        with Engine(plain.config, weights, graphs=graphs) as engine:
+            output = engine.generate([5, 6, 7], params, method=spec)
+            assert output.token_ids == plain.generate([5, 6, 7], params).token_ids
+            assert (output.stats.graph_rounds > 0) == graphs
+            method = engine._method(registry.parse(spec))
         assert isinstance(method, Swift)
         assert (method._how.threshold > 0.2) == rises
+
+
+def test_more_siblings_are_no_change_of_subject() -> None:
+    swift = Swift(Options(tree=True, max_opt_iter=0), 8)
+    sequence = Sequence(0, 0, [0], SamplingParams(), 0, frozenset(), 99, None)
+    for nodes in [3] * 30 + [30] * 30:
+        tally = Tally([sequence], [nodes], [3], [3], [4], 0.0, 1.0)
+        swift.count(cast(Model, None), cast(KVCache, None), tally)
+    assert not swift.events()

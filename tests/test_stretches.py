@@ -164,9 +164,9 @@ def test_reports_are_told_apart_by_the_round_they_are_of() -> None:
     for _ in range(10):
         assert made.recipe([sequence]) == plain
         assert made.plan == made._swift.plan, "whose mask a skip set's graph gets that goes on"
-        made.count(None, None, Tally([sequence], [0], [0], [1], 0.0, 1.0, plain))
+        made.count(None, None, Tally([sequence], [0], [0], [0], [1], 0.0, 1.0, plain))
     assert made._stretches.tokens(made._stretches.ways[1]) == auto.LOOKED_UP
-    made.count(None, None, Tally([sequence], [7], [7], [8], 0.0, 1.0, lookup))
+    made.count(None, None, Tally([sequence], [7], [7], [7], [8], 0.0, 1.0, lookup))
     assert made._stretches.tokens(made._stretches.ways[1]) > 4
     assert made._stretches.tokens(made._stretches.ways[0]) == 1.0
 

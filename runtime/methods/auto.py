@@ -215,7 +215,7 @@ class Auto(Method):
             tokens = {way.name: stretches.tokens(way) for way in stretches.ways}
             self._report(tally.sequences, tokens_per_round=tokens)
         none = [0] * members
-        drafted = tally if name == SKIP else tally._replace(drafted=none, accepted=none)
+        drafted = tally if name == SKIP else tally._replace(drafted=none, depth=none, accepted=none)
         if self._search(lambda: self._swift.count(model, cache, drafted)):
             stretches.forget(SKIP)
         return self._clock() - start
@@ -307,7 +307,8 @@ class Auto(Method):
         self._ledger.book(chosen + overhead, plain * sum(done.emitted) / sequences)
         self._tell(seconds, plain, done)
         remember(self._memory, done.tally)
-        own = done if choice.name in (SKIP, CASCADE) else done._replace(draft=no_draft(done.batch))
+        undrafted = done._replace(draft=no_draft(done.batch), depth=[0] * sequences)
+        own = done if choice.name in (SKIP, CASCADE) else undrafted
         if self._search(lambda: self._swift.observe(model, cache, own)):
             self._skips, self._sifted = Rate(RATE), Rate(RATE)
         return self._clock() - start

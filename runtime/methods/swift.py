@@ -184,16 +184,16 @@ class Swift(Method):
 
     def count(self, model: Model, cache: KVCache, tally: Tally) -> float:
         """Context-based layer-set optimisation (§4.1), once `window` tokens have come and the budget allows it."""
-        drafted, accepted = sum(tally.drafted), sum(tally.accepted)
-        if self._options.adaptive and drafted:
-            self._adapt(accepted / drafted)
+        depth, accepted = sum(tally.depth), sum(tally.accepted)
+        if self._options.adaptive and depth:
+            self._adapt(accepted / depth)
         steps = tally.recipe.num_draft_tokens if tally.recipe else self._options.num_draft_tokens
-        if drafted and steps != self._steps:
+        if depth and steps != self._steps:
             self._steps = steps
             self._drift.reset()
         longest = max(tally.sequences, key=lambda sequence: sequence.generated)
         if self.phase() == "acceleration":
-            if not self._fixed and self._options.search_budget and self._drift.observe(drafted, accepted):
+            if not self._fixed and self._options.search_budget and self._drift.observe(depth, accepted):
                 self._search.resume(longest.generated)
                 self._drift.reset()
             return 0.0
@@ -215,7 +215,7 @@ class Swift(Method):
         return spent
 
     def _adapt(self, share: float) -> None:
-        """Move the threshold so that `TARGET` of the drafted tokens are accepted (Draft & Verify, §3.3)."""
+        """Move the threshold so that `TARGET` of a draft's depth is accepted (Draft & Verify, §3.3, of chains)."""
         self._accepted_share = 0.5 * self._accepted_share + 0.5 * share
         wanted = self._how.threshold + (STEP if self._accepted_share < TARGET else -STEP)
         moved = 0.9 * self._how.threshold + 0.1 * wanted
