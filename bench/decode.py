@@ -145,8 +145,9 @@ def drafting(engine: Engine, name: str) -> tuple[LayerPlan, int]:
     Raises:
         RequestError: it does not draft with some of the layers.
     """
-    spec = registry.parse(name)
-    plan, k = spec.build(engine.config).plan, int(getattr(spec.options, "num_draft_tokens", 0))
+    method = registry.parse(name).build(engine.config)
+    plan, recipe = method.plan, method.recipe([]) if method.widest else None
+    k = recipe.num_draft_tokens if recipe else 0
     if not plan.skipped or not k:
         raise RequestError(f"--method: expected one that drafts with some of the layers, got {name}")
     return plan, k

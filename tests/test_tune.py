@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,6 +50,21 @@ def test_a_tuned_set_is_loaded_and_keeps_the_text(synthetic: Callable[..., Engin
         synthetic("tiny", torch.float32, 0.2).generate(PROMPTS[0], params, method=method)
     cache = engine._loaded()[1]
     assert cache.free_pages == cache.total_pages
+
+
+@pytest.mark.parametrize(
+    ("saved", "option", "longest"), [(2, "", 2), (2, ",num_draft_tokens=7", 7), (None, "", 7), (9, "", 9)]
+)
+def test_the_draft_length_saved_with_a_set_is_drafted(
+    synthetic: Callable[..., Engine], tmp_path: Path, saved: int | None, option: str, longest: int
+) -> None:
+    """Unless another one is asked for; a set without a length, as of swift, is drafted with the usual one."""
+    engine, file = synthetic("tiny", torch.float32, 0.1), tmp_path / "set.json"
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    replace(tuned(engine, 3), num_draft_tokens=saved).save(file)
+    output = engine.generate(PROMPTS[0], params, method=f"swift:set={file},threshold=0{option}")
+    assert len(output.stats.drafted_per_position) == longest
+    assert output.token_ids == engine.generate(PROMPTS[0], params).token_ids
 
 
 def test_the_score_grows_with_the_candidates(synthetic: Callable[..., Engine]) -> None:

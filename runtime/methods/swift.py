@@ -23,6 +23,8 @@ from .drafting import Drafting, acceptance, grow
 
 # The adaptive threshold's goal and its step.
 TARGET, STEP = 0.9, 0.01
+# Drafts as long as this and the newest token fill a tile of the CPU.
+NUM_DRAFT_TOKENS = 7
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,19 @@ class Options:
     """`skip_attention` and `skip_mlp` fix the skip set by hand, `set` names a file of `skipjack tune`; without them it
     is searched for.
 
-    A draft ends after `num_draft_tokens` or with the first token whose probability is below `threshold`, which
-    `adaptive` moves to keep nine of ten drafts accepted (Draft & Verify, arXiv 2309.08168). `tree` adds siblings, up to
-    `max_nodes` nodes. Drafts are made of the `draft_vocab` tokens of the lowest ids, 0 being the vocabulary. Every
-    `window` generated tokens, candidates are scored on the last `window` tokens, or with `score_on` first on the first
-    ones of the answer, for at most `search_budget` of the decoding time; every `bayes_interval`-th is Bayesian. A
-    finished search resumes when the acceptance rate falls by the share `restart_drop`; 0 never does.
+    A draft ends after `num_draft_tokens` (0: as many as the file of `set` says, or 7) or with the first token whose
+    probability is below `threshold`, which `adaptive` moves to keep nine of ten drafts accepted (Draft & Verify, arXiv
+    2309.08168). `tree` adds siblings, up to `max_nodes` nodes. Drafts are made of the `draft_vocab` tokens of the
+    lowest ids, 0 being the vocabulary. Every `window` generated tokens, candidates are scored on the last `window`
+    tokens, or with `score_on` first on the first ones of the answer, for at most `search_budget` of the decoding time;
+    every `bayes_interval`-th is Bayesian. A finished search resumes when the acceptance rate falls by the share
+    `restart_drop`; 0 never does.
     """
 
     skip_attention: tuple[int, ...] = ()
     skip_mlp: tuple[int, ...] = ()
     set: str = ""
-    num_draft_tokens: int = 7
+    num_draft_tokens: int = 0
     threshold: float = 0.8
     adaptive: bool = False
     tree: bool = False
@@ -61,7 +64,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for option, low, high in (
-            ("num_draft_tokens", 1, 64),
+            ("num_draft_tokens", 0, 64),
             ("threshold", 0, 1),
             ("max_nodes", 1, 64),
             ("draft_vocab", 0, 2**31),
@@ -115,7 +118,7 @@ class Swift(Method):
         fixed = options.skip_attention or options.skip_mlp
         self._fixed = self._full.without(options.skip_attention, options.skip_mlp) if fixed else None
         self._how = Drafting(
-            options.num_draft_tokens,
+            options.num_draft_tokens or (saved and saved.num_draft_tokens) or NUM_DRAFT_TOKENS,
             options.threshold,
             self.rejection,
             options.tree,
@@ -136,7 +139,7 @@ class Swift(Method):
 
     @property
     def widest(self) -> int:
-        return self._options.max_nodes if self.tree else self._options.num_draft_tokens
+        return self._options.max_nodes if self.tree else self._how.num_draft_tokens
 
     def phase(self) -> str:
         frozen = self._fixed or self._search.finished or not self._options.search_budget
@@ -170,7 +173,7 @@ class Swift(Method):
         return Recipe(
             self._full,
             plan,
-            min(options.num_draft_tokens, self.widest),
+            min(self._how.num_draft_tokens, self.widest),
             masked=searching,
             confident=options.adaptive or options.threshold > 0,
             rejection=self.rejection and sampled(sequences),
@@ -187,7 +190,7 @@ class Swift(Method):
         depth, accepted = sum(tally.depth), sum(tally.accepted)
         if self._options.adaptive and depth:
             self._adapt(accepted / depth)
-        steps = tally.recipe.num_draft_tokens if tally.recipe else self._options.num_draft_tokens
+        steps = tally.recipe.num_draft_tokens if tally.recipe else self._how.num_draft_tokens
         if depth and steps != self._steps:
             self._steps = steps
             self._drift.reset()
