@@ -7,7 +7,7 @@ import torch
 
 from skipjack import Engine, SamplingParams
 from skipjack.runtime.methods import registry
-from skipjack.runtime.methods.dynamic_exit import DynamicExit, best
+from skipjack.runtime.methods.dynamic_exit import DynamicExit, Options, best
 from skipjack.runtime.rows import one_sequence
 
 PROMPTS = [[5, 9, 200, 31], [7] * 3, list(range(20, 90))]
@@ -47,6 +47,17 @@ def test_rates_are_how_often_an_early_exit_says_what_the_full_model_says(synthet
             right = said[len(PROMPTS[0]) :] == torch.tensor(output.token_ids[1:])
             assert [bool(agrees[layer - 1]) for agrees in seen[: len(right)]] == right[: len(seen)].tolist()
         cache.release(pages)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5, 0.95])
+def test_the_threshold_lies_halfway_however_rare_one_kind_is(rate: float) -> None:
+    """Two exits, one of which agrees as often as not, are sure by 0.9 where they agree and by 0.5 where they do not."""
+    method = DynamicExit(Options(), 3)
+    draws = torch.rand(60, 2, generator=torch.Generator().manual_seed(1)) < torch.tensor([rate, 0.5])
+    for agrees in draws:
+        method._learn(agrees, torch.where(agrees, 0.9, 0.5))
+    for method._exit in (1, 2):
+        assert method.threshold == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("seed", range(5))

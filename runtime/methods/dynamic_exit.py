@@ -58,9 +58,11 @@ class DynamicExit(Method):
         self._options = options
         self.rejection = options.acceptance == "rejection"
         self._budget = Budget(options.search_budget)
-        # Exit 1 comes first: the rate of agreement, and the confidence where it agreed and where it did not.
+        # Exit 1 comes first: how often it agreed; how sure it was where it agreed [0] and where it did not [1], and how
+        # many tokens those are.
         self.rates = torch.zeros(num_layers - 1)
-        self._agreed, self._missed = torch.ones(num_layers - 1), torch.zeros(num_layers - 1)
+        self._sure = torch.tensor([[1.0], [0.0]]).repeat(1, num_layers - 1)
+        self._seen = torch.zeros(2, num_layers - 1)
         self._tokens = 0
         self._probe_s = 0.0
         self._exit, self._length = max(1, 2 * num_layers // 3), 0
@@ -114,7 +116,7 @@ class DynamicExit(Method):
     @property
     def threshold(self) -> float:
         """Halfway between the confidence of the tokens that agreed and of those that did not."""
-        return float(self._agreed[self._exit - 1] + self._missed[self._exit - 1]) / 2
+        return float(self._sure[:, self._exit - 1].mean())
 
     @property
     def limit(self) -> int:
@@ -173,11 +175,12 @@ class DynamicExit(Method):
             self._learn(agrees[:, token], sure[:, token])
 
     def _learn(self, agrees: Tensor, sure: Tensor) -> None:
-        weight = max(WEIGHT, 1 / (self._tokens + 1))
+        """Take in a token: a mean of all of its kind at first, then an average that moves by `WEIGHT`."""
         self._tokens += 1
-        self.rates += weight * (agrees.float() - self.rates)
-        self._agreed = torch.where(agrees, self._agreed + weight * (sure - self._agreed), self._agreed)
-        self._missed = torch.where(agrees, self._missed, self._missed + weight * (sure - self._missed))
+        self.rates += max(WEIGHT, 1 / self._tokens) * (agrees.float() - self.rates)
+        kind = torch.stack([agrees, ~agrees])
+        self._seen += kind
+        self._sure += kind * (1 / self._seen.clamp(min=1)).clamp(min=WEIGHT) * (sure - self._sure)
 
 
 def best(rates: Tensor, num_layers: int, longest: int) -> tuple[int, int]:
