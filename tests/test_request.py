@@ -12,7 +12,10 @@ import pytest
 
 from skipjack import ConfigError, Engine, RequestError, SamplingParams
 from skipjack.kernels import environment
+from skipjack.loaders.config import ModelConfig
+from skipjack.loaders.synthetic import synthetic_config
 from skipjack.runtime import cli
+from skipjack.runtime.methods import registry
 from skipjack.runtime.options import read_prompt
 
 
@@ -224,3 +227,15 @@ def test_a_variable_of_the_environment_that_means_nothing_is_named(
     assert message in capsys.readouterr().err.replace("\n", " ")
     monkeypatch.setenv(variable, "")
     environment.check()
+
+
+@pytest.mark.parametrize(
+    ("method", "least"), [("clasp", 2), ("clasp:keep_outer=true", 3), ("del", 2), ("layerskip", 2), ("shortgpt", 2)]
+)
+def test_a_model_of_too_few_layers_is_named(method: str, least: int) -> None:
+    spec = registry.parse(method)
+    fields = synthetic_config("tiny")
+    spec.build(ModelConfig.parse(fields | {"num_hidden_layers": least}, "tiny"))
+    message = f"^method {spec.name}: expected a model of at least {least} layers, got {least - 1}$"
+    with pytest.raises(RequestError, match=message):
+        spec.build(ModelConfig.parse(fields | {"num_hidden_layers": least - 1}, "tiny"))

@@ -13,6 +13,7 @@ from ...loaders.weights import Weights
 from ..batch import Batch, Draft, Round, Tally
 from ..cache import KVCache
 from ..calibration import Encode
+from ..errors import RequestError
 from ..merging import Build
 from ..model import Model
 from ..plan import LayerPlan
@@ -156,6 +157,12 @@ class Method:
     def notes(self, executed_skips: int) -> list[str]:
         """What a reader of a request's figures must know; it did not run `executed_skips` sub-layers."""
         return []
+
+
+def expect_layers(method: str, num_layers: int, least: int = 2) -> None:
+    """Refuse a model of fewer layers, with a RequestError."""
+    if num_layers < least:
+        raise RequestError(f"method {method}: expected a model of at least {least} layers, got {num_layers}")
 
 
 def sampled(sequences: list[Sequence]) -> bool:

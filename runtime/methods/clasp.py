@@ -16,7 +16,7 @@ from ..plan import LayerPlan
 from ..programme import Programme, Unit, accepted_tokens, rehearse
 from ..recipe import Recipe
 from ..sequence import Sequence
-from .base import Method, no_draft
+from .base import Method, expect_layers, no_draft
 from .drafting import Drafting, acceptance, by_mask, grow
 
 
@@ -57,15 +57,17 @@ class Clasp(Method):
 
     def __init__(self, options: Options, num_layers: int, clock: Callable[[], float] = perf_counter) -> None:
         super().__init__(options, num_layers)
-        most = num_layers - (2 if options.keep_outer else 1)
-        if not max(1, options.skip) <= most:
+        kept = 2 if options.keep_outer else 1
+        expect_layers("clasp", num_layers, kept + 1)
+        most = num_layers - kept
+        if options.skip > most:
             raise RequestError(
                 f"method clasp: option skip expects at most {most} of this model's {num_layers} layers, "
                 f"got {options.skip}"
             )
         self.rejection = options.acceptance == "rejection"
         self._options = options
-        self._skip = options.skip or min(most, max(1, num_layers // 4))
+        self._skip = options.skip or max(1, num_layers // 4)
         self._clock = clock
         self._how = Drafting(options.num_draft_tokens, options.threshold, self.rejection)
         self._plan: LayerPlan | None = None

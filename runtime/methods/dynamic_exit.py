@@ -20,7 +20,7 @@ from ..model import Model
 from ..plan import LayerPlan
 from ..recipe import Recipe
 from ..sequence import Sequence
-from .base import Method, no_draft
+from .base import Method, expect_layers, no_draft
 from .drafting import Drafting, acceptance, by_mask, grow
 
 # What a newly seen token weighs in the moving averages, and the rows of a round that are measured at most.
@@ -53,8 +53,7 @@ class DynamicExit(Method):
 
     def __init__(self, options: Options, num_layers: int) -> None:
         super().__init__(options, num_layers)
-        if num_layers < 2:
-            raise RequestError(f"method del: expected a model of at least 2 layers, got {num_layers}")
+        expect_layers("del", num_layers)
         self._options = options
         self.rejection = options.acceptance == "rejection"
         self._budget = Budget(options.search_budget)

@@ -11,7 +11,7 @@ from ..model import Model
 from ..plan import LayerPlan
 from ..recipe import Recipe
 from ..sequence import Sequence
-from .base import Method, no_draft, sampled
+from .base import Method, expect_layers, no_draft, sampled
 from .drafting import Drafting, acceptance, grow
 
 
@@ -53,6 +53,7 @@ class LayerSkip(Method):
 
     def __init__(self, options: Options, num_layers: int) -> None:
         super().__init__(options, num_layers)
+        expect_layers("layerskip", num_layers)
         layer = options.exit_layer or max(1, 2 * num_layers // 3)
         if layer >= num_layers:
             raise RequestError(f"method layerskip: option exit_layer expects 1 to {num_layers - 1}, got {layer}")

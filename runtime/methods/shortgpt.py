@@ -11,6 +11,7 @@ from ..errors import RequestError
 from ..influence import block_influence, removal_order
 from ..model import Model
 from ..sequence import Sequence
+from .base import expect_layers
 from .static import Pruned, check_pruning
 
 
@@ -44,6 +45,7 @@ class ShortGPT(Pruned):
     name = "shortgpt"
 
     def __init__(self, options: Options, num_layers: int) -> None:
+        expect_layers("shortgpt", num_layers)
         count = options.n or max(1, num_layers // 4)
         if not 1 <= count < num_layers:
             raise RequestError(f"method shortgpt: option n expects 0 to {num_layers - 1}, got {options.n}")
