@@ -16,11 +16,12 @@ from skipjack.loaders.synthetic import synthetic_weights
 from skipjack.runtime.batch import Tally
 from skipjack.runtime.cache import KVCache
 from skipjack.runtime.methods import registry
-from skipjack.runtime.methods.swift import Options, Swift
+from skipjack.runtime.methods.swift import NOTHING_TO_SKIP, Options, Swift
 from skipjack.runtime.model import Model
 from skipjack.runtime.rows import one_sequence
 from skipjack.runtime.search import Drift, Incumbent, Search, initial_plan, matchness, plan_of
 from skipjack.runtime.sequence import Sequence
+from skipjack.runtime.skip_sets import SkipSet, config_hash
 
 
 @pytest.mark.parametrize("case", ["swift-1", "swift-2"])
@@ -105,6 +106,29 @@ def test_no_budget_means_no_search(synthetic: Callable[..., Engine]) -> None:
     assert not stats.events
     assert stats.search_s == 0
     assert stats.phases == (("acceleration", 1),)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_with_nothing_to_skip_nothing_is_drafted(
+    synthetic: Callable[..., Engine], tmp_path: Path, graphs: bool
+) -> None:
+    """A share that rounds to no sub-layer, and a saved set that is empty, as KnapSpec's is where no draft pays."""
+    plain, file = synthetic("tiny"), tmp_path / "set.json"
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    with Engine(plain.config, synthetic_weights(plain.config, 0, torch.float32, 0.3), graphs=graphs) as engine:
+        model = engine._loaded()[0]
+        SkipSet(config_hash(model.config), model.fingerprint, "knapspec", 8, (), (), 1.0, None, 1).save(file)
+        for option in ("skip_ratio=0.05", f"set={file}"):
+            for tree in ("false", "true"):
+                output = engine.generate([5, 6, 7], params, method=f"swift:{option},tree={tree},search_budget=0.5")
+                assert output.token_ids == plain.generate([5, 6, 7], params).token_ids
+                assert output.stats.drafted == 0
+                assert output.stats.notes == (NOTHING_TO_SKIP,)
+        assert not engine.generate([5, 6, 7], params, method="swift").stats.notes
+        decisions = f"auto:set={file},max_loss=1,search_budget=0.5"
+        output = engine.generate([5, 6, 7], SamplingParams(max_tokens=250, ignore_eos=True), method=decisions)
+        rounds = [event["rounds"] for event in output.stats.events if event["kind"] == "decision"]
+        assert {name for counts in rounds for name in counts} <= {"plain", "lookup"}
 
 
 def test_skips_are_counted_with_the_set_that_drafted(synthetic: Callable[..., Engine]) -> None:

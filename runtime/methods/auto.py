@@ -183,7 +183,8 @@ class Auto(Method):
         longest, share = self._options.num_draft_tokens, len(self._swift.plan.sublayers) / (2 * num_layers)
         k = max(1, longest // 2)
         skipping = Way(SKIP, k, VERIFY + k * share, expected_tokens(RATE, k))
-        return [Way(PLAIN), Way(LOOKUP, longest, VERIFY, LOOKED_UP), skipping]
+        ways = [Way(PLAIN), Way(LOOKUP, longest, VERIFY, LOOKED_UP)]
+        return [*ways, skipping] if self._swift.plan.skipped else ways
 
     def _recipe(self, way: Way, sequences: list[Sequence]) -> Recipe:
         plain = Recipe(self._full, self._full, way.drafted, rejection=self.rejection and sampled(sequences))
@@ -234,7 +235,7 @@ class Auto(Method):
         plain = costs.verify(sequences)
         found, longest = [Choice(PLAIN, 0, plain, sequences, 0.0)], min(self._options.num_draft_tokens, room)
         rates = tuple(self._lookups[guess.match] for guess in self._guesses if guess.tokens)
-        lookups, cascades = list[Choice](), list[Choice]()
+        lookups, cascades, skips = list[Choice](), list[Choice](), self._swift.plan.skipped > 0
         for k in range(1, longest + 1) if rates else ():
             lengths = [min(k, len(guess.tokens)) for guess in self._guesses]
             expected = [expected_tokens(rate.value, n) for rate, n in zip(rates, filter(None, lengths), strict=True)]
@@ -242,7 +243,7 @@ class Auto(Method):
             tokens = sum(expected) + sequences - len(rates)
             lookups.append(Choice(LOOKUP, k, seconds, tokens, seconds - plain, rates))
             # Sifting chooses with the full model's noise, which a draft for rejection sampling must not share.
-            if not self.rejection:
+            if skips and not self.rejection:
                 left = sum(min(self._left, n + 1) for n in lengths if n)
                 seconds = costs.draft(self._swift.plan, sequences + sum(lengths))
                 seconds = self._slowness[CASCADE] * (seconds + costs.verify(sequences + round(left)))
@@ -251,7 +252,7 @@ class Auto(Method):
                 cascades.append(Choice(CASCADE, k, seconds, tokens, seconds - plain, (self._sifted,)))
         if lookups:
             found.append(max(lookups, key=lambda choice: choice.tokens_per_s))
-        if longest > 0:
+        if longest > 0 and skips:
             k, passes = self._skipping(costs, sequences, longest)
             seconds, tokens = self._slowness[SKIP] * passes, sequences * expected_tokens(self._skips.value, k)
             found.append(Choice(SKIP, k, seconds, tokens, seconds - plain, (self._skips,)))

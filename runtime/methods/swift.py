@@ -18,13 +18,17 @@ from ..recipe import Recipe
 from ..search import Drift, Incumbent, Search, matchness
 from ..sequence import Sequence
 from ..skip_sets import SkipSet
-from .base import Method, sampled
+from .base import Method, no_draft, sampled
 from .drafting import Drafting, acceptance, grow
 
 # The adaptive threshold's goal and its step.
 TARGET, STEP = 0.9, 0.01
 # Drafts as long as this and the newest token fill a tile of the CPU.
 NUM_DRAFT_TOKENS = 7
+
+NOTHING_TO_SKIP = (
+    "nothing to skip: skip_ratio or set leaves the draft every sub-layer, so nothing was drafted and rounds were plain"
+)
 
 
 @dataclass(frozen=True)
@@ -151,13 +155,16 @@ class Swift(Method):
     def forget(self) -> None:
         self._search.events.clear()
 
+    def notes(self, executed_skips: int) -> list[str]:
+        return [] if self.plan.skipped else [NOTHING_TO_SKIP]
+
     def prepare(self, model: Model, cache: KVCache) -> None:
         if self._saved:
             self._saved.check(model.config, model.fingerprint, Path(self._options.set))
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """Confidence-aware drafting (§4.2)."""
-        return grow(model, cache, batch, self.plan, self._how)[0]
+        return grow(model, cache, batch, self.plan, self._how)[0] if self.plan.skipped else no_draft(batch)
 
     def rehearse(self, model: Model, cache: KVCache) -> None:
         window = self._options.window
@@ -168,6 +175,8 @@ class Swift(Method):
             cache.release(pages)
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
+        if not self.plan.skipped:
+            return Recipe(self._full, self._full)
         options, searching = self._options, self.phase() == "accumulation"
         plan = self._full if searching else self.plan
         return Recipe(
