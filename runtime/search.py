@@ -17,6 +17,8 @@ from .rows import one_sequence
 
 # The Gaussian process sees the most recent scores.
 GP_POINTS = 300
+# Windows a set that was swapped in has to stand at most, and what the newest one weighs in a score at least.
+TRIAL, WEIGHT = 4, 1 / 8
 
 
 def matchness(model: Model, cache: KVCache, pages: list[int], tokens: list[int], window: int, plan: LayerPlan) -> float:
@@ -43,10 +45,31 @@ class Candidate(NamedTuple):
 
 @dataclass
 class Incumbent:
-    """The best set so far and its score on the window it was last measured on."""
+    """The best set so far: its score, averaged over the `windows` it was measured on since, and the `latest` one."""
 
     plan: LayerPlan
     score: float = -1.0
+    latest: float = -1.0
+    windows: int = 0
+
+    def measured(self, score: float) -> None:
+        """Take in the score on a new window. The one a set was chosen by does not count: it was a lucky one."""
+        self.windows += 1
+        self.latest = score
+        self.score += max(WEIGHT, 1 / self.windows) * (score - self.score)
+
+
+@dataclass
+class Trial:
+    """The incumbent against the set it `replaced`, for so many `windows` more; `lead` is by how much it did better.
+
+    `since_improvement`: where the count goes on if the replaced set returns.
+    """
+
+    replaced: Incumbent
+    since_improvement: int
+    windows: int
+    lead: float = 0.0
 
 
 @dataclass
@@ -55,9 +78,11 @@ class Search:
 
     `size` = int(D·ratio) of the D = 2(L - 2) sub-layers are skipped. Candidates are uniformly random, but every
     `bayes_interval`-th comes from a Gaussian process over those scored so far (0: none does). A candidate replaces the
-    incumbent at once when it scores higher. The search is over when the incumbent scores above `max_score`, after
-    `patience` candidates without improvement, or after `max_candidates`. `found` is a set to start from, as if a search
-    had ended with it.
+    incumbent at once when it scores higher, and is on `trial` then: of many scores on one window the highest is a lucky
+    one, so both sets are measured on the next windows, as many as the replaced one has stood for, before there are
+    other candidates; and that one returns where it does better. The search is over when an incumbent past its trial
+    scores above `max_score`, after `patience` candidates without improvement, or after `max_candidates`. `found` is a
+    set to start from, as if a search had ended with it.
     """
 
     num_layers: int
@@ -69,6 +94,7 @@ class Search:
     bayes_interval: int = 25
     found: Incumbent | None = None
     incumbent: Incumbent = field(init=False)
+    trial: Trial | None = None
     candidates: int = 0
     since_improvement: int = 0
     events: list[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])
@@ -95,14 +121,14 @@ class Search:
     def finished(self) -> bool:
         return (
             self.size == 0
-            or self.incumbent.score > self.max_score
+            or (self.trial is None and self.incumbent.score > self.max_score)
             or self.since_improvement >= self.patience
             or self.candidates >= self._allowed
         )
 
     def resume(self, tokens: int) -> None:
         """Search again, for as many candidates more: the text is no longer what the incumbent was chosen on."""
-        self.incumbent.score = -1.0
+        self.incumbent, self.trial = Incumbent(self.incumbent.plan), None
         self.since_improvement = 0
         self._allowed = self.candidates + self.max_candidates
         self._points.clear()
@@ -119,19 +145,32 @@ class Search:
         skipped = tuple(sorted(int(i) for i in order[: self.size]))
         return Candidate(kind, skipped, plan_of(self.num_layers, list(skipped)))
 
-    def remeasure(self, score: float) -> None:
-        """The incumbent's score on a new window: a best score from another window would be a lucky one."""
-        self.incumbent.score = score
+    def remeasure(self, score: float, replaced: float = -1.0, tokens: int = 0) -> None:
+        """The incumbent's score on a new window, and in a trial that of the set it replaced, when `tokens` had come."""
+        self.incumbent.measured(score)
+        trial = self.trial
+        if trial is None:
+            return
+        trial.replaced.measured(replaced)
+        trial.windows -= 1
+        trial.lead += score - replaced
+        if trial.lead < 0:
+            self.incumbent, self.since_improvement, self.trial = trial.replaced, trial.since_improvement, None
+            self.events.append({"kind": "return", "iteration": self.candidates, "tokens": tokens})
+        elif not trial.windows:
+            self.trial = None
 
     def record(self, candidate: Candidate, score: float, tokens: int, seconds: float = 0.0) -> None:
         """A candidate's score, measured in `seconds` when `tokens` tokens had come; swaps it in if it is the best."""
-        swapped = score > self.incumbent.score
+        swapped = score > max(self.incumbent.score, self.incumbent.latest)
         self.candidates += 1
-        self.since_improvement = 0 if swapped else self.since_improvement + 1
+        self.since_improvement += 1
         self._points.append([int(i in candidate.skipped) for i in range(self.dimensions)])
         self._scores.append(score)
         if swapped:
-            self.incumbent = Incumbent(candidate.plan, score)
+            windows = min(TRIAL, self.incumbent.windows)
+            self.trial = Trial(self.incumbent, self.since_improvement, windows) if windows else None
+            self.incumbent, self.since_improvement = Incumbent(candidate.plan, score, score), 0
         self.events.append(
             {
                 "iteration": self.candidates,

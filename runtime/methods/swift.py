@@ -238,16 +238,21 @@ class Swift(Method):
         return self._accumulated >= self._options.window and self._budget.seconds >= 2 * self._candidate_s
 
     def _optimise(self, model: Model, cache: KVCache, sequence: Sequence) -> bool:
-        """Score the incumbent on this window, then candidates while the budget lasts; False if no page was free."""
-        start, scored, spent = perf_counter(), 0, 0.0
+        """Score the incumbent on this window, then candidates while the budget lasts; False if no page was free.
+
+        In a trial, the set that was replaced is scored instead of candidates.
+        """
+        start, scored, spent, search = perf_counter(), 0, 0.0, self._search
         try:
-            self._search.remeasure(self._score(model, cache, sequence, self._search.incumbent.plan))
-            while not self._search.finished:
+            score = self._score(model, cache, sequence, search.incumbent.plan)
+            replaced = self._score(model, cache, sequence, search.trial.replaced.plan) if search.trial else -1.0
+            search.remeasure(score, replaced, sequence.generated)
+            while not search.finished and search.trial is None:
                 scored += 1
-                candidate, before = self._search.suggest(), spent
+                candidate, before = search.suggest(), spent
                 score = self._score(model, cache, sequence, candidate.plan)
                 spent = perf_counter() - start
-                self._search.record(candidate, score, sequence.generated, spent - before)
+                search.record(candidate, score, sequence.generated, spent - before)
                 self._candidate_s = spent / (scored + 1)
                 if spent + self._candidate_s > self._budget.seconds:
                     break
