@@ -126,11 +126,11 @@ def test_accepted_paths_are_moved_across_pages(audit: Callable[[Engine], Any]) -
 def test_a_search_goes_on_while_trees_are_drafted_by_its_mask() -> None:
     device, host = engine(8.0, graphs=True), engine(8.0, graphs=False)
     method = "swift:window=8,search_budget=1,max_opt_iter=6,restart_drop=0,num_draft_tokens=3,threshold=0,tree=true"
-    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    params = SamplingParams(max_tokens=120, ignore_eos=True)
     output = device.generate(PROMPTS[0], params, method=method)
     assert output.token_ids == host.generate(PROMPTS[0], params).token_ids
     assert [name for name, _ in output.stats.phases] == ["accumulation", "acceleration"]
-    assert len(output.stats.events) == 6
+    assert len([event for event in output.stats.events if "score" in event]) == 6
     assert output.stats.graph_rounds == output.stats.rounds
 
 

@@ -129,11 +129,11 @@ def test_more_prompts_than_fit_a_round_wait_their_turn(synthetic: Callable[..., 
 
 def test_a_search_goes_on_while_the_device_drafts_by_its_mask(synthetic: Callable[..., Engine], device: Engine) -> None:
     method = "swift:window=8,search_budget=1,max_opt_iter=6,restart_drop=0,num_draft_tokens=3,threshold=0"
-    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    params = SamplingParams(max_tokens=120, ignore_eos=True)
     output = device.generate(PROMPTS[0], params, method=method)
     assert output.token_ids == synthetic("tiny", torch.float32, 0.1).generate(PROMPTS[0], params).token_ids
     assert [name for name, _ in output.stats.phases] == ["accumulation", "acceleration"]
-    assert len(output.stats.events) == 6
+    assert len([event for event in output.stats.events if "score" in event]) == 6
     assert output.stats.graph_rounds == output.stats.rounds
 
 
