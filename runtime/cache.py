@@ -102,6 +102,13 @@ class KVCache:
                 self.values[:, own[0]].copy_(self.values[:, pages[full]])
             yield pages[:full] + own
 
+    def copy(self, source: list[int], target: list[int], tokens: int) -> None:
+        """Copy the pages of `source` that hold its first `tokens` slots to those of `target`."""
+        count = self.pages_for(tokens)
+        places = torch.tensor([source[:count], target[:count]], device=self.keys.device)
+        for cached in (self.keys, self.values):
+            cached.index_copy_(1, places[1], cached.index_select(1, places[0]))
+
     def _zero(self, pages: list[int]) -> None:
         """Whatever an earlier holder left, NaN included, must not reach a masked sum."""
         index = torch.tensor(pages, dtype=torch.int64, device=self.keys.device)

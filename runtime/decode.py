@@ -27,20 +27,35 @@ def prefill(model: Model, cache: KVCache, sequence: Sequence, method: Method) ->
     return next(pieces for pieces in reading(model, cache, sequence, method) if pieces is not None)
 
 
-def reading(model: Model, cache: KVCache, sequence: Sequence, method: Method) -> Iterator[list[Piece] | None]:
-    """Cache a prompt, pass by pass: None after each but the last, which the first token is chosen after."""
-    passes = _passes(model, cache, sequence, method)
+def reading(
+    model: Model, cache: KVCache, sequence: Sequence, method: Method, sibling: Sequence | None = None
+) -> Iterator[list[Piece] | None]:
+    """Cache a prompt, pass by pass: None after each but the last, which the first token is chosen after.
+
+    A `sibling` that has read the same prompt and still has its pages leaves it to be copied.
+    """
+    if sibling is None or sibling.entered is None:
+        passes = _passes(model, cache, sequence, method)
+    else:
+        passes = [(0, partial(_copied, cache, sequence, sibling.pages, sibling.entered))]
     for number, (rows, run) in enumerate(passes, 1):
         start, pieces = perf_counter(), None
         with model.mark("prefill", 1, rows):
             hidden = run()
             if number == len(passes):
                 batch = Batch.of([sequence], model.ops.decode_tile, model.device)
+                if not isinstance(method, Policy):
+                    sequence.entered = hidden[-1:].clone()
                 chosen = choose(model, hidden[-1:], batch, batch.last[:, None])
                 pieces = sequence.extend(ints(chosen.tokens[0]), 0)
                 tell(model, [sequence], [pieces], chosen.logits)
         sequence.counters.prefill_s += perf_counter() - start
         yield pieces
+
+
+def _copied(cache: KVCache, sequence: Sequence, pages: list[int], entered: Tensor) -> Tensor:
+    cache.copy(pages, sequence.pages, len(sequence.prompt))
+    return entered
 
 
 def _passes(model: Model, cache: KVCache, sequence: Sequence, method: Method) -> list[tuple[int, Callable[[], Tensor]]]:

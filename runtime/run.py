@@ -179,7 +179,8 @@ class Run:
             if self._admits(shared):
                 sequence = self._waiting.popleft()
                 self._running.append(sequence)
-                self._reading = reading(shared.model, shared.admission.cache, sequence, self.method)
+                sibling = next((other for other in self._running[:-1] if other.index == sequence.index), None)
+                self._reading = reading(shared.model, shared.admission.cache, sequence, self.method, sibling)
             elif not self._running:
                 return self._queue(shared, self._waiting[0].max_length, self._waiting[0].pages)
         if self._reading is None:

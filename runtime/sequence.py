@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from .request import Choice, Piece, SamplingParams, TokenLogprob
 from .text import TextStream
 
@@ -59,6 +61,8 @@ class Sequence:
     prompt_layers: list[float] = field(default_factory=list[float])
     memory: Any = None
     finish_reason: str | None = None
+    # The residual stream [1, H] its first token was chosen after: other choices of the prompt begin with it.
+    entered: Tensor | None = None
     # Tokens that end it.
     ends: frozenset[int] = field(init=False)
 

@@ -206,6 +206,27 @@ def test_one_choice_per_n_each_reproducible(synthetic: Callable[..., Engine]) ->
         assert engine.generate(PROMPTS[0], alone).token_ids == ids[choice]
 
 
+@pytest.mark.parametrize(("method", "reads"), [("autoregressive", 1), ("swift:skip_mlp=2", 1), ("static:skip=3", 4)])
+def test_choices_copy_what_the_first_of_them_has_read(
+    synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, method: str, reads: int
+) -> None:
+    """Where a policy reads a prompt, it remembers of each choice what it decided: there every one reads."""
+    engine, prompt = synthetic("tiny"), [5 + place % 90 for place in range(300)]
+    params = SamplingParams(max_tokens=9, temperature=1.0, seed=3, ignore_eos=True, logprobs=1)
+    alone = [engine.generate(prompt, replace(params, seed=3 + choice), method=method).choices[0] for choice in range(4)]
+    model, lengths = engine._loaded()[0], list[int]()
+    forward = model.forward
+
+    def counted(rows: Any, *given: Any, **how: Any) -> Any:
+        lengths.append(len(rows))
+        return forward(rows, *given, **how)
+
+    monkeypatch.setattr(model, "forward", counted)
+    together = engine.generate(prompt, replace(params, n=4), method=method)
+    assert list(together.choices) == alone
+    assert sum(length for length in lengths if length > 40) == reads * len(prompt)
+
+
 @pytest.mark.parametrize(
     ("method", "graphs"), [("autoregressive", False), ("static:skip=3", False), ("swift:skip_mlp=3", True)]
 )
