@@ -67,34 +67,36 @@ class Run:
 
     def prepare(self) -> Ticket | None:
         """Have the method ready; or the ticket to wait for before this is called again."""
-        with self._turns:
-            shared = self._open()
-            if shared is None or self._enter is None:
-                return None
-            if self._is_patient():
-                return self._ticket
-            shared.runs.add(self)
+        return self._turns.take(self._prepare)
+
+    def _prepare(self) -> Ticket | None:
+        shared = self._open()
+        if shared is None or self._enter is None:
+            return None
+        if self._is_patient():
+            return self._ticket
+        shared.runs.add(self)
+        try:
+            if self._ticket is not None:
+                shared.admission.redeem(self._ticket)
+                # They were waited for so that the method finds them free.
+                shared.admission.cache.release(self._ticket.pages)
+                self._ticket = None
             try:
-                if self._ticket is not None:
-                    shared.admission.redeem(self._ticket)
-                    # They were waited for so that the method finds them free.
-                    shared.admission.cache.release(self._ticket.pages)
-                    self._ticket = None
-                try:
-                    self.method = self._enter()
-                except CapacityError:
-                    cache = shared.admission.cache
-                    if cache.free_pages == cache.total_pages:
-                        raise
-                    return self._queue(shared, (cache.free_pages + 1) * cache.page_size, [])
-                self._enter = None
-                shared.admission.move()
-                shared.admission.serve()
-                if shared.graphs is not None:
-                    self._rounds = Rounds(shared.graphs, shared.model, shared.admission.cache, self.method)
-            except BaseException:
-                self._end()
-                raise
+                self.method = self._enter()
+            except CapacityError:
+                cache = shared.admission.cache
+                if cache.free_pages == cache.total_pages:
+                    raise
+                return self._queue(shared, (cache.free_pages + 1) * cache.page_size, [])
+            self._enter = None
+            shared.admission.move()
+            shared.admission.serve()
+            if shared.graphs is not None:
+                self._rounds = Rounds(shared.graphs, shared.model, shared.admission.cache, self.method)
+        except BaseException:
+            self._end()
+            raise
         return None
 
     def advance(self) -> list[Chunk] | Ticket | None:
@@ -102,24 +104,26 @@ class Run:
 
         Or the ticket to wait for before this is called again, where nothing can run without more pages.
         """
-        with self._turns:
-            shared = self._open()
-            if shared is None:
-                return None
-            if self._is_patient():
-                return self._ticket
-            try:
-                with shared.watch, torch.inference_mode():
-                    done = self._step(shared)
-                    self.events += self.method.tell()
-            except BaseException:
-                self._end()
-                raise
-            if not isinstance(done, Ticket):
-                shared.admission.move()
-            if self.stopped or not (self._waiting or self._running):
-                self._end()
-            return done
+        return self._turns.take(self._advance)
+
+    def _advance(self) -> list[Chunk] | Ticket | None:
+        shared = self._open()
+        if shared is None:
+            return None
+        if self._is_patient():
+            return self._ticket
+        try:
+            with shared.watch, torch.inference_mode():
+                done = self._step(shared)
+                self.events += self.method.tell()
+        except BaseException:
+            self._end()
+            raise
+        if not isinstance(done, Ticket):
+            shared.admission.move()
+        if self.stopped or not (self._waiting or self._running):
+            self._end()
+        return done
 
     def stop(self) -> None:
         """End with the step under way, if there is one; to be closed in any case."""

@@ -6,10 +6,13 @@ from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from threading import Lock, get_ident
+from typing import TypeVar
 
 import torch
 
 from ..kernels.openmp import disband
+
+Result = TypeVar("Result")
 
 
 class Turns:
@@ -70,6 +73,17 @@ class Turns:
             raise
         self._catch_up()
 
+    def take(self, work: Callable[[], Result]) -> Result:
+        """What `work` comes to in a turn, which is left even if the handler of a signal raises at the end of it."""
+        before = self._depth if self.held else 0
+        try:
+            with self:
+                return work()
+        finally:
+            if self.held and self._depth > before:
+                self._depth = before + 1
+                self.__exit__()
+
     def after(self, work: Callable[[], None]) -> None:
         """Do `work` in a turn without waiting for one: now if nobody has it, else at the end of the one under way."""
         self._late.append(work)
@@ -84,8 +98,7 @@ class Turns:
         if self.held:
             self.after(work)
             return
-        with self:
-            work()
+        self.take(work)
 
     def _begin(self, gate: Lock) -> None:
         self._gate, self._ordered = gate, _ordered(self._stream)

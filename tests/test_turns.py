@@ -85,10 +85,9 @@ def test_a_turn_that_is_interrupted_anywhere_is_the_next_ones(interrupted: Calla
     turns = Turns(CPU)
 
     def work() -> None:
-        with turns:
-            turns.rest()
+        turns.take(lambda: turns.take(turns.rest))
 
-    for _ in interrupted(work, Turns.__enter__, Turns._begin, Turns._finish, turns_module._ordered):
+    for _ in interrupted(work, Turns.__enter__, Turns.__exit__, Turns._begin, Turns._finish, turns_module._ordered):
         assert not turns._line
         assert not turns.held
         with turns:
