@@ -38,7 +38,7 @@ class Commands(TyperGroup):
         if added is None:
             return super().get_command(ctx, cmd_name)
         return TyperCommand(
-            cmd_name, help=f"Commands of {added.module.rpartition('.')[0]}: skipjack {cmd_name} --help."
+            cmd_name, help=f"Commands of {added.module.removesuffix('.cli')}: skipjack {cmd_name} --help."
         )
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
