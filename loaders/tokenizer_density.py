@@ -22,6 +22,7 @@ _COMPOSED: Final = {
     "ByteLevel": 1,
     "Replace": 1,
 }
+_CONTROL: Final = "".join(map(chr, (*range(32), 127)))
 _CUTTING: Final = ("ByteLevel", "Split", "Digits", "Metaspace", "Punctuation")
 
 
@@ -64,10 +65,11 @@ class Density:
 
 def _silent(backend: tokenizers.Tokenizer) -> str | None:
     """Characters the vocabulary has no byte of; None where that is not told by their bytes."""
-    if not isinstance(backend.model, models.BPE):
-        return None
+    model = backend.model
+    if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
+        return None  # With an affix, what has no token of its own in the middle of a word or at its end is dropped.
     vocabulary = backend.get_vocab(with_added_tokens=False)
-    if backend.model.byte_fallback:
+    if model.byte_fallback:
         return "" if all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)) else None
     # Published vocabularies lack some control characters, which are then dropped without a word.
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -82,8 +84,10 @@ def _silent(backend: tokenizers.Tokenizer) -> str | None:
 
 def _keeps(normaliser: dict[str, object], silent: str) -> bool:
     """Whether no text becomes shorter than `_COMPOSED` says, nor has more of what is dropped."""
-    if normaliser.get("type") != "Replace":
-        return normaliser.get("type") in _COMPOSED
+    kind = normaliser.get("type")
+    if kind != "Replace":
+        # Only control characters are never what lower case or a composition makes of another.
+        return kind in _COMPOSED and (kind in ("Prepend", "ByteLevel") or not silent.strip(_CONTROL))
     pattern, content = (as_object(normaliser.get("pattern")) or {}).get("String"), normaliser.get("content")
     return (
         isinstance(pattern, str)

@@ -12,6 +12,7 @@ from time import monotonic
 from typing import TypeVar
 
 from .cache import KVCache
+from .errors import CapacityError
 
 ADMISSION_WAIT_S = 30.0
 Result = TypeVar("Result")
@@ -68,6 +69,15 @@ class Admission:
     def move(self) -> None:
         """Somebody has got on: those who wait may go on waiting."""
         self.moved = monotonic()
+
+    def expect_room(self, tokens: int) -> None:
+        """Refuse, with a CapacityError, more slots than there are."""
+        if self.cache.pages_for(tokens) > self.cache.total_pages:
+            most = self.cache.total_pages * self.cache.page_size
+            raise CapacityError(
+                f"the request may grow to {tokens} tokens and the KV cache holds {most}: "
+                "lower max_tokens or raise cache_tokens (--cache-tokens)"
+            )
 
     def take(self, tokens: int, pages: list[int]) -> bool:
         """Reserve `pages` for `tokens` slots; False where too few are free or others were first."""

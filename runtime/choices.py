@@ -56,10 +56,9 @@ def check_environment() -> None:
         raise RequestError(str(problem)) from problem
 
 
-def check_cache_tokens(tokens: int | None) -> None:
-    """Refuse what is no number of cached tokens, with a RequestError."""
-    if tokens is not None:
-        integer("cache_tokens", tokens, 1)
+def check_cache_tokens(tokens: int | None) -> int | None:
+    """A number of cached tokens as Python's, or None; RequestError where it is neither."""
+    return None if tokens is None else integer("cache_tokens", tokens, 1)
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

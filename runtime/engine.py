@@ -25,7 +25,7 @@ from .admission import Admission, eventually
 from .cache import KVCache
 from .calibration import Encode
 from .choices import DTYPES, check_cache_tokens, dtype_of, one_of, place_of, table_of
-from .errors import CapacityError, RequestError
+from .errors import RequestError
 from .forced import Forced, Scored
 from .graphs import Graphs
 from .memory import cache_size, loading
@@ -55,11 +55,11 @@ class Engine:
 
     Threads and event loops may share an engine: their requests take turns, a round or a part of a prompt at a time, and
     those that need pages which others hold wait for them in the order they came, as long as anything moves; 30 seconds
-    after nothing has, it is a CapacityError. A forked process may use a copy of an engine that is on the CPU and had no
-    request under way. `model_path` is where the weights lie, `backend` the op table in use,
-    `numerics` "exact" or "fast", `config` the model's shape, `cache_tokens` what requests can hold together,
-    `cache_note` why that is less than the model's context, `load_s` the seconds `load` took and `warmed_up` what the
-    latest `warm_up` did.
+    after nothing has, it is a CapacityError. A forked process may use a copy of an engine that is on the CPU, had no
+    request under way, and whose process had not computed with threads of PyTorch's own. `model_path` is where the
+    weights lie, `backend` the op table in use, `numerics` "exact" or "fast", `config` the model's shape, `cache_tokens`
+    what requests can hold together, `cache_note` why that is less than the model's context, `load_s` the seconds `load`
+    took and `warmed_up` what the latest `warm_up` did.
     """
 
     load_s = 0.0
@@ -242,28 +242,30 @@ class Engine:
         """
         model, cache = self._loaded()
         rehearsal = Rehearsal(model, cache, self._graphs, sequences, context)
-        specs = [registry.parse(name) for name in ([methods] if isinstance(methods, str) else methods)]
-        specs = specs or [self._default]
+        names = [methods] if isinstance(methods, str) else methods
+        specs = [registry.parse(name) for name in names] or [self._default]
         if Autoregressive.name in registry.names(self.config.model_type) and not self._default.edits:
             specs.append(registry.parse(Autoregressive.name))
-        with self._turn, self._watch, torch.inference_mode():
+        return self._turn.take(partial(self._warm, rehearsal, dict.fromkeys(specs)))
+
+    def _warm(self, rehearsal: Rehearsal, specs: Iterable[registry.MethodSpec]) -> WarmUp:
+        with self._watch, torch.inference_mode():
             self._watch.refuse = None
-            self.warmed_up = rehearsal.run(map(self._unlearned, dict.fromkeys(specs)), self._watch)
+            self.warmed_up = done = rehearsal.run(map(self._unlearned, specs), self._watch)
             self._open()[1].move()
             self._watch.count, self._watch.refuse = 0, refuse if self._strict else None
             self._turn.rest()
-        return self.warmed_up
+            return done
 
     async def astream(
         self, prompt: Prompt | Prompts, params: SamplingParams | None = None, *, method: str | None = None
     ) -> AsyncIterator[Chunk]:
         """As `stream`, for an event loop: all that may wait for the engine runs in a worker thread.
 
-        Text is encoded in a thread of the loop's default executor, and comes to the engine when it is.
-
-        A cancelled request ends after the round it is in.
+        Text is encoded in a thread of the loop's default executor. A cancelled request ends after the round it is in.
         """
         self._loaded()
+        self._checked(params, method)
         loop = asyncio.get_running_loop()
         work = partial(loop.run_in_executor, self._pool)
         if any(map(is_written, prompt if is_many(prompt) else [prompt])):
@@ -285,7 +287,10 @@ class Engine:
 
         Streams that have not ended do so with a RequestError. A closed engine refuses requests.
         """
-        self._turn.alone(self._close)
+        if self._process == os.getpid() or not self._turn.taken:
+            self._turn.alone(self._close)
+        else:  # Forked while another thread had the turn, which nobody gives back here.
+            self._model = self._admission = self._pool = self._graphs = None
 
     def _close(self) -> None:
         graphs, self._graphs = self._graphs, None
@@ -330,15 +335,17 @@ class Engine:
         return self.tokenizer.encode if self.tokenizer else None
 
     def _method(self, spec: registry.MethodSpec) -> Method:
-        with self._turn:
-            if spec not in self._methods:
-                if spec.edits or self._default.edits:
-                    raise RequestError(
-                        f"method {spec.name}: expected {self._default.name} as this engine was loaded: "
-                        f"{spec.name if spec.edits else self._default.name} edits the weights when they are loaded"
-                    )
-                self._enter(spec, spec.build(self.config))
-            return self._methods[spec]
+        return self._turn.take(partial(self._known, spec))
+
+    def _known(self, spec: registry.MethodSpec) -> Method:
+        if spec not in self._methods:
+            if spec.edits or self._default.edits:
+                raise RequestError(
+                    f"method {spec.name}: expected {self._default.name} as this engine was loaded: "
+                    f"{spec.name if spec.edits else self._default.name} edits the weights when they are loaded"
+                )
+            self._enter(spec, spec.build(self.config))
+        return self._methods[spec]
 
     def _unlearned(self, spec: registry.MethodSpec) -> Method:
         """A method to try things with, of which requests learn nothing."""
@@ -370,9 +377,7 @@ class Engine:
 
     def _asked(self, prompt: Prompt | Prompts, params: SamplingParams | None, method: str | None) -> Stream:
         """A request that has been checked, as a stream that is still to be prepared."""
-        params = SamplingParams() if params is None else params
-        spec = registry.parse(method) if method else self._default
-        check_params(params, self.tokenizer, self.config)
+        params, spec = self._checked(params, method)
         prompts = cast(Prompts, prompt) if is_many(prompt) else [cast(Prompt, prompt)]
         seed = secrets.randbits(64) if params.seed is None else params.seed
         sequences = [
@@ -382,17 +387,14 @@ class Engine:
         ]
         return self._stream(sequences, spec, seed, self._graphs)
 
+    def _checked(self, params: SamplingParams | None, method: str | None) -> tuple[SamplingParams, registry.MethodSpec]:
+        params = SamplingParams() if params is None else params
+        spec = registry.parse(method) if method else self._default
+        check_params(params, self.tokenizer, self.config)
+        return params, spec
+
     def _stream(self, sequences: list[Sequence], spec: registry.MethodSpec, seed: int, graphs: Graphs | None) -> Stream:
         model, admission = self._open()
-        _check_room(admission.cache, sequences)
+        admission.expect_room(max(sequence.max_length for sequence in sequences))
         shared = Shared(model, admission, self._turn, self._watch, graphs, self._runs)
         return Stream(Run(shared, sequences, partial(self._method, spec)), self.backend, self.numerics, seed)
-
-
-def _check_room(cache: KVCache, sequences: Iterable[Sequence]) -> None:
-    for sequence in sequences:
-        if cache.pages_for(sequence.max_length) > cache.total_pages:
-            raise CapacityError(
-                f"the request may grow to {sequence.max_length} tokens and the KV cache holds "
-                f"{cache.total_pages * cache.page_size}: lower max_tokens or raise cache_tokens (--cache-tokens)"
-            )

@@ -123,18 +123,24 @@ def lens(engine: Engine, ids: list[int], max_tokens: int = 32) -> Lens:
     params = SamplingParams(max_tokens=max_tokens) if max_tokens else None
     generated = engine.generate(ids, params, method="autoregressive").token_ids if params else []
     tile = model.ops.decode_tile if generated else model.ops.prefill_tile
-    text, start = [*ids, *generated[:-1]], 0
+    text = [*ids, *generated[:-1]]
     first = len(ids) - 1 if generated else 0
-    readings: list[Reading] = []
-    with engine._turn, torch.inference_mode(), cache.lent(len(text)) as pages:  # pyright: ignore[reportPrivateUsage]
-        for rows in text_rows(model, text, len(ids), pages, as_decoded=True):
-            wanted = max(first - start, 0)
-            streams: Streams | None = [] if wanted < len(rows) else None
-            model.forward(rows, cache, model.full, streams=streams)
-            if streams is not None:
-                readings += _read(model, [x[wanted:] for x in streams[2::2]], start + wanted + 1, tile)
-            start += len(rows)
-    return Lens(engine.config.num_layers, len(ids), tuple(readings))
+    turns = engine._turn  # pyright: ignore[reportPrivateUsage]
+
+    def read() -> list[Reading]:
+        readings, start = list[Reading](), 0
+        with torch.inference_mode(), cache.lent(len(text)) as pages:
+            for rows in text_rows(model, text, len(ids), pages, as_decoded=True):
+                wanted = max(first - start, 0)
+                streams: Streams | None = [] if wanted < len(rows) else None
+                model.forward(rows, cache, model.full, streams=streams)
+                if streams is not None:
+                    readings += _read(model, [x[wanted:] for x in streams[2::2]], start + wanted + 1, tile)
+                start += len(rows)
+        turns.rest()
+        return readings
+
+    return Lens(engine.config.num_layers, len(ids), tuple(turns.take(read)))
 
 
 def report(found: Lens, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def cache_size(model: Model, sequences: int, given: int | None) -> tuple[int, st
 
     Unless they are `given`: a context, or `sequences` times `BATCH_CONTEXT`, as far as there is room for it.
     """
-    check_cache_tokens(given)
+    given = check_cache_tokens(given)
     config, free = model.config, free_bytes(model.device)
     wanted = max(config.max_context, sequences * min(config.max_context, BATCH_CONTEXT))
     if given is not None or free is None:

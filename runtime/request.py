@@ -68,6 +68,8 @@ class SamplingParams:
             self._integer("logprobs", 0, 100)
         if len(stop) > MAX_STOP_STRINGS or not all(_is_text(s) for s in stop):
             raise RequestError(f"stop: expected at most {MAX_STOP_STRINGS} non-empty strings, got {self.stop!r}")
+        for text in stop:
+            check_unicode("stop", text)
         ids = tuple(integer("stop_token_ids", token, 0) for token in self.stop_token_ids)
         bias = {
             integer("logit_bias", token, 0): _number(f"logit_bias[{token}]", value, -100.0, 100.0)

@@ -119,12 +119,12 @@ class Search:
 
     @property
     def finished(self) -> bool:
-        return (
-            self.size == 0
-            or (self.trial is None and self.incumbent.score > self.max_score)
+        over = (
+            self.incumbent.score > self.max_score
             or self.since_improvement >= self.patience
             or self.candidates >= self._allowed
         )
+        return self.size == 0 or (self.trial is None and over)
 
     def resume(self, tokens: int) -> None:
         """Search again, for as many candidates more: the text is no longer what the incumbent was chosen on."""

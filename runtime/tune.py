@@ -67,13 +67,14 @@ def tune_swift(
 
             candidate = None
             search.remeasure(score())
-            while not search.finished and not stop() and monotonic() - started < seconds:
+            while search.candidates < candidates and not stop() and monotonic() - started < seconds:
                 candidate = search.suggest()
                 search.record(candidate, score(), 0)
                 report(search.candidates, search.incumbent.score)
     finally:
         for pages in held:
             cache.release(pages)
+        engine._turn.take(engine._turn.rest)
     plan = search.incumbent.plan
     return SkipSet(
         config_hash(engine.config),

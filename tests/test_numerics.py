@@ -181,3 +181,10 @@ def test_draws_by_rejection_say_that_they_are_not_those_of_the_seed(
     stats = engine("exact").generate([5, 6, 7], params, method=method).stats
     assert stats.lossless
     assert ["rejection sampling" in note for note in stats.notes] == [True] * said
+
+
+def test_rounds_without_a_draft_draw_what_the_seed_does() -> None:
+    params = SamplingParams(max_tokens=8, temperature=0.8, seed=1, ignore_eos=True)
+    output = engine("exact").generate([5, 6, 7], params, method="swift:skip_ratio=0,acceptance=rejection")
+    assert output.token_ids == engine("exact").generate([5, 6, 7], params).token_ids
+    assert not any("rejection sampling" in note for note in output.stats.notes)

@@ -239,3 +239,8 @@ def test_a_model_of_too_few_layers_is_named(method: str, least: int) -> None:
     message = f"^method {spec.name}: expected a model of at least {least} layers, got {least - 1}$"
     with pytest.raises(RequestError, match=message):
         spec.build(ModelConfig.parse(fields | {"num_hidden_layers": least - 1}, "tiny"))
+
+
+def test_a_stop_string_that_no_text_can_have_is_named() -> None:
+    with pytest.raises(RequestError, match="stop: expected valid Unicode, got a lone surrogate at 1"):
+        SamplingParams(stop=["a\ud800"])

@@ -167,6 +167,16 @@ def test_the_search_ends_by_each_of_its_rules() -> None:
     assert search(ratio=0.0).finished
 
 
+def test_the_last_candidate_has_its_trial_too() -> None:
+    state = search(max_candidates=1)
+    state.remeasure(0.5)
+    state.record(state.suggest(), 0.8, tokens=32)
+    assert not state.finished
+    state.remeasure(0.3, 0.6, tokens=64)
+    assert state.incumbent.plan == initial_plan(10)
+    assert state.finished
+
+
 def test_no_budget_means_no_search(synthetic: Callable[..., Engine]) -> None:
     params = SamplingParams(max_tokens=80, ignore_eos=True)
     stats = synthetic("tiny").generate([5, 6, 7], params, method="swift:search_budget=0").stats

@@ -429,7 +429,9 @@ def test_a_request_that_is_interrupted_where_it_queues_leaves_the_line(
 FORKED = """
 import asyncio
 import os
+import signal
 import sys
+import threading
 
 import torch
 
@@ -459,6 +461,17 @@ stream = engine.stream([5, 6], params)
 if not os.fork():
     report(os._exit)
 os.wait()
+stream.close()
+begun, over = threading.Event(), threading.Event()
+turn = threading.Thread(target=lambda: engine._turn.take(lambda: (begun.set(), over.wait())))
+turn.start()
+begun.wait()
+if not os.fork():
+    signal.alarm(20)
+    report(lambda _: engine.close())
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+over.set()
 """
 
 
@@ -467,6 +480,8 @@ def test_a_forked_process_uses_a_copy_or_says_why_not(tmp_path: Path) -> None:
     """As servers do that load a model once and fork their workers."""
     command = [sys.executable, "-c", FORKED]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=tmp_path)
-    ours, theirs, refused = done.stdout.splitlines()
+    ours, theirs, *refused, closed = done.stdout.splitlines()
     assert (ours, theirs) == ("True", "True")
-    assert refused.startswith("engine: it was loaded in process PARENT and this is ")
+    assert len(refused) == 2
+    assert all(told.startswith("engine: it was loaded in process PARENT and this is ") for told in refused)
+    assert closed == "0", "it does not wait for a thread of its parent's"

@@ -52,6 +52,20 @@ def changed(**components: Any) -> tokenizers.Tokenizer:
     return made
 
 
+def spelled(letters: str, **options: Any) -> tokenizers.Tokenizer:
+    """Of all bytes but those `letters`."""
+    names = {c: number for number, c in enumerate(c for c in ALPHABET if c not in letters)}
+    made = tokenizers.Tokenizer(models.BPE(names, [], **options))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return made
+
+
+def lowered() -> tokenizers.Tokenizer:
+    made = spelled("k")
+    made.normalizer = normalizers.Lowercase()
+    return made
+
+
 def by_bytes(missing: int | None = None) -> tokenizers.Tokenizer:
     names = [f"<0x{byte:02X}>" for byte in range(256) if byte != missing]
     vocabulary = {name: number for number, name in enumerate([*names, "▁", "a", "b", "ab"])}
@@ -96,6 +110,9 @@ UNKNOWN = {
     "a byte missing": by_bytes(0x61),
     "a byte of others missing": byte_level(silent="¡"),
     "greedy": special(lstrip=True),
+    "made silent": lowered(),
+    "prefix": spelled("", continuing_subword_prefix="##"),
+    "suffix": spelled("", end_of_word_suffix="</w>"),
     "words": tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")),
 }
 

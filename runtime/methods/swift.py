@@ -103,7 +103,6 @@ class Swift(Method):
         """`affords`: whether a search may take so many seconds now, besides what the budget allows."""
         super().__init__(options, num_layers)
         self._options, self._affords = options, affords
-        self.rejection = options.acceptance == "rejection"
         self.tree = options.tree
         self._saved = SkipSet.load(Path(options.set)) if options.set else None
         if self._saved and self._saved.num_layers != num_layers:
@@ -121,6 +120,8 @@ class Swift(Method):
         )
         fixed = options.skip_attention or options.skip_mlp
         self._fixed = self._full.without(options.skip_attention, options.skip_mlp) if fixed else None
+        # Rounds without a draft are those of plain decoding, its draws included.
+        self.rejection = options.acceptance == "rejection" and self.plan.skipped > 0
         self._how = Drafting(
             options.num_draft_tokens or (saved and saved.num_draft_tokens) or NUM_DRAFT_TOKENS,
             options.threshold,
