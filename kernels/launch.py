@@ -49,7 +49,7 @@ def padded(columns: int) -> int:
 
 def tile_of(rows: int, tile: int | None) -> int:
     """The tile of a pass, or the one whose rules are meant for so many rows where it has none."""
-    return tile or (8 if rows <= STREAMED_ROWS else 64)
+    return tile or (DECODE_TILE if rows <= STREAMED_ROWS else 64)
 
 
 def norm_rule(columns: int) -> NormRule:

@@ -84,7 +84,7 @@ def product_rule(
     if arch == 0:
         wide = tile or min(64, max(8, _power(rows)))
         return ProductRule(64, _dividing(width, 128), wide, 4, 1, norm_apart=rows > LONG_STEP_ROWS)
-    if tile_of(rows, tile) > 8:
+    if tile_of(rows, tile) > DECODE_TILE:
         return _computed(weight_rows, width, rows, tile_of(rows, tile), itemsize)
     large = weight_rows >= LARGE_WEIGHT
     reach = _reach(width, normed)
@@ -284,7 +284,7 @@ def projection_rule(
     wide = min(rule.rows, 32 // itemsize if tile <= DECODE_TILE else 128 // itemsize) if arch else tile
     room = SHARED_BYTES // ((2 * pairs + wide) * block_k * itemsize)
     stages = min(room, 8) if arch else 1
-    warps = 8 if tile > 8 and itemsize == 2 and 2 * pairs * wide > 64 * 64 else rule.warps
+    warps = 8 if tile > DECODE_TILE and itemsize == 2 and 2 * pairs * wide > 64 * 64 else rule.warps
     return rule._replace(block_n=2 * pairs, block_k=block_k, rows=wide, warps=warps, stages=stages)
 
 

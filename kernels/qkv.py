@@ -151,22 +151,23 @@ def _qkv_rope_append_kernel(  # noqa: PLR0915
     offs_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask_r = offs_r < rows
     mask_out = mask_r
+    GATED: tl.constexpr = active_ptr is not None or write_ptr is not None
+    mask_first = mask_w
     if SETTLED:
         # By a mask: where programs end here, registers are spilled on sm_100.
-        live = tl.max(flags(active_ptr, offs_r, mask_r).to(tl.int32), axis=0)
-        first = weight_tile(w_ptr, offs_w, mask_w & (live != 0), K_PADDED, BLOCK_K, PARTS, CHUNK)
-    elif active_ptr is None and write_ptr is None:
-        first = weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K, PARTS, CHUNK)
+        mask_first = mask_w & (tl.max(flags(active_ptr, offs_r, mask_r).to(tl.int32), axis=0) != 0)
+    if SETTLED or not GATED:
+        first = weight_tile(w_ptr, offs_w, mask_first, K_PADDED, BLOCK_K, PARTS, CHUNK)
     wait_for_producers(PDL)
     if is_query:
         if active_ptr is not None:
             mask_out = mask_r & (tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0)
     elif write_ptr is not None:
         mask_out = mask_r & (tl.load(write_ptr + offs_r, mask=mask_r, other=0) != 0)
-    if active_ptr is not None or write_ptr is not None:  # noqa: SIM102
+    if GATED:  # noqa: SIM102
         if tl.max(mask_out.to(tl.int32), axis=0) == 0:
             return
-    if not (SETTLED or (active_ptr is None and write_ptr is None)):
+    if GATED and not SETTLED:
         first = weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K, PARTS, CHUNK)
     rotated = is_query | is_key
     bias = None

@@ -96,18 +96,18 @@ def attach_routers(
 
 
 def _check(plain: ModelConfig, layers: Sequence[int], gate: str, router_reduction: int, adapter_reduction: int) -> None:
-    """What config.json of the new folder would be refused for, said of the option it comes from."""
+    """What config.json of the new folder would be refused for, said of the argument it comes from."""
     if not layers or len(set(layers)) < len(layers) or not set(layers) <= set(range(plain.num_layers)):
         expected = f"different layers from 0 to {plain.num_layers - 1}, at least one"
-        raise ConfigError(f"--layers: expected {expected}, got {shown(list(layers))}")
+        raise ConfigError(f"layers: expected {expected}, got {shown(list(layers))}")
     if gate not in GATES:
-        raise ConfigError(f"--gate: expected one of {', '.join(GATES)}, got {shown(gate)}")
-    for option, reduction, size in (
-        ("--router-reduction", router_reduction, plain.hidden_size),
-        ("--adapter-reduction", adapter_reduction, plain.intermediate_size),
+        raise ConfigError(f"gate: expected one of {', '.join(GATES)}, got {shown(gate)}")
+    for name, reduction, size in (
+        ("router_reduction", router_reduction, plain.hidden_size),
+        ("adapter_reduction", adapter_reduction, plain.intermediate_size),
     ):
         if not 1 <= reduction <= size:
-            raise ConfigError(f"{option}: expected an integer from 1 to {size}, got {reduction}")
+            raise ConfigError(f"{name}: expected an integer from 1 to {size}, got {reduction}")
 
 
 def _drawn(config: ModelConfig, wanted: Sequence[Piece], seed: int) -> dict[str, Tensor]:

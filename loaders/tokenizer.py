@@ -103,15 +103,10 @@ class Tokenizer:
         """A decoder that takes one id at a time."""
         return TokenStream(self._decode, self._silent)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a chat by the model's template; every message has a `role` and a `content`.
-
-        Raises as `render` and `encode`.
-        """
-        return self.encode(self.render(messages, add_generation_prompt), add_special_tokens=False)
-
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a chat by the model's template, which writes the special tokens itself.
+
+        Every message has a `role` and a `content`.
 
         Raises:
             TokenizerError: there is no template, the messages are malformed, or the template fails or exceeds limits.

@@ -44,7 +44,7 @@ def reading(
             hidden = run()
             if number == len(passes):
                 batch = Batch.of([sequence], model.ops.decode_tile, model.device)
-                if not isinstance(method, Policy):
+                if sequence.params.n > 1 and not isinstance(method, Policy):
                     sequence.entered = hidden[-1:].clone()
                 chosen = choose(model, hidden[-1:], batch, batch.last[:, None])
                 pieces = sequence.extend(ints(chosen.tokens[0]), 0)

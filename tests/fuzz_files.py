@@ -201,7 +201,8 @@ class Folder:
     def _chat(self) -> None:
         tokenizer = Tokenizer.load(self.text, self.config)
         if tokenizer is not None:
-            tokenizer.chat([{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "on a mat"}])
+            chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "on a mat"}]
+            tokenizer.encode(tokenizer.render(chat), add_special_tokens=False)
 
 
 def _tokenizer() -> bytes:

@@ -129,7 +129,8 @@ def test_it_writes_english(made):
     folder = made[0]
     tokenizer = Tokenizer.load(folder, ModelConfig.load(folder))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    prompt = tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
+    text = tokenizer.render([{"role": "user", "content": "What is the capital of France?"}])
+    prompt = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(prompt).startswith("system\nYou are a helpful AI assistant named SmolLM")
     tokens = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
     assert tokenizer.decode(tokens) == "The capital of France is Paris."

@@ -172,7 +172,7 @@ def test_routers_that_do_not_fit_are_named(routed: Path, plain: Path, tmp_path: 
         attach_routers(plain, tmp_path / "out", routers=tmp_path / "none.safetensors")
     with pytest.raises(ConfigError, match="model_type: expected 'llama', which routers fit, found 'ddllama'"):
         attach_routers(routed, tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"^--layers: expected .* got \[7, 8\]"):
+    with pytest.raises(ConfigError, match=r"^layers: expected .* got \[7, 8\]"):
         attach_routers(plain, tmp_path / "out", [7, 8])
     assert os.listdir(tmp_path) == ["routers.safetensors"]
 
@@ -195,11 +195,11 @@ def test_a_routed_checkpoint_survives_the_round_trip(routed: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--layers=9", "--layers: expected different layers from 0 to 7, at least one, got [9]"),
-        ("--layers=2+2", "--layers: expected different layers"),
-        ("--gate=soft", "--gate: expected one of released, ste_hard, got 'soft'"),
-        ("--router-reduction=100000", "--router-reduction: expected an integer from 1 to "),
-        ("--adapter-reduction=100000", "--adapter-reduction: expected an integer from 1 to "),
+        ("--layers=9", "layers: expected different layers from 0 to 7, at least one, got [9]"),
+        ("--layers=2+2", "layers: expected different layers"),
+        ("--gate=soft", "gate: expected one of released, ste_hard, got 'soft'"),
+        ("--router-reduction=100000", "router_reduction: expected an integer from 1 to "),
+        ("--adapter-reduction=100000", "adapter_reduction: expected an integer from 1 to "),
     ],
 )
 def test_what_the_new_model_cannot_be_is_said_of_the_option(plain, tmp_path, capsys, option, message):
