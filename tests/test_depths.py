@@ -194,7 +194,7 @@ def test_a_method_may_give_up_drafting_while_rounds_are_under_way(monkeypatch: p
 
     def choose(model: Model, *given: object) -> Iterator[None]:
         for _ in range(6):
-            time.sleep(0.01)
+            time.sleep(0.005)
             yield
         lengths_chosen.append(3 if not lengths_chosen or lengths_chosen[-1] == 0 else 0)
         plan = model.full.without(attention=(2,)) if lengths_chosen[-1] else model.full
@@ -202,7 +202,7 @@ def test_a_method_may_give_up_drafting_while_rounds_are_under_way(monkeypatch: p
 
     monkeypatch.setattr(knapspec, "choose_set", choose)
     name = "knapspec:interval=4,threshold=0.05,window_rounds=2,search_budget=1"
-    params = SamplingParams(max_tokens=150, ignore_eos=True)
+    params = SamplingParams(max_tokens=220, ignore_eos=True)
     with engine(graphs=False) as host:
         expected = host.generate(PROMPTS[0], params).token_ids
     with engine(graphs=True) as device:
