@@ -209,6 +209,7 @@ def project(
     """PROJECTION: measured step costs and published acceptance rates, next to the published speed-ups."""
     from ..runtime.costs import calibrate
     from ..runtime.engine import Engine
+    from ..runtime.stepwise import at_once
     from .peers import folder_of
     from .project import LABEL, costs_from, costs_of, sheet
     from .project import project as rows_of
@@ -226,7 +227,7 @@ def project(
             folder_of(name) as folder,
             Engine.load(folder, device=device, dtype=dtype, cache_tokens=cache_tokens) as engine,
         ):
-            steps = costs_from(calibrate(*engine._loaded()), name)
+            steps = costs_from(at_once(calibrate(engine._loaded()[0])), name)
             base = header("project", engine, name)
     rows = [asdict(row) for row in rows_of(steps)]
     result = base | {"projection": True, "label": LABEL, "shape": steps.shape, "costs": steps.fields(), "rows": rows}

@@ -24,6 +24,7 @@ from ..runtime.request import SamplingParams
 from ..runtime.sequence import Counters
 from ..runtime.sequence import Sequence as Continuation
 from ..runtime.speculate import speculate
+from ..runtime.stepwise import at_once
 
 PROMPT_TOKENS = 32
 
@@ -61,7 +62,7 @@ def compare(
     plain = Autoregressive(Options(), engine.config.num_layers)
     lines: list[Line] = []
     with torch.inference_mode():
-        costs = calibrate(model, cache)
+        costs = at_once(calibrate(model))
         for horizon in horizons:
             method = registry.parse(f"dmtd:horizon={horizon}").build(engine.config)
             assert isinstance(method, DirectMultiToken)

@@ -70,7 +70,7 @@ def measure(
         lossless = engine.generate(sources[0], params, method=method).stats.lossless
         for concurrency in concurrencies:
             # A method that has seen the prompts may remember its answers: a new one has not.
-            engine._methods.pop(registry.parse(method), None)  # pyright: ignore[reportPrivateUsage]
+            engine._methods().forget(registry.parse(method))  # pyright: ignore[reportPrivateUsage]
             engine.generate(sources[0], replace(params, max_tokens=2), method=method)
             with _nothing_old_collected():
                 start = perf_counter()

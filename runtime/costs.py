@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
+from torch import Tensor
+
 from ..loaders.config import ModelConfig
-from .cache import KVCache
 from .model import Model
 from .plan import LayerPlan
 from .rows import one_sequence
+from .stepwise import Stepwise
 
 Clock = Callable[[], float]
 REPEATS = 5
@@ -60,27 +62,32 @@ class Costs:
         self.pace += 0.1 * (min(max(now, 0.5 * self.pace), 2 * self.pace) - self.pace)
 
 
-def calibrate(model: Model, cache: KVCache, clock: Clock = perf_counter) -> Costs:
-    """Time the passes of `model` at a short context: the fastest of a few of each, after a warm-up.
-
-    Raises:
-        CapacityError: the cache has no page free to try on.
-    """
+def calibrate(model: Model, clock: Clock = perf_counter) -> Stepwise[Costs]:
+    """Time the passes of `model` at a short context, a pass a step: the fastest of a few of each, after a warm-up."""
     sizes, layers = model.tiles or (PROBED_ROWS,), model.config.num_layers
     smallest, largest = sizes[0], sizes[-1]
+    cache = model.new_cache(-(-2 * largest // model.ops.page_size))
+    pages = cache.reserve(2 * largest)
 
-    def once(pages: list[int], rows: int, plan: LayerPlan) -> float:
+    def run(rows: int, plan: LayerPlan) -> Tensor:
+        return model.forward(one_sequence([0] * rows, 0, pages, model.ops.decode_tile, model.device), cache, plan)
+
+    def timed(rows: int, plan: LayerPlan) -> float:
+        run(1, first)  # The threads of a CPU are gone if others had their turn.
         start = clock()
-        laid = one_sequence([0] * rows, 0, pages, model.ops.decode_tile, model.device)
-        int(model.predict(model.forward(laid, cache, plan)[-1:]).token[0])
+        int(model.predict(run(rows, plan)[-1:]).token[0])
         return clock() - start
 
-    half = model.full.early_exit(max(1, layers // 2))
+    first, half = model.full.early_exit(1), model.full.early_exit(max(1, layers // 2))
     passes = [(1, half), *((rows, model.full) for rows in (1, *sizes, 2 * largest))]
-    with cache.lent(2 * largest) as pages:
-        # In turns, so that a machine that is busy for a while slows all of them.
-        turns = [[once(pages, rows, plan) for rows, plan in passes] for _ in range(REPEATS + 1)][1:]
-    some, full, *filled, two = (min(times) for times in zip(*turns, strict=True))
+    turns: list[list[float]] = []
+    # In turns, so that a machine that is busy for a while slows all of them.
+    for _ in range(REPEATS + 1):
+        turns.append([])
+        for rows, plan in passes:
+            turns[-1].append(timed(rows, plan))
+            yield
+    some, full, *filled, two = (min(times) for times in zip(*turns[1:], strict=True))
     share = max(1, layers // 2) / layers
     fixed = full if share == 1 else (some - share * full) / (1 - share)
     per_row = max(0.0, filled[0] - full) / max(1, smallest - 1)

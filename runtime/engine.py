@@ -32,12 +32,11 @@ from .memory import cache_size, loading
 from .methods import registry
 from .methods.autoregressive import Autoregressive
 from .methods.base import Method
-from .methods.policy import Policy
 from .model import Model
 from .prompts import Prompt, Prompts, TokenIds, check_params, is_many, is_written, to_ids
 from .ranges import marks
-from .recent import Recent
 from .request import Chunk, Output, SamplingParams
+from .roster import Roster
 from .run import MAX_BATCH, Run, Shared
 from .sequence import Sequence
 from .stream import Stream
@@ -45,7 +44,7 @@ from .text import TextStream
 from .turns import Turns
 from .warm_up import Rehearsal, WarmUp, refuse
 
-MAX_METHODS, SPARE_PAGES = 64, 4
+SPARE_PAGES = 4
 CLOSED = "engine: it is closed"
 Progress = Callable[[str, int, int], None]
 
@@ -93,7 +92,6 @@ class Engine:
         own = self._default.build(config)
         config, weights = own.edit(config, weights, lambda c, w: Model(c, w, table), self._encode)
         self.config = config
-        self._methods = Recent[registry.MethodSpec, Method](MAX_METHODS, self._default)
         self._turn, self._runs = Turns(weights.embedding.device), set[Run]()
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "skipjack-engine")
         self._process = os.getpid()
@@ -105,8 +103,9 @@ class Engine:
         self._admission: Admission | None = Admission(cache)
         on_device = self._model.device.type == "cuda" if graphs is None else graphs
         self._graphs = Graphs(self._model, cache, self._watch) if on_device else None
+        self._roster: Roster | None = Roster(self._model, self._encode, self._watch, self._default, own)
         self._turn.rest()
-        self._enter(self._default, own)
+        self._method(self._default)
 
     @staticmethod
     def load(
@@ -251,7 +250,7 @@ class Engine:
     def _warm(self, rehearsal: Rehearsal, specs: Iterable[registry.MethodSpec]) -> WarmUp:
         with self._watch, torch.inference_mode():
             self._watch.refuse = None
-            self.warmed_up = done = rehearsal.run(map(self._unlearned, specs), self._watch)
+            self.warmed_up = done = rehearsal.run(map(self._methods().unlearned, specs), self._watch)
             self._open()[1].move()
             self._watch.count, self._watch.refuse = 0, refuse if self._strict else None
             self._turn.rest()
@@ -273,7 +272,8 @@ class Engine:
             prompt = await loop.run_in_executor(None, self._encoded, prompt)
         stream = await work(self._asked, prompt, params, method)
         try:
-            await eventually(stream.prepare, work)
+            while not await work(stream.prepare):
+                pass
             while (chunks := await eventually(stream.advance, work)) is not None:
                 for chunk in chunks:
                     yield chunk
@@ -290,14 +290,13 @@ class Engine:
         if self._process == os.getpid() or not self._turn.taken:
             self._turn.alone(self._close)
         else:  # Forked while another thread had the turn, which nobody gives back here.
-            self._model = self._admission = self._pool = self._graphs = None
+            self._model = self._admission = self._pool = self._graphs = self._roster = None
 
     def _close(self) -> None:
         graphs, self._graphs = self._graphs, None
         for run in list(self._runs):
             run.fail(CLOSED)
-        self._model = self._admission = self._pool = None
-        self._methods.clear()
+        self._model = self._admission = self._pool = self._roster = None
         if graphs:
             graphs.close()
 
@@ -334,36 +333,13 @@ class Engine:
     def _encode(self) -> Encode | None:
         return self.tokenizer.encode if self.tokenizer else None
 
+    def _methods(self) -> Roster:
+        if self._roster is None:
+            raise RequestError(CLOSED)
+        return self._roster
+
     def _method(self, spec: registry.MethodSpec) -> Method:
-        return self._turn.take(partial(self._known, spec))
-
-    def _known(self, spec: registry.MethodSpec) -> Method:
-        if spec not in self._methods:
-            if spec.edits or self._default.edits:
-                raise RequestError(
-                    f"method {spec.name}: expected {self._default.name} as this engine was loaded: "
-                    f"{spec.name if spec.edits else self._default.name} edits the weights when they are loaded"
-                )
-            self._enter(spec, spec.build(self.config))
-        return self._methods[spec]
-
-    def _unlearned(self, spec: registry.MethodSpec) -> Method:
-        """A method to try things with, of which requests learn nothing."""
-        own = self._method(spec)
-        if isinstance(own, Policy):
-            return own
-        model, cache = self._loaded()
-        fresh = spec.build(self.config)
-        fresh.calibrate(model, self._encode)
-        fresh.prepare(model, cache)
-        return fresh
-
-    def _enter(self, spec: registry.MethodSpec, method: Method) -> None:
-        model, cache = self._loaded()
-        with self._turn, self._watch, torch.inference_mode():
-            method.calibrate(model, self._encode)
-            method.prepare(model, cache)
-        self._methods[spec] = method
+        return self._turn.take(lambda: self._methods().get(spec))
 
     def _encoded(self, prompt: Prompt | Prompts) -> Prompt | Prompts:
         if is_many(prompt):
@@ -397,4 +373,4 @@ class Engine:
         model, admission = self._open()
         admission.expect_room(max(sequence.max_length for sequence in sequences))
         shared = Shared(model, admission, self._turn, self._watch, graphs, self._runs)
-        return Stream(Run(shared, sequences, partial(self._method, spec)), self.backend, self.numerics, seed)
+        return Stream(Run(shared, sequences, lambda: self._methods().advance(spec)), self.backend, self.numerics, seed)

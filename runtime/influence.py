@@ -9,13 +9,14 @@ from torch.nn import functional
 from ..kernels.host import ints
 from .model import Model
 from .rows import one_sequence
+from .stepwise import Stepwise
 
 
-def block_influence(model: Model, texts: list[list[int]], window: int, *, official: bool = False) -> Tensor:
+def block_influence(model: Model, texts: list[list[int]], window: int, *, official: bool = False) -> Stepwise[Tensor]:
     """BI of every layer, float64 [L]: 1 - cos(stream that enters it, stream that leaves it), the mean over all tokens.
 
-    Each text (token ids) is read in windows of `window` tokens that see nothing before them. `official` is what the
-    authors' code computes: the sum over tokens, the last layer's output being taken after the final norm.
+    Each text (token ids) is read in windows of `window` tokens, a step each, that see nothing before them. `official`
+    is what the authors' code computes: the sum over tokens, the last layer's output being taken after the final norm.
     """
     cache = model.new_cache(-(-window // model.ops.page_size))
     pages = cache.reserve(window)
@@ -32,6 +33,7 @@ def block_influence(model: Model, texts: list[list[int]], window: int, *, offici
             cosine = functional.cosine_similarity(between[:-1].double(), between[1:].double(), dim=-1)
             total += (1 - cosine).sum(dim=1).cpu()
             tokens += len(part)
+            yield
     return total if official else total / tokens
 
 

@@ -12,7 +12,7 @@ import torch
 from ..kernels.compilation import Watch
 from .admission import Admission, Ticket
 from .decode import decode, reading
-from .errors import CapacityError, RequestError
+from .errors import RequestError
 from .graphs import Graphs, Rounds
 from .methods.base import Method
 from .methods.policy import Policy
@@ -46,13 +46,13 @@ class Run:
 
     method: Method
 
-    def __init__(self, shared: Shared, sequences: list[Sequence], enter: Callable[[], Method]) -> None:
-        """`enter` makes the method, and may find too few pages free to do so."""
+    def __init__(self, shared: Shared, sequences: list[Sequence], enter: Callable[[], Method | None]) -> None:
+        """`enter` makes the method ready, a step at a time, and is it then."""
         self.sequences = sequences
         self.events = deque[Mapping[str, Any]](maxlen=MAX_EVENTS)
         self._turns = shared.turns
         self._shared: Shared | None = shared
-        self._enter: Callable[[], Method] | None = enter
+        self._enter: Callable[[], Method | None] | None = enter
         self._waiting, self._running = deque(sequences), list[Sequence]()
         self._reading: Iterator[list[Piece] | None] | None = None
         self._rounds: Rounds | None = None
@@ -65,39 +65,27 @@ class Run:
         """Whether everything has been given back."""
         return self._shared is None
 
-    def prepare(self) -> Ticket | None:
-        """Have the method ready; or the ticket to wait for before this is called again."""
+    def prepare(self) -> bool:
+        """A turn of making the method ready; whether it is, or nothing is left to be done."""
         return self._turns.take(self._prepare)
 
-    def _prepare(self) -> Ticket | None:
+    def _prepare(self) -> bool:
         shared = self._open()
         if shared is None or self._enter is None:
-            return None
-        if self._is_patient():
-            return self._ticket
+            return True
         shared.runs.add(self)
         try:
-            if self._ticket is not None:
-                shared.admission.redeem(self._ticket)
-                # They were waited for so that the method finds them free.
-                shared.admission.cache.release(self._ticket.pages)
-                self._ticket = None
-            try:
-                self.method = self._enter()
-            except CapacityError:
-                cache = shared.admission.cache
-                if cache.free_pages == cache.total_pages:
-                    raise
-                return self._queue(shared, (cache.free_pages + 1) * cache.page_size, [])
-            self._enter = None
+            method = self._enter()
             shared.admission.move()
-            shared.admission.serve()
+            if method is None:
+                return False
+            self.method, self._enter = method, None
             if shared.graphs is not None:
-                self._rounds = Rounds(shared.graphs, shared.model, shared.admission.cache, self.method)
+                self._rounds = Rounds(shared.graphs, shared.model, shared.admission.cache, method)
         except BaseException:
             self._end()
             raise
-        return None
+        return True
 
     def advance(self) -> list[Chunk] | Ticket | None:
         """What one turn adds: the next part of a prompt, or a round; None at the end.

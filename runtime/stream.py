@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import groupby
 
 from .admission import Result, Ticket, patiently
@@ -23,13 +24,13 @@ class Stream(Iterator[Chunk]):
         self._run, self._ready = run, deque[Chunk]()
         self._backend, self._numerics, self._seed = backend, numerics, seed
 
-    def prepare(self) -> Ticket | None:
-        """Have the method ready; or the ticket to wait for before this is called again."""
+    def prepare(self) -> bool:
+        """A turn of making the method ready; whether it is."""
         return self._run.prepare()
 
     def begun(self) -> Stream:
         """This stream, once its method is ready."""
-        self._waited(self.prepare)
+        self._or_closed(self._prepared)
         return self
 
     def __next__(self) -> Chunk:
@@ -38,7 +39,7 @@ class Stream(Iterator[Chunk]):
         while True:
             with suppress(IndexError):
                 return self._ready.popleft()
-            chunks = self._waited(self.advance)
+            chunks = self._or_closed(partial(patiently, self.advance))
             if chunks is None:
                 raise StopIteration
             self._ready += chunks
@@ -68,9 +69,13 @@ class Stream(Iterator[Chunk]):
             summarise(list(own), run.method, self._backend, self._numerics, self._seed, events) for _, own in prompts
         ]
 
-    def _waited(self, step: Callable[[], Result | Ticket]) -> Result:
+    def _prepared(self) -> None:
+        while not self.prepare():
+            pass
+
+    def _or_closed(self, work: Callable[[], Result]) -> Result:
         try:
-            return patiently(step)
+            return work()
         except BaseException:
             self.close()
             raise

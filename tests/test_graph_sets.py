@@ -70,7 +70,7 @@ def timed_alike(engine: Engine, method: str) -> Method:
     spec = registry.parse(method)
     own = engine._method(spec)
     if isinstance(own, KnapSpec):
-        own = engine._methods[spec] = KnapSpec(spec.options, engine.config.num_layers, Ticks())
+        own = engine._methods().ready[spec] = KnapSpec(spec.options, engine.config.num_layers, Ticks())
     if isinstance(own, DynamicExit):
         own._due = Every(own, 3)
     own._budget.seconds = 1e9

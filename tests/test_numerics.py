@@ -17,6 +17,7 @@ from skipjack.runtime.cli import run
 from skipjack.runtime.costs import calibrate
 from skipjack.runtime.errors import RequestError
 from skipjack.runtime.options import Numerics
+from skipjack.runtime.stepwise import at_once
 
 PAGE = 16
 METHODS = (
@@ -130,8 +131,8 @@ def test_numerics_of_another_name_are_refused() -> None:
 
 
 def test_costs_are_measured_without_a_tile() -> None:
-    model, cache = engine("fast")._loaded()
-    costs = calibrate(model, cache)
+    model, _ = engine("fast")._loaded()
+    costs = at_once(calibrate(model))
     assert costs.verify(1) <= costs.verify(9)
     assert costs.full > 0
 

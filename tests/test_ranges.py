@@ -99,7 +99,7 @@ def test_a_policy_verifies_and_commits(marked: Engine, monkeypatch: pytest.Monke
     class Whole(Planned):
         name = "whole"
 
-    monkeypatch.setitem(marked._methods, registry.parse("autoregressive"), Whole(None, 8))
+    monkeypatch.setitem(marked._methods().ready, registry.parse("autoregressive"), Whole(None, 8))
     output, ranges = seen(marked, "autoregressive", tokens=4)
     assert inside(ranges, "round") == {"verify": output.stats.rounds, "commit": output.stats.rounds}
     assert {r[1:3] for r in ranges if r[0] == "verify"} == {(2, 2)}

@@ -46,17 +46,17 @@ def test_what_somebody_holds_is_found_again() -> None:
 
 
 def test_a_client_cannot_make_an_engine_keep_ever_more_methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skipjack.runtime.engine.MAX_METHODS", 4)
+    monkeypatch.setattr("skipjack.runtime.roster.MAX_METHODS", 4)
     config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
     with Engine(config, synthetic_weights(config, 0, torch.float32), method="swift:skip_mlp=3") as engine:
-        own = engine._methods[engine._default]
+        own = engine._method(engine._default)
         running = registry.parse("swift:skip_mlp=4")
         stream = engine.stream([5, 6, 7], PARAMS, method="swift:skip_mlp=4")
         next(stream)
         used = engine._method(running)
         for i in range(9):
             engine.generate([5, 6], SamplingParams(max_tokens=1), method=f"lookup:num_draft_tokens={i + 1}")
-        assert len(engine._methods) == 4
+        assert len(engine._methods().ready) == 4
         assert engine._method(running) is used
         assert engine._method(engine._default) is own
         assert len(list(stream)) > 0

@@ -16,6 +16,7 @@ from skipjack.runtime.influence import block_influence
 from skipjack.runtime.merging import Similarity
 from skipjack.runtime.prefill import text_rows
 from skipjack.runtime.rope import RotaryTable, dynamic_frequencies, inverse_frequencies
+from skipjack.runtime.stepwise import at_once
 from skipjack.runtime.tune import tune_swift
 
 transformers = pytest.importorskip("transformers")
@@ -168,7 +169,7 @@ def test_calibration_texts_turn_as_prompts(loaded: tuple[Engine, Any]) -> None:
         float((1 - functional.cosine_similarity(a[0].double(), b[0].double(), dim=-1)).sum())
         for a, b in pairwise(streams)
     ]
-    influence = block_influence(model, [text], 256, official=True)
+    influence = at_once(block_influence(model, [text], 256, official=True))
     torch.testing.assert_close(influence, torch.tensor(expected, dtype=torch.float64), atol=2e-4, rtol=0)
     cache = model.new_cache(4)
     torch.testing.assert_close(Similarity._read(model, cache, text), streams[-1][0], atol=2e-4, rtol=0)

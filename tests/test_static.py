@@ -18,6 +18,7 @@ from skipjack.runtime.errors import RequestError
 from skipjack.runtime.influence import block_influence, removal_order
 from skipjack.runtime.model import Model
 from skipjack.runtime.rows import one_sequence
+from skipjack.runtime.stepwise import at_once
 
 CASES = ["shortgpt-1", "shortgpt-2"]
 PROMPTS = [[5, 9, 11, 300], [7], list(range(20, 50))]
@@ -48,8 +49,8 @@ def test_influence_and_removal_order_are_those_of_the_conformance_case(golden: P
     texts, window = [expected["calibration_ids"]], expected["stride"]
     with Engine.load(golden / case) as engine, torch.inference_mode():
         model, _ = engine._loaded()
-        mean = block_influence(model, texts, window)
-        total = block_influence(model, texts, window, official=True)
+        mean = at_once(block_influence(model, texts, window))
+        total = at_once(block_influence(model, texts, window, official=True))
         assert mean.tolist() == pytest.approx(expected["bi_mean"], abs=1e-5)
         assert total.tolist() == pytest.approx(expected["official"]["bi_sum"], rel=1e-5)
         assert list(removal_order(mean)) == expected["removal_order"]
@@ -204,7 +205,7 @@ def test_influence_by_hand_in_float64(synthetic: Callable[..., Engine]) -> None:
                 after = model.forward(rows, cache, LayerPlan(model.full.runs, (0, 2 * layer + 2)))
                 total[layer] += (1 - functional.cosine_similarity(before, after)).sum()
             cache.release(pages)
-        found = block_influence(model, texts, 40)
+        found = at_once(block_influence(model, texts, 40))
     assert found.tolist() == pytest.approx((total / 90).tolist(), abs=1e-12)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from skipjack import CapacityError, Engine, RequestError, SamplingParams
+from skipjack import CapacityError, Engine, LayerPlan, RequestError, SamplingParams
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import prefill as prefill_module
@@ -344,35 +344,71 @@ def test_a_stream_that_has_ended_is_not_changed_by_closing_the_engine(engine: En
     assert stream.outputs[0].finish_reason == "length"
 
 
-@pytest.mark.parametrize("loop", [False, True])
-def test_a_method_waits_for_the_pages_it_is_measured_with(engine: Engine, loop: bool) -> None:
-    """The first request by `auto` times passes over pages; another request has them all."""
-    first = engine.stream([1], everything(engine))
-    next(first)
+def steps_of(stream: Stream) -> int:
+    """Turns that making its method ready takes from here."""
+    turns = 1
+    while not stream.prepare():
+        turns += 1
+    return turns
 
-    async def collect() -> list[int]:
-        return [token async for chunk in engine.astream([1], SHORT, method="auto") for token in chunk.token_ids]
 
-    def work() -> list[int]:
-        return asyncio.run(collect()) if loop else engine.generate([1], SHORT, method="auto").token_ids
+def test_a_method_is_measured_a_pass_a_turn_and_others_take_theirs(engine: Engine) -> None:
+    """The first request by `auto` times passes of the model; nobody waits for more than one of them."""
+    model, _ = engine._loaded()
+    passes, forward = list[int](), model.forward
 
-    got = ThreadPoolExecutor(1).submit(work)
-    assert engine._admission is not None
-    while not (engine._admission._line or got.done()):
-        next(first)
+    def counted(rows: Any, cache: Any, plan: LayerPlan, *rest: Any, **more: Any) -> Any:
+        passes.append(plan.layers_kept)
+        return forward(rows, cache, plan, *rest, **more)
+
+    first, other = engine._asked([1], SHORT, "auto"), engine.stream([5, 6], SHORT)
+    turns = 0
+    while True:
+        passes.clear()
+        model.forward = counted
+        try:
+            ready = first.prepare()
+        finally:
+            del model.forward
+        turns += 1
+        assert sorted(passes)[:-1] == [1] * (len(passes) - 1), "one pass beside that of a single layer"
+        if ready:
+            break
+        next(other, None)
+    assert other.outputs[0].finish_reason == "length"
+    assert turns > 20
+    assert [token for chunk in first for token in chunk.token_ids] == engine.generate([1], SHORT).token_ids
+
+
+def test_what_was_measured_for_a_request_that_gave_up_is_not_measured_again(engine: Engine) -> None:
+    whole = steps_of(engine._asked([1], SHORT, "auto"))
+    first, other = (engine._asked([1], SHORT, "auto:num_draft_tokens=3") for _ in range(2))
+    for stream in (first, other, first):
+        assert not stream.prepare()
     first.close()
-    assert got.result(LIMIT_S) == engine.generate([1], SHORT).token_ids
-    assert free(engine)
+    assert steps_of(other) == whole - 3
+    assert steps_of(engine._asked([1], SHORT, "auto:num_draft_tokens=3")) == 1
 
 
-def test_a_method_that_never_gets_its_pages_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skipjack.runtime.admission.ADMISSION_WAIT_S", 0.0)
-    first = engine.stream([1], everything(engine))
-    next(first)
-    with pytest.raises(CapacityError, match="0 of 5 pages free"):
-        engine.stream([1], SHORT, method="auto")
-    first.close()
-    assert engine.generate([1], SHORT, method="auto").token_ids == engine.generate([1], SHORT).token_ids
+def test_a_measurement_that_failed_is_begun_anew(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = steps_of(engine._asked([1], SHORT, "auto"))
+    first, other = (engine._asked([1], SHORT, "auto:num_draft_tokens=3") for _ in range(2))
+    assert not first.prepare()
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._loaded()[0], "predict", raising(ZeroDivisionError()))
+        with pytest.raises(ZeroDivisionError):
+            first.prepare()
+    assert first.prepare(), "it has ended"
+    assert list(first) == []
+    assert steps_of(other) == whole
+    assert [token for chunk in other for token in chunk.token_ids] == engine.generate([1], SHORT).token_ids
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def work(*_: object) -> None:
+        raise error
+
+    return work
 
 
 def test_what_was_finished_is_kept_when_the_rest_never_gets_its_pages(

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...kernels.host import ints
 from ..batch import Batch, Draft, Round, Tally
 from ..cache import KVCache
+from ..calibration import Encode
 from ..costs import Clock, Costs, Ledger, calibrate, expected_tokens
 from ..errors import RequestError
 from ..graphs import graph_size
@@ -20,6 +21,7 @@ from ..ngrams import MOST, Guess, Memory, likeliest
 from ..plan import LayerPlan
 from ..recipe import Ngrams, Recipe
 from ..sequence import Sequence
+from ..stepwise import Stepwise
 from . import swift
 from .account import Account
 from .base import Method, no_draft, sampled
@@ -133,16 +135,16 @@ class Auto(Method):
         self._events.clear()
         self._swift.forget()
 
-    def prepare(self, model: Model, cache: KVCache) -> None:
+    def prepare(self, model: Model, encode: Encode | None) -> Stepwise[None]:
         """Time the passes of this machine."""
-        self._swift.prepare(model, cache)
-        self._costs = calibrate(model, cache, self._clock)
+        yield from self._swift.prepare(model, encode)
+        self._costs = yield from calibrate(model, self._clock)
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """The draft of the fastest choice the ledger covers."""
         self._way = None
-        if self._costs is None:
-            self._costs = calibrate(model, cache, self._clock)
+        costs = self._costs
+        assert costs is not None
         k, ngram = self._options.num_draft_tokens, self._options.max_ngram
         looks = self._looks = self._ledger.affords(self._stake)
         with model.mark("draft", len(batch), 0, 0):
@@ -150,7 +152,7 @@ class Auto(Method):
                 likeliest(text_of(s), ngram, max(0, min(k, s.room)), self._memory.text) if looks else Guess(0, [], [])
                 for s in batch.sequences
             ]
-        self._choose(self.choices(self._costs, len(batch), max(s.room for s in batch.sequences)))
+        self._choose(self.choices(costs, len(batch), max(s.room for s in batch.sequences)))
         if self._choice.name in (LOOKUP, CASCADE):
             guess = lay_out(batch, [guess.first(self._choice.drafted) for guess in self._guesses])
             return guess if self._choice.name == LOOKUP else sift(model, cache, batch, self._swift.plan, guess)

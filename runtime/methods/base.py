@@ -19,6 +19,7 @@ from ..model import Model
 from ..plan import LayerPlan
 from ..recipe import Recipe
 from ..sequence import Sequence
+from ..stepwise import Stepwise
 
 
 class Method:
@@ -78,8 +79,12 @@ class Method:
         """Up to k draft tokens for every sequence; fewer, or none, is always allowed."""
         return no_draft(batch)
 
-    def prepare(self, model: Model, cache: KVCache) -> None:
-        """Called once, before the first request: check what needs the model, and measure what needs a clock."""
+    def prepare(self, model: Model, encode: Encode | None) -> Stepwise[None]:
+        """Run once, before the first request: check what needs the model, look at text, measure what needs a clock.
+
+        Others take their turns wherever it yields. `encode` makes token ids of text where there is a tokenizer.
+        """
+        yield from ()
 
     def rehearse(self, model: Model, cache: KVCache) -> None:
         """Run once, for a warm-up, every kind of pass that neither drafts nor has the last word."""
@@ -93,9 +98,6 @@ class Method:
     ) -> tuple[ModelConfig, Weights]:
         """Called first of all, where `edits`: the model to be served instead. `build` prepares one to be tried out."""
         return config, weights
-
-    def calibrate(self, model: Model, encode: Encode | None) -> None:
-        """Called once, before `prepare`, to look at text; `encode` makes token ids of it where there is a tokenizer."""
 
     def findings(self, sequence: Sequence) -> list[Mapping[str, Any]]:
         """What was found before the first request, or decided for this sequence; told with its result."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...loaders.routing import MODEL_TYPE
 from ..batch import Batch
 from ..cache import KVCache
+from ..calibration import Encode
 from ..errors import RequestError
 from ..model import Model
 from ..plan import LayerPlan
@@ -18,6 +19,7 @@ from ..prefill import prompt_rows
 from ..recipe import Recipe, Steps
 from ..routes import Routes, layers_used
 from ..sequence import Sequence
+from ..stepwise import Stepwise
 from .policy import Policy, Step
 
 KV = ("own", "none")
@@ -71,8 +73,9 @@ class FlexiDepth(Policy):
         self._own = options.kv == "own"
         self._trained = True
 
-    def prepare(self, model: Model, cache: KVCache) -> None:
+    def prepare(self, model: Model, encode: Encode | None) -> Stepwise[None]:
         self._trained = model.config.routing is None or model.config.routing.trained
+        yield from ()
 
     def notes(self, executed_skips: int) -> list[str]:
         untrained = ["the routers are untrained: what they skip, and the text, mean nothing"]

@@ -11,6 +11,7 @@ from ..errors import RequestError
 from ..influence import block_influence, removal_order
 from ..model import Model
 from ..sequence import Sequence
+from ..stepwise import Stepwise
 from .base import expect_layers
 from .static import Pruned, check_pruning
 
@@ -53,10 +54,10 @@ class ShortGPT(Pruned):
         self._options, self._count = options, count
         self._findings: list[Mapping[str, Any]] = []
 
-    def calibrate(self, model: Model, encode: Encode | None) -> None:
+    def prepare(self, model: Model, encode: Encode | None) -> Stepwise[None]:
         options = self._options
         texts = calibration_ids(model.config, encode, options.calibration, "method shortgpt: option calibration")
-        influence = block_influence(model, texts, options.window, official=options.rule == "official")
+        influence = yield from block_influence(model, texts, options.window, official=options.rule == "official")
         removed = tuple(sorted(removal_order(influence)[: self._count]))
         self.remove(removed)
         tokens = sum(len(text) for text in texts)

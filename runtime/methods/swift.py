@@ -11,6 +11,7 @@ from typing import Any
 from ..batch import Batch, Draft, Tally
 from ..budget import Budget
 from ..cache import KVCache
+from ..calibration import Encode
 from ..errors import CapacityError, RequestError
 from ..model import Model
 from ..plan import LayerPlan
@@ -18,6 +19,7 @@ from ..recipe import Recipe
 from ..search import Drift, Incumbent, Search, matchness
 from ..sequence import Sequence
 from ..skip_sets import SkipSet
+from ..stepwise import Stepwise
 from .base import Method, no_draft, sampled
 from .drafting import Drafting, acceptance, grow
 
@@ -159,9 +161,10 @@ class Swift(Method):
     def notes(self, executed_skips: int) -> list[str]:
         return [] if self.plan.skipped else [NOTHING_TO_SKIP]
 
-    def prepare(self, model: Model, cache: KVCache) -> None:
+    def prepare(self, model: Model, encode: Encode | None) -> Stepwise[None]:
         if self._saved:
             self._saved.check(model.config, model.fingerprint, Path(self._options.set))
+        yield from ()
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """Confidence-aware drafting (§4.2)."""
