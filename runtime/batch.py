@@ -29,9 +29,8 @@ class Draft(NamedTuple):
 
     They are a chain, or with `parent` int64 [S, k] a tree: draft token j follows row parent[j] ≤ j, row 0 being the
     sequence's newest token and row j + 1 draft token j. `scores` [S, n, V]: what the tokens of each depth were drawn
-    with, for rejection sampling. `confidence` float32 [S, k]: the probability the draft gave each token. With `exit`
-    given, the cache holds the rows' keys and values of the layers before it, and verification goes on from there.
-    `record` asks for the streams of the verification in `Round`.
+    with, for rejection sampling. With `exit` given, the cache holds the rows' keys and values of the layers before
+    it, and verification goes on from there. `record` asks for the streams of the verification in `Round`.
     """
 
     tokens: Tensor
@@ -39,7 +38,6 @@ class Draft(NamedTuple):
     exit: Exit | None = None
     parent: Tensor | None = None
     scores: Tensor | None = None
-    confidence: Tensor | None = None
     record: bool = False
 
     def within(self, room: Tensor) -> Draft:

@@ -47,7 +47,7 @@ def reading(
                 if sequence.params.n > 1 and not isinstance(method, Policy):
                     sequence.entered = hidden[-1:].clone()
                 chosen = choose(model, hidden[-1:], batch, batch.last[:, None])
-                pieces = sequence.extend(ints(chosen.tokens[0]), 0)
+                pieces = sequence.extend(ints(chosen.token[0]), 0)
                 tell(model, [sequence], [pieces], chosen.logits)
         sequence.counters.prefill_s += perf_counter() - start
         yield pieces
@@ -82,7 +82,7 @@ def decode(model: Model, cache: KVCache, sequences: list[Sequence], policy: Poli
     with model.mark("verify", len(batch), len(batch)):
         step = policy.step(model, cache, batch)
         chosen = choose(model, step.hidden, batch, batch.last[:, None])
-        tokens = ints(chosen.tokens[:, 0])
+        tokens = ints(chosen.token[:, 0])
     pieces: list[list[Piece]] = []
     with model.mark("commit", len(batch), len(batch)):
         for row, (sequence, ran) in enumerate(zip(sequences, step.used, strict=True)):

@@ -7,6 +7,7 @@ same noise (coupled sampling): speculative output then equals plain sampling tok
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -21,16 +22,24 @@ from .rows import Lineage
 from .sequence import Sequence, most_logprobs
 
 
-class Chosen(NamedTuple):
-    """Tokens int64 [S, n], or [S, n, count], and the probability [S, n] the unwarped model gives the (first) token.
+class Drawn(NamedTuple):
+    """Tokens int64 [R] or [R, count], the logit of the (first) and the log-sum-exp of each row's, [R], or None.
 
-    Where they were needed: the logits [S, n, V], and the scores they became after penalties and bias.
+    If they were drawn: the logits [R, V], and the scores they became after penalties and bias, drawn from.
     """
 
-    tokens: Tensor
-    probability: Tensor
+    token: Tensor
+    value: Tensor | None
+    log_sum_exp: Tensor | None
     logits: Tensor | None
     scores: Tensor | None
+
+    @property
+    def probability(self) -> Tensor:
+        """What the unwarped model gives the (first) token, where the confidence was asked for."""
+        assert self.value is not None
+        assert self.log_sum_exp is not None
+        return (self.value.float() - self.log_sum_exp.float()).exp()
 
 
 def choose(
@@ -43,8 +52,9 @@ def choose(
     count: int | None = None,
     stream: int = 0,
     vocabulary: int = 0,
-) -> Chosen:
-    """The token after each of the last n columns of `path`, or the `count` best ones there.
+    confidence: bool = False,
+) -> Drawn:
+    """The token after each of the last n columns of `path`, or the `count` best ones there; all of it [S, n, …].
 
     path int64 [S, J] starts with each sequence's newest token and goes on with its draft, as a chain or, with
     `lineage`, as a tree, of which n is all rows; hidden [S·n, H] is the residual stream of its last n columns. `stream`
@@ -53,56 +63,35 @@ def choose(
     """
     sequences, width = path.shape
     n = hidden.shape[0] // sequences
-    shape = (sequences, n) if count is None else (sequences, n, count)
     params = [s.params for s in batch.sequences]
-    if all(p.greedy and not p.reshapes_logits and p.logprobs is None for p in params):
-        token, value, log_sum_exp = model.predict(hidden, top_k=count, vocabulary=vocabulary)
-        first = value if count is None else value[:, 0]
-        probability = (first.float() - log_sum_exp.float()).exp()
-        return Chosen(token.view(shape), probability.view(sequences, n), None, None)
+    rule = position = reshape = None
+    if not all(p.greedy and not p.reshapes_logits and p.logprobs is None for p in params):
+        if lineage is None:
+            depth = torch.arange(width - n, width, device=batch.device).expand(sequences, n)
+        else:
+            depth = lineage.depth
+        position = (batch.length[:, None] + depth + 1).flatten()
+        rule = Sampling(*(field.repeat_interleave(n) for field in batch.sampling()))
+        if any(p.reshapes_logits for p in params):
+            how = reshaping(batch.sequences, model.config.vocab_size, batch.device)
+            draft = before(path, depth, lineage)
+            reshape = partial(model.ops.reshape_logits, how=how, length=batch.length, draft=draft)
+    drawn = draw(
+        model,
+        hidden,
+        rule,
+        position,
+        vocabulary=vocabulary,
+        stream=stream,
+        count=count,
+        reshape=reshape,
+        confidence=confidence,
+    )
 
-    if lineage is None:
-        depth = torch.arange(width - n, width, device=batch.device).expand(sequences, n)
-    else:
-        depth = lineage.depth
-    logits = model.logits(hidden, vocabulary)
-    scores = logits
-    if any(p.reshapes_logits for p in params):
-        how = reshaping(batch.sequences, logits.shape[1], batch.device)
-        scores = model.ops.reshape_logits(logits, how, batch.length, before(path, depth, lineage))
-    rule = Sampling(*(field.repeat_interleave(n) for field in batch.sampling()))
-    position = (batch.length[:, None] + depth + 1).flatten()
-    token = model.ops.sample(scores, *rule, position, stream=stream, count=count)
-    first = token if count is None else token[:, 0]
-    probability = (logits.float().gather(1, first[:, None])[:, 0] - logits.float().logsumexp(dim=-1)).exp()
-    each = (sequences, n, -1)
-    return Chosen(token.view(shape), probability.view(sequences, n), logits.view(each), scores.view(each))
+    def by_sequence(part: Tensor) -> Tensor:
+        return part.view(sequences, n, *part.shape[1:])
 
-
-def before(path: Tensor, depth: Tensor, lineage: Lineage | None = None) -> Tensor:
-    """The draft tokens that rows `depth` int64 [S, n] deep come after, −1 past their number: int64 [S, n, D].
-
-    path as in `choose`; the rows are its last n columns, or with `lineage` all nodes of the tree.
-    """
-    if lineage is None:
-        tokens = path[:, None, 1:].expand(-1, depth.shape[1], -1)
-    else:
-        each = torch.arange(path.shape[0], device=path.device)
-        tokens = path[each[:, None, None], lineage.path[:, :, 1:]]
-    return torch.where(torch.arange(tokens.shape[2], device=path.device) < depth[:, :, None], tokens, -1)
-
-
-class Drawn(NamedTuple):
-    """Tokens int64 [R] or [R, count], the logit of the (first) and the log-sum-exp of each row's, [R], or None.
-
-    If they were drawn: the logits [R, V], and the scores they became after penalties and bias, drawn from.
-    """
-
-    token: Tensor
-    value: Tensor | None
-    log_sum_exp: Tensor | None
-    logits: Tensor | None
-    scores: Tensor | None
+    return Drawn(by_sequence(drawn.token), *(None if part is None else by_sequence(part) for part in drawn[1:]))
 
 
 def draw(
@@ -121,8 +110,7 @@ def draw(
     """The token after each row of hidden [R, H], or the `count` best, and with `confidence` what its probability is of.
 
     `rule` and `position` int64 [R] have one entry a row; without a rule tokens are the most likely ones. `reshape`
-    makes of the logits [R, V] what is drawn from. The same choices as those of `choose`, without anything that needs
-    the host. Rows not `active` bool [R] get anything.
+    makes of the logits [R, V] what is drawn from. Rows not `active` bool [R] get anything.
     """
     if rule is None or position is None:
         token, value, log_sum_exp = model.predict(hidden, top_k=count, active=active, vocabulary=vocabulary)
@@ -136,6 +124,19 @@ def draw(
     known = first if active is None else torch.where(active, first, 0)
     value, log_sum_exp = logits.float().gather(1, known[:, None])[:, 0], logits.float().logsumexp(dim=-1)
     return Drawn(token, value, log_sum_exp, logits, scores)
+
+
+def before(path: Tensor, depth: Tensor, lineage: Lineage | None = None) -> Tensor:
+    """The draft tokens that rows `depth` int64 [S, n] deep come after, −1 past their number: int64 [S, n, D].
+
+    path as in `choose`; the rows are its last n columns, or with `lineage` all nodes of the tree.
+    """
+    if lineage is None:
+        tokens = path[:, None, 1:].expand(-1, depth.shape[1], -1)
+    else:
+        each = torch.arange(path.shape[0], device=path.device)
+        tokens = path[each[:, None, None], lineage.path[:, :, 1:]]
+    return torch.where(torch.arange(tokens.shape[2], device=path.device) < depth[:, :, None], tokens, -1)
 
 
 def tell(

@@ -43,7 +43,7 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
         target = choose(model, hidden, batch, path, lineage)
         rejection = method.rejection and not batch.sequences[0].params.greedy
         rule = batch.sampling() if rejection else None
-        verdict = decide(model, batch, draft, target.tokens, target.scores, rule, lineage)
+        verdict = decide(model, batch, draft, target.token, target.scores, rule, lineage)
         if lineage is not None:
             close_up(model, cache, batch, verdict, lineage)
         accepted = ints(verdict.accepted)
@@ -62,7 +62,7 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
         tell(model, sequences, pieces, target.logits, verdict.path)
     emitted = [len(new) for new in pieces]
     seconds = drafted - start, verified - drafted
-    done = Round(batch, draft, path, target.tokens, verdict, depth, emitted, *seconds, streams)
+    done = Round(batch, draft, path, target.token, verdict, depth, emitted, *seconds, streams)
     searched = method.observe(model, cache, done)
     for sequence, count, deep in zip(sequences, counts, depth, strict=True):
         counters = sequence.counters

@@ -260,8 +260,8 @@ def test_a_bias_chooses_the_token_and_leaves_the_models_own_probability(syntheti
     params = SamplingParams(logit_bias={5: 100.0}, logprobs=1)
     batch = Batch.of([Sequence(0, 0, [3, 4], params, 0, frozenset(), 64, None, pages=[1])], 8, torch.device("cpu"))
     hidden = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    chosen = choose(model, hidden, batch, batch.last[:, None])
+    chosen = choose(model, hidden, batch, batch.last[:, None], confidence=True)
     logits = model.logits(hidden).double()
-    assert chosen.tokens.item() == 5
+    assert chosen.token.item() == 5
     assert chosen.probability.item() == pytest.approx(logits.softmax(-1)[0, 5].item(), rel=1e-4)
     assert torch.equal(chosen.logits[0].double(), logits)

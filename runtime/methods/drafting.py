@@ -67,9 +67,10 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
     device, sequences = batch.device, len(batch)
     limit = batch.room.clamp(min=0, max=how.max_nodes if how.tree else how.num_draft_tokens)
     nodes, widest = int(limit.max()), siblings(model, how.vocabulary) if how.tree else 1
+    confident = how.tree or how.threshold > 0
     rejection = how.rejection and not batch.sequences[0].params.greedy
     count, spine = torch.zeros_like(batch.length), torch.zeros_like(batch.length)
-    path, confidence = functional.pad(batch.last[:, None], (0, nodes)), torch.zeros(sequences, nodes, device=device)
+    path = functional.pad(batch.last[:, None], (0, nodes))
     parent = torch.zeros(sequences, nodes, dtype=torch.int64, device=device)
     states, scores = list[Tensor](), list[Tensor]()
     expanded = batch.last[:, None]
@@ -87,24 +88,27 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
                 count=widest if how.tree else None,
                 stream=stream,
                 vocabulary=how.vocabulary,
+                confidence=confident,
             )
-            tokens, sure = chosen.tokens.view(sequences, widest), chosen.probability
+            tokens = chosen.token.view(sequences, widest)
             if rejection and chosen.scores is not None:
                 scores.append(torch.where(drafting[:, None], chosen.scores[:, 0], 0))
             place = torch.arange(widest, device=device)
             new = (
                 drafting[:, None]
-                & (place < (_width(sure) if how.tree else 1))
+                & (place < (_width(chosen.probability) if how.tree else 1))
                 & (count[:, None] + place < limit[:, None])
             )
             new &= (place == 0) | (tokens != tokens[:, :1])
             s, i = torch.nonzero(new, as_tuple=True)
             row = count[s] + i
-            path[s, row + 1], parent[s, row], confidence[s, row] = tokens[s, i], spine[s], sure[s, 0]
+            path[s, row + 1], parent[s, row] = tokens[s, i], spine[s]
             spine = torch.where(drafting, count + 1, spine)
             count = count + new.sum(dim=1)
             expanded = torch.cat([expanded, tokens[:, :1]], dim=1)
-            drafting = drafting & (sure[:, 0] >= how.threshold) & (count < limit)
+            drafting = drafting & (count < limit)
+            if confident:
+                drafting &= chosen.probability[:, 0] >= how.threshold
             if not bool(drafting.any()):
                 break
     if not states:
@@ -115,7 +119,6 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
         count,
         parent=parent[:, :used].contiguous() if how.tree else None,
         scores=torch.stack(scores, dim=1) if scores else None,
-        confidence=confidence[:, :used],
     )
     return draft, torch.stack(states, dim=1)
 
@@ -129,7 +132,7 @@ def sift(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, guess: Dra
     path = torch.cat([batch.last[:, None], guess.tokens], dim=1)
     with model.mark("draft", len(batch), path.numel(), 0):
         hidden = model.forward(batch.rows(path, batch.length, guess.length + 1), cache, plan)
-        chosen = choose(model, hidden, batch, path).tokens
+        chosen = choose(model, hidden, batch, path).token
         kept = model.ops.verify(chosen, guess.tokens, guess.length, batch.length)
     tokens = functional.pad(guess.tokens, (0, 1))
     tokens.scatter_(1, kept.accepted[:, None], kept.token[:, None])
