@@ -181,9 +181,9 @@ def test_later_optimisations_wait_for_the_interval_and_the_budget(
         prefill(model, cache, sequence, method)
         chosen: list[int] = []
         while sequence.finish_reason is None:
-            known = len(method.events())
+            known = len(method.events)
             rounds.speculate(model, cache, [sequence], method)
-            if len(method.events()) > known:
+            if len(method.events) > known:
                 chosen.append(sequence.counters.rounds)
         cache.release(sequence.pages)
         return chosen

@@ -323,7 +323,7 @@ def test_another_number_of_steps_is_no_change_of_subject() -> None:
         for recipe, drafted, accepted in [(EARLY, 7, 7)] * 30 + [(replace(EARLY, num_draft_tokens=steps), 2, 1)] * 30:
             tally = Tally([sequence], [drafted], [drafted], [accepted], [1], 0.0, 1.0, recipe)
             own.count(cast(Model, None), cast(KVCache, None), tally)
-        return [event["kind"] for event in own.events()]
+        return [event["kind"] for event in own.events]
 
     assert resumed(7) == ["restart"], "which is what it otherwise would be taken for"
     assert resumed(2) == []

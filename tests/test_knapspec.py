@@ -166,11 +166,11 @@ def test_the_search_keeps_its_share_of_the_time(
     engine = synthetic("tiny", torch.float32, 0.1)
     method = KnapSpec(Options(search_budget=0.5, interval=5), 8, clock)
     counters = decode(engine, method, 120).counters
-    assert method.events()
+    assert method.events
     # A piece of work whose time is not known yet may overdraw: a timing takes seven ticks.
     assert 0 < counters.search_s <= 0.5 * (counters.draft_s + counters.verify_s) + 7
     assert counters.drafted > 0
-    for event in method.events():
+    for event in method.events:
         assert event["kind"] == "programme"
         assert event["seconds"] > 16
         assert event["weights"] == [1, 1]
@@ -179,7 +179,7 @@ def test_the_search_keeps_its_share_of_the_time(
         assert not {0, 7} & {*event["skip_attention"], *event["skip_mlp"]}
     quiet = KnapSpec(Options(search_budget=0.0), 8, clock)
     assert decode(engine, quiet, 30).counters.search_s == 0
-    assert not quiet.events()
+    assert not quiet.events
 
 
 def test_work_on_a_sequence_that_has_ended_is_abandoned(

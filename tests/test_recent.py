@@ -100,7 +100,7 @@ def test_events_are_told_once_to_the_request_they_came_about_in(
     told = [event for stream in (one, other) for event in stream.outputs[0].stats.events]
     assert sorted(map(id, told)) == sorted(seen)
     assert told
-    assert made.events() == []
+    assert made.events == []
 
 
 def test_the_newest_events_of_a_request_are_kept(

@@ -383,4 +383,4 @@ def test_more_siblings_are_no_change_of_subject() -> None:
     for nodes in [3] * 30 + [30] * 30:
         tally = Tally([sequence], [nodes], [3], [3], [4], 0.0, 1.0)
         swift.count(cast(Model, None), cast(KVCache, None), tally)
-    assert not swift.events()
+    assert not swift.events

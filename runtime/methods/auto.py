@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -115,7 +115,6 @@ class Auto(Method):
         self._passed_over = set[Rate]()
         self._best: tuple[Costs, LayerPlan, tuple[int, int, float], int] | None = None
         self._account = Account()
-        self._events: list[Mapping[str, Any]] = []
 
     @property
     def plan(self) -> LayerPlan:
@@ -127,13 +126,6 @@ class Auto(Method):
 
     def phase(self) -> str:
         return (self._way or self._choice).name
-
-    def events(self) -> list[Mapping[str, Any]]:
-        return list(self._events)
-
-    def forget(self) -> None:
-        self._events.clear()
-        self._swift.forget()
 
     def prepare(self, model: Model, encode: Encode | None) -> Stepwise[None]:
         """Time the passes of this machine."""
@@ -225,11 +217,11 @@ class Auto(Method):
 
     def _search(self, step: Callable[[], float]) -> bool:
         """A step of the search for a better skip set; whether it found one."""
-        before, known = self._swift.plan, len(self._swift.events())
+        before = self._swift.plan
         searched = step()
         if searched:
             self._ledger.book(searched, 0.0)
-        self._events += self._swift.events()[known:]
+        self.events += self._swift.tell()
         return self._swift.plan != before
 
     def choices(self, costs: Costs, sequences: int, room: int) -> list[Choice]:
@@ -372,7 +364,7 @@ class Auto(Method):
             self._report(sequences, acceptance_rate=rates)
 
     def _report(self, sequences: list[Sequence], **more: Any) -> None:
-        self._events.append(self._account.report(sequences, **more, balance_s=self._ledger.balance))
+        self.events.append(self._account.report(sequences, **more, balance_s=self._ledger.balance))
         self._account = Account()
 
 

@@ -45,6 +45,8 @@ class Method:
 
     def __init__(self, options: Any, num_layers: int) -> None:
         self._full = LayerPlan.full(num_layers)
+        # What is worth telling about what was learnt and was not told yet, oldest first.
+        self.events: list[Mapping[str, Any]] = []
 
     @classmethod
     def fit(cls, options: Any, config: ModelConfig) -> Method:
@@ -143,17 +145,10 @@ class Method:
         """What the method is doing, for the timeline of a run."""
         return "decode"
 
-    def events(self) -> list[Mapping[str, Any]]:
-        """What is worth telling about what was learnt and was not told yet, oldest first."""
-        return []
-
-    def forget(self) -> None:
-        """Drop the events so far."""
-
     def tell(self) -> list[Mapping[str, Any]]:
         """The events so far, which are told once, to the request in whose rounds they came about."""
-        told = self.events()
-        self.forget()
+        told = list(self.events)
+        self.events.clear()
         return told
 
     def notes(self, executed_skips: int) -> list[str]:

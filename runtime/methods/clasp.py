@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
 
 from ..batch import Batch, Draft, Round, Tally
 from ..budget import Budget
@@ -74,7 +73,6 @@ class Clasp(Method):
         self._budget = Budget(options.search_budget)
         self._rounds = 0
         self._last_s = 0.0
-        self._events: list[Mapping[str, Any]] = []
         self._programmes = 0
 
     @property
@@ -87,12 +85,6 @@ class Clasp(Method):
 
     def phase(self) -> str:
         return "acceleration" if self._plan else "accumulation"
-
-    def events(self) -> list[Mapping[str, Any]]:
-        return list(self._events)
-
-    def forget(self) -> None:
-        self._events.clear()
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """Confidence-aware drafting, as SWIFT's."""
@@ -153,7 +145,7 @@ class Clasp(Method):
         self._plan = self._full.without(attention=skipped, mlp=skipped)
         self._rounds = 0
         self._programmes += 1
-        self._events.append(
+        self.events.append(
             {
                 "kind": "programme",
                 "iteration": self._programmes,

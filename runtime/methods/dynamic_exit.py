@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +63,6 @@ class DynamicExit(Method):
         self._tokens = 0
         self._probe_s = 0.0
         self._exit, self._length = max(1, 2 * num_layers // 3), 0
-        self._events: list[Mapping[str, Any]] = []
 
     @property
     def plan(self) -> LayerPlan:
@@ -74,12 +71,6 @@ class DynamicExit(Method):
     @property
     def widest(self) -> int:
         return self._options.num_draft_tokens
-
-    def events(self) -> list[Mapping[str, Any]]:
-        return list(self._events)
-
-    def forget(self) -> None:
-        self._events.clear()
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """A draft of the chosen length from the chosen exit, ended by a token less sure than those that are missed."""
@@ -136,7 +127,7 @@ class DynamicExit(Method):
         before = (self._exit, self._length)
         self._exit, self._length = best(self.rates, self._full.num_layers, self._options.num_draft_tokens)
         if (self._exit, self._length) != before:
-            self._events.append(
+            self.events.append(
                 {
                     "kind": "exit",
                     "exit_layer": self._exit,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -111,7 +111,6 @@ class KnapSpec(Method):
         self._tokens: list[Token] = []
         self._work: Generator[None, None, Choice] | None = None
         self._spent = self._step_s = 0.0
-        self._events: list[Mapping[str, Any]] = []
         self._programmes = 0
 
     @property
@@ -124,12 +123,6 @@ class KnapSpec(Method):
 
     def phase(self) -> str:
         return "acceleration" if self._choice else "accumulation"
-
-    def events(self) -> list[Mapping[str, Any]]:
-        return list(self._events)
-
-    def forget(self) -> None:
-        self._events.clear()
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """Confidence-aware drafting, as SWIFT's."""
@@ -221,7 +214,7 @@ class KnapSpec(Method):
     def _adopt(self, choice: Choice, tokens: int) -> None:
         self._choice, self._rounds = choice, 0
         self._programmes += 1
-        self._events.append(
+        self.events.append(
             {
                 "kind": "programme",
                 "iteration": self._programmes,

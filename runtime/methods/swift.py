@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 from ..batch import Batch, Draft, Tally
 from ..budget import Budget
@@ -120,6 +119,7 @@ class Swift(Method):
             options.bayes_interval,
             Incumbent(self._full.without(saved.skip_attention, saved.skip_mlp), saved.score) if saved else None,
         )
+        self.events = self._search.events
         fixed = options.skip_attention or options.skip_mlp
         self._fixed = self._full.without(options.skip_attention, options.skip_mlp) if fixed else None
         # Rounds without a draft are those of plain decoding, its draws included.
@@ -151,12 +151,6 @@ class Swift(Method):
     def phase(self) -> str:
         frozen = self._fixed or self._search.finished or not self._options.search_budget
         return "acceleration" if frozen else "accumulation"
-
-    def events(self) -> list[Mapping[str, Any]]:
-        return list(self._search.events)
-
-    def forget(self) -> None:
-        self._search.events.clear()
 
     def notes(self, executed_skips: int) -> list[str]:
         return [] if self.plan.skipped else [NOTHING_TO_SKIP]
