@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -14,7 +14,6 @@ from ..batch import Batch, Draft, Round, Tally
 from ..cache import KVCache
 from ..calibration import Encode
 from ..costs import Clock, Costs, Ledger, calibrate, expected_tokens
-from ..errors import RequestError
 from ..graphs import graph_size
 from ..model import Model
 from ..ngrams import MOST, Guess, Memory, likeliest
@@ -25,7 +24,8 @@ from ..stepwise import Stepwise
 from . import swift
 from .account import Account
 from .base import Method, no_draft, sampled
-from .drafting import Drafting, acceptance, grow, sift
+from .checked import Acceptance, Checked, DraftTokens, Share, Within
+from .drafting import Drafting, grow, sift
 from .lookup import lay_out, remember, text_of
 from .rates import Choice, Rate
 from .stretches import LONGEST_WAIT, WAIT, Stretches, Way
@@ -38,7 +38,7 @@ FADING = 0.98
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked, method="auto"):
     """Drafts of at most `num_draft_tokens`, by lookup or by the best skip set known: that of the file `set`, or one
     searched for within `search_budget` of the decoding time.
 
@@ -47,30 +47,15 @@ class Options:
     beyond what was won.
     """
 
-    num_draft_tokens: int = 7
-    max_ngram: int = 4
-    remember: int = 16384
+    num_draft_tokens: DraftTokens = 7
+    max_ngram: Annotated[int, Within(1, 16)] = 4
+    remember: Annotated[int, Within(0, 10**6)] = 16384
     set: str = ""
-    threshold: float = 0.6
-    skip_ratio: float = 0.45
-    search_budget: float = 0.005
-    max_loss: float = 0.015
-    acceptance: str = "coupled"
-
-    def __post_init__(self) -> None:
-        for option, low, high in (
-            ("num_draft_tokens", 1, 64),
-            ("max_ngram", 1, 16),
-            ("remember", 0, 10**6),
-            ("threshold", 0, 1),
-            ("skip_ratio", 0, 1),
-            ("search_budget", 0, 1),
-            ("max_loss", 0, 1),
-        ):
-            value = getattr(self, option)
-            if not low <= value <= high:
-                raise RequestError(f"method auto: option {option} expects {low} to {high}, got {value}")
-        acceptance("auto", self.acceptance)
+    threshold: Share = 0.6
+    skip_ratio: Share = 0.45
+    search_budget: Share = 0.005
+    max_loss: Share = 0.015
+    acceptance: Acceptance = "coupled"
 
 
 class Auto(Method):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Annotated
 
 from ..batch import Batch, Draft, Round, Tally
 from ..budget import Budget
@@ -16,37 +17,25 @@ from ..programme import Programme, Unit, accepted_tokens, rehearse
 from ..recipe import Recipe
 from ..sequence import Sequence
 from .base import Method, expect_layers, no_draft
-from .drafting import Drafting, acceptance, by_mask, grow
+from .checked import Acceptance, Checked, DraftTokens, Share, Within
+from .drafting import Drafting, by_mask, grow
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked, method="clasp"):
     """`skip` layers are left out of the draft, 0 is a quarter of them; `keep_outer` protects the first and the last.
 
     A draft ends after `num_draft_tokens` or with the first token whose probability is below `threshold`. The layers are
     chosen in the first round, and again after `interval` rounds once `search_budget` of the decoding time pays for it.
     """
 
-    skip: int = 0
-    num_draft_tokens: int = 7
-    threshold: float = 0.7
-    interval: int = 64
+    skip: Annotated[int, Within(0, 10**9)] = 0
+    num_draft_tokens: DraftTokens = 7
+    threshold: Share = 0.7
+    interval: Annotated[int, Within(1, 10**9)] = 64
     keep_outer: bool = False
-    acceptance: str = "coupled"
-    search_budget: float = 0.05
-
-    def __post_init__(self) -> None:
-        for option, low, high in (
-            ("skip", 0, 10**9),
-            ("num_draft_tokens", 1, 64),
-            ("threshold", 0, 1),
-            ("interval", 1, 10**9),
-            ("search_budget", 0, 1),
-        ):
-            value = getattr(self, option)
-            if not low <= value <= high:
-                raise RequestError(f"method clasp: option {option} expects {low} to {high}, got {value}")
-        acceptance("clasp", self.acceptance)
+    acceptance: Acceptance = "coupled"
+    search_budget: Share = 0.05
 
 
 class Clasp(Method):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -20,18 +20,12 @@ from ..prefill import prompt_rows
 from ..recipe import Recipe, Steps
 from ..sequence import Sequence
 from .base import Method
+from .checked import Checked, OneOf, Within
 from .policy import Policy, Step
-
-_CHOICES = {
-    "prefill": ("plain", "readd", "cyclic"),
-    "phase": ("prompt", "absolute"),
-    "history": ("real", "shadow"),
-}
-MAX_HORIZON = 64
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked, method="dmtd"):
     """The conventions in which published codes differ.
 
     `prefill`: what enters the decoding layers for a prompt token: t (plain), e + t (readd), or e with t at every
@@ -41,18 +35,10 @@ class Options:
     the checkpoint's own.
     """
 
-    prefill: str = "plain"
-    phase: str = "prompt"
-    history: str = "real"
-    horizon: int = 0
-
-    def __post_init__(self) -> None:
-        for option, choices in _CHOICES.items():
-            value = getattr(self, option)
-            if value not in choices:
-                raise RequestError(f"method dmtd: option {option} expects {' or '.join(choices)}, got {value!r}")
-        if not 0 <= self.horizon <= MAX_HORIZON:
-            raise RequestError(f"method dmtd: option horizon expects 0 to {MAX_HORIZON}, got {self.horizon}")
+    prefill: Annotated[str, OneOf(("plain", "readd", "cyclic"))] = "plain"
+    phase: Annotated[str, OneOf(("prompt", "absolute"))] = "prompt"
+    history: Annotated[str, OneOf(("real", "shadow"))] = "real"
+    horizon: Annotated[int, Within(0, 64)] = 0
 
 
 @dataclass(frozen=True)

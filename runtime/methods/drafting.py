@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from ..batch import Batch, Draft
 from ..cache import KVCache
-from ..errors import RequestError
 from ..model import Model
 from ..plan import LayerPlan
 from ..recipe import Recipe
@@ -137,17 +136,6 @@ def sift(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, guess: Dra
     tokens = functional.pad(guess.tokens, (0, 1))
     tokens.scatter_(1, kept.accepted[:, None], kept.token[:, None])
     return Draft(tokens, torch.minimum(kept.accepted + 1, batch.room.clamp(min=0)))
-
-
-def acceptance(method: str, value: str) -> str:
-    """The rule an `acceptance` option names.
-
-    Raises:
-        RequestError: it names none.
-    """
-    if value not in ("coupled", "rejection"):
-        raise RequestError(f"method {method}: option acceptance expects coupled or rejection, got {value!r}")
-    return value
 
 
 def siblings(model: Model, vocabulary: int) -> int:

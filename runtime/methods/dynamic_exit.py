@@ -13,35 +13,28 @@ from ..batch import Batch, Draft, Exit, Round, Tally
 from ..budget import Budget
 from ..cache import KVCache
 from ..costs import expected_tokens
-from ..errors import RequestError
 from ..model import Model
 from ..plan import LayerPlan
 from ..recipe import Recipe
 from ..sequence import Sequence
 from .base import Method, expect_layers, no_draft
-from .drafting import Drafting, acceptance, by_mask, grow
+from .checked import Acceptance, Checked, DraftTokens, Share
+from .drafting import Drafting, by_mask, grow
 
 # What a newly seen token weighs in the moving averages, and the rows of a round that are measured at most.
 WEIGHT, ROWS = 0.05, 8
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked, method="del"):
     """Drafts of at most `num_draft_tokens`. The exits are measured in as many rounds as `search_budget` of the decoding
     time pays for; `reuse` verifies from the streams the draft left.
     """
 
-    num_draft_tokens: int = 7
-    search_budget: float = 0.1
+    num_draft_tokens: DraftTokens = 7
+    search_budget: Share = 0.1
     reuse: bool = True
-    acceptance: str = "coupled"
-
-    def __post_init__(self) -> None:
-        for option, low, high in (("num_draft_tokens", 1, 64), ("search_budget", 0, 1)):
-            value = getattr(self, option)
-            if not low <= value <= high:
-                raise RequestError(f"method del: option {option} expects {low} to {high}, got {value}")
-        acceptance("del", self.acceptance)
+    acceptance: Acceptance = "coupled"
 
 
 class DynamicExit(Method):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Annotated, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from ...loaders.routing import MODEL_TYPE
 from ..batch import Batch
 from ..cache import KVCache
 from ..calibration import Encode
-from ..errors import RequestError
 from ..model import Model
 from ..plan import LayerPlan
 from ..prefill import prompt_rows
@@ -20,20 +19,15 @@ from ..recipe import Recipe, Steps
 from ..routes import Routes, layers_used
 from ..sequence import Sequence
 from ..stepwise import Stepwise
+from .checked import Checked, OneOf
 from .policy import Policy, Step
-
-KV = ("own", "none")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked, method="flexidepth"):
     """kv: what a token that skips a layer leaves there, its own keys and values (as trained) or none."""
 
-    kv: str = "own"
-
-    def __post_init__(self) -> None:
-        if self.kv not in KV:
-            raise RequestError(f"kv: expected one of {', '.join(KV)}, got {self.kv!r}")
+    kv: Annotated[str, OneOf(("own", "none"))] = "own"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -15,14 +15,15 @@ from ...kernels.host import ints
 from ..batch import Batch, Draft, Round, Tally
 from ..budget import Budget
 from ..cache import KVCache
-from ..errors import CapacityError, RequestError
+from ..errors import CapacityError
 from ..model import Model
 from ..plan import LayerPlan
 from ..programme import MAX_ROWS, Programme, Token, Unit, accepted_tokens, lay_states, rehearse
 from ..recipe import Recipe
 from ..sequence import Sequence
 from .base import Method, no_draft
-from .drafting import Drafting, acceptance, by_mask, grow
+from .checked import Acceptance, Checked, DraftTokens, Share, Within
+from .drafting import Drafting, by_mask, grow
 
 # The tokens of a window, the mean cosine below which a state is dropped, and the largest weight.
 MAX_TOKENS, FLOOR, HEAVIEST = 16, 0.5, 5
@@ -31,7 +32,7 @@ TIMED_EVERY, TIMINGS = 4, 3
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked, method="knapspec"):
     """A draft ends after the number of tokens that promises most, at most `num_draft_tokens`, or with the first token
     whose probability is below `threshold`.
 
@@ -39,25 +40,12 @@ class Options:
     at most `search_budget` of the decoding time.
     """
 
-    num_draft_tokens: int = 7
-    threshold: float = 0.7
-    interval: int = 64
-    window_rounds: int = 5
-    acceptance: str = "coupled"
-    search_budget: float = 0.05
-
-    def __post_init__(self) -> None:
-        for option, low, high in (
-            ("num_draft_tokens", 1, 64),
-            ("threshold", 0, 1),
-            ("interval", 1, 10**9),
-            ("window_rounds", 1, 1024),
-            ("search_budget", 0, 1),
-        ):
-            value = getattr(self, option)
-            if not low <= value <= high:
-                raise RequestError(f"method knapspec: option {option} expects {low} to {high}, got {value}")
-        acceptance("knapspec", self.acceptance)
+    num_draft_tokens: DraftTokens = 7
+    threshold: Share = 0.7
+    interval: Annotated[int, Within(1, 10**9)] = 64
+    window_rounds: Annotated[int, Within(1, 1024)] = 5
+    acceptance: Acceptance = "coupled"
+    search_budget: Share = 0.05
 
 
 class Costs(NamedTuple):

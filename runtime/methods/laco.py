@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from ...loaders.config import ModelConfig
 from ...loaders.weights import Weights
@@ -13,11 +13,12 @@ from ..errors import RequestError
 from ..merging import RULES, Build, Merged, Scan, Similarity, remove_layers, search
 from ..plan import LayerPlan
 from ..sequence import Sequence
+from .checked import Checked, OneOf, Within
 from .policy import Planned
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked, method="laco"):
     """`followers` layers merged into layer `base`, by `rule` paper or code; or, without a base, those a search finds.
 
     The search merges `merge_layers` layers at a time, from `highest` (0: the last layer) down to `lowest`, keeps what
@@ -28,24 +29,19 @@ class Options:
 
     base: int = -1
     followers: int = 0
-    rule: str = "paper"
-    merge_layers: int = 4
-    interval: int = 2
-    threshold: float = 0.65
+    rule: Annotated[str, OneOf(RULES)] = "paper"
+    merge_layers: Annotated[int, Within(2, 512)] = 4
+    interval: Annotated[int, Within(1, 512)] = 2
+    threshold: Annotated[float, Within(-1, 1)] = 0.65
     lowest: int = 0
     highest: int = 0
     remove: int = 0
     calibration: str = ""
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise RequestError(f"method laco: option rule expects {' or '.join(RULES)}, got {self.rule!r}")
+        super().__post_init__()
         if (self.base < 0) != (self.followers == 0):
             raise RequestError("method laco: options base and followers come together")
-        for option, low, high in (("merge_layers", 2, 512), ("interval", 1, 512), ("threshold", -1, 1)):
-            value = getattr(self, option)
-            if not low <= value <= high:
-                raise RequestError(f"method laco: option {option} expects {low} to {high}, got {value}")
 
 
 class LaCo(Planned):
@@ -56,15 +52,10 @@ class LaCo(Planned):
 
     def __init__(self, options: Options, num_layers: int) -> None:
         super().__init__(options, num_layers)
-        for option, value, low, high in (
-            ("base", options.base, -1, num_layers - 2),
-            ("followers", options.followers, 0, num_layers - 1 - max(options.base, 0)),
-            ("remove", options.remove, 0, num_layers - 1),
-            ("lowest", options.lowest, 0, num_layers - 1),
-            ("highest", options.highest, 0, num_layers - 1),
-        ):
-            if not low <= value <= high:
-                raise RequestError(f"method laco: option {option} expects {low} to {high}, got {value}")
+        options.expect("base", Within(-1, num_layers - 2))
+        options.expect("followers", Within(0, num_layers - 1 - max(options.base, 0)))
+        for option in ("remove", "lowest", "highest"):
+            options.expect(option, Within(0, num_layers - 1))
         self._options = options
         self._findings: list[Mapping[str, Any]] = []
 

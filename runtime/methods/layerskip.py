@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from ..batch import Batch, Draft, Exit
 from ..cache import KVCache
@@ -12,11 +13,12 @@ from ..plan import LayerPlan
 from ..recipe import Recipe
 from ..sequence import Sequence
 from .base import Method, expect_layers, no_draft, sampled
-from .drafting import Drafting, acceptance, grow
+from .checked import Acceptance, Checked, DraftTokens, Share, Vocabulary, Within
+from .drafting import Drafting, grow
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked, method="layerskip"):
     """Drafts of `num_draft_tokens` by the first `exit_layer` layers, the final norm and the head.
 
     `exit_layer` 0 is two thirds of the layers. A draft ends early with a token less probable than `threshold`, 0 being
@@ -25,25 +27,13 @@ class Options:
     lowest ids, 0 being the vocabulary.
     """
 
-    exit_layer: int = 0
-    num_draft_tokens: int = 6
-    threshold: float = 0.0
+    exit_layer: Annotated[int, Within(0, 512)] = 0
+    num_draft_tokens: DraftTokens = 6
+    threshold: Share = 0.0
     reuse: bool = True
     verify: bool = True
-    draft_vocab: int = 0
-    acceptance: str = "coupled"
-
-    def __post_init__(self) -> None:
-        for option, low, high in (
-            ("exit_layer", 0, 512),
-            ("num_draft_tokens", 1, 64),
-            ("threshold", 0, 1),
-            ("draft_vocab", 0, 2**31),
-        ):
-            value = getattr(self, option)
-            if not low <= value <= high:
-                raise RequestError(f"method layerskip: option {option} expects {low} to {high}, got {value}")
-        acceptance("layerskip", self.acceptance)
+    draft_vocab: Vocabulary = 0
+    acceptance: Acceptance = "coupled"
 
 
 class LayerSkip(Method):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -16,11 +17,11 @@ from ..ngrams import MOST, Guess, Memory, Text, likeliest, newest
 from ..recipe import Ngrams, Recipe
 from ..sequence import Sequence as Continuation
 from .base import Method, sampled
-from .drafting import acceptance
+from .checked import Acceptance, Checked, DraftTokens, OneOf, Within
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked, method="lookup"):
     """Drafts of `num_draft_tokens` after a match of the last `max_ngram` tokens or fewer, down to one.
 
     `choose` newest drafts what followed the most recent of the longest matches, likeliest what followed most of the
@@ -28,23 +29,17 @@ class Options:
     of earlier answers of this engine.
     """
 
-    num_draft_tokens: int = 7
-    max_ngram: int = 3
-    choose: str = "newest"
+    num_draft_tokens: DraftTokens = 7
+    max_ngram: Annotated[int, Within(1, 16)] = 3
+    choose: Annotated[str, OneOf(("newest", "likeliest"))] = "newest"
     tree: bool = False
-    remember: int = 0
-    acceptance: str = "coupled"
+    remember: Annotated[int, Within(0, 10**6)] = 0
+    acceptance: Acceptance = "coupled"
 
     def __post_init__(self) -> None:
-        for option, low, high in (("num_draft_tokens", 1, 64), ("max_ngram", 1, 16), ("remember", 0, 10**6)):
-            value = getattr(self, option)
-            if not low <= value <= high:
-                raise RequestError(f"method lookup: option {option} expects {low} to {high}, got {value}")
-        if self.choose not in ("newest", "likeliest"):
-            raise RequestError(f"method lookup: option choose expects newest or likeliest, got {self.choose!r}")
+        super().__post_init__()
         if self.choose == "newest" and (self.tree or self.remember):
             raise RequestError("method lookup: options tree and remember expect choose=likeliest, got newest")
-        acceptance("lookup", self.acceptance)
 
 
 class Lookup(Method):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from ..calibration import Encode, calibration_ids
 from ..errors import RequestError
@@ -13,11 +13,12 @@ from ..model import Model
 from ..sequence import Sequence
 from ..stepwise import Stepwise
 from .base import expect_layers
-from .static import Pruned, check_pruning
+from .checked import Checked, OneOf, Within
+from .static import Phase, Pruned, SkippedKV, expect_written
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked, method="shortgpt"):
     """The `n` layers of lowest block influence, left out as `static` leaves its own out (`phase`, `kv`).
 
     `n` 0 is a quarter of the layers. The influence is measured on the texts of the file `calibration`, or on our own,
@@ -26,18 +27,15 @@ class Options:
     """
 
     n: int = 0
-    phase: str = "both"
-    kv: str = "hole"
+    phase: Phase = "both"
+    kv: SkippedKV = "hole"
     calibration: str = ""
-    window: int = 256
-    rule: str = "mean"
+    window: Annotated[int, Within(1, 1024)] = 256
+    rule: Annotated[str, OneOf(("mean", "official"))] = "mean"
 
     def __post_init__(self) -> None:
-        check_pruning("shortgpt", self.phase, self.kv)
-        if not 1 <= self.window <= 1024:
-            raise RequestError(f"method shortgpt: option window expects 1 to 1024, got {self.window}")
-        if self.rule not in ("mean", "official"):
-            raise RequestError(f"method shortgpt: option rule expects mean or official, got {self.rule!r}")
+        super().__post_init__()
+        expect_written("shortgpt", self.phase, self.kv)
 
 
 class ShortGPT(Pruned):

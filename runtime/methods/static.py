@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 from ..errors import RequestError
 from ..plan import LayerPlan
+from .checked import Checked, OneOf
 from .policy import Planned
+
+Phase: TypeAlias = Annotated[str, OneOf(("both", "prefill"))]
+SkippedKV: TypeAlias = Annotated[str, OneOf(("hole", "fill"))]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked, method="static"):
     """Whole layers `skip`, left out of prompts and decoding (`phase` both) or of prompts alone (prefill).
 
     `kv` fill: a skipped layer still writes the keys and values of the residual stream that passes by; hole: none, and
@@ -20,11 +24,12 @@ class Options:
     """
 
     skip: tuple[int, ...] = ()
-    phase: str = "both"
-    kv: str = "hole"
+    phase: Phase = "both"
+    kv: SkippedKV = "hole"
 
     def __post_init__(self) -> None:
-        check_pruning("static", self.phase, self.kv)
+        super().__post_init__()
+        expect_written("static", self.phase, self.kv)
         if not self.skip:
             raise RequestError("method static: option skip expects layers joined with +, got none")
 
@@ -68,15 +73,8 @@ class Static(Pruned):
         self.remove(options.skip)
 
 
-def check_pruning(method: str, phase: str, kv: str) -> None:
-    """Refuse values of `phase` and `kv` that are no choice, or would let decoding read what no prompt wrote.
-
-    Raises:
-        RequestError: so it is.
-    """
-    for option, value, choices in (("phase", phase, ("both", "prefill")), ("kv", kv, ("hole", "fill"))):
-        if value not in choices:
-            raise RequestError(f"method {method}: option {option} expects {' or '.join(choices)}, got {value!r}")
+def expect_written(method: str, phase: str, kv: str) -> None:
+    """Refuse, with a RequestError, decoding that would read what no prompt wrote."""
     if phase == "prefill" and kv == "hole":
         raise RequestError(
             f"method {method}: phase=prefill expects kv=fill, got kv=hole: decoding at full depth would read keys and "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import Annotated
 
 from ..batch import Batch, Draft, Tally
 from ..budget import Budget
@@ -20,7 +21,8 @@ from ..sequence import Sequence
 from ..skip_sets import SkipSet
 from ..stepwise import Stepwise
 from .base import Method, no_draft, sampled
-from .drafting import Drafting, acceptance, grow
+from .checked import Acceptance, Checked, OneOf, Share, Vocabulary, Within
+from .drafting import Drafting, grow
 
 # The adaptive threshold's goal and its step.
 TARGET, STEP = 0.9, 0.01
@@ -33,7 +35,7 @@ NOTHING_TO_SKIP = (
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked, method="swift"):
     """`skip_attention` and `skip_mlp` fix the skip set by hand, `set` names a file of `skipjack tune`; without them it
     is searched for.
 
@@ -49,46 +51,26 @@ class Options:
     skip_attention: tuple[int, ...] = ()
     skip_mlp: tuple[int, ...] = ()
     set: str = ""
-    num_draft_tokens: int = 0
-    threshold: float = 0.8
+    num_draft_tokens: Annotated[int, Within(0, 64)] = 0
+    threshold: Share = 0.8
     adaptive: bool = False
     tree: bool = False
-    max_nodes: int = 32
-    draft_vocab: int = 0
-    acceptance: str = "coupled"
-    skip_ratio: float = 0.45
-    window: int = 32
-    score_on: str = "last"
-    max_score: float = 0.95
-    max_tolerance_iter: int = 300
-    max_opt_iter: int = 1000
-    bayes_interval: int = 25
-    restart_drop: float = 0.3
-    search_budget: float = 0.02
-    seed: int = 0
+    max_nodes: Annotated[int, Within(1, 64)] = 32
+    draft_vocab: Vocabulary = 0
+    acceptance: Acceptance = "coupled"
+    skip_ratio: Share = 0.45
+    window: Annotated[int, Within(1, 1024)] = 32
+    score_on: Annotated[str, OneOf(("last", "first"))] = "last"
+    max_score: Share = 0.95
+    max_tolerance_iter: Annotated[int, Within(1, 10**9)] = 300
+    max_opt_iter: Annotated[int, Within(0, 10**9)] = 1000
+    bayes_interval: Annotated[int, Within(0, 10**9)] = 25
+    restart_drop: Share = 0.3
+    search_budget: Share = 0.02
+    seed: Annotated[int, Within(0, 2**63)] = 0
 
     def __post_init__(self) -> None:
-        for option, low, high in (
-            ("num_draft_tokens", 0, 64),
-            ("threshold", 0, 1),
-            ("max_nodes", 1, 64),
-            ("draft_vocab", 0, 2**31),
-            ("skip_ratio", 0, 1),
-            ("window", 1, 1024),
-            ("max_score", 0, 1),
-            ("max_tolerance_iter", 1, 10**9),
-            ("max_opt_iter", 0, 10**9),
-            ("bayes_interval", 0, 10**9),
-            ("restart_drop", 0, 1),
-            ("search_budget", 0, 1),
-            ("seed", 0, 2**63),
-        ):
-            value = getattr(self, option)
-            if not low <= value <= high:
-                raise RequestError(f"method swift: option {option} expects {low} to {high}, got {value}")
-        acceptance("swift", self.acceptance)
-        if self.score_on not in ("last", "first"):
-            raise RequestError(f"method swift: option score_on expects last or first, got {self.score_on!r}")
+        super().__post_init__()
         if self.set and (self.skip_attention or self.skip_mlp):
             raise RequestError("method swift: expected either set or skip_attention and skip_mlp, got both")
 
