@@ -249,7 +249,7 @@ def test_sampling_is_seeded_and_stops_count(synthetic: Callable[..., Engine]) ->
     assert one.choices[0].token_ids != one.choices[1].token_ids
     with pytest.raises(RequestError, match="method flexidepth: expected model_type ddllama, got llama"):
         synthetic().generate(PROMPTS[0], LONG, method="flexidepth")
-    with pytest.raises(RequestError, match="kv: expected one of own, none, got 'shared'"):
+    with pytest.raises(RequestError, match="method flexidepth: option kv expects own or none, got 'shared'"):
         engine().generate(PROMPTS[0], LONG, method="flexidepth:kv=shared")
 
 
