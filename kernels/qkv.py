@@ -242,10 +242,11 @@ def qkv_rope_append(
 
     x [R, H]; W [(heads + 2·kv_heads)·D, H]; keys, values [pages, kv_heads, P, D], one layer's cache; q_norm, k_norm
     [D]. Returns q [R, heads, D], undefined for rows that are not `active` bool [R]. Rows that are not `write` bool [R]
-    write nothing: FlexiDepth keeps the keys and values of rows it computes no query for. `settled`: both are the same,
-    and the kernel launched just before has not written it, so that it and the weights can be read before that one ends.
-    Raises TypeError for a split weight: heads that no row needs are not read anyway.
+    write nothing: FlexiDepth keeps the keys and values of rows it computes no query for. `settled`: both are one
+    tensor, and the kernel launched just before has not written it, so that it and the weights can be read before that
+    one ends. Raises TypeError for a split weight: heads that no row needs are not read anyway.
     """
+    assert not settled or write is active
     if isinstance(weight, Split):
         raise TypeError("weight: expected one matrix of this table's prepare_split, got a split one")
     rows, columns = x.shape

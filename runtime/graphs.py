@@ -64,7 +64,7 @@ class Graphs:
 
     def give(self, graph: RoundGraph) -> None:
         """Keep a graph for later. Nothing runs in it until then: its pages will be others'."""
-        graph.state.allow(torch.zeros_like(graph.state.progress.left))
+        graph.stop()
         self._keep(graph)
 
     def has(self, recipe: Recipe, sequences: list[Sequence]) -> bool:

@@ -116,3 +116,13 @@ def alibi_slopes(heads: int) -> Tensor:
     slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
     extra = [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(heads - power)]
     return torch.tensor(slopes + extra)
+
+
+def prepare_vocabulary(ops: Ops, head: Matrix, tokens: set[int]) -> Vocabulary:
+    """The rows of the head for some tokens, ready when this returns."""
+    ids = torch.tensor(sorted(tokens), device=head.data.device)
+    part = Vocabulary(ops.take_rows(head, ids), ids)
+    if ids.device.type == "cuda":
+        # A kernel may read its weights before what was launched just before it has ended.
+        torch.cuda.current_stream(ids.device).synchronize()
+    return part

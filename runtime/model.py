@@ -25,6 +25,7 @@ from .layers import (
     prepare_fill,
     prepare_layer,
     prepare_projections,
+    prepare_vocabulary,
 )
 from .plan import LayerPlan
 from .ranges import Mark, unmarked
@@ -279,12 +280,11 @@ class Model:
     def vocabulary(self, size: int) -> Vocabulary:
         """The `size` tokens of the lowest ids and those that end a text.
 
-        A byte-pair tokenizer numbers its tokens as it merged them, frequent ones first (as FR-Spec, arXiv 2502.14856,
-        drafts from the frequent part of the vocabulary).
+        Byte-pair tokenizers number frequent tokens first; FR-Spec (arXiv 2502.14856) drafts from the frequent ones.
         """
         if size not in self._vocabularies:
-            ids = torch.tensor(sorted({*range(size), *self.config.eos_token_ids}), device=self.device)
-            self._vocabularies[size] = Vocabulary(self.ops.take_rows(self._head, ids), ids)
+            tokens = {*range(size), *self.config.eos_token_ids}
+            self._vocabularies.setdefault(size, prepare_vocabulary(self.ops, self._head, tokens))
         return self._vocabularies[size]
 
     def predict(

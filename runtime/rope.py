@@ -47,9 +47,10 @@ class RotaryTable:
         self._scaling = config.rope_scaling
         self._frequencies = inverse_frequencies(config.rope_theta, config.head_dim, config.rope_scaling)
         self._device = device
-        self._outgrown: list[Rope] = []
         empty = torch.empty(0, 1, config.head_dim, device=device)
-        self._generated = self._prompt = Rope(empty, empty)
+        self._prompt = Rope(empty, empty)
+        # That of generated tokens last. A captured graph goes on reading the table it was captured with.
+        self._tables = [self._prompt]
 
     def rows(self, position: Tensor, longest: int, prompt: int | None = None) -> Rope:
         """The rotation of each row; position int64 [R], none beyond `longest`.
@@ -65,12 +66,12 @@ class RotaryTable:
 
     def table(self, longest: int) -> Rope:
         """The rotations of generated tokens at every position up to `longest` and beyond."""
-        if longest >= len(self._generated.cos):
-            # A captured graph goes on reading the table it was captured with.
-            self._outgrown.append(self._generated)
+        table = self._tables[-1]
+        if longest >= len(table.cos):
             size = max(1024, 2 * longest)
-            self._generated = self._table(size, torch.arange(1, size + 1, device="cpu"))
-        return self._generated
+            table = self._table(size, torch.arange(1, size + 1, device="cpu"))
+            self._tables.append(table)
+        return table
 
     def _table(self, size: int, length: Tensor) -> Rope:
         """Rotations of the first `size` positions in texts of `length` int64 [size or 1] tokens."""

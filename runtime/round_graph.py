@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import gc
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -68,7 +70,7 @@ class RoundGraph:
         """
         if self._model.device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(capture_stream(self._model.device)):
+            with torch.cuda.stream(capture_stream(self._model.device)), _uncollected():
                 # Other threads of the host process may go on using the GPU.
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
@@ -141,6 +143,12 @@ class RoundGraph:
         """Read no report of what is under way."""
         self._read = self._written
 
+    def stop(self) -> None:
+        """No sequence has tokens left, until others are loaded."""
+        self.state.allow(torch.zeros_like(self.state.progress.left))
+        if self._events is not None:
+            self._events[(self._written - 1) % len(self._events)][1].record()
+
     def __del__(self) -> None:
         """The device writes reports into memory of the host, which must not be another's before it has."""
         with suppress(Exception):  # One that was never whole, or whose device is gone.
@@ -166,6 +174,18 @@ class RoundGraph:
             self._run()
             self.state.progress.commits.zero_()
         side.synchronize()
+
+
+@contextmanager
+def _uncollected() -> Generator[None]:
+    """No garbage is collected: a graph that is found there waits for its device, which nobody may during a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _begin_and_end() -> tuple[torch.cuda.Event, torch.cuda.Event]:
