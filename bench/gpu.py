@@ -20,7 +20,7 @@ from rich.console import Console
 
 from . import gpu_methods, gpu_parts, gpu_speed, rules, step
 from .gpu_check import facts, run, setting_of
-from .gpu_parts import Finding, Setting
+from .gpu_setting import Finding, Setting
 from .gpu_sheets import sheets
 from .record import show, write
 from .targets import GPU, Measurement, Row, Target, as_json, judge, of

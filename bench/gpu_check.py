@@ -23,7 +23,8 @@ from rich.console import Console
 
 from ..kernels.ops import obstacle
 from . import machine
-from .gpu_parts import DRY, GPU, PARTS, Finding, Setting, long_run
+from .gpu_parts import PARTS, long_run
+from .gpu_setting import DRY, GPU, Finding, Setting
 from .gpu_sheets import sheets
 from .record import show, write
 

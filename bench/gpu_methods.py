@@ -11,7 +11,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .gpu_parts import Finding, Setting
+from .gpu_setting import Finding, Setting
 from .gpu_speed import Found
 from .step import Figure
 from .targets import DRAFTS, FRACTIONS, Measurement

@@ -7,9 +7,9 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,122 +20,35 @@ from ..loaders.demo import demo_folder
 from ..loaders.synthetic import synthetic_config, synthetic_weights
 from ..runtime.engine import Engine
 from ..runtime.errors import SkipjackError
+from ..runtime.methods.autoregressive import Autoregressive
 from ..runtime.request import SamplingParams
 from ..runtime.rows import one_sequence
+from . import gpu_bits
+from .gpu_setting import Finding, Setting
 from .op_cases import CASES, Side
 
-SEVERAL_ROWS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 32, 33, 64, 144)
-# A length for every block that the products of a prompt may have.
-PROMPTS = (20, 64, 65, 130, 300, 520, 1024)
 # Of a norm-wise relative error: a few roundings of the dtype, the smallest of which is 2**-9 in bfloat16.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 DECODE_ONLY = ("head", "sample, verify", "reshape_logits, logprobs", "lookup", "enter, extend, commit", "branch")
-DRY_FIELDS = {"num_hidden_layers": 5}
-WARMED = ("autoregressive", "swift:skip_attention=2,num_draft_tokens=4,threshold=0")
-# Ways to choose tokens in captured rounds; and what runs in them, by the shape of the model it is for.
+# Ways to choose tokens in captured rounds.
 CHOICES: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0.8},
     {"temperature": 0.8, "repetition_penalty": 1.2, "frequency_penalty": 0.1, "min_tokens": 9, "logprobs": 3},
 )
-CAPTURED = {
-    "tiny": (
-        "autoregressive",
-        "swift:skip_attention=2+3,threshold=0.1",
-        "swift:skip_attention=2+3,acceptance=rejection",
-        "swift:skip_attention=2+3,threshold=0.1,tree=true",
-        "swift:skip_attention=2+3,tree=true,acceptance=rejection",
-        "swift:window=8,search_budget=1,max_opt_iter=2,restart_drop=0,num_draft_tokens=3,threshold=0",
-        "layerskip:exit_layer=5",
-        "lookup",
-        "lookup:choose=likeliest,acceptance=rejection",
-        "lookup:choose=likeliest,tree=true,num_draft_tokens=12",
-        "lookup:choose=likeliest,tree=true,remember=200,acceptance=rejection",
-        "auto:max_loss=1,search_budget=0",
-        "unified:speedup=2",
-        "clasp:interval=9,search_budget=1,threshold=0.1",
-        "knapspec:interval=9,search_budget=1,window_rounds=2,threshold=0.1",
-        "del",
-    ),
-    "tiny-dmtd": ("dmtd", "dmtd:phase=absolute", "dmtd:history=shadow"),
-    "tiny-mindskip": ("mindskip",),
-    "routed-tiny": ("flexidepth", "flexidepth:kv=none"),
-}
 # Those whose choices are made from rounds that the host steers.
 RECORDING = ("clasp", "knapspec", "del")
-# Processes that check the ops of one shape and dtype.
-SHARES = 4
-# Drafts of a skip set, drafts whose rows a mask and a threshold stop, and trees.
-LONG_RUN_METHODS = (
-    "swift:skip_attention=2+3,num_draft_tokens=5,threshold=0",
-    "swift:num_draft_tokens=5,threshold=1e-9,search_budget=1e-9",
-    "lookup:choose=likeliest,tree=true,num_draft_tokens=12",
+WARMED = ("autoregressive", "swift:skip_attention=2,num_draft_tokens=4,threshold=0")
+# Drafts of a skip set, drafts whose rows a mask and a threshold stop, trees; and masks that kernels write in a pass.
+LONG_RUN = (
+    (None, "swift:skip_attention=2+3,num_draft_tokens=5,threshold=0"),
+    (None, "swift:num_draft_tokens=5,threshold=1e-9,search_budget=1e-9"),
+    (None, "lookup:choose=likeliest,tree=true,num_draft_tokens=12"),
+    ("routed-tiny", "flexidepth"),
+    ("routed-tiny", "flexidepth:kv=none"),
+    ("tiny-mindskip", "mindskip"),
+    ("tiny-dmtd", "dmtd:phase=absolute"),
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One check: what was compared, whether it held (None: it was not run), and the figure it rests on."""
-
-    part: str
-    name: str
-    passed: bool | None
-    detail: str
-    count: int | None = None
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where the check runs and how large."""
-
-    device: torch.device
-    shapes: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]
-    rows: tuple[int, ...]
-    prompts: tuple[int, ...]
-    long_run: int
-    dry: bool
-    captured: tuple[tuple[str, str], ...] = tuple((shape, name) for shape, names in CAPTURED.items() for name in names)
-    cases: tuple[str, ...] = tuple(CASES)
-
-    def models(self) -> list[tuple[str, torch.dtype]]:
-        """The models whole passes are made with: the smallest shape in every dtype, the others in the first."""
-        return [(self.shapes[0], dtype) for dtype in self.dtypes] + [(s, self.dtypes[0]) for s in self.shapes[1:]]
-
-    def split(self, part: str) -> list[Setting]:
-        """Settings that together make up this one, for a part that may run in several processes."""
-        if part == "graphs":
-            return [replace(self, captured=(one,)) for one in self.captured]
-        if part not in ("ops", "rows", "prompts", "exact"):
-            return [self]
-        models = list(product(self.shapes, self.dtypes)) if part == "ops" else self.models()
-        settings: list[Setting] = [replace(self, shapes=(shape,), dtypes=(dtype,)) for shape, dtype in models]
-        if part != "ops":
-            return settings
-        # Most of their time is compilation.
-        return [replace(one, cases=self.cases[i::SHARES]) for one in settings for i in range(SHARES)]
-
-    def config(self, shape: str) -> ModelConfig:
-        """The configuration of a named shape, of which a dry run has only a few layers."""
-        return ModelConfig.parse(
-            synthetic_config(shape) | (DRY_FIELDS if self.dry and shape in self.shapes else {}), shape
-        )
-
-    def named(self, shapes: Sequence[str]) -> dict[str, str]:
-        """The shape to run for each of these; a dry run has a tiny one for the first of them."""
-        return {shapes[0]: self.shapes[0]} if self.dry else {shape: shape for shape in shapes}
-
-
-GPU = Setting(
-    torch.device("cuda"),
-    ("135m", "1b"),
-    (torch.bfloat16, torch.float16),
-    SEVERAL_ROWS,
-    PROMPTS,
-    1200,
-    dry=False,
-)
-DRY = Setting(torch.device("cpu"), ("tiny-llama",), (torch.float32,), (1, 2, 9), (9, 70), 12, dry=True)
 
 
 def ops(setting: Setting) -> Iterator[Finding]:
@@ -274,25 +187,28 @@ PARTS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
     "race": races,
     "compile": compilations,
     "graphs": graphs,
+    "settled": gpu_bits.settled,
+    "widths": gpu_bits.widths,
+    "order": gpu_bits.order,
 }
 
 
 def long_run(shape: str, count: int, setting: Setting) -> list[int]:
-    """The tokens of greedy runs by `LONG_RUN_METHODS`, so many in all."""
-    params = SamplingParams(max_tokens=count // len(LONG_RUN_METHODS), ignore_eos=True)
-    engine = engine_of(shape, setting.dtypes[0], setting)
-    return [
-        token
-        for method in LONG_RUN_METHODS
-        for token in engine.generate([1, 2, 3, 4, 5], params, method=method).token_ids
-    ]
+    """The tokens of greedy runs of `LONG_RUN`, of `shape` where it names none, so many in all."""
+    params, tokens = SamplingParams(max_tokens=count // len(LONG_RUN), ignore_eos=True), list[int]()
+    for own, methods in groupby(LONG_RUN, key=lambda pair: pair[0]):
+        names = [name for _, name in methods]
+        with engine_of(own or shape, setting.dtypes[0], setting, names[0] if own else Autoregressive.name) as engine:
+            for name in names:
+                tokens += engine.generate([1, 2, 3, 4, 5], params, method=name).token_ids
+    return tokens
 
 
-def engine_of(shape: str, dtype: torch.dtype, setting: Setting) -> Engine:
+def engine_of(shape: str, dtype: torch.dtype, setting: Setting, method: str = Autoregressive.name) -> Engine:
     """An engine on the Triton table over random weights of a named shape."""
     config = setting.config(shape)
     weights = synthetic_weights(config, 0, dtype, device=setting.device)
-    return Engine(config, weights, backend="triton", cache_tokens=min(config.max_context, 40000))
+    return Engine(config, weights, method=method, backend="triton", cache_tokens=min(config.max_context, 40000))
 
 
 def _exact(engine: Engine, name: str, setting: Setting) -> Finding:

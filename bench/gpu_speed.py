@@ -17,7 +17,8 @@ from ..runtime.engine import Engine
 from ..runtime.plan import LayerPlan
 from ..runtime.request import Output, SamplingParams
 from . import sampled
-from .gpu_parts import Setting, engine_of
+from .gpu_parts import engine_of
+from .gpu_setting import Setting
 from .methods import PLAIN
 from .rotation import NAMES, cells
 from .step import Figure, bubble_per_layer, figures

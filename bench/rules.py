@@ -22,7 +22,7 @@ import torch
 from ..kernels import attention_rules, launch, product_rules
 from ..runtime.model import Model
 from .gpu_check import in_processes
-from .gpu_parts import Setting
+from .gpu_setting import Setting
 from .step import FEW_ROWS, SAMPLES, Bed, Clock, Figure, Times, launches
 from .targets import SHAPES
 

@@ -1,9 +1,10 @@
 """Targets, what a measurement decides, and the parts of bench/gpu.sh as far as no GPU is needed."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +16,14 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from typer.testing import CliRunner
 
-from skipjack.bench import gpu, gpu_check, gpu_parts, gpu_speed, op_cases, rotation, sampled, targets
+from skipjack.bench import gpu, gpu_bits, gpu_check, gpu_parts, gpu_speed, op_cases, rotation, sampled, targets
 from skipjack.bench.gpu_methods import figures_of_decode, of_decode, of_methods, of_peers
-from skipjack.bench.gpu_parts import DRY, GPU, Finding, Setting
+from skipjack.bench.gpu_setting import CAPTURED, DRY, GPU, Finding, Setting
 from skipjack.bench.gpu_speed import of_steps
 from skipjack.bench.step import Figure
 from skipjack.bench.targets import Measurement, best, judge, of
 from skipjack.kernels import launch
+from skipjack.kernels.ops import select
 from skipjack.kernels.product_rules import RUN, WIDE_WEIGHT
 from skipjack.runtime.methods.policy import PlannedSteps
 from skipjack.runtime.request import SamplingParams
@@ -158,6 +160,40 @@ def test_a_part_that_breaks_keeps_what_it_had_found(monkeypatch: pytest.MonkeyPa
     assert {"python", "torch", "triton", "commit"} <= set(result["machine"])
 
 
+class Wrong:
+    """The Triton table, one op of which is not what it was."""
+
+    def __init__(self, name: str, op: Callable[..., Any]) -> None:
+        self._ops, self._name, self._op = select("triton"), name, op
+
+    def __getattr__(self, name: str) -> Any:
+        own = getattr(self._ops, name)
+        return partial(self._op, own) if name == self._name else own
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "op", "told"),
+    [
+        (
+            "settled",
+            "linear",
+            lambda own, *given, settled, **more: own(*given, **more) + settled,
+            "down, 5 rows, some",
+        ),
+        ("widths", "attend", lambda own, q, k, v, index, **more: own(q, k, v, index, **more) * index.width, "after 60"),
+        ("order", "linear", lambda own, *given, active=None, **more: own(*given, **more), "misread them: 4,"),
+    ],
+)
+def test_bits_that_differ_are_found(
+    monkeypatch: pytest.MonkeyPatch, part: str, name: str, op: Callable[..., Any], told: str
+) -> None:
+    (right,) = gpu_parts.PARTS[part](DRY)
+    monkeypatch.setattr(gpu_bits, "select", lambda _: Wrong(name, op))
+    (wrong,) = gpu_parts.PARTS[part](DRY)
+    assert (right.passed, wrong.passed) == (True, False)
+    assert told in wrong.detail
+
+
 def test_no_speed_beside_a_wrong_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def wrong(setting: Setting) -> Iterator[Finding]:
         yield Finding("ops", "linear", False, "relative error 1")
@@ -225,8 +261,9 @@ def test_parts_of_a_check_make_up_the_whole() -> None:
     assert sorted(cases, key=str) == sorted(product(GPU.shapes, GPU.dtypes, op_cases.CASES), key=str)
     assert [model for own in GPU.split("rows") for model in own.models()] == GPU.models()
     assert [one for own in GPU.split("graphs") for one in own.captured] == list(GPU.captured)
-    assert {shape for shape, _ in GPU.captured} == set(gpu_parts.CAPTURED)
+    assert {shape for shape, _ in GPU.captured} == set(CAPTURED)
     assert GPU.split("race") == [GPU]
+    assert [own.shapes + own.large for own in GPU.split("widths")] == [("135m",), ("1b",), ("8b",)]
 
 
 def test_parts_run_in_processes_of_their_own_and_one_that_breaks_fails_alone() -> None:

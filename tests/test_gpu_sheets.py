@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from skipjack.bench import gpu_speed
 from skipjack.bench.figures import table
-from skipjack.bench.gpu_parts import DRY
+from skipjack.bench.gpu_setting import DRY
 from skipjack.bench.gpu_sheets import sheets
 from skipjack.bench.record import read
 from skipjack.bench.step import Figure

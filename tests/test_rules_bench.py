@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from typer.testing import CliRunner
 
 from skipjack.bench import gpu, rules
-from skipjack.bench.gpu_parts import DRY
+from skipjack.bench.gpu_setting import DRY
 from skipjack.bench.rules import (
     KERNELS,
     MANY,
