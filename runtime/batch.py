@@ -30,7 +30,8 @@ class Draft(NamedTuple):
     They are a chain, or with `parent` int64 [S, k] a tree: draft token j follows row parent[j] ≤ j, row 0 being the
     sequence's newest token and row j + 1 draft token j. `scores` [S, n, V]: what the tokens of each depth were drawn
     with, for rejection sampling. With `exit` given, the cache holds the rows' keys and values of the layers before
-    it, and verification goes on from there. `record` asks for the streams of the verification in `Round`.
+    it, and verification goes on from there. `record` asks for the streams of the verification in `Round`. `rows` int64
+    [S]: how many rows were drafted with, where that is not one for every token of the draft's depth.
     """
 
     tokens: Tensor
@@ -39,6 +40,7 @@ class Draft(NamedTuple):
     parent: Tensor | None = None
     scores: Tensor | None = None
     record: bool = False
+    rows: Tensor | None = None
 
     def within(self, room: Tensor) -> Draft:
         """Without the tokens past `room` int64 [S], for which a sequence has no place."""

@@ -64,10 +64,10 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
     seconds = drafted - start, verified - drafted
     done = Round(batch, draft, path, target.token, verdict, depth, emitted, *seconds, streams)
     searched = method.observe(model, cache, done)
-    for sequence, count, deep in zip(sequences, counts, depth, strict=True):
+    for sequence, rows in zip(sequences, depth if draft.rows is None else ints(draft.rows), strict=True):
         counters = sequence.counters
         counters.rounds += 1
-        counters.executed_skips += (plan.skipped * deep if count else 0) + method.target.skipped
+        counters.executed_skips += plan.skipped * rows + method.target.skipped
     for counters in (sequence.counters for sequence in firsts(sequences)):
         counters.draft_s += drafted - start
         counters.verify_s += verified - drafted

@@ -9,6 +9,7 @@ from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime.batch import Batch, Draft
 from skipjack.runtime.cache import KVCache
 from skipjack.runtime.methods.base import Method, no_draft
+from skipjack.runtime.methods.drafting import sift
 from skipjack.runtime.model import Model
 from skipjack.runtime.plan import LayerPlan
 
@@ -54,6 +55,23 @@ class InTurns(Method):
         return Draft(batch.last[:, None], torch.ones_like(batch.length)) if self.skips else no_draft(batch)
 
 
+class Sifting(Method):
+    """Guesses of three tokens that half of the layers agree with or not: four rows of them, whatever is left."""
+
+    name = "sifting"
+    half = LayerPlan.full(8).early_exit(4)
+    plan = half
+
+    def __init__(self) -> None:
+        super().__init__(None, 8)
+        self.rows = 0
+
+    def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
+        length = batch.room.clamp(min=0, max=3)
+        self.rows += int(length.sum()) + len(batch)
+        return sift(model, cache, batch, self.half, Draft(batch.last[:, None].expand(-1, 3).contiguous(), length))
+
+
 @pytest.mark.parametrize("count", [1, 2, 248])
 def test_a_draft_longer_than_there_is_room_for_is_cut(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, count: int
@@ -67,6 +85,17 @@ def test_a_draft_longer_than_there_is_room_for_is_cut(
     assert [output.token_ids for output in outputs] == expected
     # The first token comes of the prompt, and the last of a round is not drafted.
     assert all(len(output.stats.drafted_per_position) == min(16, max(0, count - 2)) for output in outputs)
+
+
+def test_rows_that_a_guess_is_sifted_with_have_skipped_what_they_skip(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, prompts, params = Sifting(), [[5, 9, 11], [7] * 8], SamplingParams(max_tokens=30, ignore_eos=True)
+    expected = [output.token_ids for output in engine.generate(prompts, params)]
+    drafting_by(engine, monkeypatch, method)
+    outputs = engine.generate(prompts, params)
+    assert [output.token_ids for output in outputs] == expected
+    assert sum(output.stats.executed_skips for output in outputs) == method.rows * method.half.skipped
 
 
 def test_a_round_is_booked_by_how_it_was_drafted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

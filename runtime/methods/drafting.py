@@ -135,7 +135,7 @@ def sift(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, guess: Dra
         kept = model.ops.verify(chosen, guess.tokens, guess.length, batch.length)
     tokens = functional.pad(guess.tokens, (0, 1))
     tokens.scatter_(1, kept.accepted[:, None], kept.token[:, None])
-    return Draft(tokens, torch.minimum(kept.accepted + 1, batch.room.clamp(min=0)))
+    return Draft(tokens, torch.minimum(kept.accepted + 1, batch.room.clamp(min=0)), rows=guess.length + 1)
 
 
 def siblings(model: Model, vocabulary: int) -> int:
