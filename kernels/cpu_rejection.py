@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from numba import carray
 from torch import Tensor
-from torch.nn import functional
 
 from . import openmp, reference_verify
 from .cpu_kernels import first_of
@@ -31,7 +30,7 @@ from .noise import ACCEPT_STREAM, DRAW_STREAM
 from .team import dealt, taken, worker
 from .values import Verdict
 
-_FIELDS = 24
+_FIELDS = 21
 # `exp` gives nothing smaller than that of this, which must not pass for a probability: what is less likely has none.
 _LEAST = np.float32(-87.0)
 _HALF = {torch.float32: False, torch.bfloat16: True}
@@ -71,18 +70,6 @@ def _probability(scores, half, rule, p, z, width):
         mass = mass + weight
         write(p, i, weight, False)
     _divided(p, width, total(mass))
-
-
-@part
-def _proposal(scores, half, size, ids, count, rule, q, own, z, width):
-    """`_probability` of a drafter's row of `size` logits, at the places of the first `count` of them among `width`."""
-    if not ids:
-        _probability(scores, half, rule, q, z, width)
-        return
-    _probability(scores, half, rule, own, z, size)
-    _clear(q, width)
-    for i in range(count):
-        put_number(q + 4 * whole(ids + 8 * i), number(own + 4 * i))
 
 
 @part
@@ -142,15 +129,12 @@ def judge_some(address):
     block = carray(address, _FIELDS)
     scores, draft, proposals, count, length = block[1], block[2], block[3], block[4], block[5]
     temperature, top_k, top_p, min_p, seed = block[6], block[7], block[8], block[9], block[10]
-    parent, drawn, ids, accepted, path = block[11], block[12], block[13], block[14], block[15]
-    sequences, k, width, rows, size, real = block[16], block[17], block[18], block[19], block[20], block[21]
-    half, own_half = block[22] != 0, block[23] != 0
-    apart, own_apart = width * (2 if half else 4), size * (2 if own_half else 4)
-    memory = np.empty((5, max(width, size) + IDS), np.float32)
-    p, q, own, z, sums = (
-        memory[0].ctypes.data, memory[1].ctypes.data, memory[2].ctypes.data, memory[3].ctypes.data,
-        memory[4].ctypes.data,
-    )  # fmt: skip
+    parent, drawn, accepted, path = block[11], block[12], block[13], block[14]
+    sequences, k, width, rows = block[15], block[16], block[17], block[18]
+    half, own_half = block[19] != 0, block[20] != 0
+    apart, own_apart = width * (2 if half else 4), width * (2 if own_half else 4)
+    memory = np.empty((4, width + IDS), np.float32)
+    p, q, z, sums = memory[0].ctypes.data, memory[1].ctypes.data, memory[2].ctypes.data, memory[3].ctypes.data
     s = taken(block.ctypes.data)
     while s < sequences:
         rule = (
@@ -164,7 +148,7 @@ def judge_some(address):
                 if proposals and row < k:
                     known = min(whole(drawn + 8 * (s * (k + 1) + row)), rows - 1) if drawn else row
                     at = proposals + (s * rows + known) * own_apart
-                    _proposal(at, own_half, size, ids, real, rule, q, own, z, width)
+                    _probability(at, own_half, rule, q, z, width)
                 else:
                     _clear(q, width)
                 moved = False
@@ -195,7 +179,7 @@ def judge(block, sequences, threads, entry, some):
     """`verify_rejection` of what the int64 of a block describe, by `judge_some`, whose address `some` is.
 
     After a counter the addresses of its tensors, 0 for those it lacks, of accepted [3, S], with token and length, and
-    of path; then S, k, V, the rows of draft_scores, V' filled up to whole vectors, V', and which scores are bfloat16.
+    of path; then S, k, V, the rows of draft_scores, and which scores are bfloat16.
     """
     dealt(entry, some, block, threads if sequences > 1 else 1)
 
@@ -214,7 +198,6 @@ def verify_rejection(
     *,
     parent: Tensor | None = None,
     drawn: Tensor | None = None,
-    draft_ids: Tensor | None = None,
 ) -> Verdict:
     """As `reference_verify.verify_rejection`."""
     sequences, rows, width = scores.shape
@@ -222,24 +205,21 @@ def verify_rejection(
     if width % WIDTH or not {scores.dtype, proposals.dtype} <= set(_HALF):
         return reference_verify.verify_rejection(
             scores, draft, draft_scores, count, length, temperature, top_k, top_p, min_p, seed,
-            parent=parent, drawn=drawn, draft_ids=draft_ids,
+            parent=parent, drawn=drawn,
         )  # fmt: skip
-    k, real = rows - 1, proposals.shape[2]
+    k = rows - 1
     if parent is None:
         parent = torch.arange(k).expand(sequences, k)
-    if draft_scores is not None and real % WIDTH:
-        draft_scores = functional.pad(draft_scores, (0, -real % WIDTH), value=-torch.inf)
     given = [
         None if tensor is None else tensor.contiguous()
         for tensor in (
-            scores, draft, draft_scores, count, length, temperature, top_k, top_p, min_p, seed,
-            parent, drawn, draft_ids,
+            scores, draft, draft_scores, count, length, temperature, top_k, top_p, min_p, seed, parent, drawn,
         )
     ]  # fmt: skip
     found = torch.empty((3, sequences), dtype=torch.int64, device=scores.device)
     path = torch.empty((sequences, rows), dtype=torch.int64, device=scores.device)
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*given, found, path)]
-    sizes = sequences, k, width, proposals.shape[1], real + -real % WIDTH, real
+    sizes = sequences, k, width, proposals.shape[1]
     halves = _HALF[scores.dtype], _HALF[proposals.dtype]
     block = np.array([0, *addresses, *sizes, *halves], np.int64)
     judge(block.ctypes.data, sequences, torch.get_num_threads(), openmp.entry(), judge_some.address)

@@ -88,14 +88,13 @@ def verify_rejection(
     *,
     parent: Tensor | None = None,
     drawn: Tensor | None = None,
-    draft_ids: Tensor | None = None,
 ) -> Verdict:
     """Speculative sampling (Leviathan et al., arXiv 2211.17192), over siblings by recursive rejection.
 
-    scores [S, k + 1, V] of the target; draft_scores [S, n, V'] of the drafter: the children of row i were drawn with
-    those of drawn[i], int64 [S, k + 1], or of i without it, and without replacement; None: every draft token was
-    certain. draft_ids int64 [V'], distinct: what a reduced draft vocabulary stands for. temperature, top_k, top_p,
-    min_p, seed [S] as in `sample`, for both p and q; draft, count, length, parent as in `verify`.
+    scores [S, k + 1, V] of the target; draft_scores [S, n, V] of the drafter, −∞ outside a reduced vocabulary: the
+    children of row i were drawn with those of drawn[i], int64 [S, k + 1], or of i without it, and without replacement;
+    None: every draft token was certain. temperature, top_k, top_p, min_p, seed [S] as in `sample`, for both p and q;
+    draft, count, length, parent as in `verify`.
 
     From row 0: a child x is accepted with probability min(1, p(x)/q(x)), which moves on to its row; a rejected one
     leaves p ← norm(max(p − q, 0)) and q ← q without x, renormalised. The token after the last accepted row is drawn
@@ -115,8 +114,7 @@ def verify_rejection(
             return torch.zeros(len(at), size, device=draft.device)
         # Where nothing was drawn there are no children, which is what these are for.
         known = row if drawn is None else drawn[at, row].clamp(max=draft_scores.shape[1] - 1)
-        q = _probability(draft_scores[at, known], rule.rows(at))
-        return q if draft_ids is None else q.new_zeros(len(at), size).index_copy_(1, draft_ids, q)
+        return _probability(draft_scores[at, known], rule.rows(at))
 
     row, accepted = torch.zeros_like(count), torch.zeros_like(count)
     path = torch.zeros(sequences, k + 1, dtype=torch.int64, device=draft.device)

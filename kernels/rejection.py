@@ -9,7 +9,7 @@ from . import launch
 from .chains import ACCEPT_STREAM, verify_chain
 from .primitives import wait_for_producers
 from .probabilities import warping_of
-from .residual import Left, draw, keep, place_of, probability, subtract, take, total_of
+from .residual import Left, draw, keep, probability, subtract
 from .values import Verdict
 from .warping import uniform
 
@@ -25,7 +25,6 @@ def _rejection_kernel(  # noqa: PLR0915
     draft_scores_ptr,
     draft_warping_ptr,
     draft_best_ptr,
-    draft_ids_ptr,
     draft_ptr,
     parent_ptr,
     drawn_ptr,
@@ -47,23 +46,19 @@ def _rejection_kernel(  # noqa: PLR0915
     k,
     drafts,
     V: tl.constexpr,
-    V_DRAFT: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """From row 0: accept child x if u·q(x) ≤ p(x), or p ← norm(max(p − q, 0)), q ← norm(q without x).
 
-    scores [S, k + 1, V]; draft_scores [S, drafts, V_DRAFT] or None: q certain; warping, best as `_warping_kernel` gives
-    them; draft_ids int64 [V_DRAFT] or None; draft, parent int64 [S, k]; drawn int64 [S, k + 1] or None; residual
-    float32 [S, 2, V]: p in turn, read from one and written to the other; others float32 [S, V_DRAFT]: q; path int64
-    [S, k + 1]; left as in `Left`; the rest [S].
+    scores [S, k + 1, V]; draft_scores [S, drafts, V] or None: q certain; warping, best as `_warping_kernel` gives them;
+    draft, parent int64 [S, k]; drawn int64 [S, k + 1] or None; residual float32 [S, 2, V]: p in turn, read from one and
+    written to the other; others float32 [S, V]: q; path int64 [S, k + 1]; left as in `Left`; the rest [S].
     """
-    REDUCED: tl.constexpr = draft_scores_ptr is not None and draft_ids_ptr is not None
-    WHOLE: tl.constexpr = draft_scores_ptr is not None and draft_ids_ptr is None
     pid_s = tl.program_id(0).to(tl.int64)
     residual_ptr += pid_s * 2 * V
-    others_ptr += pid_s * V_DRAFT
+    others_ptr += pid_s * V
     wait_for_producers(PDL)
     count = tl.minimum(tl.load(count_ptr + pid_s), k)
     length = tl.load(length_ptr + pid_s)
@@ -89,14 +84,13 @@ def _rejection_kernel(  # noqa: PLR0915
             p_x = probability(p_row_ptr, p_warping_ptr, p_best, temperature, old_ptr, p_total, x, x >= 0)
             q_x = tl.zeros((), tl.float32)
             if draft_scores_ptr is not None:
-                place = place_of(draft_ids_ptr, x, V_DRAFT, BLOCK)
                 q_row = pid_s * drafts + row
                 if drawn_ptr is not None:
                     q_row = pid_s * drafts + tl.load(drawn_ptr + pid_s * stride_drawn + row)
-                q_row_ptr = draft_scores_ptr + q_row * V_DRAFT
+                q_row_ptr = draft_scores_ptr + q_row * V
                 q_warping_ptr = draft_warping_ptr + q_row * 3
                 q_best = tl.load(draft_best_ptr + q_row)
-                q_x = probability(q_row_ptr, q_warping_ptr, q_best, temperature, others_ptr, q_total, place, place >= 0)
+                q_x = probability(q_row_ptr, q_warping_ptr, q_best, temperature, others_ptr, q_total, x, x >= 0)
             bound = tl.where(q_x > 0.0, q_x, 1.0)
             noise = uniform(seed, length + accepted + 1, j // 16 * 16, 16, ACCEPT_STREAM)
             u = tl.sum(tl.where(tl.arange(0, 16) == j % 16, noise, 0.0), axis=0)
@@ -109,8 +103,7 @@ def _rejection_kernel(  # noqa: PLR0915
             else:
                 new_ptr = residual_ptr + (1 - side) * V
                 total = tl.zeros((), tl.float32)
-                rest = tl.zeros((), tl.float32)
-                if WHOLE and q_x > 0.0:
+                if draft_scores_ptr is not None and q_x > 0.0:
                     total, rest = subtract(
                         p_row_ptr,
                         p_warping_ptr,
@@ -124,31 +117,14 @@ def _rejection_kernel(  # noqa: PLR0915
                         others_ptr,
                         q_total,
                         new_ptr,
-                        place,
+                        x,
                         V,
                         BLOCK,
                     )
-                else:
-                    gone = tl.where(q_x > 0.0, -1, x)
-                    keep(p_row_ptr, p_warping_ptr, p_best, temperature, old_ptr, p_total, new_ptr, gone, V, BLOCK)
-                    if REDUCED and q_x > 0.0:
-                        rest = take(
-                            q_row_ptr,
-                            q_warping_ptr,
-                            q_best,
-                            temperature,
-                            others_ptr,
-                            q_total,
-                            new_ptr,
-                            draft_ids_ptr,
-                            place,
-                            V_DRAFT,
-                            BLOCK,
-                        )
-                    total = total_of(new_ptr, V, BLOCK)
-                if q_x > 0.0:
                     # Even with nothing left q is what is in others_ptr.
                     q_total = tl.where(rest > 0.0, rest, 1.0)
+                else:
+                    total = keep(p_row_ptr, p_warping_ptr, p_best, temperature, old_ptr, p_total, new_ptr, x, V, BLOCK)
                 p_total = tl.where(total > 0.0, total, p_total)
                 side = tl.where(total > 0.0, 1 - side, side)
 
@@ -176,14 +152,13 @@ def verify_rejection(
     *,
     parent: Tensor | None = None,
     drawn: Tensor | None = None,
-    draft_ids: Tensor | None = None,
 ) -> Verdict:
     """Speculative sampling (Leviathan et al., arXiv 2211.17192), over siblings by recursive rejection.
 
-    scores [S, k + 1, V] of the target; draft_scores [S, n, V'] of the drafter: the children of row i were drawn with
-    those of drawn[i], int64 [S, k + 1], or of i without it, and without replacement; None: every draft token was
-    certain. draft_ids int64 [V'], distinct: what a reduced draft vocabulary stands for. temperature, top_k, top_p,
-    min_p, seed [S] as in `sample`, for both p and q; draft, count, length, parent as in `verify`.
+    scores [S, k + 1, V] of the target; draft_scores [S, n, V] of the drafter, −∞ outside a reduced vocabulary: the
+    children of row i were drawn with those of drawn[i], int64 [S, k + 1], or of i without it, and without replacement;
+    None: every draft token was certain. temperature, top_k, top_p, min_p, seed [S] as in `sample`, for both p and q;
+    draft, count, length, parent as in `verify`.
 
     From row 0: a child x is accepted with probability min(1, p(x)/q(x)), which moves on to its row; a rejected one
     leaves p ← norm(max(p − q, 0)) and q ← q without x, renormalised. The token after the last accepted row is drawn
@@ -198,19 +173,18 @@ def verify_rejection(
     rules = [field.contiguous() for field in (temperature, top_k, top_p, min_p)]
     arrivals = torch.empty((sequences,), dtype=torch.int32, device=scores.device)
     warping, best = warping_of(scores, rules, arrivals)
-    draft_size, draft_warping, draft_best = 1, None, None
+    draft_warping, draft_best = None, None
     if draft_scores is not None:
         draft_scores = draft_scores.contiguous()
-        draft_size = draft_scores.shape[2]
         draft_warping, draft_best = warping_of(draft_scores, rules, arrivals)
     count, length, seed = count.contiguous(), length.contiguous(), seed.contiguous()
     verdict = empty_verdict(draft)
-    if parent is None and drawn is None and draft_ids is None:
+    if parent is None and drawn is None:
         drafter = None if draft_scores is None else (draft_scores, draft_warping, draft_best)
         verify_chain((scores, warping, best), drafter, draft, count, length, rules[0], seed, arrivals, verdict)
         return verdict
     residual = torch.empty((sequences, 2, size), dtype=torch.float32, device=scores.device)
-    others = torch.empty((sequences, draft_size), dtype=torch.float32, device=scores.device)
+    others = torch.empty((sequences, size), dtype=torch.float32, device=scores.device)
     left = Left.empty(sequences, draft.device)
     _rejection_kernel[(sequences,)](
         scores,
@@ -219,7 +193,6 @@ def verify_rejection(
         draft_scores,
         draft_warping,
         draft_best,
-        draft_ids,
         draft,
         parent,
         drawn,
@@ -239,7 +212,6 @@ def verify_rejection(
         k,
         0 if draft_scores is None else draft_scores.shape[1],
         V=size,
-        V_DRAFT=draft_size,
         BLOCK=max(16, rule.block // 4),
         ROWS=max(16, 1 << k.bit_length()),
         PDL=launch.dependent(launch.architecture()),

@@ -66,26 +66,6 @@ def warped(row_ptr, warping_ptr, best, temperature, offs, mask):
 
 
 @triton.jit
-def place_of(
-    ids_ptr,
-    x,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Where x is among the ids [V], −1 if it is not; x itself where there are none."""
-    if ids_ptr is not None:
-        offs = tl.arange(0, BLOCK)
-        found = tl.full((BLOCK,), -1, tl.int32)
-        for start in range(0, V, BLOCK):
-            ids = tl.load(ids_ptr + start + offs, mask=start + offs < V, other=-1)
-            found = tl.where(ids == x, start + offs, found)
-        place = tl.max(found, axis=0)
-    else:
-        place = x.to(tl.int32)
-    return place
-
-
-@triton.jit
 def keep(
     row_ptr,
     warping_ptr,
@@ -98,14 +78,18 @@ def keep(
     V: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """new = p without the id `gone`, [V]."""
+    """new = p without the id `gone`, [V]; returns its sum."""
     offs = tl.arange(0, BLOCK)
+    left = tl.zeros((BLOCK,), tl.float32)
     tl.debug_barrier()
     for start in range(0, V, BLOCK):
         ids = start + offs
         p = probability(row_ptr, warping_ptr, best, temperature, rest_ptr, total, ids, ids < V)
-        tl.store(new_ptr + ids, tl.where(ids == gone, 0.0, p), mask=ids < V)
+        p = tl.where(ids == gone, 0.0, p)
+        tl.store(new_ptr + ids, p, mask=ids < V)
+        left += p
     tl.debug_barrier()
+    return tl.sum(left, axis=0)
 
 
 @triton.jit
@@ -122,11 +106,11 @@ def subtract(
     others_ptr,
     q_total,
     new_ptr,
-    place,
+    gone,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """new = max(p − q, 0) [V]; others = q without the id at `place`. Returns the sums of both."""
+    """new = max(p − q, 0) [V]; others = q without the id `gone`. Returns the sums of both."""
     offs = tl.arange(0, BLOCK)
     left = tl.zeros((BLOCK,), tl.float32)
     rest = tl.zeros((BLOCK,), tl.float32)
@@ -137,58 +121,13 @@ def subtract(
         p = probability(p_row_ptr, p_warping_ptr, p_best, temperature, old_ptr, p_total, ids, mask)
         q = probability(q_row_ptr, q_warping_ptr, q_best, temperature, others_ptr, q_total, ids, mask)
         p = tl.maximum(p - q, 0.0)
-        q = tl.where(ids == place, 0.0, q)
+        q = tl.where(ids == gone, 0.0, q)
         tl.store(new_ptr + ids, p, mask=mask)
         tl.store(others_ptr + ids, q, mask=mask)
         left += p
         rest += q
     tl.debug_barrier()
     return tl.sum(left, axis=0), tl.sum(rest, axis=0)
-
-
-@triton.jit
-def take(
-    row_ptr,
-    warping_ptr,
-    best,
-    temperature,
-    others_ptr,
-    total,
-    new_ptr,
-    ids_ptr,
-    place,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """new = max(new − q, 0) at the ids [V] of q; others = q without the id at `place`, whose sum is returned."""
-    offs = tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        places = start + offs
-        mask = places < V
-        q = probability(row_ptr, warping_ptr, best, temperature, others_ptr, total, places, mask)
-        rest = tl.where(places == place, 0.0, q)
-        acc += rest
-        tl.store(others_ptr + places, rest, mask=mask)
-        ids = tl.load(ids_ptr + places, mask=mask, other=0)
-        p = tl.load(new_ptr + ids, mask=mask, other=0.0)
-        tl.store(new_ptr + ids, tl.maximum(p - q, 0.0), mask=mask)
-    tl.debug_barrier()
-    return tl.sum(acc, axis=0)
-
-
-@triton.jit
-def total_of(
-    p_ptr,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Σ p [V]."""
-    offs = tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        acc += tl.load(p_ptr + start + offs, mask=start + offs < V, other=0.0)
-    return tl.sum(acc, axis=0)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -33,14 +33,15 @@ def case(
     scores[:, :, 3::7] = -torch.inf
     proposals = scores[:, :k] + torch.randn(sequences, k, width, generator=generator) * 0.7
     ids = torch.randperm(width, generator=generator)[: width // 2 + 3].sort().values if drafter == "reduced" else None
-    proposals = (proposals if ids is None else proposals[:, :, ids]).to(dtype)
+    if ids is not None:
+        proposals = torch.full_like(proposals, -torch.inf).index_copy_(2, ids, proposals[:, :, ids])
+    proposals = proposals.to(dtype)
     draft = torch.zeros(sequences, k, dtype=torch.int64)
     for row in range(k):
         children = [j for j in range(k) if parent[j] == row]
         race = proposals[:, row].float() - torch.rand(proposals.shape[::2], generator=generator).log().neg().log()
         if children:
             draft[:, children] = race.topk(len(children)).indices
-    draft = draft if ids is None else ids[draft]
     draft[-1] = torch.arange(k) * 7 + 3
     count = torch.full((sequences,), k)
     count[0] = 1
@@ -48,7 +49,7 @@ def case(
     seeds = torch.randint(-(2**63), 2**63 - 1, (sequences,), generator=generator)
     given = [scores.to(dtype), draft, None if drafter == "certain" else proposals, count, torch.arange(sequences) * 31]
     tree = None if parent == CHAIN else torch.tensor(parent).expand(sequences, k)
-    return [*given, *rules, seeds], {"parent": tree, "draft_ids": ids}
+    return [*given, *rules, seeds], {"parent": tree}
 
 
 def same(got: Verdict, expected: Verdict) -> None:

@@ -94,9 +94,6 @@ def rejection(op: Op, setting: Setting, tree: bool) -> tuple[Verdict, Tensor]:
     q = torch.stack([warped(row, setting) for row in table]).float()
     tokens = drafted(q, setting.parent, 0)
     k = len(setting.parent)
-    draft_scores = table[tokens[:, :k]]
-    if setting.draft == "reduced":
-        draft_scores = draft_scores[:, :, REDUCED]
 
     def of(value: float) -> Tensor:
         return torch.full((DRAWS,), value)
@@ -104,7 +101,7 @@ def rejection(op: Op, setting: Setting, tree: bool) -> tuple[Verdict, Tensor]:
     verdict = op(
         TARGET[tokens],
         tokens[:, 1:],
-        None if setting.draft == "certain" else draft_scores,
+        None if setting.draft == "certain" else table[tokens[:, :k]],
         of(k),
         of(100),
         of(setting.temperature),
@@ -113,7 +110,6 @@ def rejection(op: Op, setting: Setting, tree: bool) -> tuple[Verdict, Tensor]:
         of(setting.min_p),
         torch.arange(DRAWS) - DRAWS // 2,
         parent=torch.tensor(setting.parent).expand(DRAWS, k) if tree else None,
-        draft_ids=REDUCED if setting.draft == "reduced" else None,
     )
     return verdict, tokens
 
