@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..kernels.host import ints
-from ..runtime.batch import Batch
 from ..runtime.cache import KVCache
 from ..runtime.costs import Costs, calibrate
 from ..runtime.decode import decode, prefill
@@ -21,6 +20,7 @@ from ..runtime.methods.base import Method
 from ..runtime.methods.dmtd import DirectMultiToken
 from ..runtime.model import Model
 from ..runtime.request import SamplingParams
+from ..runtime.rows import Rows, one_sequence
 from ..runtime.sequence import Counters
 from ..runtime.sequence import Sequence as Continuation
 from ..runtime.speculate import speculate
@@ -132,16 +132,16 @@ def _as_taught(model: Model, cache: KVCache, prompt: list[int], method: DirectMu
         decode(model, cache, [decoded], method)
     cache.release(decoded.pages)
     taught = _read(model, cache, prompt, method, tokens)
-    taught.tokens = decoded.tokens[:-1]
-    batch = Batch.of([taught], model.ops.decode_tile, model.device)
-    chosen = model.predict(_teach(model, cache, batch, method, tokens - 1)).token
+    given = decoded.tokens[len(prompt) : -1]
+    rows = one_sequence(given, len(prompt), taught.pages, model.ops.decode_tile, model.device)
+    chosen = model.predict(_teach(model, cache, rows, method)).token
     cache.release(taught.pages)
     return ints(chosen) == decoded.tokens[len(prompt) + 1 :]
 
 
-def _teach(model: Model, cache: KVCache, batch: Batch, method: DirectMultiToken, count: int) -> Tensor:
-    """The residual stream [count, H] of the last tokens, all at once."""
-    laid = model.lay(batch.recent([count]), cache)
+def _teach(model: Model, cache: KVCache, rows: Rows, method: DirectMultiToken) -> Tensor:
+    """The residual streams [R, H] of tokens, all at once; the first is a head."""
+    laid = model.lay(rows, cache)
     x = model.embed(laid)
     model.run(laid, cache, method.encoding, x)
     early = x.clone()
@@ -149,4 +149,4 @@ def _teach(model: Model, cache: KVCache, batch: Batch, method: DirectMultiToken,
     head = torch.arange(len(x), device=model.device) % method.horizon == 0
     x = torch.where(head[:, None], early + x, early)
     model.run(laid, cache, method.decoding, x)
-    return x[:count]
+    return x[: len(rows)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.host import ints
 from ..kernels.values import Verdict
-from .rows import Chains, Lineage, Rows
+from .rows import Chains, Lineage
 from .sequence import Sequence
 
 if TYPE_CHECKING:
@@ -135,6 +135,11 @@ class Batch:
     def device(self) -> torch.device:
         return self.last.device
 
+    @property
+    def alone(self) -> bool:
+        """Whether the device runs this round without the host, which knows how it stands then."""
+        return self.alive is not None
+
     def sampling(self) -> Sampling:
         """One entry per sequence."""
         params, device = [s.params for s in self.sequences], self.device
@@ -161,15 +166,6 @@ class Batch:
         """One row for each sequence whose draft is `going` bool [S]: the token `ahead` places after its newest."""
         return Chains(token[:, None], self.length, None, going, self.block_table, self.tile, ahead, gated, mask)
 
-    def recent(self, counts: list[int]) -> Rows:
-        """The last counts[s] tokens of each sequence, its newest included."""
-        given = [(number, s, count) for number, (s, count) in enumerate(zip(self.sequences, counts, strict=True))]
-        token = [token for _, s, count in given for token in s.tokens[len(s.tokens) - count :]]
-        position = [at for _, s, count in given for at in range(len(s.tokens) - count, len(s.tokens))]
-        sequence = [number for number, _, count in given for _ in range(count)]
-        table = torch.tensor([token, position, sequence], device=self.device)
-        return Rows(table[0], table[1], table[2], self.block_table, self.tile)
-
     def drafts(self, draft: Draft, lineage: Lineage | None) -> Chains:
         """Rows for each sequence's newest token and its draft, a chain or a tree of that `lineage`.
 
@@ -183,4 +179,4 @@ class Batch:
     def sparse(self, draft: Draft, lineage: Lineage | None) -> bool:
         """Whether a device's own round has more rows than a tile for the largest tree there may be."""
         rows = len(self) * (1 + draft.tokens.shape[1])
-        return lineage is not None and self.alive is not None and rows > (self.tile or 0)
+        return lineage is not None and self.alone and rows > (self.tile or 0)

@@ -17,7 +17,7 @@ from .sequence import Sequence, most_logprobs
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of a lossy policy as the device takes them alone, `count` of them a round and a token each.
+    """The steps of a lossy policy: the device alone takes `count` of them a round, a token each, the host one.
 
     Equal steps share their graphs. `whole`: a step reads the weights of the layers of whoever runs most of them; where
     that is false every row decides for itself, and nobody counts.

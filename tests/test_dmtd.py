@@ -24,9 +24,12 @@ from skipjack.loaders.weights import checkpoint_tensors
 from skipjack.runtime import cli
 from skipjack.runtime import run as run_module
 from skipjack.runtime.anatomy import examine
+from skipjack.runtime.batch import Batch
+from skipjack.runtime.cache import KVCache
 from skipjack.runtime.costs import Costs
 from skipjack.runtime.methods import registry
-from skipjack.runtime.methods.dmtd import DirectMultiToken
+from skipjack.runtime.methods.dmtd import Cycles, DirectMultiToken
+from skipjack.runtime.model import Model
 from skipjack.runtime.report import report
 from skipjack.runtime.sequence import Sequence
 
@@ -256,8 +259,12 @@ def test_a_head_that_forgets_to_refill_is_caught(audit: Callable[..., Any], monk
     """The hole that a cycle leaves is what the audit is for."""
     shared = engine()
     audit(shared)
-    entering = DirectMultiToken._entering
-    monkeypatch.setattr(DirectMultiToken, "_entering", lambda *given: entering(*given)[-1:])
+    think = Cycles._think
+
+    def forgetful(self: Cycles, model: Model, cache: KVCache, batch: Batch, *rest: Any) -> Any:
+        return think(self, model, cache, replace(batch, prompt=batch.length), *rest)
+
+    monkeypatch.setattr(Cycles, "_think", forgetful)
     with pytest.raises(AssertionError, match="layer 0 reads slot 5, which was never written there"):
         shared.generate(PROMPTS[0], SamplingParams(max_tokens=6, ignore_eos=True))
     assert shared._loaded()[1].free_pages == shared._loaded()[1].total_pages
@@ -354,8 +361,8 @@ def test_bench_shows_measure_prediction_and_bound(
     assert line["bound"] == pytest.approx(engine().generate([5], SamplingParams(max_tokens=1)).stats.weight_pass_bound)
     assert line["speed"] > 0
 
-    think = DirectMultiToken._think
-    monkeypatch.setattr(DirectMultiToken, "_think", lambda *given: -think(*given))
+    think = Cycles._think
+    monkeypatch.setattr(Cycles, "_think", lambda *given: -think(*given))
     assert cli.run(command) == 1
     shown = capsys.readouterr()
     assert shown.out == ""

@@ -17,7 +17,7 @@ from ..laid import Pass
 from ..model import Model
 from ..plan import LayerPlan
 from ..prefill import prompt_rows
-from ..recipe import Recipe, Steps
+from ..recipe import Steps
 from ..sequence import Sequence
 from .base import Method
 from .checked import Checked, OneOf, Within
@@ -43,11 +43,11 @@ class Options(Checked, method="dmtd"):
 
 @dataclass(frozen=True)
 class Cycles(Steps):
-    """The cycles of `DirectMultiToken` on the device, one a round.
+    """The cycles of `DirectMultiToken`, on the device one a round.
 
     The memory of a sequence is e [τ, H] of its last τ tokens, by their places in a cycle. `refill`: a head takes the
     tokens of the cycle before it through the thinking layers with it. Where cycles start with prompts (`aligned`) all
-    sequences have their heads in the first step of a round; elsewhere in any.
+    sequences have their heads in the first step of a round; elsewhere in any, and the host says which: step 0.
     """
 
     encoding: LayerPlan
@@ -75,7 +75,7 @@ class Cycles(Steps):
         head = place == 0
         own = len(self.encoding.sublayers) + len(self.decoding.sublayers)
         ran = torch.where(head, own + len(self.thinking.sublayers), own)
-        if number == 0 or not self.aligned:
+        if number == 0 or (not self.aligned and batch.alone):
             t = self._think(model, cache, batch, memory, head)
             e.copy_(torch.where(head[:, None], e + t, e))
         model.run(laid, cache, self.decoding, x)
@@ -93,8 +93,8 @@ class Cycles(Steps):
         first = batch.length - generated.clamp(max=width) + 1
         chains = batch.rows(batch.last[:, None].expand(-1, width), first, count)
         if self.refill:
-            # Where cycles do not begin together, a step may be nobody's head: then no weight is read.
-            rows = replace(chains, gated=not self.aligned)
+            # Where cycles do not begin together, a step of the device may be nobody's head: then no weight is read.
+            rows = replace(chains, gated=not self.aligned and batch.alone)
         else:
             rows = chains.spread()
             heads = (batch.length - start) // self.horizon - (batch.prompt - start - 1) // self.horizon
@@ -154,11 +154,14 @@ class DirectMultiToken(Policy):
         thinking = range(self._cycle.encoding, self._cycle.encoding + self._cycle.thinking)
         return self._full.without(attention=thinking, mlp=thinking)
 
-    def recipe(self, sequences: list[Sequence]) -> Recipe | None:
+    @property
+    def steps(self) -> Steps:
         options = self._options
         aligned, refill = options.phase == "prompt", options.history == "real"
-        steps = Cycles(self.encoding, self.thinking, self.decoding, self.horizon, aligned, refill)
-        return Recipe(self._full, self.plan, steps=steps)
+        return Cycles(self.encoding, self.thinking, self.decoding, self.horizon, aligned, refill)
+
+    def number(self, sequences: list[Sequence]) -> int:
+        return 0 if any(map(self._is_head, sequences)) else 1
 
     def admits(self, running: list[Sequence]) -> bool:
         """At heads only, where cycles start with a prompt's end: sequences whose heads coincide share their passes."""
@@ -179,35 +182,10 @@ class DirectMultiToken(Policy):
             hidden = x[len(rows) - 1 : len(rows)]
         return Step(hidden, [self._full.layers_kept])
 
-    def step(self, model: Model, cache: KVCache, batch: Batch) -> Step:
-        laid = model.lay(batch.newest(), cache)
-        x = model.embed(laid)
-        model.run(laid, cache, self.encoding, x)
-        early = x[: len(batch)].clone()
-        entering = [self._entering(sequence, early[i : i + 1]) for i, sequence in enumerate(batch.sequences)]
-        if any(entering):
-            heads = torch.tensor([i for i, rows in enumerate(entering) if rows], device=model.device)
-            x[heads] += self._think(model, cache, batch, entering)
-        model.run(laid, cache, self.decoding, x)
-        used = [self._full.layers_kept if rows else self.plan.layers_kept for rows in entering]
-        return Step(x[: len(batch)], used, max(used))
-
     def _is_head(self, sequence: Sequence) -> bool:
         """Whether the sequence's newest token, the next to be read, starts a cycle."""
-        return self._place(sequence, sequence.cached) == 0
-
-    def _place(self, sequence: Sequence, position: int) -> int:
-        """The place in its cycle of the token at a position; a head's is 0."""
-        return (position - self._start(sequence)) % self.horizon
-
-    def _heads(self, sequence: Sequence) -> int:
-        """How many of the tokens after the prompt have been heads, the newest included."""
-        start, before = self._start(sequence), len(sequence.prompt) - 1
-        return (sequence.cached - start) // self.horizon - (before - start) // self.horizon
-
-    def _start(self, sequence: Sequence) -> int:
-        """Where its cycles are counted from."""
-        return len(sequence.prompt) if self._options.phase == "prompt" else 0
+        start = len(sequence.prompt) if self._options.phase == "prompt" else 0
+        return (sequence.cached - start) % self.horizon == 0
 
     def _late_prompt(self, laid: Pass, e: Tensor, t: Tensor) -> Tensor:
         """The late input of prompt rows [R, H]."""
@@ -217,30 +195,3 @@ class DirectMultiToken(Policy):
             return e + t
         head = laid.rows.position % self.horizon == 0
         return torch.where(head[:, None], e + t, e)
-
-    def _entering(self, sequence: Sequence, e: Tensor) -> list[Tensor]:
-        """The rows that go through the thinking layers with the newest token, whose e is given; none but for a head."""
-        memory: Tensor = sequence.memory
-        place = self._place(sequence, sequence.cached)
-        memory[place] = e[0]
-        if place:
-            return []
-        first = sequence.cached
-        if self._options.history == "real":
-            first = max(len(sequence.prompt), first - self.horizon + 1)
-        return [memory[self._place(sequence, at)][None] for at in range(first, sequence.cached + 1)]
-
-    def _think(self, model: Model, cache: KVCache, batch: Batch, entering: list[list[Tensor]]) -> Tensor:
-        """t [heads, H] of the heads of a batch; fills what their cycles have left open.
-
-        Without refill the thinking layers hold the prompt and the heads, one after the other.
-        """
-        rows = batch.recent([len(own) for own in entering])
-        if self._options.history == "shadow":
-            place = [
-                len(s.prompt) + self._heads(s) - 1 for s, own in zip(batch.sequences, entering, strict=True) if own
-            ]
-            rows = replace(rows, position=torch.tensor(place, device=model.device), angle=rows.position)
-        thought = model.forward(rows, cache, self.thinking, torch.cat([e for own in entering for e in own]))
-        last = torch.tensor([len(own) for own in entering if own], device=model.device).cumsum(0) - 1
-        return thought[last]

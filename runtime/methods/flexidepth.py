@@ -15,7 +15,7 @@ from ..calibration import Encode
 from ..model import Model
 from ..plan import LayerPlan
 from ..prefill import prompt_rows
-from ..recipe import Recipe, Steps
+from ..recipe import Steps
 from ..routes import Routes, layers_used
 from ..sequence import Sequence
 from ..stepwise import Stepwise
@@ -75,8 +75,9 @@ class FlexiDepth(Policy):
         untrained = ["the routers are untrained: what they skip, and the text, mean nothing"]
         return super().notes(executed_skips) + ([] if self._trained else untrained)
 
-    def recipe(self, sequences: list[Sequence]) -> Recipe | None:
-        return Recipe(self._full, self._full, steps=RoutedSteps(self._full, self._own))
+    @property
+    def steps(self) -> Steps:
+        return RoutedSteps(self._full, self._own)
 
     def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Step:
         routing = model.config.routing
@@ -91,15 +92,6 @@ class FlexiDepth(Policy):
         sequence.prompt_layers = used
         sequence.counters.executed_skips += round(sum(2 * (model.config.num_layers - ran) for ran in used))
         return Step(hidden[-1:], used[-1:])
-
-    def step(self, model: Model, cache: KVCache, batch: Batch) -> Step:
-        routes: Routes = {}
-        kept = None if self._own else torch.stack([sequence.memory for sequence in batch.sequences], dim=1)
-        hidden = model.forward(batch.newest(), cache, self.target, routes=routes, kept=kept)
-        if kept is not None:
-            for row, sequence in enumerate(batch.sequences):
-                sequence.memory = kept[:, row]
-        return Step(hidden, _floats(layers_used(routes, model.config.num_layers)))
 
 
 def _floats(tensor: Tensor) -> list[float]:

@@ -16,7 +16,7 @@ from ..laid import Pass
 from ..model import Model
 from ..plan import LayerPlan
 from ..prefill import prompt_rows
-from ..recipe import Recipe, Steps
+from ..recipe import Steps
 from ..sequence import Sequence
 from .policy import Policy, Step
 
@@ -88,17 +88,13 @@ class MindSkip(Policy):
         skipped = ints(torch.nonzero(~decided.active[::2]).flatten())
         return [{"kind": "routing", "skip_attention": skipped, "router_logits": decided.logits.tolist()}]
 
-    def recipe(self, sequences: list[Sequence]) -> Recipe | None:
-        return Recipe(self._full, self._full, steps=DecidedSteps(self._full))
+    @property
+    def steps(self) -> Steps:
+        return DecidedSteps(self._full)
 
     def memory(self, sequence: Sequence) -> Tensor | None:
         decided: Decisions = sequence.memory
         return decided.active
-
-    def step(self, model: Model, cache: KVCache, batch: Batch) -> Step:
-        decided: list[Decisions] = [sequence.memory for sequence in batch.sequences]
-        rows = replace(batch.newest().spread(), active=torch.stack([decisions.active for decisions in decided], dim=1))
-        return Step(model.forward(rows, cache, self.target), [decisions.used for decisions in decided])
 
 
 def _shared(laid: Pass, active: Tensor) -> Pass:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...kernels.host import ints
 from ..batch import Batch
 from ..cache import KVCache
 from ..model import Model
@@ -44,9 +45,28 @@ class Policy(Method):
         """Cache the prompt of one sequence, whatever else runs; S = 1."""
         raise NotImplementedError
 
-    def step(self, model: Model, cache: KVCache, batch: Batch) -> Step:
-        """The pass over each sequence's newest token, which writes what later passes will read of it."""
+    @property
+    def steps(self) -> Steps:
+        """The passes over each sequence's newest token, which write what later passes will read of it."""
         raise NotImplementedError
+
+    def number(self, sequences: list[Sequence]) -> int:
+        """Which step of its round the next one of these sequences is, as the device would count it."""
+        return 0
+
+    def step(self, model: Model, cache: KVCache, batch: Batch) -> Step:
+        """The step that is due, steered by the host: as the device takes it alone."""
+        steps, own = self.steps, [self.memory(sequence) for sequence in batch.sequences]
+        kept = [memory for memory in own if memory is not None]
+        memory = torch.stack(kept) if kept else steps.memory(model, len(batch))
+        hidden, ran = steps.step(model, cache, batch, memory, self.number(batch.sequences))
+        for row, one in enumerate(kept):
+            one.copy_(memory[row])
+        used = [count / 2 for count in ints(ran)]
+        return Step(hidden, used, max(used) if steps.whole else None)
+
+    def recipe(self, sequences: list[Sequence]) -> Recipe | None:
+        return Recipe(self.target, self.plan, steps=self.steps)
 
     def memory(self, sequence: Sequence) -> Tensor | None:
         return sequence.memory
@@ -72,9 +92,6 @@ class Planned(Policy):
     def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Step:
         return Step(read(model, cache, sequence, self.prompt), [self.prompt.layers_kept])
 
-    def step(self, model: Model, cache: KVCache, batch: Batch) -> Step:
-        hidden = model.forward(batch.newest(), cache, self.target)
-        return Step(hidden, [self.target.layers_kept] * len(batch), self.target.layers_kept)
-
-    def recipe(self, sequences: list[Sequence]) -> Recipe | None:
-        return Recipe(self.target, self.target, steps=PlannedSteps(self.target))
+    @property
+    def steps(self) -> Steps:
+        return PlannedSteps(self.target)
