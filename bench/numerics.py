@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.engine import Engine
-from ..runtime.prefill import PREFILL_CHUNK
+from ..runtime.prefill import prefill_chunk
 from ..runtime.request import Output, SamplingParams
 from ..runtime.rows import one_sequence
 from .prompts import Prompt, source
@@ -92,8 +92,8 @@ def gaps(exact: Engine, fast: Engine, prompts: Sequence[Prompt], max_tokens: int
 def logits(engine: Engine, prompt: list[int], given: list[int], rows: int) -> Tensor:
     """What each of the `given` tokens was chosen from, float64 [T, V] on the CPU, read in passes of `rows` rows."""
     model, cache = engine._loaded()  # pyright: ignore[reportPrivateUsage]
-    text, ops = prompt + given[:-1], model.ops
-    parts = [(at, min(at + PREFILL_CHUNK, len(prompt))) for at in range(0, len(prompt), PREFILL_CHUNK)]
+    text, ops, chunk = prompt + given[:-1], model.ops, prefill_chunk(model.device)
+    parts = [(at, min(at + chunk, len(prompt))) for at in range(0, len(prompt), chunk)]
     parts += [(at, min(at + rows, len(text))) for at in range(len(prompt), len(text), rows)]
     found: list[Tensor] = []
     with engine._turn, torch.inference_mode():  # pyright: ignore[reportPrivateUsage]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from threading import Lock
+from functools import partial
+from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import TypeVar
 
@@ -18,44 +19,49 @@ ADMISSION_WAIT_S = 30.0
 Result = TypeVar("Result")
 
 
-class Ticket(Future[None]):
+class Ticket:
     """A place in the line for pages of `tokens` slots; to cancel it is to leave the line.
 
     They come into `pages`, which its owner gives back in any case.
     """
 
     def __init__(self, tokens: int, pages: list[int], admission: Admission) -> None:
-        super().__init__()
-        self.tokens, self.pages = tokens, pages
+        self.tokens, self.pages, self.done = tokens, pages, False
         self._admission, self._since = admission, monotonic()
+        # What wakes those who wait. A list of our own, for a Future swallows what a signal's handler raises.
+        self._waiting = deque[Callable[[], None]]()
 
     @property
     def patience(self) -> float:
         """Seconds it still makes sense to wait: `ADMISSION_WAIT_S` after anything of any request last moved."""
-        return 0.0 if self.done() else max(self._since, self._admission.moved) + ADMISSION_WAIT_S - monotonic()
+        return 0.0 if self.done else max(self._since, self._admission.moved) + ADMISSION_WAIT_S - monotonic()
 
     def grant(self) -> None:
-        """Let whoever waits go on; nothing where it is done already."""
-        with suppress(InvalidStateError):
-            self.set_result(None)
+        """Let whoever waits go on; again, where that was interrupted."""
+        self.done = True
+        for wake in list(self._waiting):
+            wake()
+
+    def cancel(self) -> None:
+        """Leave the line; whoever waits goes on without pages."""
+        self.grant()
 
     def wait(self) -> None:
         """Return when it is granted or cancelled, or when there is no more sense in waiting."""
-        # Not by `result`: the TimeoutError of a signal's handler would look like its own.
-        gate = Lock()
-        gate.acquire()
-        self.add_done_callback(lambda _: gate.release())
+        woken = SimpleQueue[None]()
+        self._waiting.append(partial(woken.put, None))
         while (left := self.patience) > 0:
-            gate.acquire(timeout=left)
+            with suppress(Empty):
+                woken.get(timeout=left)
 
     async def awaited(self) -> None:
         """As `wait`, for an event loop."""
-        future = asyncio.wrap_future(self)
-        try:
-            while (left := self.patience) > 0:
-                await asyncio.wait([future], timeout=left)
-        finally:
-            future.cancel()
+        loop = asyncio.get_running_loop()
+        woken = loop.create_future()
+        # A loop that is closed must not leave its tasks, and through them their requests, to be kept by this.
+        self._waiting.append(partial(_wake, loop, weakref.ref(woken)))
+        while not woken.done() and (left := self.patience) > 0:
+            await asyncio.wait([woken], timeout=left)
 
 
 class Admission:
@@ -117,12 +123,21 @@ class Admission:
         while self._line:
             ticket = self._line[0]
             # One that is done, or has its pages, was left here by an interrupt.
-            if not ticket.done() and not ticket.pages:
+            if not ticket.done and not ticket.pages:
                 if self.cache.pages_for(ticket.tokens) > self.cache.free_pages:
                     return
                 self.cache.reserve(ticket.tokens, ticket.pages)
             ticket.grant()
             self._line.popleft()
+
+
+def _wake(loop: asyncio.AbstractEventLoop, waiting: weakref.ref[asyncio.Future[None]]) -> None:
+    def wake() -> None:
+        if (woken := waiting()) is not None and not woken.done():
+            woken.set_result(None)
+
+    with suppress(RuntimeError):  # The loop is closed.
+        loop.call_soon_threadsafe(wake)
 
 
 def patiently(step: Callable[[], Result | Ticket]) -> Result:

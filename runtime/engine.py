@@ -33,7 +33,7 @@ from .methods import registry
 from .methods.autoregressive import Autoregressive
 from .methods.base import Method
 from .model import Model
-from .prompts import Prompt, Prompts, TokenIds, check_params, is_many, is_written, to_ids
+from .prompts import Prompt, Prompts, TokenIds, check_params, is_many, to_ids
 from .ranges import marks
 from .request import Chunk, Output, SamplingParams
 from .roster import Roster
@@ -261,16 +261,15 @@ class Engine:
     ) -> AsyncIterator[Chunk]:
         """As `stream`, for an event loop: all that may wait for the engine runs in a worker thread.
 
-        Text is encoded in a thread of the loop's default executor. A cancelled request ends after the round it is in.
+        It is prepared, and text encoded, in a thread of the loop's default executor. A cancelled request ends with the
+        turn under way, which the task does not wait for.
         """
         self._loaded()
         self._checked(params, method)
         loop = asyncio.get_running_loop()
         work = partial(loop.run_in_executor, self._pool)
-        if any(map(is_written, prompt if is_many(prompt) else [prompt])):
-            # On a thread of the loop's: the steps of other requests must not wait while a long text is encoded.
-            prompt = await loop.run_in_executor(None, self._encoded, prompt)
-        stream = await work(self._asked, prompt, params, method)
+        # Not where requests take their steps, which need not wait for a long text or many prompts.
+        stream = await loop.run_in_executor(None, self._asked, prompt, params, method)
         try:
             while not await work(stream.prepare):
                 pass
@@ -278,9 +277,7 @@ class Engine:
                 for chunk in chunks:
                     yield chunk
         finally:
-            if stream.stop():
-                # Under way whatever else happens to the task that waits for it here.
-                await asyncio.shield(work(stream.close))
+            stream.abandon()
 
     def close(self) -> None:
         """Give back the weights and the cache, after the turn under way.
@@ -340,11 +337,6 @@ class Engine:
 
     def _method(self, spec: registry.MethodSpec) -> Method:
         return self._turn.take(lambda: self._methods().get(spec))
-
-    def _encoded(self, prompt: Prompt | Prompts) -> Prompt | Prompts:
-        if is_many(prompt):
-            return [to_ids(one, self.tokenizer, self.config) for one in cast(Prompts, prompt)]
-        return to_ids(cast(Prompt, prompt), self.tokenizer, self.config)
 
     def _sequence(self, index: int, choice: int, ids: list[int], params: SamplingParams, seed: int) -> Sequence:
         text = TextStream(self.tokenizer, params.stop) if self.tokenizer else None

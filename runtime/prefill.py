@@ -11,7 +11,7 @@ from .plan import LayerPlan
 from .rows import Rows, one_sequence
 from .sequence import Sequence
 
-PREFILL_CHUNK = 1024
+PREFILL_CHUNK, CPU_CHUNK = 1024, 512
 
 
 def read(model: Model, cache: KVCache, sequence: Sequence, plan: LayerPlan) -> Tensor:
@@ -23,6 +23,11 @@ def read(model: Model, cache: KVCache, sequence: Sequence, plan: LayerPlan) -> T
     for rows in prompt_rows(model, sequence):
         hidden = model.forward(rows, cache, plan)
     return hidden[-1:]
+
+
+def prefill_chunk(device: torch.device) -> int:
+    """Rows of a prompt that are read in one turn; of smaller parts a CPU makes as much in all, and others wait less."""
+    return min(PREFILL_CHUNK, CPU_CHUNK) if device.type == "cpu" else PREFILL_CHUNK
 
 
 def prompt_rows(model: Model, sequence: Sequence) -> list[Rows]:
@@ -37,13 +42,13 @@ def text_rows(
 
     Either kind rotates as it did then. All have a prompt's tiles; with `as_decoded` those generated have decoding's.
     """
-    generated = model.ops.decode_tile if as_decoded else model.ops.prefill_tile
+    generated, chunk = model.ops.decode_tile if as_decoded else model.ops.prefill_tile, prefill_chunk(model.device)
     rows: list[Rows] = []
     for first, end, tile, length in (
         (start, prompt, model.ops.prefill_tile, prompt),
         (max(start, prompt), len(text), generated, None),
     ):
-        for at in range(first, end, PREFILL_CHUNK):
-            part = text[at : min(end, at + PREFILL_CHUNK)]
+        for at in range(first, end, chunk):
+            part = text[at : min(end, at + chunk)]
             rows.append(one_sequence(part, at, pages, tile, model.device, prompt=length))
     return rows

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from .errors import RequestError
 
-MAX_STOP_STRINGS = 64
+MAX_STOP_STRINGS, MAX_STOP_LENGTH = 64, 1024
 # Logits divided or multiplied by it must stay within float32.
 REPETITION_PENALTIES = 1e-6, 1e6
 
@@ -68,6 +68,8 @@ class SamplingParams:
             self._integer("logprobs", 0, 100)
         if len(stop) > MAX_STOP_STRINGS or not all(_is_text(s) for s in stop):
             raise RequestError(f"stop: expected at most {MAX_STOP_STRINGS} non-empty strings, got {self.stop!r}")
+        if (longest := max(map(len, stop), default=0)) > MAX_STOP_LENGTH:
+            raise RequestError(f"stop: expected strings of at most {MAX_STOP_LENGTH} characters, got one of {longest}")
         for text in stop:
             check_unicode("stop", text)
         ids = tuple(integer("stop_token_ids", token, 0) for token in self.stop_token_ids)
@@ -252,7 +254,10 @@ def _several(name: str, value: object, kind: str) -> tuple[Any, ...]:
         return ()
     if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
         raise RequestError(f"{name}: expected {kind}, got {value!r}")
-    return tuple(cast("Iterable[Any]", value))
+    try:
+        return tuple(cast("Iterable[Any]", value))
+    except TypeError:  # An array of no dimension.
+        raise RequestError(f"{name}: expected {kind}, got {value!r}") from None
 
 
 def _mapping(name: str, value: object) -> dict[int, float]:

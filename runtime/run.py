@@ -156,15 +156,15 @@ class Run:
             if self._enter is None:
                 self.events += self.method.tell()
             if self._ticket is not None:
-                ticket, self._ticket = self._ticket, None
-                shared.admission.withdraw(ticket)
+                shared.admission.withdraw(self._ticket)
             for sequence in self.sequences:
                 shared.admission.release(sequence.pages)
-        self._enter = self._rounds = self._reading = None
+        shared.runs.discard(self)
+        # Whoever was interrupted before this comes again, from the beginning.
+        self._shared = None
+        self._enter = self._rounds = self._reading = self._ticket = None
         self._waiting.clear()
         self._running.clear()
-        shared.runs.discard(self)
-        self._shared = None
 
     def _step(self, shared: Shared) -> list[Chunk] | Ticket:
         if self._reading is None:

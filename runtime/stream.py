@@ -51,13 +51,12 @@ class Stream(Iterator[Chunk]):
     def __del__(self) -> None:
         self._run.abandon()
 
-    def stop(self) -> bool:
-        """End with the step under way; whether it is still to be closed."""
-        self._run.stop()
-        return not self._run.over
+    def abandon(self) -> None:
+        """End the request without waiting: with the turn under way, if there is one."""
+        self._run.abandon()
 
     def close(self) -> None:
-        """End the request now; its pages are free when this returns."""
+        """End the request now; its pages are free when this returns, or with the turn that the thread is in."""
         self._run.close()
 
     @property

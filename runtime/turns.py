@@ -27,6 +27,8 @@ class Turns:
         # The gates of the thread that has the turn and of those that wait. Its operations are atomic, and every change
         # wakes the first: nothing here waits for a lock that the garbage collector or a signal might find taken.
         self._line = deque[Lock]()
+        # The threads whose gates these are, from before they stand in the line until after.
+        self._inside = dict[Lock, int]()
         self._late = deque[Callable[[], None]]()
         self._gate: Lock | None = None
         self._holder = self._depth = 0
@@ -51,6 +53,7 @@ class Turns:
         gate = Lock()
         gate.acquire()
         try:
+            self._inside[gate] = get_ident()
             self._line.append(gate)
             if self._line[0] is not gate:
                 gate.acquire()
@@ -59,6 +62,7 @@ class Turns:
         except BaseException:
             # The handler of a signal may raise at any line: nobody else would leave.
             self._leave(gate)
+            self._catch_up()
             raise
 
     def __exit__(self, *_: object) -> None:
@@ -85,7 +89,10 @@ class Turns:
                 self.__exit__()
 
     def after(self, work: Callable[[], None]) -> None:
-        """Do `work` in a turn without waiting for one: now if nobody has it, else at the end of the one under way."""
+        """Do `work` in a turn without waiting for one: now if nobody has it, else at the end of the one under way.
+
+        An interrupt in the middle of it may have it done twice.
+        """
         self._late.append(work)
         self._catch_up()
 
@@ -94,8 +101,11 @@ class Turns:
         self._resting = True
 
     def alone(self, work: Callable[[], None]) -> None:
-        """Do `work` in a turn of its own; inside a turn, at its end."""
-        if self.held:
+        """Do `work` in a turn of its own; in a thread that has one, or has a place in the line, at its end.
+
+        Such a thread comes here from the handler of a signal, or from a finaliser of the garbage collector.
+        """
+        if get_ident() in self._inside.values():
             self.after(work)
             return
         self.take(work)
@@ -108,8 +118,7 @@ class Turns:
     def _finish(self, gate: Lock | None) -> None:
         self._depth = 1
         try:
-            while self._late:
-                self._late.popleft()()
+            self._work_off()
             if self._computes and (self._resting or len(self._line) > 1):
                 # Else the threads of whoever is next would share the processors with those of this one.
                 disband()
@@ -130,12 +139,28 @@ class Turns:
             # Nobody waits, or the first has been woken already.
             with suppress(IndexError, RuntimeError):
                 self._line[0].release()
+            if gate is not None:
+                self._inside.pop(gate, None)
+
+    def _work_off(self) -> None:
+        """Do what was left for the end of a turn."""
+        while self._late:
+            work = self._late[0]
+            try:
+                work()
+            except BaseException:
+                # Somebody else's, whom an interrupt of this thread must not cost anything.
+                work()
+                raise
+            finally:
+                self._late.remove(work)
 
     def _catch_up(self) -> None:
         while self._late:
             gate = Lock()
             gate.acquire()
             try:
+                self._inside[gate] = get_ident()
                 self._line.append(gate)
                 if first := self._line[0] is gate:
                     self._begin(gate)

@@ -19,7 +19,7 @@ from .methods.base import Method, sampled
 from .methods.policy import Policy
 from .model import Model
 from .plan import LayerPlan
-from .prefill import PREFILL_CHUNK
+from .prefill import prefill_chunk
 from .request import SamplingParams
 from .sequence import Sequence
 from .speculate import speculate
@@ -116,7 +116,7 @@ class Rehearsal:
 
     def _prompts(self) -> Iterable[int]:
         """A length for each power of two of a prompt's rows that has kernels of its own: from a tile of them on."""
-        most, tile = min(self._context - 1, PREFILL_CHUNK), self._model.ops.prefill_tile or 1
+        most, tile = min(self._context - 1, prefill_chunk(self._model.device)), self._model.ops.prefill_tile or 1
         return {min(most, tile << power) for power in range((most // tile).bit_length() + 1)}
 
     def _prefilled(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from skipjack import ConfigError, Engine, RequestError, SamplingParams
 from skipjack.kernels import environment
@@ -41,6 +42,9 @@ from skipjack.runtime.options import read_prompt
         ({"stop": 5}, "stop: expected strings"),
         ({"stop": b"ab"}, "stop: expected strings"),
         ({"stop": [5]}, "stop: expected at most 64 non-empty strings"),
+        ({"stop": ["a", " " * 1025]}, "stop: expected strings of at most 1024 characters, got one of 1025"),
+        ({"stop": np.array("a")}, "stop: expected strings, got array"),
+        ({"stop_token_ids": torch.tensor(5)}, r"stop_token_ids: expected token ids, got tensor\(5\)"),
         ({"stop_token_ids": 5}, "stop_token_ids: expected token ids"),
         ({"stop_token_ids": "12"}, "stop_token_ids: expected token ids"),
         ({"stop_token_ids": [[1]]}, "stop_token_ids: expected an integer"),

@@ -164,6 +164,50 @@ def test_a_request_goes_on_waiting_when_another_got_on_at_the_last_moment(
     assert len(list(second)) == 3
 
 
+def test_a_loops_request_goes_on_waiting_where_a_threads_would(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = engine.stream([1], everything(engine))
+    next(first)
+
+    async def serve() -> list[int]:
+        waiting = asyncio.create_task(engine.astream([1], SHORT).__anext__())
+        assert engine._admission is not None
+        while not engine._admission._line:
+            await asyncio.sleep(0.01)
+        # Its patience ends inside a turn of another's, which is longer.
+        with held(engine), monkeypatch.context() as patch:
+            patch.setattr("skipjack.runtime.admission.ADMISSION_WAIT_S", -1e9)
+            (ticket,) = engine._admission._line
+            ticket._waiting[0]()
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        first.close()
+        return list((await asyncio.wait_for(waiting, LIMIT_S)).token_ids)
+
+    assert asyncio.run(serve()) == engine.generate([1], SHORT).token_ids[:1]
+
+
+def test_a_loop_that_is_closed_while_a_request_waits_costs_no_pages(engine: Engine) -> None:
+    first, loop = engine.stream([1], everything(engine)), asyncio.new_event_loop()
+    next(first)
+
+    async def wait() -> None:
+        async for _ in engine.astream([5], SHORT):
+            pass
+
+    task = loop.create_task(wait())
+    assert engine._admission is not None
+    while not engine._admission._line:
+        loop.run_until_complete(asyncio.sleep(0.01))
+    loop.close()
+    del task, loop
+    gc.collect()
+    first.close()
+    gc.collect()
+    assert free(engine)
+    assert not engine._runs
+
+
 def test_a_request_cancelled_while_it_waits_leaves_the_line(engine: Engine) -> None:
     large = everything(engine)
     first = engine.stream([1], large)

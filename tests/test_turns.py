@@ -110,6 +110,79 @@ def test_work_that_may_not_wait_is_done_when_the_turn_under_way_ends() -> None:
     assert not turns._line
 
 
+def test_work_of_a_thread_that_is_coming_into_its_turn_is_left_to_the_end_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a finaliser or a signal's handler does there must not stand in the line behind its own thread."""
+    turns, done = Turns(CPU), list[bool]()
+
+    def with_work(patch: pytest.MonkeyPatch, own: Callable[..., None], before: bool) -> Callable[..., None]:
+        def step(*given: Any) -> None:
+            patch.undo()
+            if not before:
+                own(*given)
+            for _ in range(2):
+                turns.alone(lambda: done.append(turns.held))
+            if before:
+                own(*given)
+
+        return step
+
+    for name, before in (("_begin", True), ("_begin", False), ("_leave", True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(turns, name, with_work(patch, getattr(turns, name), before))
+            thread = threading.Thread(target=lambda: turns.take(lambda: None), daemon=True)
+            thread.start()
+            thread.join(30)
+            assert not thread.is_alive(), name
+    assert done == [True] * 6
+    assert not turns._line
+    assert not turns._inside
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_signals_handler_may_leave_work_while_its_thread_waits_for_a_turn() -> None:
+    turns, go, done = Turns(CPU), threading.Event(), list[str]()
+
+    def hold() -> None:
+        with turns:
+            go.wait(30)
+
+    def handler(*_: object) -> None:
+        for name in ("one", "two"):
+            turns.alone(lambda name=name: done.append(name))
+        go.set()
+
+    holder, usual = threading.Thread(target=hold), signal.signal(signal.SIGALRM, handler)
+    holder.start()
+    until(lambda: turns.taken)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        turns.take(lambda: done.append("own"))
+    finally:
+        signal.signal(signal.SIGALRM, usual)
+    assert sorted(done) == ["one", "own", "two"]
+
+
+def test_an_interrupt_of_work_that_was_left_costs_nobody_anything() -> None:
+    turns, done = Turns(CPU), list[str]()
+
+    def work() -> None:
+        done.append("begun")
+        if len(done) == 1:
+            raise TimeoutError("a deadline of this thread's")
+        done.append("whole")
+
+    def leave() -> None:
+        turns.after(work)
+        turns.after(lambda: done.append("next"))
+
+    with pytest.raises(TimeoutError):
+        turns.take(leave)
+    turns.take(lambda: None)
+    assert done == ["begun", "begun", "whole", "next"]
+
+
 def test_work_that_fails_gives_the_turn_back() -> None:
     turns = Turns(CPU)
     with pytest.raises(ZeroDivisionError), turns:
@@ -170,14 +243,14 @@ def test_pages_go_to_whoever_asked_first_even_where_a_later_one_would_fit(admiss
     assert admission.take(24, held)
     large, small = asked(admission, 32), asked(admission, 8)
     assert not admission.take(8, []), "others were first"
-    assert not large.done()
-    assert not small.done()
+    assert not large.done
+    assert not small.done
     admission.release(held)
-    assert large.done()
+    assert large.done
     assert len(large.pages) == 4
-    assert not small.done()
+    assert not small.done
     admission.withdraw(large)
-    assert small.done()
+    assert small.done
     assert len(small.pages) == 1
     admission.withdraw(small)
     assert admission.cache.free_pages == 4
@@ -188,7 +261,7 @@ def test_a_ticket_that_is_cancelled_makes_room_for_the_next(admission: Admission
     large, small = asked(admission, 32), asked(admission, 8)
     large.cancel()
     admission.release([])
-    assert small.done()
+    assert small.done
     admission.redeem(small)
     assert len(small.pages) == 1
     assert admission.cache.free_pages == 0
@@ -240,11 +313,35 @@ def test_an_interrupt_in_the_line_loses_neither_pages_nor_those_behind(
         behind = asked(admission, 8)
         admission.release(held)
         admission.withdraw(first)
-        assert behind.done()
+        assert behind.done
         admission.withdraw(behind)
         assert admission.cache.free_pages == 4
         assert not admission._line
         first = Ticket(32, mine, admission)
+
+
+def test_an_interrupt_at_a_grant_is_not_swallowed_and_the_one_granted_goes_on(admission: Admission) -> None:
+    held: list[int] = []
+    admission.take(32, held)
+    ticket = asked(admission, 8)
+    waiting = threading.Thread(target=ticket.wait)
+    waiting.start()
+    until(lambda: len(ticket._waiting) == 1)
+    (wake,), struck = ticket._waiting, list[bool]()
+
+    def interrupted() -> None:
+        wake()
+        if not struck:
+            struck.append(True)
+            raise TimeoutError("too late")
+
+    ticket._waiting[0] = interrupted
+    with pytest.raises(TimeoutError, match="too late"):
+        admission.release(held)
+    waiting.join(ADMISSION_WAIT_S / 2)
+    assert not waiting.is_alive()
+    admission.release([])
+    assert not admission._line
 
 
 def test_waiting_has_an_end_only_when_nothing_moves(admission: Admission, monkeypatch: pytest.MonkeyPatch) -> None:
