@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from time import perf_counter
 
 from torch import Tensor
@@ -16,7 +15,7 @@ from .costs import weight_pass
 from .methods.base import Method
 from .methods.policy import Policy
 from .model import Model
-from .prefill import prompt_rows
+from .prefill import Reading, read
 from .request import Piece
 from .sampling import choose, tell
 from .sequence import Sequence, firsts
@@ -34,43 +33,38 @@ def reading(
 
     A `sibling` that has read the same prompt and still has its pages leaves it to be copied.
     """
-    if sibling is None or sibling.entered is None:
-        passes = _passes(model, cache, sequence, method)
-    else:
-        passes = [(0, partial(_copied, cache, sequence, sibling.pages, sibling.entered))]
-    for number, (rows, run) in enumerate(passes, 1):
-        start, pieces = perf_counter(), None
+    parts = _parts(model, cache, sequence, method, sibling)
+    rows, pieces = next(parts), None
+    while pieces is None:
+        start = perf_counter()
         with model.mark("prefill", 1, rows):
-            hidden = run()
-            if number == len(passes):
+            try:
+                rows = next(parts)
+            except StopIteration as end:
+                hidden: Tensor = end.value
                 batch = Batch.of([sequence], model.ops.decode_tile, model.device)
                 if sequence.params.n > 1 and not isinstance(method, Policy):
-                    sequence.entered = hidden[-1:].clone()
-                chosen = choose(model, hidden[-1:], batch, batch.last[:, None])
+                    sequence.entered = hidden.clone()
+                chosen = choose(model, hidden, batch, batch.last[:, None])
                 pieces = sequence.extend(ints(chosen.token[0]), 0)
                 tell(model, [sequence], [pieces], chosen.logits)
         sequence.counters.prefill_s += perf_counter() - start
         yield pieces
 
 
-def _copied(cache: KVCache, sequence: Sequence, pages: list[int], entered: Tensor) -> Tensor:
-    cache.copy(pages, sequence.pages, len(sequence.prompt))
-    return entered
-
-
-def _passes(model: Model, cache: KVCache, sequence: Sequence, method: Method) -> list[tuple[int, Callable[[], Tensor]]]:
-    """What reads a prompt, and how many rows of it at a time: chunks, or all at once where a policy reads it."""
+def _parts(
+    model: Model, cache: KVCache, sequence: Sequence, method: Method, sibling: Sequence | None
+) -> Reading[Tensor]:
+    """The residual stream [1, H] of a prompt's last token, which a sibling may have left."""
+    if sibling is not None and sibling.entered is not None:
+        yield 0
+        cache.copy(sibling.pages, sequence.pages, len(sequence.prompt))
+        return sibling.entered
     if not isinstance(method, Policy):
-        return [
-            (len(rows), partial(model.forward, rows, cache, method.prompt)) for rows in prompt_rows(model, sequence)
-        ]
-
-    def read() -> Tensor:
-        step = method.read(model, cache, sequence)
-        sequence.layers_used += step.used
-        return step.hidden
-
-    return [(len(sequence.prompt), read)]
+        return (yield from read(model, cache, sequence, method.prompt))
+    step = yield from method.read(model, cache, sequence)
+    sequence.layers_used += step.used
+    return step.hidden
 
 
 def decode(model: Model, cache: KVCache, sequences: list[Sequence], policy: Policy) -> list[list[Piece]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from typing import TypeAlias, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -14,13 +17,19 @@ from .sequence import Sequence
 PREFILL_CHUNK, CPU_CHUNK = 1024, 512
 
 
-def read(model: Model, cache: KVCache, sequence: Sequence, plan: LayerPlan) -> Tensor:
+Result = TypeVar("Result")
+# Between its parts, of each of which it first tells the rows, others take their turns.
+Reading: TypeAlias = Generator[int, None, Result]
+
+
+def read(model: Model, cache: KVCache, sequence: Sequence, plan: LayerPlan) -> Reading[Tensor]:
     """Cache a prompt: the residual stream [1, H] of its last token.
 
     The prompt has tiles of its own, of the same size for every prompt and batch: its neighbours cannot change it.
     """
     hidden = torch.empty(0, device=model.device)
     for rows in prompt_rows(model, sequence):
+        yield len(rows)
         hidden = model.forward(rows, cache, plan)
     return hidden[-1:]
 

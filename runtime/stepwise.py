@@ -9,7 +9,7 @@ Result = TypeVar("Result")
 Stepwise: TypeAlias = Generator[None, None, Result]
 
 
-def at_once(steps: Stepwise[Result]) -> Result:
+def at_once(steps: Generator[object, None, Result]) -> Result:
     """What the steps come to, all of them now."""
     while True:
         try:

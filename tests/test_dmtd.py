@@ -32,6 +32,7 @@ from skipjack.runtime.methods.dmtd import Cycles, DirectMultiToken
 from skipjack.runtime.model import Model
 from skipjack.runtime.report import report
 from skipjack.runtime.sequence import Sequence
+from skipjack.runtime.stepwise import at_once
 
 PROMPTS = [[5, 9, 200, 31], [7] * 3, list(range(20, 31)), [400, 3, 3, 17, 250, 8]]
 CONVENTIONS = [f"prefill={a},phase={b}" for a, b in product(("plain", "readd", "cyclic"), ("prompt", "absolute"))]
@@ -146,7 +147,7 @@ def test_golden_cases(golden: Path, audit: Callable[..., Any], case: str) -> Non
         assert isinstance(method, DirectMultiToken)
         sequence = Sequence(0, 0, prompt, params, 0, frozenset(), 512, None, pages=kv.reserve(len(prompt)))
         with torch.inference_mode():
-            logits = model.logits(method.read(model, kv, sequence).hidden)[0]
+            logits = model.logits(at_once(method.read(model, kv, sequence)).hidden)[0]
         kv.release(sequence.pages)
         reference = teacher.logits(prompt + output.token_ids, len(prompt), options)
         check_choices(reference, prompt, output.token_ids)

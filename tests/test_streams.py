@@ -226,6 +226,35 @@ def test_a_request_cancelled_while_it_waits_leaves_the_line(engine: Engine) -> N
     asyncio.run(serve())
 
 
+@pytest.mark.parametrize(
+    ("shape", "method", "parts"),
+    [
+        ("tiny", "unified:speedup=2", 3),
+        ("tiny", "static:skip=3,kv=fill", 3),
+        ("tiny-dmtd", "dmtd", 3),
+        ("tiny-mindskip", "mindskip", 8),
+        ("routed-tiny", "flexidepth", 3),
+        ("routed-tiny", "flexidepth:kv=none", 3),
+    ],
+)
+def test_a_lossy_method_reads_a_prompt_in_parts_between_which_others_go_on(
+    shape: str, method: str, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill_module, "PREFILL_CHUNK", 64)
+    config = ModelConfig.parse(synthetic_config(shape), shape)
+    with Engine(config, synthetic_weights(config, 0, torch.float32, 0.3), method=method) as engine:
+        params = SamplingParams(max_tokens=9, ignore_eos=True)
+        prompts = [[(7 * i + j) % 500 + 3 for i in range(150)] for j in range(2)]
+        alone = [engine.generate(prompt, params).token_ids for prompt in prompts]
+        streams, turns = [engine.stream(prompt, params) for prompt in prompts], 0
+        while not all(stream.outputs[0].finish_reason == "length" for stream in streams):
+            turns += not streams[0].outputs[0].token_ids
+            for stream in streams:
+                stream.advance()
+        assert turns == parts
+        assert [stream.outputs[0].token_ids for stream in streams] == alone
+
+
 def test_a_request_cancelled_twice_gives_its_pages_back(engine: Engine) -> None:
     """The second cancellation comes while the first is being dealt with, another thread having the turn."""
 

@@ -16,7 +16,7 @@ from ..errors import RequestError
 from ..laid import Pass
 from ..model import Model
 from ..plan import LayerPlan
-from ..prefill import prompt_rows
+from ..prefill import Reading, prompt_rows
 from ..recipe import Steps
 from ..sequence import Sequence
 from .base import Method
@@ -167,11 +167,12 @@ class DirectMultiToken(Policy):
         """At heads only, where cycles start with a prompt's end: sequences whose heads coincide share their passes."""
         return self._options.phase == "absolute" or all(self._is_head(sequence) for sequence in running)
 
-    def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Step:
+    def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Reading[Step]:
         shape = (self.horizon, model.config.hidden_size)
         sequence.memory = torch.zeros(shape, dtype=model.dtype, device=model.device)
         hidden = torch.empty(0, device=model.device)
         for rows in prompt_rows(model, sequence):
+            yield len(rows)
             laid = model.lay(rows, cache)
             x = model.embed(laid)
             model.run(laid, cache, self.encoding, x)

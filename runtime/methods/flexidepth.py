@@ -14,7 +14,7 @@ from ..cache import KVCache
 from ..calibration import Encode
 from ..model import Model
 from ..plan import LayerPlan
-from ..prefill import prompt_rows
+from ..prefill import Reading, prompt_rows
 from ..recipe import Steps
 from ..routes import Routes, layers_used
 from ..sequence import Sequence
@@ -79,12 +79,13 @@ class FlexiDepth(Policy):
     def steps(self) -> Steps:
         return RoutedSteps(self._full, self._own)
 
-    def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Step:
+    def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Reading[Step]:
         routing = model.config.routing
         count = 0 if routing is None else len(routing.layers)
         kept = None if self._own else torch.zeros(count, 1, dtype=torch.int64, device=model.device)
         hidden, used = torch.empty(0, device=model.device), list[float]()
         for rows in prompt_rows(model, sequence):
+            yield len(rows)
             routes: Routes = {}
             hidden = model.forward(rows, cache, self.prompt, routes=routes, kept=kept)
             used += _floats(layers_used(routes, model.config.num_layers))

@@ -15,7 +15,7 @@ from ..cache import KVCache
 from ..laid import Pass
 from ..model import Model
 from ..plan import LayerPlan
-from ..prefill import prompt_rows
+from ..prefill import Reading, prompt_rows
 from ..recipe import Steps
 from ..sequence import Sequence
 from .policy import Policy, Step
@@ -60,7 +60,7 @@ class MindSkip(Policy):
     name = "mindskip"
     checkpoints = ("llama_mindskip", "qwen2_mindskip")
 
-    def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Step:
+    def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Reading[Step]:
         """Layer by layer over the whole prompt, for a router sees the mean of all its tokens; nothing waits for the
         decisions.
         """
@@ -69,6 +69,7 @@ class MindSkip(Policy):
         passes = [_shared(model.lay(rows, cache), active) for rows in chunks]
         streams = [model.embed(laid) for laid in passes]
         for layer in layers:
+            yield len(sequence.prompt)
             if layer in model.attention_routers:
                 real = [x[: len(rows)] for x, rows in zip(streams, chunks, strict=True)]
                 logit, active[2 * layer] = _route(model, layer, real)

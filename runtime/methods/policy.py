@@ -13,7 +13,7 @@ from ..batch import Batch
 from ..cache import KVCache
 from ..model import Model
 from ..plan import LayerPlan
-from ..prefill import read
+from ..prefill import Reading, read
 from ..recipe import Recipe, Steps
 from ..sequence import Sequence
 from .base import Method
@@ -41,7 +41,7 @@ class Policy(Method):
     # The most tokens a sequence can get, in the long run, of one reading of all weights; None where routes decide.
     bound: float | None = None
 
-    def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Step:
+    def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Reading[Step]:
         """Cache the prompt of one sequence, whatever else runs; S = 1."""
         raise NotImplementedError
 
@@ -89,8 +89,9 @@ class PlannedSteps(Steps):
 class Planned(Policy):
     """A policy that has decided beforehand: the plan `prompt` reads every prompt and `target` every token after it."""
 
-    def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Step:
-        return Step(read(model, cache, sequence, self.prompt), [self.prompt.layers_kept])
+    def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Reading[Step]:
+        hidden = yield from read(model, cache, sequence, self.prompt)
+        return Step(hidden, [self.prompt.layers_kept])
 
     @property
     def steps(self) -> Steps:
