@@ -189,13 +189,13 @@ def _misread(side: Side, config: ModelConfig, between: bool) -> int:
     turns, wrong = (torch.zeros(1, dtype=torch.int32, device=side.device) for _ in range(2))
     weight, x = side.ops.prepare(_drawn(side, hidden, hidden)), _drawn(side, rows, hidden)
     sums = torch.zeros(rows, hidden, dtype=side.dtype, device=side.device)
-    dependent, steps = launch.dependent(launch.architecture()), 20000 if side.device.type == "cuda" else 3
+    steps = 20000 if side.device.type == "cuda" else 3
 
     def run() -> None:
         for _ in range(ROUNDS):
             sums.zero_()
             flip = cast("Any", _flip_kernel)[(1,)]
-            flip(flags.view(torch.int8), turns, COUNT=rows, STEPS=steps, PDL=dependent, **launch.options(1, 1))
+            flip(flags.view(torch.int8), turns, COUNT=rows, STEPS=steps, **launch.options(1, 1))
             if between:
                 side.ops.linear(x, weight, tile=side.ops.decode_tile)
             side.ops.linear(x, weight, tile=side.ops.decode_tile, residual=sums, active=flags, settled=True)

@@ -122,7 +122,6 @@ def attend(
         GROUP_PADDED=rule.heads,
         IN_ORDER=in_order,
         EVEN=index.tile is None,
-        PDL=launch.dependent(arch),
         **launch.options(rule.warps, rule.stages, rule.registers) | {"enable_fp_fusion": False},
     )
     if apart:

@@ -114,7 +114,7 @@ def branch(
     on while it has fewer than that and than fit, and p ≥ threshold float32 [], if there is one.
     """
     sequences, siblings = token.shape
-    token = token if token.stride(1) == 1 else token.contiguous()
+    token = launch.rows_of(token)
     _branch_kernel[(sequences,)](
         *tree,
         room,
@@ -130,6 +130,5 @@ def branch(
         ABOVE=tuple(above for above, _ in widths),
         WIDTHS=tuple(count for _, count in widths),
         BLOCK=max(16, 1 << (siblings - 1).bit_length()),
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(1, 1),
     )

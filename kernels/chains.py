@@ -162,6 +162,5 @@ def verify_chain(
         BLOCK=rule.block,
         BLOCKS=rule.blocks,
         ROWS=max(16, 1 << k.bit_length()),
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(max(1, rule.block // 256)),
     )

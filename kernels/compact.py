@@ -74,8 +74,8 @@ def compact(keys: Tensor, values: Tensor, block_table: Tensor, path: Tensor, acc
     sequences, rows = path.shape
     if rows == 1:
         return
-    block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-    path = path if path.stride(1) == 1 else path.contiguous()
+    block_table = launch.rows_of(block_table)
+    path = launch.rows_of(path)
     _compact_kernel[(sequences, layers, kv_heads)](
         keys,
         values,
@@ -91,6 +91,5 @@ def compact(keys: Tensor, values: Tensor, block_table: Tensor, path: Tensor, acc
         D=head_dim,
         DEPTH=max(16, 1 << (rows - 1).bit_length()),
         BLOCK_D=1 << (head_dim - 1).bit_length(),
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(4),
     )

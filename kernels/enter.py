@@ -208,7 +208,6 @@ def enter(
         KV_HEADS=kv_heads,
         BLOCK_H=block,
         BLOCK_D=1 << (dim - 1).bit_length(),
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(4, 1),
     )
     tokens, position, sequence, page, offset = laid

@@ -208,6 +208,5 @@ def fill_kv(
         BLOCK_K=rule.block_k,
         PARTS=rule.parts,
         ROWS=rule.rows,
-        PDL=launch.dependent(arch),
         **launch.options(rule.warps, rule.stages, rule.registers),
     )

@@ -179,7 +179,7 @@ def head(
     that are not `active` bool [R] are undefined.
     """
     rows, vocabulary = x.shape[0], weight.rows
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = launch.rows_of(x)
     active = None if active is None else active.contiguous()
     arch = launch.architecture()
     short = statistics_first(norm, x.dtype)
@@ -216,7 +216,6 @@ def head(
         PARTS=rule.parts,
         CHUNK=rule.chunk,
         ROWS=rule.rows,
-        PDL=launch.dependent(arch),
         **launch.options(rule.warps, rule.stages, rule.registers),
     )
     merge = launch.merge_rule(blocks, kept, arch)
@@ -234,7 +233,6 @@ def head(
         BLOCK_N=rule.block_n,
         LANES=merge.lanes,
         SHARE=merge.share,
-        PDL=launch.dependent(arch),
         **launch.options(merge.warps),
     )
     if top_k is None:

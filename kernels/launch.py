@@ -6,6 +6,7 @@ Architectures are compute capabilities times ten, 90 for sm_90; 0 is the interpr
 from functools import cache
 from typing import Any, NamedTuple, cast
 
+from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
@@ -103,13 +104,21 @@ def _nvidia() -> bool:
 
 
 def options(warps: int, stages: int = 2, registers: int | None = None) -> dict[str, Any]:
-    """Keyword arguments of every launch; `registers`: what a thread may take, None leaves it to the assembler.
+    """Keyword arguments of every launch, PDL among them, which says whether it is a dependent one.
+
+    `registers`: what a thread may take, None leaves it to the assembler.
 
     NVIDIA's assembler spills now and then to fit one more program on a processor; told a limit, it does not.
     """
     chosen: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    if dependent(architecture()):
+    chosen["PDL"] = dependent(architecture())
+    if chosen["PDL"]:
         chosen["launch_pdl"] = True
     if registers is not None and _nvidia():
         chosen["maxnreg"] = registers
     return chosen
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x with its last dimension contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()

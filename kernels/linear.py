@@ -213,7 +213,7 @@ def linear(
     this one reads, which the L2 cache is asked for while this one waits, unless there is `active` that is not settled.
     """
     rows = x.shape[0]
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = launch.rows_of(x)
     width = weight.rows // 2 if activation == "silu_gate" else weight.rows
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device) if residual is None else residual
     arch = launch.architecture()
@@ -253,7 +253,6 @@ def linear(
         CHUNK=rule.chunk,
         ROWS=rule.rows,
         SETTLED=settled,
-        PDL=launch.dependent(arch),
         **launch.options(rule.warps, rule.stages, rule.registers),
     )
     return out

@@ -79,7 +79,7 @@ def reshape_logits(logits: Tensor, how: Reshaping, length: Tensor, draft: Tensor
     length int64 [S]: tokens before each sequence's newest. draft int64 [S, n, D]: the draft tokens between the newest
     one and each of its n rows, which count as if they stood in the answer; −1 stands for none.
     """
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    logits = launch.rows_of(logits)
     rows, size = logits.shape
     _, n, depth = draft.shape
     rule = launch.vocabulary_rule(size)
@@ -96,7 +96,6 @@ def reshape_logits(logits: Tensor, how: Reshaping, length: Tensor, draft: Tensor
         depth,
         V=size,
         BLOCK=rule.block,
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(rule.warps),
     )
     return scores
@@ -159,7 +158,7 @@ def logprobs(logits: Tensor, token: Tensor, active: Tensor, *, top: int) -> Logp
 
     Equal logits are told lowest id first. The results of rows that are not `active` bool [R] are undefined.
     """
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    logits = launch.rows_of(logits)
     rows, size = logits.shape
     rule = launch.vocabulary_rule(size)
     values = torch.empty((rows, 1 + top), dtype=torch.float32, device=logits.device)
@@ -175,7 +174,6 @@ def logprobs(logits: Tensor, token: Tensor, active: Tensor, *, top: int) -> Logp
         V=size,
         BLOCK=rule.block,
         BLOCKS=1 << (-(-size // rule.block) - 1).bit_length(),
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(rule.warps),
     )
     return Logprobs(values, ids)

@@ -293,7 +293,7 @@ def lookup(
     )
     own = matches(text, length, None, max_ngram, votes)
     rule = lookup_rule(text.shape[1], votes)
-    sizes = {"BLOCKS": rule.blocks, "KEPT": rule.kept, "PDL": launch.dependent(launch.architecture())}
+    sizes = {"BLOCKS": rule.blocks, "KEPT": rule.kept}
     nodes = max(16, 1 << num_draft_tokens.bit_length())
     if votes is None:
         _continuation_kernel[(sequences,)](
@@ -350,11 +350,8 @@ def lookup(
         num_draft_tokens,
         VOTES=voters,
         NODES=nodes,
-        PDL=sizes["PDL"],
         **launch.options(max(1, voters // VOTES_PER_WARP), 1, registers=launch.PRODUCT_REGISTERS),
     )
     if tree:
-        _lineage_kernel[(sequences,)](
-            *found[2:], num_draft_tokens, NODES=nodes, PDL=sizes["PDL"], **launch.options(1, 1)
-        )
+        _lineage_kernel[(sequences,)](*found[2:], num_draft_tokens, NODES=nodes, **launch.options(1, 1))
     return found

@@ -133,7 +133,6 @@ def matches(text: Tensor, length: Tensor, memory: Tensor | None, max_ngram: int,
         BLOCK=rule.block,
         BLOCKS=rule.blocks,
         KEPT=rule.kept,
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(4, 1),
     )
     return Matches(counts, longer, places, blocks)

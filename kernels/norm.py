@@ -40,7 +40,7 @@ def _normalise_kernel(
 def normalise(x: Tensor, norm: Norm) -> Tensor:
     """RMSNorm: w·x/√(mean x² + eps); LayerNorm: w·(x − mean)/√(var + eps) + b. [R, H] → [R, H]."""
     rows, hidden = x.shape
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = launch.rows_of(x)
     out = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
     rule = launch.norm_rule(hidden)
     _normalise_kernel[(rows,)](
@@ -52,7 +52,6 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
         norm.eps,
         H=hidden,
         BLOCK_H=rule.block,
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(rule.warps),
     )
     return out

@@ -121,7 +121,6 @@ def partials_of(
         V=size,
         BLOCK=rule.block,
         SEGMENT=rule.segment,
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(max(1, rule.block // 256)),
     )
     return Partials(segment, peak, total, edge, race)

@@ -155,7 +155,6 @@ def warping_of(scores: Tensor, rules: list[Tensor], arrivals: Tensor) -> tuple[T
         TILE=rule.tile,
         ROOM=rule.kept // rule.parts,
         PROGRAMS=rule.parts,
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(rule.warps, registers=launch.PRODUCT_REGISTERS),
     )
     return warping, best

@@ -46,7 +46,6 @@ def weighed(x: Tensor, norm: Norm | None, rule: product_rules.ProductRule) -> tu
         K=columns,
         BLOCK_K=rule.block_k,
         PARTS=rule.parts,
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(warps=4),
     )
     return out, None, inverse_rms

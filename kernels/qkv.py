@@ -301,7 +301,6 @@ def qkv_rope_append(
         CHUNK=rule.chunk,
         ROWS=rule.rows,
         SETTLED=settled and active is not None and active.is_contiguous() and launch.dependent(arch),
-        PDL=launch.dependent(arch),
         **launch.options(rule.warps, rule.stages, rule.registers),
     )
     return q

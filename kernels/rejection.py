@@ -166,8 +166,8 @@ def verify_rejection(
     """
     sequences, k = draft.shape
     draft_scores = draft_scores if k else None
-    scores, draft, parent = scores.contiguous(), rows_of(draft), None if parent is None else rows_of(parent)
-    drawn = None if drawn is None else rows_of(drawn)
+    scores, draft = scores.contiguous(), launch.rows_of(draft)
+    parent, drawn = (None if each is None else launch.rows_of(each) for each in (parent, drawn))
     size = scores.shape[2]
     rule = launch.vocabulary_rule(size)
     rules = [field.contiguous() for field in (temperature, top_k, top_p, min_p)]
@@ -214,7 +214,6 @@ def verify_rejection(
         V=size,
         BLOCK=max(16, rule.block // 4),
         ROWS=max(16, 1 << k.bit_length()),
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(max(1, rule.warps // 2), registers=launch.PRODUCT_REGISTERS),
     )
     draw(scores, warping, best, rules[0], residual, seed, verdict, left, arrivals)
@@ -226,8 +225,3 @@ def empty_verdict(draft: Tensor) -> Verdict:
     sequences, k = draft.shape
     accepted, token, length = (torch.empty(sequences, dtype=torch.int64, device=draft.device) for _ in range(3))
     return Verdict(accepted, token, length, torch.empty((sequences, k + 1), dtype=torch.int64, device=draft.device))
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()

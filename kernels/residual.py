@@ -228,6 +228,5 @@ def draw(
         V=size,
         BLOCK=rule.block,
         BLOCKS=rule.blocks,
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(max(1, rule.block // 256)),
     )

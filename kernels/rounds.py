@@ -91,7 +91,6 @@ def extend(
         out.stride(0),
         sequences,
         BLOCK_S=BLOCK,
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(1, 1),
     )
     return drafted
@@ -238,6 +237,5 @@ def commit(
         report.shape[0],
         0 if text is None else text.shape[1],
         NODES=max(16, 1 << k.bit_length()),
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(1, 1),
     )

@@ -57,7 +57,6 @@ def row_map(active: Tensor) -> RowMap:
         active.stride(1),
         rows,
         BLOCK=launch.ROW_MAP_BLOCK,
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(warps=4),
     )
     return RowMap(row, count)
@@ -203,7 +202,6 @@ def route(
         ROWS=rule.rows,
         BLOCK_R=min(4, rule.rows),
         BLOCK_CODE=triton.next_power_of_2(width),
-        PDL=launch.dependent(arch),
         **launch.options(rule.warps, rule.stages, rule.registers),
     )
     return Route(weight, rest, run, skip)

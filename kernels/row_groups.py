@@ -25,7 +25,6 @@ def row_groups(index: TritonIndex, rows: int) -> RowGroups:
             count,
             GROUP_ROWS=rows,
             BLOCK=1024,
-            PDL=launch.dependent(launch.architecture()),
             **launch.options(4, 1),
         )
         index.row_groups[rows] = groups

@@ -211,7 +211,7 @@ def sample(
     (Gumbel top-k; Kool et al., arXiv 1903.06059); → int64 [R, count], of which column 0 is the one token. Where fewer
     ids are possible, the columns left repeat column 0: a repeated sibling is an absent one.
     """
-    scores = scores if scores.stride(1) == 1 else scores.contiguous()
+    scores = launch.rows_of(scores)
     rows, size = scores.shape
     rule = sampling_rule(size)
     columns = 1 if count is None else count
@@ -240,7 +240,6 @@ def sample(
         SEGMENT=rule.segment,
         TILE=rule.tile,
         ROOM=rule.kept,
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(rule.warps, registers=launch.PRODUCT_REGISTERS),
     )
     return token[:, 0] if count is None else token

@@ -240,6 +240,5 @@ def merge_apart(
         SPLIT=rule.split,
         GROUP_ROWS=rule.rows,
         EVEN=index.tile is None,
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(rule.warps, registers=rule.registers) | {"enable_fp_fusion": False},
     )

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import launch
 from .primitives import wait_for_producers
-from .rejection import empty_verdict, rows_of, verify_rejection
+from .rejection import empty_verdict, verify_rejection
 from .values import Verdict
 
 __all__ = ["verify", "verify_rejection"]
@@ -75,7 +75,8 @@ def verify(target: Tensor, draft: Tensor, count: Tensor, length: Tensor, parent:
     parent int64 [S, k]: the row draft token j follows, at most j, siblings distinct tokens; None: a chain, row j.
     """
     k = draft.shape[1]
-    target, draft, parent = rows_of(target), rows_of(draft), None if parent is None else rows_of(parent)
+    target, draft = launch.rows_of(target), launch.rows_of(draft)
+    parent = None if parent is None else launch.rows_of(parent)
     verdict = empty_verdict(draft)
     _verify_kernel[(draft.shape[0],)](
         target,
@@ -89,7 +90,6 @@ def verify(target: Tensor, draft: Tensor, count: Tensor, length: Tensor, parent:
         0 if parent is None else parent.stride(0),
         k,
         NODES=max(16, 1 << k.bit_length()),
-        PDL=launch.dependent(launch.architecture()),
         **launch.options(1),
     )
     return verdict
