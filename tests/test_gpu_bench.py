@@ -25,7 +25,10 @@ from skipjack.bench.targets import Measurement, best, judge, of
 from skipjack.kernels import launch
 from skipjack.kernels.ops import select
 from skipjack.kernels.product_rules import RUN, WIDE_WEIGHT
+from skipjack.runtime.batch import Batch
+from skipjack.runtime.cache import KVCache
 from skipjack.runtime.methods.policy import PlannedSteps
+from skipjack.runtime.model import Model
 from skipjack.runtime.request import SamplingParams
 
 ROOT = Path(__file__).parent.parent
@@ -214,7 +217,12 @@ def test_captured_rounds_are_held_against_those_of_the_host() -> None:
 
 def test_captured_rounds_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     step = PlannedSteps.step
-    monkeypatch.setattr(PlannedSteps, "step", lambda *given: (-step(*given)[0], step(*given)[1]))
+
+    def wrong(self: PlannedSteps, model: Model, cache: KVCache, batch: Batch, *rest: Any) -> Any:
+        hidden, ran = step(self, model, cache, batch, *rest)
+        return (-hidden if batch.alone else hidden), ran
+
+    monkeypatch.setattr(PlannedSteps, "step", wrong)
     (finding,) = gpu_parts.graphs(replace(DRY, captured=(("tiny", "unified:speedup=2"),)))
     assert not finding.passed
     assert "9 continuations differ" in finding.detail
