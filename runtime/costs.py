@@ -73,7 +73,8 @@ def calibrate(model: Model, clock: Clock = perf_counter) -> Stepwise[Costs]:
         return model.forward(one_sequence([0] * rows, 0, pages, model.ops.decode_tile, model.device), cache, plan)
 
     def timed(rows: int, plan: LayerPlan) -> float:
-        run(1, first)  # The threads of a CPU are gone if others had their turn.
+        # If others had their turn, the threads of a CPU are gone, and a GPU is still at their rounds.
+        int(model.predict(run(1, first)).token[0])
         start = clock()
         int(model.predict(run(rows, plan)[-1:]).token[0])
         return clock() - start

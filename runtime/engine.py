@@ -39,6 +39,7 @@ from .request import Chunk, Output, SamplingParams
 from .roster import Roster
 from .run import MAX_BATCH, Run, Shared
 from .sequence import Sequence
+from .stepwise import Stepwise
 from .stream import Stream
 from .text import TextStream
 from .turns import Turns
@@ -103,9 +104,9 @@ class Engine:
         self._admission: Admission | None = Admission(cache)
         on_device = self._model.device.type == "cuda" if graphs is None else graphs
         self._graphs = Graphs(self._model, cache, self._watch) if on_device else None
-        self._roster: Roster | None = Roster(self._model, self._encode, self._watch, self._default, own)
+        self._roster: Roster | None = Roster(self._model, self._encode, self._watch, self._default)
         self._turn.rest()
-        self._method(self._default)
+        self._turn.take(partial(self._roster.add, self._default, own))
 
     @staticmethod
     def load(
@@ -338,6 +339,9 @@ class Engine:
     def _method(self, spec: registry.MethodSpec) -> Method:
         return self._turn.take(lambda: self._methods().get(spec))
 
+    def _entering(self, spec: registry.MethodSpec) -> Stepwise[Method]:
+        return (yield from self._methods().entering(spec))
+
     def _sequence(self, index: int, choice: int, ids: list[int], params: SamplingParams, seed: int) -> Sequence:
         text = TextStream(self.tokenizer, params.stop) if self.tokenizer else None
         eos = frozenset[int]() if params.ignore_eos else frozenset(self.config.eos_token_ids)
@@ -365,4 +369,4 @@ class Engine:
         model, admission = self._open()
         admission.expect_room(max(sequence.max_length for sequence in sequences))
         shared = Shared(model, admission, self._turn, self._watch, graphs, self._runs)
-        return Stream(Run(shared, sequences, lambda: self._methods().advance(spec)), self.backend, self.numerics, seed)
+        return Stream(Run(shared, sequences, self._entering(spec)), self.backend, self.numerics, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -14,7 +15,7 @@ from .methods.policy import Policy
 from .methods.registry import MethodSpec
 from .model import Model
 from .recent import Recent
-from .stepwise import Stepwise
+from .stepwise import Stepwise, at_once
 
 MAX_METHODS = 64
 
@@ -28,37 +29,38 @@ class Preparation:
 
 
 class Roster:
-    """The methods that are ready, `own` being that of the engine, and those that are being made so.
+    """The methods of an engine that are ready, its own among them, and those that are being made so.
 
-    Everything here is called within a turn. Whoever asks for a method takes the next step of its preparation, also one
-    that somebody else began and gave up.
+    Everything here is called within a turn.
     """
 
-    def __init__(self, model: Model, encode: Encode | None, watch: Watch, spec: MethodSpec, own: Method) -> None:
-        self._model, self._encode, self._watch, self._own = model, encode, watch, spec
-        self.ready = Recent[MethodSpec, Method](MAX_METHODS, spec)
-        self._preparing = Recent[MethodSpec, Preparation](MAX_METHODS, spec)
-        self._preparing[spec] = Preparation(own, own.prepare(model, encode))
+    def __init__(self, model: Model, encode: Encode | None, watch: Watch, own: MethodSpec) -> None:
+        self._model, self._encode, self._watch, self._own = model, encode, watch, own
+        self.ready = Recent[MethodSpec, Method](MAX_METHODS, own)
+        # Those that a request holds: what all of them gave up is forgotten.
+        self._preparing = WeakValueDictionary[MethodSpec, Preparation]()
 
-    def advance(self, spec: MethodSpec) -> Method | None:
-        """A method that is ready; else None, after a step of its preparation.
+    def add(self, spec: MethodSpec, method: Method) -> None:
+        """Make a method ready that there is already."""
+        with self._watch, torch.inference_mode():
+            at_once(method.prepare(self._model, self._encode))
+        self.ready[spec] = method
+
+    def entering(self, spec: MethodSpec) -> Stepwise[Method]:
+        """A method, made ready a step at a time; of several that ask for it, whoever comes takes the next step.
 
         Raises:
             RequestError: it does not run here.
         """
-        if spec in self.ready:
-            return self.ready[spec]
-        if spec not in self._preparing:
-            self._expect_alike(spec)
-            made = spec.build(self._model.config)
-            self._preparing[spec] = Preparation(made, made.prepare(self._model, self._encode))
-        return self._step(spec)
+        while spec not in self.ready:
+            preparation = self._begun(spec)
+            if self._is_under_way(spec, preparation):
+                yield
+        return self.ready[spec]
 
     def get(self, spec: MethodSpec) -> Method:
-        """A method, made ready now if it is not yet; raises as `advance`."""
-        while (method := self.advance(spec)) is None:
-            pass
-        return method
+        """A method, made ready now if it is not yet; raises as `entering`."""
+        return at_once(self.entering(spec))
 
     def unlearned(self, spec: MethodSpec) -> Method:
         """A method to try things with, of which requests learn nothing."""
@@ -66,23 +68,30 @@ class Roster:
         if isinstance(own, Policy):
             return own
         fresh = spec.build(self._model.config)
-        for _ in fresh.prepare(self._model, self._encode):
-            pass
+        at_once(fresh.prepare(self._model, self._encode))
         return fresh
 
     def forget(self, spec: MethodSpec) -> None:
         """Make a method anew for the next request, which knows nothing of those before."""
         self.ready.pop(spec, None)
 
-    def _step(self, spec: MethodSpec) -> Method | None:
-        # One whose step fails is begun anew by whoever asks next.
-        preparation = self._preparing.pop(spec)
+    def _begun(self, spec: MethodSpec) -> Preparation:
+        found = self._preparing.get(spec)
+        if found is None:
+            self._expect_alike(spec)
+            made = spec.build(self._model.config)
+            found = Preparation(made, made.prepare(self._model, self._encode))
+        return found
+
+    def _is_under_way(self, spec: MethodSpec, preparation: Preparation) -> bool:
+        """Take a step; one that fails is begun anew by whoever asks next."""
+        self._preparing.pop(spec, None)
         with self._watch, torch.inference_mode():
             for _ in preparation.steps:
                 self._preparing[spec] = preparation
-                return None
+                return True
         self.ready[spec] = preparation.method
-        return preparation.method
+        return False
 
     def _expect_alike(self, spec: MethodSpec) -> None:
         if spec.edits or self._own.edits:

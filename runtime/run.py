@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from .model import Model
 from .request import Chunk, Piece
 from .sequence import Sequence
 from .speculate import speculate
+from .stepwise import Stepwise
 from .turns import Turns
 
 MAX_BATCH, MAX_EVENTS = 16, 4096
@@ -46,13 +47,13 @@ class Run:
 
     method: Method
 
-    def __init__(self, shared: Shared, sequences: list[Sequence], enter: Callable[[], Method | None]) -> None:
-        """`enter` makes the method ready, a step at a time, and is it then."""
+    def __init__(self, shared: Shared, sequences: list[Sequence], enter: Stepwise[Method]) -> None:
+        """`enter` makes the method ready, a turn a step."""
         self.sequences = sequences
         self.events = deque[Mapping[str, Any]](maxlen=MAX_EVENTS)
         self._turns = shared.turns
         self._shared: Shared | None = shared
-        self._enter: Callable[[], Method | None] | None = enter
+        self._enter: Stepwise[Method] | None = enter
         self._waiting, self._running = deque(sequences), list[Sequence]()
         self._reading: Iterator[list[Piece] | None] | None = None
         self._rounds: Rounds | None = None
@@ -75,13 +76,14 @@ class Run:
             return True
         shared.runs.add(self)
         try:
-            method = self._enter()
             shared.admission.move()
-            if method is None:
+            try:
+                next(self._enter)
                 return False
-            self.method, self._enter = method, None
+            except StopIteration as end:
+                self.method, self._enter = end.value, None
             if shared.graphs is not None:
-                self._rounds = Rounds(shared.graphs, shared.model, shared.admission.cache, method)
+                self._rounds = Rounds(shared.graphs, shared.model, shared.admission.cache, self.method)
         except BaseException:
             self._end()
             raise

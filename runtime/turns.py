@@ -72,10 +72,11 @@ class Turns:
         gate = self._gate
         try:
             self._finish(gate)
+            self._catch_up()
         except BaseException:
             self._leave(gate)
+            self._catch_up()
             raise
-        self._catch_up()
 
     def take(self, work: Callable[[], Result]) -> Result:
         """What `work` comes to in a turn, which is left even if the handler of a signal raises at the end of it."""
@@ -93,8 +94,12 @@ class Turns:
 
         An interrupt in the middle of it may have it done twice.
         """
-        self._late.append(work)
-        self._catch_up()
+        try:
+            self._late.append(work)
+            self._catch_up()
+        except BaseException:
+            self._catch_up()
+            raise
 
     def rest(self) -> None:
         """This turn is the last of what its thread computes for: a request, or what goes before requests."""
@@ -165,8 +170,11 @@ class Turns:
                 if first := self._line[0] is gate:
                     self._begin(gate)
                     self._finish(gate)
-            finally:
+                else:
+                    self._leave(gate)
+            except BaseException:
                 self._leave(gate)
+                raise
             if not first and self._line:
                 return  # Whoever is in the line does it.
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -92,6 +93,40 @@ def test_a_turn_that_is_interrupted_anywhere_is_the_next_ones(interrupted: Calla
         assert not turns.held
         with turns:
             assert turns._depth == 1
+
+
+@pytest.mark.parametrize("where", ["idle", "in a turn", "beside another's"])
+def test_an_interrupt_while_work_is_left_locks_nobody_out(
+    interrupted: Callable[..., Iterator[None]], where: str
+) -> None:
+    turns, done, go = Turns(CPU), list[int](), threading.Event()
+
+    def leave() -> None:
+        turns.after(lambda: done.append(1))
+
+    def hold() -> None:
+        with turns:
+            go.wait(30)
+
+    holder = threading.Thread(target=hold)
+    if where == "beside another's":
+        holder.start()
+        until(lambda: turns.taken)
+    work = partial(turns.take, leave) if where == "in a turn" else leave
+    others = len(turns._line)
+    for _ in interrupted(
+        work, Turns.after, Turns.__exit__, Turns._catch_up, Turns._leave, Turns._finish, Turns._work_off
+    ):
+        assert len(turns._line) == len(turns._inside) == others
+        assert others or not turns._late
+    go.set()
+    if others:
+        holder.join(30)
+    turns.take(leave)
+    assert done
+    assert not turns._late
+    assert not turns._line
+    assert not turns._inside
 
 
 def test_work_that_may_not_wait_is_done_when_the_turn_under_way_ends() -> None:
