@@ -179,10 +179,12 @@ class Rounds:
 
     def close(self) -> None:
         """Give the graph back; what is under way is not read."""
-        if self._graph is not None:
-            self._graph.forget()
-            self._graphs.give(self._graph)
-        self._graph, self._members = None, []
+        # An interrupt may drop a graph, but must not have it given back twice: it would serve two requests.
+        graph, self._graph = self._graph, None
+        if graph is not None:
+            graph.forget()
+            self._graphs.give(graph)
+        self._members = []
         self._plans.clear()
 
     def _at_hand(self, given: Recipe, running: list[Sequence]) -> Recipe:

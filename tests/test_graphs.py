@@ -3,7 +3,7 @@
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import graphs, round_graph
 from skipjack.runtime.cache import KVCache
-from skipjack.runtime.graphs import Rounds
+from skipjack.runtime.graphs import Graphs, Rounds
 from skipjack.runtime.methods.stretches import Stretches
 from skipjack.runtime.methods.swift import Swift
 from skipjack.runtime.model import Model
@@ -430,3 +430,23 @@ def test_the_device_is_ahead_of_the_host(device: Engine, monkeypatch: pytest.Mon
     next(stream)
     assert len(enqueued) == 2 + AHEAD
     stream.close()
+
+
+def test_an_interrupt_gives_no_graph_back_twice(interrupted: Callable[..., Iterator[None]]) -> None:
+    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
+    with Engine(config, synthetic_weights(config, 0, torch.float32), graphs=True) as engine:
+        expected = engine.generate([5, 6], SamplingParams(max_tokens=4, ignore_eos=True)).token_ids
+
+        def work() -> None:
+            stream = engine.stream([5, 6], SamplingParams(max_tokens=50, ignore_eos=True))
+            try:
+                next(stream)
+                next(stream)
+            finally:
+                stream.close()
+
+        for _ in interrupted(work, Rounds.close, Graphs.give, Graphs._keep):
+            assert engine._graphs is not None
+            idle = [id(graph) for graphs in engine._graphs._idle.values() for graph in graphs]
+            assert len(idle) == len(set(idle))
+        assert engine.generate([5, 6], SamplingParams(max_tokens=4, ignore_eos=True)).token_ids == expected
