@@ -286,17 +286,17 @@ class Engine:
         Streams that have not ended do so with a RequestError. A closed engine refuses requests.
         """
         if self._process == os.getpid() or not self._turn.taken:
+            graphs = self._graphs
             self._turn.alone(self._close)
+            if graphs:  # Not within the turn: a finaliser that its builder's thread comes upon may wait for one.
+                graphs.close()
         else:  # Forked while another thread had the turn, which nobody gives back here.
             self._model = self._admission = self._pool = self._graphs = self._roster = None
 
     def _close(self) -> None:
-        graphs, self._graphs = self._graphs, None
         for run in list(self._runs):
             run.fail(CLOSED)
-        self._model = self._admission = self._pool = self._roster = None
-        if graphs:
-            graphs.close()
+        self._model = self._admission = self._pool = self._roster = self._graphs = None
 
     def __enter__(self) -> Engine:
         self._loaded()
