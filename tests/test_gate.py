@@ -40,9 +40,9 @@ def _product_kernel(
     ROWS: tl.constexpr,
     STRIDE: tl.constexpr,
     FAULT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """W·xᵀ → out: x [ROWS, K], W [N, K], out [ROWS, N]; FAULT breaks one rule."""
-    PDL: tl.constexpr = FAULT != "no chain"
     if FAULT == "early start":
         tl.extra.cuda.gdc_launch_dependents()
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -90,7 +90,8 @@ def product(
     def tensor(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
-    common = launch.options(4) | ({"launch_pdl": False} if fault == "not launched so" else {}) | options
+    changed = {"not launched so": {"launch_pdl": False}, "no chain": {"PDL": False}}.get(fault, {})
+    common = launch.options(4) | changed | options
     _product_kernel[(2,)](
         tensor(rows, columns),
         tensor(OUT, columns * stride),
