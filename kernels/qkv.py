@@ -164,7 +164,7 @@ def _qkv_rope_append_kernel(  # noqa: PLR0915
             mask_out = mask_r & (tl.load(active_ptr + offs_r, mask=mask_r, other=0) != 0)
     elif write_ptr is not None:
         mask_out = mask_r & (tl.load(write_ptr + offs_r, mask=mask_r, other=0) != 0)
-    if GATED:  # noqa: SIM102
+    if GATED:  # noqa: SIM102 - this is decided by the compiler, what follows by the program
         if tl.max(mask_out.to(tl.int32), axis=0) == 0:
             return
     if GATED and not SETTLED:

@@ -262,11 +262,10 @@ class Engine:
     ) -> AsyncIterator[Chunk]:
         """As `stream`, for an event loop: all that may wait for the engine runs in a worker thread.
 
-        It is prepared, and text encoded, in a thread of the loop's default executor. A cancelled request ends with the
+        It is checked, and text encoded, in a thread of the loop's default executor. A cancelled request ends with the
         turn under way, which the task does not wait for.
         """
         self._loaded()
-        self._checked(params, method)
         loop = asyncio.get_running_loop()
         work = partial(loop.run_in_executor, self._pool)
         # Not where requests take their steps, which need not wait for a long text or many prompts.
@@ -349,7 +348,9 @@ class Engine:
 
     def _asked(self, prompt: Prompt | Prompts, params: SamplingParams | None, method: str | None) -> Stream:
         """A request that has been checked, as a stream that is still to be prepared."""
-        params, spec = self._checked(params, method)
+        params = SamplingParams() if params is None else params
+        spec = registry.parse(method) if method else self._default
+        check_params(params, self.tokenizer, self.config)
         prompts = cast(Prompts, prompt) if is_many(prompt) else [cast(Prompt, prompt)]
         seed = secrets.randbits(64) if params.seed is None else params.seed
         sequences = [
@@ -358,12 +359,6 @@ class Engine:
             for choice in range(params.n)
         ]
         return self._stream(sequences, spec, seed, self._graphs)
-
-    def _checked(self, params: SamplingParams | None, method: str | None) -> tuple[SamplingParams, registry.MethodSpec]:
-        params = SamplingParams() if params is None else params
-        spec = registry.parse(method) if method else self._default
-        check_params(params, self.tokenizer, self.config)
-        return params, spec
 
     def _stream(self, sequences: list[Sequence], spec: registry.MethodSpec, seed: int, graphs: Graphs | None) -> Stream:
         model, admission = self._open()

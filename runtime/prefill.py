@@ -15,8 +15,6 @@ from .rows import Rows, one_sequence
 from .sequence import Sequence
 
 PREFILL_CHUNK, CPU_CHUNK = 1024, 512
-
-
 Result = TypeVar("Result")
 # Between its parts, of each of which it first tells the rows, others take their turns.
 Reading: TypeAlias = Generator[int, None, Result]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, ClassVar, TypeAlias, get_type_hints
 
 from ..errors import RequestError
@@ -48,12 +49,18 @@ class Checked:
         cls.method = method
 
     def __post_init__(self) -> None:
-        for option, kind in get_type_hints(type(self), include_extras=True).items():
-            for allowed in getattr(kind, "__metadata__", ()):
-                self.expect(option, allowed)
+        for option, allowed in _bounds(type(self)):
+            self.expect(option, allowed)
 
     def expect(self, option: str, allowed: Within | OneOf) -> None:
         """Refuse another value of `option` than those `allowed`, with a RequestError."""
         value = getattr(self, option)
         if value not in allowed:
             raise RequestError(f"method {self.method}: option {option} expects {allowed}, got {value!r}")
+
+
+@cache
+def _bounds(options: type[Checked]) -> list[tuple[str, Within | OneOf]]:
+    """What the annotations of the fields allow: every request builds its options, and to read annotations is slow."""
+    kinds = get_type_hints(options, include_extras=True)
+    return [(option, allowed) for option, kind in kinds.items() for allowed in getattr(kind, "__metadata__", ())]

@@ -89,13 +89,13 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
                 vocabulary=how.vocabulary,
                 confidence=confident,
             )
-            tokens = chosen.token.view(sequences, widest)
+            tokens, sure = chosen.token.view(sequences, widest), chosen.probability if confident else None
             if rejection and chosen.scores is not None:
                 scores.append(torch.where(drafting[:, None], chosen.scores[:, 0], 0))
             place = torch.arange(widest, device=device)
             new = (
                 drafting[:, None]
-                & (place < (_width(chosen.probability) if how.tree else 1))
+                & (place < (_width(sure) if how.tree and sure is not None else 1))
                 & (count[:, None] + place < limit[:, None])
             )
             new &= (place == 0) | (tokens != tokens[:, :1])
@@ -106,8 +106,8 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
             count = count + new.sum(dim=1)
             expanded = torch.cat([expanded, tokens[:, :1]], dim=1)
             drafting = drafting & (count < limit)
-            if confident:
-                drafting &= chosen.probability[:, 0] >= how.threshold
+            if sure is not None:
+                drafting &= sure[:, 0] >= how.threshold
             if not bool(drafting.any()):
                 break
     if not states:

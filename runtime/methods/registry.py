@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 from ...loaders.config import ModelConfig
@@ -96,7 +97,7 @@ def parse(text: str) -> MethodSpec:
     if name not in _METHODS:
         raise RequestError(f"method: unknown method {name!r}, expected one of {', '.join(_METHODS)}")
     options = _METHODS[name][1]
-    types = typing.get_type_hints(options)
+    types = _types(options)
     values: dict[str, object] = {}
     for item in filter(None, rest.split(",")):
         key, equals, value = item.partition("=")
@@ -107,6 +108,11 @@ def parse(text: str) -> MethodSpec:
             raise RequestError(f"method {name}: expected {key}=VALUE once, got {item!r}")
         values[key] = _convert(name, key, value, types[key])
     return MethodSpec(name, options(**values))
+
+
+@cache
+def _types(options: type) -> dict[str, Any]:
+    return typing.get_type_hints(options)
 
 
 def _mismatch(name: str, model_type: str) -> str | None:
