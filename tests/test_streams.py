@@ -112,8 +112,11 @@ def test_requests_that_wait_for_pages_hold_no_thread_and_come_in_order(engine: E
 
         first = engine.astream([1], large)
         await first.__anext__()
-        clients = [asyncio.create_task(client(i)) for i in range(5)]
-        await asyncio.sleep(0.1)
+        clients = list[asyncio.Task[None]]()
+        for number in range(5):  # Those made at once are checked by two threads at once: either may be first in line.
+            clients.append(asyncio.create_task(client(number)))
+            while engine._admission is not None and len(engine._admission._line) <= number:
+                await asyncio.sleep(0.001)
         assert await asyncio.wait_for(asyncio.to_thread(lambda: 7), 10) == 7
         for _ in range(3):
             await asyncio.wait_for(first.__anext__(), 10)
