@@ -18,7 +18,7 @@ import torch
 import typer
 from rich.console import Console
 
-from . import gpu_methods, gpu_parts, gpu_speed, rules, step
+from . import gpu_methods, gpu_parts, gpu_rounds, gpu_speed, rules, step
 from .gpu_check import facts, run, setting_of
 from .gpu_setting import Finding, Setting
 from .gpu_sheets import sheets
@@ -73,6 +73,7 @@ PARTS: dict[str, Part] = {
         "lossy methods", ("T15", "T16", "T17"), _each(gpu_speed.unified, gpu_methods.routed, gpu_methods.cycles)
     ),
     "large-peers": Part("other libraries, 8b", ("T12", "T13"), gpu_methods.large_peers, checked=False),
+    "rounds": Part("rounds by what drafts, and lookups", (), gpu_rounds.rounds),
     "rules": Part("launch rules", (), rules.fastest, checked=False),
     "rules-16": Part("launch rules of 16 rows", (), partial(rules.fastest, rows=rules.MANY), checked=False),
     "real": Part("methods on real weights", (), gpu_methods.real, checked=False),

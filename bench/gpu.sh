@@ -1,7 +1,7 @@
 #!/bin/sh
 # bench/gpu.sh PART [--output FOLDER] [--dry-run]
 #
-# Measures one part of the GPU targets (1 to 10, or its name; "all" is every part in turn), each within SECONDS_PER_PART.
+# Measures one part of the GPU targets (1 to 11, or its name; "all" is every part in turn), each within SECONDS_PER_PART.
 # Uses the Python named by PYTHON, with the PyTorch it has; takes nothing from the network.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -16,7 +16,7 @@ if ! "$python" -c 'import skipjack.bench' 2>/dev/null; then
   "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable "$root" || exit 2
 fi
 parts=$part
-[ "$part" = all ] && parts='check steps drafts peers exact lossy large-peers rules rules-16 real'
+[ "$part" = all ] && parts='check steps drafts peers exact lossy large-peers rounds rules rules-16 real'
 status=0
 for name in $parts; do
   timeout --kill-after=15 "$seconds" "$python" -m skipjack.bench.gpu "$name" "$@"

@@ -124,8 +124,10 @@ def _ablations(clock: Clock, bed: Bed) -> Iterator[Figure]:
     for name, other, count, constant in (
         *(("fast", fast, count, None) for count in (1, 16)),
         ("nothing ahead", bed, 1, (launch, "AHEAD_BYTES", 0)),
+        ("ahead of any weight", bed, 1, (launch, "AHEAD_OF", 1 << 40)),
         ("whole steps", bed, 16, (product_rules, "WIDE_WEIGHT", 1 << 30)),
-        ("attention of 32", bed, 8, (attention_rules, "FEW_PROGRAMS", 0)),
+        ("attention of 32", bed, 8, (attention_rules, "FEW_ROWS", 0)),
+        ("attention of 16", bed, 16, (attention_rules, "FEW_ROWS", 16)),
     ):
         before = clock.times(bed.step(count))
         with _set(constant):

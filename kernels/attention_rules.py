@@ -17,6 +17,8 @@ PRODUCT_ROWS = 16
 NARROW = 128
 # Programs of so many rows × heads that a Hopper chip holds at once.
 FEW_PROGRAMS = 2 * BUSY_PROGRAMS
+# Most rows of a sequence in programs of one product where keys are narrow.
+FEW_ROWS = DECODE_TILE
 
 
 class AttentionRule(NamedTuple):
@@ -73,7 +75,7 @@ def attention_rule(
         rows = min(rows, 1 << (width - 1).bit_length())
         fewer = max(1, PRODUCT_ROWS // heads)
         programs = sequences * kv_heads * -(-width // fewer) * NEAR_SPLITS
-        if size <= NARROW and width <= DECODE_TILE and programs <= FEW_PROGRAMS:
+        if size <= NARROW and width <= FEW_ROWS and programs <= FEW_PROGRAMS:
             rows = min(rows, fewer)
     heads = max(heads, 16 // rows)
     queries = rows * heads * (size + 64 * itemsize)

@@ -16,13 +16,24 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from typer.testing import CliRunner
 
-from skipjack.bench import gpu, gpu_bits, gpu_check, gpu_parts, gpu_speed, op_cases, rotation, sampled, targets
+from skipjack.bench import (
+    gpu,
+    gpu_bits,
+    gpu_check,
+    gpu_parts,
+    gpu_rounds,
+    gpu_speed,
+    op_cases,
+    rotation,
+    sampled,
+    targets,
+)
 from skipjack.bench.gpu_methods import figures_of_decode, of_decode, of_methods, of_peers
 from skipjack.bench.gpu_setting import CAPTURED, DRY, GPU, Finding, Setting
 from skipjack.bench.gpu_speed import of_steps
 from skipjack.bench.step import Figure
 from skipjack.bench.targets import Measurement, best, judge, of
-from skipjack.kernels import launch
+from skipjack.kernels import attention_rules, launch
 from skipjack.kernels.ops import select
 from skipjack.kernels.product_rules import RUN, WIDE_WEIGHT
 from skipjack.runtime.batch import Batch
@@ -235,14 +246,34 @@ def test_steps_run_dry_through_the_interpreter(monkeypatch: pytest.MonkeyPatch, 
     assert (code, result["broken"]) == (0, None)
     assert {figure["name"] for figure in result["figures"]} == {
         *("qkv", "attend", "output", "up", "down", "head", "step"),
-        *(f"step, {change}" for change in ("fast", "nothing ahead", "whole steps", "attention of 32")),
+        *(f"step, {change}" for change in ("fast", "nothing ahead", "ahead of any weight", "whole steps")),
+        *(f"step, attention of {rows}" for rows in (32, 16)),
         *(f"sample, {name}" for name in sampled.CHOICES),
         "rejection, top-p 0.9",
     }
-    assert (launch.AHEAD_BYTES, RUN, WIDE_WEIGHT) == (8 << 20, 64, 2048), "constants are as they were"
+    usual = launch.AHEAD_BYTES, launch.AHEAD_OF, RUN, WIDE_WEIGHT, attention_rules.FEW_ROWS
+    assert usual == (8 << 20, 128 << 20, 64, 2048, 8), "constants are as they were"
     assert {row["note"] for row in result["rows"] if row["id"] == "T6" and row["case"] == "8b"} == {
         "dry run, not measured"
     }
+
+
+def test_rounds_run_dry_and_each_kind_drafts_what_it_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_rounds, "DRY_TOKENS", 12)
+    code, result = _part(monkeypatch, tmp_path, gpu.PARTS["rounds"].run)
+    assert (code, result["broken"]) == (0, None)
+    rounds = {one["name"]: one["note"] for one in result["figures"] if one["name"].startswith("round, ")}
+    drafted = {name: float(note.split()[4]) / float(note.split()[0]) for name, note in rounds.items()}
+    assert len(rounds) == 11
+    for name, mean in drafted.items():
+        if "plain" in name:
+            assert mean == 0
+        elif "all end" in name:
+            assert mean <= 1
+        else:
+            assert mean > 1.5, name
+    assert sum(one["name"].startswith("lookup, ") for one in result["figures"]) == 6
+    assert all(one["median"] is None for one in result["figures"]), "a dry run times nothing"
 
 
 def test_every_lossless_method_is_held_against_plain_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
