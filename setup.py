@@ -13,6 +13,8 @@ setup(
     packages=[
         "skipjack",
         "skipjack.kernels",
+        "skipjack.kernels.cpu",
+        "skipjack.kernels.reference",
         "skipjack.loaders",
         "skipjack.runtime",
         "skipjack.runtime.methods",
@@ -21,6 +23,8 @@ setup(
     package_dir={
         "skipjack": "skipjack",
         "skipjack.kernels": "kernels",
+        "skipjack.kernels.cpu": "kernels/cpu",
+        "skipjack.kernels.reference": "kernels/reference",
         "skipjack.loaders": "loaders",
         "skipjack.runtime": "runtime",
         "skipjack.runtime.methods": "runtime/methods",

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ..kernels import large_pages
+from ..kernels.cpu import large_pages
 
 Sampler = Callable[[], float]
 REPLAYS = 4

@@ -45,7 +45,7 @@ class ForcedVerify:
     def __call__(
         self, target: Tensor, draft: Tensor, count: Tensor, length: Tensor, parent: Tensor | None = None
     ) -> Verdict:
-        """As `kernels.reference_verify.verify`, of chains; a count is capped at what was drafted.
+        """As `kernels.reference.verify.verify`, of chains; a count is capped at what was drafted.
 
         Raises:
             ValueError: the draft is a tree.

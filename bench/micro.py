@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..kernels import reference_routes, reference_verify
 from ..kernels.ops import Ops
+from ..kernels.reference import routes as reference_routes
+from ..kernels.reference import verify as reference_verify
 from ..kernels.values import Norm, Rope, Router, Slots
 from ..loaders.config import ModelConfig
 

@@ -1,1 +1,1 @@
-"""Hand-written operations on tensors: every op in the table of `ops`, launcher beside oracle."""
+"""Operations on tensors, those of the table of `ops`: in Triton here, in PyTorch in `reference`, for a CPU in `cpu`."""

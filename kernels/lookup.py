@@ -5,10 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, reference_lookup
+from . import launch
 from .lookup_rule import lookup_rule
 from .matches import GAP, matches, ranked
 from .primitives import wait_for_producers
+from .reference import lookup as reference_lookup
 from .values import Found
 
 OWN: tl.constexpr = tl.constexpr(reference_lookup.OWN)

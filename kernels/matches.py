@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, reference_lookup
+from . import launch
 from .lookup_rule import lookup_rule
 from .primitives import wait_for_producers
+from .reference import lookup as reference_lookup
 
 # Between texts and past the end of one, and before its first: no token.
 GAP: tl.constexpr = tl.constexpr(reference_lookup.GAP)

@@ -11,18 +11,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import (
-    environment,
-    packed,
-    reference,
-    reference_logits,
-    reference_lookup,
-    reference_rounds,
-    reference_routes,
-    reference_verify,
-    tiles,
-)
+from . import environment
 from .attention_index import AttentionIndex, Index
+from .reference import dense, packed, tiles
+from .reference import logits as reference_logits
+from .reference import lookup as reference_lookup
+from .reference import rounds as reference_rounds
+from .reference import routes as reference_routes
+from .reference import verify as reference_verify
 from .values import (
     Drafted,
     Entry,
@@ -146,24 +142,24 @@ TORCH = Ops(
     prefill_tile=64,
     pads=lambda dtype: True,
     page_size=tiles.PAGE,
-    prepare=reference.prepare,
-    prepare_gated=reference.prepare,
-    prepare_stack=reference.prepare_stack,
+    prepare=dense.prepare,
+    prepare_gated=dense.prepare,
+    prepare_stack=dense.prepare_stack,
     rounds_alike=tiles.rounds_alike,
     take_rows=packed.take_rows,
-    prepare_split=reference.prepare_split,
+    prepare_split=dense.prepare_split,
     join=lambda *_: None,
     index=AttentionIndex,
     enter=reference_rounds.enter,
-    normalise=reference.normalise,
-    linear=reference.linear,
-    qkv_rope_append=reference.qkv_rope_append,
-    attend=reference.attend,
+    normalise=dense.normalise,
+    linear=dense.linear,
+    qkv_rope_append=dense.qkv_rope_append,
+    attend=dense.attend,
     fill_kv=reference_routes.fill_kv,
     row_map=reference_routes.row_map,
     route=reference_routes.route,
-    logits=reference.logits,
-    head=reference.head,
+    logits=dense.logits,
+    head=dense.head,
     reshape_logits=reference_logits.reshape_logits,
     sample=reference_verify.sample,
     logprobs=reference_logits.logprobs,
@@ -209,7 +205,7 @@ def select(backend: str, numerics: str = "exact") -> Ops:
     The first has its small operations compiled, unless something stands against it (`plain_because`).
     """
     if backend == "torch" and plain_because() is None:
-        from .compiled import COMPILED
+        from .cpu.compiled import COMPILED
 
         table = COMPILED
     elif backend == "torch":

@@ -19,8 +19,8 @@ from .logits import logprobs, reshape_logits
 from .lookup import lookup
 from .norm import normalise
 from .ops import Ops
-from .packed import take_rows
 from .qkv import qkv_rope_append
+from .reference.packed import take_rows
 from .rounds import commit, extend
 from .route import route, row_map
 from .sample import sample

@@ -194,7 +194,7 @@ def _memory(device: dict[str, Any]) -> str:
 def _packed_products() -> dict[str, bool]:
     import torch
 
-    from ..kernels import packed
+    from ..kernels.reference import packed
 
     return {str(t).removeprefix("torch."): packed.available(t) for t in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -204,7 +204,7 @@ def _matrix_unit() -> str:
 
     if ops.plain_because():
         return "left to oneDNN"
-    from ..kernels import matrix_unit
+    from ..kernels.cpu import matrix_unit
 
     if matrix_unit.permitted():
         return "used for bfloat16"

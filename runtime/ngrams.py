@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from ..kernels.host import ints
-from ..kernels.reference_lookup import GAP, LONGER, OWN
+from ..kernels.reference.lookup import GAP, LONGER, OWN
 
 # Occurrences that vote: some tokens stand everywhere.
 MOST = 128

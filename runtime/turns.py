@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from ..kernels.openmp import disband
+from ..kernels.cpu.openmp import disband
 
 Result = TypeVar("Result")
 

@@ -102,7 +102,7 @@ def table(request: pytest.FixtureRequest) -> Ops:
     if request.param == "torch":
         return TORCH
     pytest.importorskip("numba", reason="numba is not installed")
-    from skipjack.kernels.compiled import COMPILED
+    from skipjack.kernels.cpu.compiled import COMPILED
 
     return COMPILED
 
@@ -110,7 +110,7 @@ def table(request: pytest.FixtureRequest) -> Ops:
 @pytest.fixture(params=["triton", "torch", "compiled"])
 def enter(request: pytest.FixtureRequest, poison: Callable[[ModuleType], None]) -> Callable[..., Any]:
     """The op that lays out the rows of a pass, of every table that runs here."""
-    from skipjack.kernels import reference_rounds
+    from skipjack.kernels.reference import rounds as reference_rounds
 
     if request.param == "torch":
         return reference_rounds.enter
@@ -121,7 +121,7 @@ def enter(request: pytest.FixtureRequest, poison: Callable[[ModuleType], None]) 
     if torch.cuda.is_available():
         pytest.skip("the compiled table is of the CPU")
     pytest.importorskip("numba", reason="numba is not installed")
-    from skipjack.kernels import cpu_enter
+    from skipjack.kernels.cpu import enter as cpu_enter
 
     poison(cpu_enter)
     return cpu_enter.enter
@@ -129,7 +129,7 @@ def enter(request: pytest.FixtureRequest, poison: Callable[[ModuleType], None]) 
 
 def _units() -> list[str]:
     try:
-        from skipjack.kernels import matrix_unit
+        from skipjack.kernels.cpu import matrix_unit
     except ImportError:
         return ["pairs"]
     return ["unit", "pairs"] if matrix_unit.permitted() else ["pairs"]
@@ -139,7 +139,7 @@ def _units() -> list[str]:
 def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Products of bfloat16 by the processor's matrix unit, where there is one, and without it."""
     if request.param == "pairs" and "unit" in _units():
-        monkeypatch.setattr("skipjack.kernels.matrix_unit.permitted", lambda: False)
+        monkeypatch.setattr("skipjack.kernels.cpu.matrix_unit.permitted", lambda: False)
     return request.param
 
 

@@ -6,8 +6,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from skipjack.kernels import attention, reference
+from skipjack.kernels import attention
 from skipjack.kernels.attention_index import AttentionIndex, TritonIndex
+from skipjack.kernels.reference import dense
 from skipjack.kernels.values import Tree
 
 PAGE = 64
@@ -110,11 +111,11 @@ def run(
     slopes: Tensor | None,
     active: Tensor | None = None,
 ) -> Tensor:
-    index, attend, device = AttentionIndex, reference.attend, "cpu"
+    index, attend, device = AttentionIndex, dense.attend, "cpu"
     if backend == "triton":
         index, attend, device = TritonIndex, attention.attend, DEVICE
     elif backend == "compiled":
-        attend = pytest.importorskip("skipjack.kernels.compiled", reason="numba is not installed").attend
+        attend = pytest.importorskip("skipjack.kernels.cpu.compiled", reason="numba is not installed").attend
     q, keys, values, sequence, position, table = (
         x.to(device) for x in (q[rows], *cache, draft.sequence[rows], draft.position[rows], draft.table)
     )

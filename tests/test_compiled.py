@@ -20,10 +20,12 @@ pytest.importorskip("numba", reason="numba is not installed")
 import numba
 
 from skipjack import Engine, SamplingParams
-from skipjack.kernels import compiled, instructions, openmp, ops, reference
+from skipjack.kernels import ops
 from skipjack.kernels.attention_index import AttentionIndex
-from skipjack.kernels.lanes import exp, kernel, read, splat, write
+from skipjack.kernels.cpu import compiled, instructions, openmp
+from skipjack.kernels.cpu.lanes import exp, kernel, read, splat, write
 from skipjack.kernels.ops import TORCH
+from skipjack.kernels.reference import dense
 from skipjack.kernels.values import Norm, Rope, RowMap, Slots, Stack, Tree
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
@@ -477,9 +479,9 @@ def test_which_rows_share_a_pass_changes_no_bit_of_a_model(
 
 def test_what_is_not_compiled_is_the_reference() -> None:
     x, norm = randn(3, 64, dtype=torch.float16), Norm(randn(64, dtype=torch.float16), None, 1e-5)
-    assert torch.equal(compiled.normalise(x, norm), reference.normalise(x, norm))
+    assert torch.equal(compiled.normalise(x, norm), dense.normalise(x, norm))
     odd, norm = randn(3, 40), Norm(randn(40), None, 1e-5)
-    assert torch.equal(compiled.normalise(odd, norm), reference.normalise(odd, norm))
+    assert torch.equal(compiled.normalise(odd, norm), dense.normalise(odd, norm))
 
 
 def test_the_table_in_use_is_said_and_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -511,7 +513,7 @@ def run(code: str, **environment: str) -> str:
 
 
 def test_kernels_are_kept_on_disk_and_need_no_folder_to_keep_them(tmp_path: Path) -> None:
-    load = "from skipjack.kernels.cpu_kernels import rms_norm as kernel; "
+    load = "from skipjack.kernels.cpu.small_ops import rms_norm as kernel; "
     load += "print(len(kernel.stats.cache_hits), len(kernel.stats.cache_misses))"
     kept = str(tmp_path / "kept")
     assert run(load, NUMBA_CACHE_DIR=kept).split() == ["0", "1"]

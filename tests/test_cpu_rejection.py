@@ -10,8 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("numba", reason="numba is not installed")
 
-from skipjack.kernels import cpu_rejection, reference_verify
-from skipjack.kernels.cpu_rejection import verify_rejection
+from skipjack.kernels.cpu import rejection as cpu_rejection
+from skipjack.kernels.cpu.rejection import verify_rejection
+from skipjack.kernels.reference import verify as reference_verify
 from skipjack.kernels.values import Verdict
 
 CHAIN, BUSH = [0, 1, 2, 3, 4], [0, 0, 0, 1, 1, 4]

@@ -14,8 +14,11 @@ pytest.importorskip("numba", reason="numba is not installed")
 
 import numba
 
-from skipjack.kernels import compiled, cpu_sample, lanes, noise, openmp, reference_verify
-from skipjack.kernels.lanes import log, read, write
+from skipjack.kernels import noise
+from skipjack.kernels.cpu import compiled, lanes, openmp
+from skipjack.kernels.cpu import sample as cpu_sample
+from skipjack.kernels.cpu.lanes import log, read, write
+from skipjack.kernels.reference import verify as reference_verify
 
 DTYPES = [torch.float32, torch.bfloat16]
 # temperature, top_k, top_p, min_p.
@@ -142,8 +145,12 @@ def test_what_does_not_fit_is_drawn_by_the_reference() -> None:
 def test_code_on_disk_is_known_by_every_file_it_is_made_of() -> None:
     """Numba looks for changes in a kernel's own file alone; the others are told by its name."""
     folder = Path(lanes.__file__).parent
-    for name in ("panel_kernels", "cpu_attention", "attention_tiles", "cpu_kernels", "cpu_sample"):
+    for name in ("panel_kernels", "attention", "attention_tiles", "small_ops", "sample"):
         tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
-        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
-        imports = {name for node in nodes for name in ([node.module] if node.module else [x.name for x in node.names])}
-        assert imports <= set(lanes._NAMES), name
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+        imported = {
+            folder.parents[node.level - 2] / f"{module}.py" if node.level > 1 else folder / f"{module}.py"
+            for node in nodes
+            for module in ([node.module] if node.module else [x.name for x in node.names])
+        }
+        assert imported <= set(lanes._FILES), name

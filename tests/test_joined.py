@@ -9,8 +9,8 @@ from torch import Tensor
 
 pytest.importorskip("numba", reason="numba is not installed")
 
-from skipjack.kernels import openmp
-from skipjack.kernels.compiled import COMPILED
+from skipjack.kernels.cpu import openmp
+from skipjack.kernels.cpu.compiled import COMPILED
 from skipjack.kernels.ops import TORCH
 from skipjack.kernels.values import Tree
 from skipjack.loaders.config import ModelConfig

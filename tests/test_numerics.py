@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from skipjack import Engine, SamplingParams
-from skipjack.kernels import packed, reference, reference_routes
 from skipjack.kernels.ops import TORCH, select
+from skipjack.kernels.reference import dense, packed
+from skipjack.kernels.reference import routes as reference_routes
 from skipjack.kernels.values import Norm, Router, Tree
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
@@ -55,7 +56,7 @@ def test_fast_tables_have_no_tiles_and_the_same_operations() -> None:
 @pytest.mark.parametrize("rows", [1, 3, 8, 11, 70])
 def test_products_without_a_tile_compute_the_rows_there_are(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, norm = randn(rows, 24), randn(40, 24, seed=1), Norm(randn(24, seed=2), None, 1e-5)
-    matrix, residual, seen = reference.prepare(weight), randn(rows, 40, seed=3), list[int]()
+    matrix, residual, seen = dense.prepare(weight), randn(rows, 40, seed=3), list[int]()
     product = packed.product
 
     def counted(x: Tensor, *rest: object) -> Tensor:
@@ -63,11 +64,11 @@ def test_products_without_a_tile_compute_the_rows_there_are(rows: int, monkeypat
         return product(x, *rest)
 
     monkeypatch.setattr(packed, "product", counted)
-    normed = reference.normalise(x, norm)
+    normed = dense.normalise(x, norm)
     expected = normed @ weight.T + residual
-    assert torch.allclose(reference.linear(x, matrix, tile=None, norm=norm, residual=residual), expected)
+    assert torch.allclose(dense.linear(x, matrix, tile=None, norm=norm, residual=residual), expected)
     active = torch.arange(rows) % 2 == 0
-    reference.head(x, norm, matrix, tile=None, active=active)
+    dense.head(x, norm, matrix, tile=None, active=active)
     router = Router(matrix, torch.ones(40, dtype=x.dtype), randn(40, seed=4))
     exact, fast = (reference_routes.route(x, norm, router, tile=tile).weight for tile in (8, None))
     assert torch.allclose(exact, fast)
@@ -83,7 +84,7 @@ def test_attention_without_a_tile_is_the_formula(window: int | None) -> None:
     position = torch.cat([torch.arange(end - n + 1, end + 1) for n, end in zip(counts, last, strict=True)])
     q = randn(len(position), heads, width, seed=2)
     index = TORCH.index(sequence, position, table, page_size=PAGE, tile=None)
-    got = reference.attend(q, keys, values, index, scale=0.3, window=window).view(-1, heads, width)
+    got = dense.attend(q, keys, values, index, scale=0.3, window=window).view(-1, heads, width)
     for row, (s, at) in enumerate(zip(sequence.tolist(), position.tolist(), strict=True)):
         seen = torch.arange(max(0, at + 1 - window) if window else 0, at + 1)
         k, v = (cache[table[s, seen // PAGE], :, seen % PAGE] for cache in (keys, values))
@@ -98,7 +99,7 @@ def test_a_tree_without_a_tile_reads_the_keys_of_its_paths() -> None:
     sequence, position, q = torch.zeros(3, dtype=torch.int64), torch.tensor([14, 15, 15]), randn(3, 2, 8, seed=2)
     index = TORCH.index(sequence, position, table, page_size=PAGE, tile=None, tree=Tree(length, slot))
     exact = TORCH.index(sequence, position, table, page_size=PAGE, tile=8, tree=Tree(length, slot))
-    got, expected = (reference.attend(q, keys, values, chosen, scale=0.3) for chosen in (index, exact))
+    got, expected = (dense.attend(q, keys, values, chosen, scale=0.3) for chosen in (index, exact))
     assert torch.allclose(got, expected)
 
 

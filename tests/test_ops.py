@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipjack.kernels import reference
 from skipjack.kernels.attention_index import AttentionIndex
 from skipjack.kernels.elementwise import ONE_THREAD, steady
 from skipjack.kernels.ops import TORCH, Ops
+from skipjack.kernels.reference import dense
 from skipjack.kernels.values import Norm, Rope, Slots
 
 TILE = TORCH.decode_tile
@@ -251,7 +251,7 @@ def test_head_ties_go_to_the_lowest_id(table: Ops) -> None:
     assert_near(prediction.log_sum_exp, logits.logsumexp(-1))
 
 
-@pytest.mark.parametrize("function", [torch.exp, torch.log, torch.cos, torch.nn.functional.silu, reference._gelu_tanh])
+@pytest.mark.parametrize("function", [torch.exp, torch.log, torch.cos, torch.nn.functional.silu, dense._gelu_tanh])
 def test_steady_functions_do_not_depend_on_place_or_threads(function: object) -> None:
     x = randn(3 * ONE_THREAD + 17).abs()
     whole = steady(function, x)

@@ -15,7 +15,8 @@ pytest.importorskip("numba")
 
 from llvmlite import binding
 
-from skipjack.kernels import compiled, large_pages, matrix_unit, openmp, packed, panels, reference
+from skipjack.kernels.cpu import compiled, large_pages, matrix_unit, openmp, panels
+from skipjack.kernels.reference import dense, packed
 from skipjack.kernels.values import Matrix, Norm
 from skipjack.runtime import doctor
 
@@ -184,7 +185,7 @@ def test_a_weight_that_fits_into_no_panel_is_laid_out_as_before() -> None:
         matrix = compiled.prepare(weight)
         assert not matrix.in_panels
         x = randn(8, weight.shape[1], dtype=weight.dtype)
-        expected = reference.linear(x, reference.prepare(weight), tile=8)
+        expected = dense.linear(x, dense.prepare(weight), tile=8)
         assert torch.equal(compiled.linear(x, matrix, tile=8), expected)
 
 
@@ -210,7 +211,7 @@ def test_a_prompt_rounds_as_decoding_does(dtype: torch.dtype) -> None:
 
 OTHER = """
 import torch
-from skipjack.kernels import attention_sums, compiled, instructions, matrix_unit, panel_kernels, panels
+from skipjack.kernels.cpu import attention_sums, compiled, instructions, matrix_unit, panel_kernels, panels
 from skipjack.kernels.attention_index import AttentionIndex
 assert not instructions.PAIRED and not matrix_unit.EXISTS and panel_kernels.MOST == attention_sums.FEW == 2
 for dtype, most in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):

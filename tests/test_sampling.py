@@ -11,8 +11,8 @@ from torch import Tensor
 
 from skipjack import Engine, SamplingParams
 from skipjack.kernels.noise import gumbel
-from skipjack.kernels.reference_logits import reshape_logits
-from skipjack.kernels.reference_verify import Rule, sample, warp
+from skipjack.kernels.reference.logits import reshape_logits
+from skipjack.kernels.reference.verify import Rule, sample, warp
 from skipjack.runtime.batch import Batch
 from skipjack.runtime.reshaping import reshaping
 from skipjack.runtime.sampling import choose

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipjack import Engine, SamplingParams
 from skipjack.bench.forced_routes import forced, layer_bytes
-from skipjack.kernels import packed, reference
 from skipjack.kernels.ops import TORCH
+from skipjack.kernels.reference import dense, packed
 from skipjack.kernels.values import Matrix, Split
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
@@ -62,7 +62,7 @@ class Products:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: Counter[int] = Counter()
         self.bytes = self.attention = 0
-        product, attention = packed.product, reference._attention
+        product, attention = packed.product, dense._attention
 
         def counted(x: Tensor, weight: Matrix, *rest: Any) -> Tensor:
             self.rows[id(weight)] += x.shape[0]
@@ -74,7 +74,7 @@ class Products:
             return attention(*arguments, **options)
 
         monkeypatch.setattr(packed, "product", counted)
-        monkeypatch.setattr(reference, "_attention", attended)
+        monkeypatch.setattr(dense, "_attention", attended)
 
     def forget(self) -> None:
         """What is tried with a new model is not the work of a pass."""

@@ -13,8 +13,8 @@ from skipjack.bench.clock import Spread, paired
 from skipjack.bench.forced_acceptance import ForcedVerify, accepted_counts, forced_acceptance
 from skipjack.bench.micro import OPS, Point, difference
 from skipjack.bench.project import costs_of
-from skipjack.kernels import packed
 from skipjack.kernels.ops import TORCH
+from skipjack.kernels.reference import packed
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.naming import field_shapes
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights

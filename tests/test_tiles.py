@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from skipjack import Engine, SamplingParams
-from skipjack.kernels import packed
 from skipjack.kernels.ops import TORCH
-from skipjack.kernels.tiles import rounds_alike
+from skipjack.kernels.reference import packed
+from skipjack.kernels.reference.tiles import rounds_alike
 from skipjack.kernels.values import Heads, Matrix
 from skipjack.runtime.costs import Costs
 from skipjack.runtime.rows import one_sequence

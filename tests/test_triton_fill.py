@@ -10,7 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from skipjack.kernels import fill, linear, qkv, reference, reference_routes
+from skipjack.kernels import fill, linear, qkv
+from skipjack.kernels.reference import dense
+from skipjack.kernels.reference import routes as reference_routes
 from skipjack.kernels.values import Norm, Rope, RowMap, Slots
 
 TILE = 8
@@ -75,7 +77,7 @@ class Case:
 
     def run(self, table: object = fill, tile: int = TILE) -> tuple[Tensor, Tensor]:
         keys, values = self.caches()
-        weight = (linear if table is fill else reference).prepare_stack(self.weight)
+        weight = (linear if table is fill else dense).prepare_stack(self.weight)
         inputs = (self.x, self.rows, self.norm, weight, self.bias, self.k_norm, self.rope, self.rotated)
         assert table.fill_kv(*inputs, keys, values, self.slots, heads=self.heads, tile=tile) is None
         return keys, values
@@ -89,7 +91,7 @@ class Case:
             table.qkv_rope_append(
                 self.x,
                 Norm(self.norm.weight[layer], None if self.norm.bias is None else self.norm.bias[layer], EPS),
-                (linear if table is qkv else reference).prepare(self.weight[layer]),
+                (linear if table is qkv else dense).prepare(self.weight[layer]),
                 None if self.bias is None else self.bias[layer],
                 head_norm,
                 head_norm,
@@ -169,7 +171,7 @@ def test_fill_is_the_formula_and_writes_only_its_slots(name: str, table: object)
 
 
 @pytest.mark.parametrize("name", ["counts", "odd-norm", "wide-head", "no-rope", "bfloat16"])
-@pytest.mark.parametrize(("sparse", "dense"), [(fill, qkv), (reference_routes, reference)], ids=["triton", "torch"])
+@pytest.mark.parametrize(("sparse", "dense"), [(fill, qkv), (reference_routes, dense)], ids=["triton", "torch"])
 def test_fill_gives_the_bits_of_the_dense_path(name: str, sparse: object, dense: object) -> None:
     case = CASES[name]
     assert_same(case.run(sparse), case.dense(dense))
@@ -209,7 +211,7 @@ def test_a_cache_of_more_layers_may_be_filled_in_part() -> None:
 
 def test_a_stack_without_one_tensor_is_refused() -> None:
     case = CASES["nothing"]
-    weight = reference.prepare_stack(case.weight)
+    weight = dense.prepare_stack(case.weight)
     keys, values = case.caches()
     inputs = (case.x, case.rows, case.norm, weight, case.bias, case.k_norm, case.rope, case.rotated)
     with pytest.raises(TypeError, match="one tensor"):

@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 from collections.abc import Callable
 
 from skipjack.kernels import logits as logits_module
-from skipjack.kernels import reference_logits
 from skipjack.kernels.logits import logprobs, reshape_logits
+from skipjack.kernels.reference import logits as reference_logits
 from skipjack.kernels.values import Reshaping
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from skipjack.kernels import lookup, lookup_rule, matches, reference_lookup, reference_rounds, rounds
+from skipjack.kernels import lookup, lookup_rule, matches, rounds
+from skipjack.kernels.reference import lookup as reference_lookup
+from skipjack.kernels.reference import rounds as reference_rounds
 from skipjack.kernels.values import Progress
 from skipjack.runtime import ngrams
 from skipjack.runtime.rows import Lineage

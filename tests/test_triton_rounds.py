@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from skipjack import Engine, SamplingParams
-from skipjack.kernels import attention, reference_rounds, rounds
+from skipjack.kernels import attention, rounds
 from skipjack.kernels import enter as enter_module
+from skipjack.kernels.reference import rounds as reference_rounds
 from skipjack.kernels.rounds import commit, extend
 from skipjack.kernels.values import Entry, Progress, Rope
 from skipjack.loaders.config import ModelConfig

@@ -11,9 +11,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from skipjack.kernels import fill, qkv, reference, reference_routes, route
+from skipjack.kernels import fill, qkv, route
 from skipjack.kernels.linear import prepare
 from skipjack.kernels.product_rules import route_rule
+from skipjack.kernels.reference import dense
+from skipjack.kernels.reference import routes as reference_routes
 from skipjack.kernels.values import Norm, Route, Router
 
 TILE = 8
@@ -51,7 +53,7 @@ class Case:
 
     def router(self, prepared: bool = True) -> Router:
         readout = (self.head.double() @ self.dec.double())[0].float()
-        return Router((prepare if prepared else reference.prepare)(self.encoder), self.inner_norm, readout)
+        return Router((prepare if prepared else dense.prepare)(self.encoder), self.inner_norm, readout)
 
     def expected(self) -> Tensor:
         """sigmoid(router_head·router_dec·tanh(RMSNorm_r(router_enc·z))), the matrices one after the other."""
@@ -78,7 +80,7 @@ def assert_routes(got: Route, expected: Tensor, dtype: torch.dtype, threshold: f
 
 @pytest.mark.parametrize("launcher", [route.route, route.row_map, fill.fill_kv, qkv.qkv_rope_append])
 def test_launchers_have_the_signatures_of_their_oracles(launcher: object) -> None:
-    oracle = reference if launcher is qkv.qkv_rope_append else reference_routes
+    oracle = dense if launcher is qkv.qkv_rope_append else reference_routes
     assert inspect.signature(launcher) == inspect.signature(getattr(oracle, launcher.__name__))
 
 
@@ -107,7 +109,7 @@ def test_route_is_the_uncollapsed_formula(name: str) -> None:
 def test_the_oracle_in_float64_is_exact() -> None:
     case = Case(576, 36, 21, torch.float64)
     readout = (case.head @ case.dec)[0]
-    router = Router(reference.prepare(case.encoder), case.inner_norm, readout)
+    router = Router(dense.prepare(case.encoder), case.inner_norm, readout)
     got = reference_routes.route(case.x, case.norm, router, tile=TILE)
     assert torch.allclose(got.weight, case.expected(), rtol=0, atol=1e-13)
     assert torch.equal(got.run, case.expected() > 0.5)

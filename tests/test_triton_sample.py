@@ -12,8 +12,9 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from skipjack.kernels import launch, noise, partials, probabilities, reference_verify
+from skipjack.kernels import launch, noise, partials, probabilities
 from skipjack.kernels import sample as sample_kernel
+from skipjack.kernels.reference import verify as reference_verify
 from skipjack.kernels.sample import sample
 from skipjack.kernels.sampling_rule import sampling_rule
 from skipjack.kernels.warping import log, uniform

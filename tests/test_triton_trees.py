@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("triton")
 
 from skipjack.kernels import enter as enter_module
-from skipjack.kernels import reference_rounds
 from skipjack.kernels.branch import branch
+from skipjack.kernels.reference import rounds as reference_rounds
 from skipjack.kernels.rounds import commit
 from skipjack.kernels.values import Entry, Grown, Progress
 

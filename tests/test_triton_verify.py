@@ -9,8 +9,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from skipjack.kernels import chains, partials, reference_verify, rejection, residual
+from skipjack.kernels import chains, partials, rejection, residual
 from skipjack.kernels.compact import compact
+from skipjack.kernels.reference import verify as reference_verify
 from skipjack.kernels.values import Verdict
 from skipjack.kernels.verify import verify, verify_rejection
 

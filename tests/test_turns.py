@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from skipjack.kernels import openmp
+from skipjack.kernels.cpu import openmp
 from skipjack.runtime import admission as admission_module
 from skipjack.runtime import turns as turns_module
 from skipjack.runtime.admission import ADMISSION_WAIT_S, Admission, Ticket

@@ -8,8 +8,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from skipjack.kernels import reference_verify
-from skipjack.kernels.reference_verify import compact, verify
+from skipjack.kernels.reference import verify as reference_verify
+from skipjack.kernels.reference.verify import compact, verify
 from skipjack.kernels.values import Verdict
 
 VOCABULARY = 16
@@ -81,7 +81,7 @@ def verify_rejection(request: pytest.FixtureRequest) -> Op:
     if request.param == "torch":
         return reference_verify.verify_rejection
     pytest.importorskip("numba", reason="numba is not installed")
-    from skipjack.kernels.cpu_rejection import verify_rejection
+    from skipjack.kernels.cpu.rejection import verify_rejection
 
     return verify_rejection
 

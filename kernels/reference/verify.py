@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .elementwise import steady
-from .noise import ACCEPT_STREAM, DRAW_STREAM, gumbel, uniform
-from .values import Verdict
+from ..elementwise import steady
+from ..noise import ACCEPT_STREAM, DRAW_STREAM, gumbel, uniform
+from ..values import Verdict
 
 _CHUNK = 1 << 17
 

@@ -24,21 +24,7 @@ from .attention_sums import (
     with_values,
 )
 from .instructions import WIDTH
-from .lanes import (
-    below,
-    counted,
-    exp,
-    greater,
-    greatest,
-    kernel,
-    number,
-    part,
-    read,
-    splat,
-    total,
-    whole,
-    write,
-)
+from .lanes import below, counted, exp, greater, greatest, kernel, number, part, read, splat, total, whole, write
 from .team import dealt, taken, worker
 
 _WORTH_A_TEAM = 2048

@@ -10,16 +10,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import packed, reference
-from .attention_index import AttentionIndex
-from .values import Heads, Matrix, Norm
+from ..attention_index import AttentionIndex
+from ..values import Heads, Matrix, Norm
+from . import dense, packed
 
 FULL, OTHERS, PAGE = 8, (4, 16), 256
 
 
 def rounds_alike(weights: list[Matrix], heads: Heads, dtype: torch.dtype, tile: int) -> bool:
     """Whether random rows come out of `tile` as out of the full one, bit for bit: norms, products, attention."""
-    return alike_by(reference.normalise, reference.attend, weights, heads, dtype, tile)
+    return alike_by(dense.normalise, dense.attend, weights, heads, dtype, tile)
 
 
 def alike_by(

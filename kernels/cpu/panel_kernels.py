@@ -13,10 +13,10 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from . import matrix_unit
-from .cpu_kernels import gelu_tanh, layer_norm, rms_norm, silu_row
 from .instructions import FLOATS, INTS, LINE, LONG, MANY_REGISTERS, WIDTH, ask, fused, load, paired, splatted
 from .lanes import LANES, kernel, part, read, write
 from .matrix_unit import ROWS
+from .small_ops import gelu_tanh, layer_norm, rms_norm, silu_row
 from .team import dealt, taken, worker
 
 VECTORS = 3

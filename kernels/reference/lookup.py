@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .values import Found
+from ..values import Found
 
 # How much more a match counts for every further token of it, and in the text itself, which is also set aside for what
 # was never seen.

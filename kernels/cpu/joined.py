@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import attention_tiles, cpu_attention, matrix_unit, openmp, panel_kernels
-from .attention_index import AttentionIndex, Index
+from ..attention_index import AttentionIndex, Index
+from ..ops import Joined
+from ..values import Heads, Layer, Matrix, Norm, Rope, Slots
+from . import attention, attention_tiles, matrix_unit, openmp, panel_kernels
+from .attention import attend_as, keep, lay_out
 from .attention_sums import listed
-from .cpu_attention import attend_as, keep, lay_out
-from .cpu_kernels import rope_append
 from .lanes import WIDTH, copy, kernel, whole
-from .ops import Joined
 from .panel_kernels import NONE, SILU_GATE, product
 from .panels import ACTIVATIONS
-from .values import Heads, Layer, Matrix, Norm, Rope, Slots
+from .small_ops import rope_append
 
 # Of a layer: the addresses of its parameters, 0 for what it lacks, whether it rotates, and whether it has the window.
 _FIELDS, _SIZES = 16, 9
@@ -123,7 +123,7 @@ class _Layers:
         norm, hidden = layers[0].attention_norm, layers[0].down.rows
         self._kept = layers, slopes
         self._eps, self._scale, self._half = norm.eps, heads.dim**-0.5, norm.weight.dtype == torch.bfloat16
-        self._tiles = self._half and heads.dim % cpu_attention.BLOCK == 0
+        self._tiles = self._half and heads.dim % attention.BLOCK == 0
         rows = [
             [*_addresses(layer), int(rotated), int(window is not None)]
             for layer, rotated, window in zip(layers, rotates, windows, strict=True)
@@ -183,7 +183,7 @@ class _Layers:
                 0 if tree is None else tree.slot.shape[1],
                 torch.get_num_threads(),
                 openmp.entry(),
-                (attention_tiles if tiles else cpu_attention).attend_some.address,
+                (attention_tiles if tiles else attention).attend_some.address,
             )
         if given is not x:
             x.copy_(given)

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .values import Matrix
+from ..values import Matrix
 
 PACKED_ROWS = 8
 
@@ -46,7 +46,7 @@ def pack(weight: Tensor) -> Matrix:
 def take_rows(weight: Matrix, rows: Tensor) -> Matrix:
     """The given rows int64 [N'] of a weight, as a weight of its own in the same layout."""
     if weight.in_panels:
-        from . import panels
+        from ..cpu import panels
 
         taken = panels.take(weight, rows)
         return panels.pack(taken) if panels.fits(taken) else pack(taken)
@@ -58,7 +58,7 @@ def take_rows(weight: Matrix, rows: Tensor) -> Matrix:
 def product(x: Tensor, weight: Matrix, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """x [M, columns] · weightᵀ + bias + residual → [M, rows], rounded once on the packed path."""
     if weight.in_panels:
-        from . import panels
+        from ..cpu import panels
 
         return panels.product(x, weight, bias, residual)
     if weight.packed and residual is not None:

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from . import environment
+from .. import environment
 from .instructions import FEATURES, LINE, LONG, ask
 from .lanes import part, put_whole
 

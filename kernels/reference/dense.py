@@ -1,4 +1,4 @@
-"""Every op in PyTorch: the backend of the CPU, and the oracle of the hand-written kernels.
+"""The ops that every layer runs and the head, in PyTorch.
 
 An op works through its rows in tiles of exactly `tile` rows, each tile padded to that size, so that the shape of every
 product and reduction is the same for any number of rows. That is what makes row i of a verify pass equal, bit for bit,
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..attention_index import AttentionIndex, Block, Index
+from ..elementwise import steady
+from ..values import Matrix, Norm, Prediction, Rope, Slots, Split, Stack
 from . import packed
-from .attention_index import AttentionIndex, Block, Index
-from .elementwise import steady
-from .values import Matrix, Norm, Prediction, Rope, Slots, Split, Stack
 
 _length = cast("Callable[..., Tensor]", torch.linalg.vector_norm)  # pyright: ignore[reportUnknownMemberType]
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default

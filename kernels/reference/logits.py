@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .values import Logprobs, Reshaping
+from ..values import Logprobs, Reshaping
 
 
 def reshape_logits(logits: Tensor, how: Reshaping, length: Tensor, draft: Tensor) -> Tensor:

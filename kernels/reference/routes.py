@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import reference
-from .elementwise import steady
-from .host import ints
-from .values import Norm, Rope, Route, Router, RowMap, Slots, Stack
+from ..elementwise import steady
+from ..host import ints
+from ..values import Norm, Rope, Route, Router, RowMap, Slots, Stack
+from . import dense
 
 
 def row_map(active: Tensor) -> RowMap:
@@ -35,13 +35,13 @@ def route(
     x [R, H]; RMSNorm_r takes its eps from `norm`. Rows that are not `active` bool [R] neither run nor are skipped.
     `arrivals`: those of `Entry`, where kernels count each other; they are zeros again afterwards.
     """
-    code = reference.linear(x, router.encoder, tile=tile, norm=norm)
+    code = dense.linear(x, router.encoder, tile=tile, norm=norm)
     code = code.to(torch.promote_types(code.dtype, torch.float32))
     inner = Norm(router.norm.to(code.dtype), None, norm.eps)
     readout = router.readout.to(code.dtype)
     tile = tile or len(code)
     score = [
-        (steady(torch.tanh, reference.normalise(part, inner)) * readout).sum(dim=-1)
+        (steady(torch.tanh, dense.normalise(part, inner)) * readout).sum(dim=-1)
         for part in torch.split(functional.pad(code, (0, 0, 0, -code.shape[0] % tile)), tile)
     ]
     weight = steady(torch.sigmoid, torch.cat(score)[: x.shape[0]])
@@ -72,7 +72,7 @@ def fill_kv(
     bool [L]: layers that rotate, all where it is None; keys, values [L, pages, kv_heads, P, D].
     """
     fill_layers(
-        reference.qkv_rope_append, x, rows, norm, weight, bias, k_norm, rope, rotated, keys, values, slots, heads, tile
+        dense.qkv_rope_append, x, rows, norm, weight, bias, k_norm, rope, rotated, keys, values, slots, heads, tile
     )
 
 

@@ -10,27 +10,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import (
-    attention_tiles,
-    cpu_attention,
-    cpu_enter,
-    cpu_kernels,
-    cpu_rejection,
-    cpu_sample,
-    joined,
-    matrix_unit,
-    openmp,
-    packed,
-    panels,
-    reference,
-    reference_routes,
-    reference_verify,
-    tiles,
-)
-from .attention_index import AttentionIndex, Index
+from ..attention_index import AttentionIndex, Index
+from ..ops import TORCH, Ops, products
+from ..reference import dense, packed, tiles
+from ..reference import routes as reference_routes
+from ..reference import verify as reference_verify
+from ..values import Heads, Matrix, Norm, Prediction, Rope, RowMap, Slots, Split, Stack
+from . import attention, attention_tiles, enter, joined, matrix_unit, openmp, panels, rejection, small_ops
+from . import sample as cpu_sample
 from .lanes import WIDTH
-from .ops import TORCH, Ops, products
-from .values import Heads, Matrix, Norm, Prediction, Rope, RowMap, Slots, Split, Stack
 
 _HALF = {torch.float32: False, torch.bfloat16: True}
 
@@ -39,13 +27,13 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
     """RMSNorm: w·x/√(mean x² + eps); LayerNorm: w·(x − mean)/√(var + eps) + b. [R, H] → [R, H]."""
     width = x.shape[-1]
     if not _fits(x, width) or norm.weight.dtype != x.dtype:
-        return reference.normalise(x, norm)
+        return dense.normalise(x, norm)
     x, rows, half = x.contiguous(), x.numel() // width, _HALF[x.dtype]
     out, weight = torch.empty_like(x), norm.weight.data_ptr()
     if norm.bias is None:
-        cpu_kernels.rms_norm(x.data_ptr(), weight, out.data_ptr(), rows, width, norm.eps, half)
+        small_ops.rms_norm(x.data_ptr(), weight, out.data_ptr(), rows, width, norm.eps, half)
     else:
-        cpu_kernels.layer_norm(x.data_ptr(), weight, norm.bias.data_ptr(), out.data_ptr(), rows, width, norm.eps, half)
+        small_ops.layer_norm(x.data_ptr(), weight, norm.bias.data_ptr(), out.data_ptr(), rows, width, norm.eps, half)
     return out
 
 
@@ -63,10 +51,10 @@ def linear(
     settled: bool = False,
     ahead: Matrix | None = None,
 ) -> Tensor:
-    """As `reference.linear`; a weight in panels needs no tiles, and a whole tile none of the steps to make it one."""
+    """As `dense.linear`; a weight in panels needs no tiles, and a whole tile none of the steps to make it one."""
     tile = None if weight.in_panels else tile
     if scale is not None or active is not None or tile not in (None, x.shape[0]):
-        return reference.linear_by(_AROUND, x, weight, tile, norm, bias, activation, residual, scale, active)
+        return dense.linear_by(_AROUND, x, weight, tile, norm, bias, activation, residual, scale, active)
     if weight.in_panels and _fuses(weight, norm, activation, x):
         in_place = residual if residual is not None and residual.is_contiguous() and activation is None else None
         y = panels.product(x, weight, bias, residual, in_place, norm, activation)
@@ -77,8 +65,8 @@ def linear(
 
 
 def prepare(weight: Tensor) -> Matrix:
-    """The physical layout of a weight [N, K]: panels, or what `reference.prepare` says of those that fit into none."""
-    return panels.pack(weight) if panels.fits(weight) else reference.prepare(weight)
+    """The physical layout of a weight [N, K]: panels, or what `dense.prepare` says of those that fit into none."""
+    return panels.pack(weight) if panels.fits(weight) else dense.prepare(weight)
 
 
 def prepare_gated(weight: Tensor) -> Matrix:
@@ -114,11 +102,11 @@ def qkv_rope_append(
     write: Tensor | None = None,
     settled: bool = False,
 ) -> Tensor:
-    """As `reference.qkv_rope_append`."""
+    """As `dense.qkv_rope_append`."""
     _, kv_heads, size, head_dim = keys.shape
-    qkv = reference.project(linear, x, norm, weight, bias, tile, active, write)
+    qkv = dense.project(linear, x, norm, weight, bias, tile, active, write)
     if not _fits(x, head_dim) or head_dim < 2 * WIDTH:
-        return reference.rope_append(
+        return dense.rope_append(
             qkv, q_norm, k_norm, norm.eps, rope, keys, values, slots, heads=heads, tile=tile, write=write
         )
     rows = x.shape[0]
@@ -126,7 +114,7 @@ def qkv_rope_append(
     page, offset = slots.page.contiguous(), slots.offset.contiguous()
     page = page if write is None else torch.where(write, page, -1)
     cos, sin = (None, None) if rope is None else (rope.cos.contiguous(), rope.sin.contiguous())
-    cpu_kernels.rope_append(
+    small_ops.rope_append(
         qkv.data_ptr(),
         0 if q_norm is None else q_norm.data_ptr(),
         0 if k_norm is None else k_norm.data_ptr(),
@@ -160,15 +148,15 @@ def attend(
     active: Tensor | None = None,
     ahead: Matrix | None = None,
 ) -> Tensor:
-    """As `reference.attend`; what a row sees of a tree is its own path, so that its sums are those of a chain."""
+    """As `dense.attend`; what a row sees of a tree is its own path, so that its sums are those of a chain."""
     rows, heads, head_dim = q.shape
     if not isinstance(index, AttentionIndex) or not _fits(q, head_dim):
-        return reference.attend(q, keys, values, index, scale=scale, window=window, slopes=slopes, active=active)
+        return dense.attend(q, keys, values, index, scale=scale, window=window, slopes=slopes, active=active)
     q, sequence = q.contiguous(), index.sequence if active is None else torch.where(active, index.sequence, -1)
     out = torch.empty((rows, heads * head_dim), dtype=q.dtype, device=q.device)
     table, tree, half = index.block_table, index.tree, _HALF[q.dtype]
-    tiles = half and head_dim % cpu_attention.BLOCK == 0 and matrix_unit.permitted()
-    cpu_attention.attend(
+    tiles = half and head_dim % attention.BLOCK == 0 and matrix_unit.permitted()
+    attention.attend(
         q.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
@@ -192,7 +180,7 @@ def attend(
         tiles,
         torch.get_num_threads(),
         openmp.entry(),
-        (attention_tiles if tiles else cpu_attention).attend_some.address,
+        (attention_tiles if tiles else attention).attend_some.address,
     )
     return out
 
@@ -213,7 +201,7 @@ def fill_kv(
     heads: int,
     tile: int | None,
 ) -> None:
-    """As `reference_routes.fill_kv`."""
+    """As `reference.routes.fill_kv`."""
     reference_routes.fill_layers(
         qkv_rope_append, x, rows, norm, weight, bias, k_norm, rope, rotated, keys, values, slots, heads, tile
     )
@@ -234,15 +222,15 @@ def head(
     ids: Tensor | None = None,
     active: Tensor | None = None,
 ) -> Prediction:
-    """As `reference.head`."""
+    """As `dense.head`."""
     scores = linear(x, weight, tile=tile, norm=norm, active=active)
     rows, width = scores.shape
     if top_k is not None or not _fits(scores, width):
-        return reference.predict(scores, top_k, ids)
+        return dense.predict(scores, top_k, ids)
     half, device = _HALF[scores.dtype], scores.device
     token = torch.empty((rows,), dtype=torch.int64, device=device)
     log_sum_exp = torch.empty((rows,), dtype=torch.float32, device=device)
-    cpu_kernels.choose(
+    small_ops.choose(
         scores.data_ptr(),
         token.data_ptr(),
         log_sum_exp.data_ptr(),
@@ -251,7 +239,7 @@ def head(
         half,
         torch.get_num_threads(),
         openmp.entry(),
-        cpu_kernels.choose_some.address,
+        small_ops.choose_some.address,
     )
     value = scores.gather(1, token[:, None])[:, 0]
     return Prediction(token if ids is None else ids[token], value, log_sum_exp)
@@ -269,7 +257,7 @@ def sample(
     stream: int = 0,
     count: int | None = None,
 ) -> Tensor:
-    """As `reference_verify.sample`."""
+    """As `reference.verify.sample`."""
     rows, width = scores.shape
     if not _fits(scores, width):
         return reference_verify.sample(
@@ -329,17 +317,17 @@ def _fuses(weight: Matrix, norm: Norm | None, activation: str | None, x: Tensor)
 def _activate(y: Tensor, activation: str) -> Tensor:
     rows, width = y.shape
     if not _fits(y, width // 2):
-        return reference.activate(y, activation)
+        return dense.activate(y, activation)
     if activation == "silu_gate":
         out = torch.empty((rows, width // 2), dtype=y.dtype, device=y.device)
-        cpu_kernels.silu_gate(y.data_ptr(), out.data_ptr(), rows, width // 2, _HALF[y.dtype])
+        small_ops.silu_gate(y.data_ptr(), out.data_ptr(), rows, width // 2, _HALF[y.dtype])
     else:
         out = torch.empty_like(y)
-        cpu_kernels.gelu_tanh(y.data_ptr(), out.data_ptr(), y.numel(), _HALF[y.dtype])
+        small_ops.gelu_tanh(y.data_ptr(), out.data_ptr(), y.numel(), _HALF[y.dtype])
     return out
 
 
-_AROUND = reference.Around(normalise, _activate)
+_AROUND = dense.Around(normalise, _activate)
 COMPILED: Ops = replace(
     TORCH,
     describe=_describe,
@@ -355,9 +343,9 @@ COMPILED: Ops = replace(
     attend=attend,
     fill_kv=fill_kv,
     join=joined.join,
-    enter=cpu_enter.enter,
+    enter=enter.enter,
     logits=logits,
     head=head,
     sample=sample,
-    verify_rejection=cpu_rejection.verify_rejection,
+    verify_rejection=rejection.verify_rejection,
 )

@@ -1,11 +1,11 @@
-"""The rows a pass starts with, for a CPU: `reference_rounds.enter` in one call instead of twenty small ones."""
+"""The rows a pass starts with, for a CPU: `reference.rounds.enter` in one call instead of twenty small ones."""
 
 import torch
 from torch import Tensor
 
-from . import reference_rounds
+from ..reference import rounds as reference_rounds
+from ..values import Entry, Rope, Slots, Tree
 from .lanes import byte, copy, kernel, put_byte, put_whole, whole
-from .values import Entry, Rope, Slots, Tree
 
 _WORD = 8
 
@@ -65,7 +65,7 @@ def enter(
     depth: Tensor | None = None,
     path: Tensor | None = None,
 ) -> Entry:
-    """As `reference_rounds.enter`."""
+    """As `reference.rounds.enter`."""
     if draft is not None:
         token, count = torch.cat([token, draft], dim=1), count if count is None else count + token.shape[1]
     wide = embedding.shape[1] * embedding.itemsize

@@ -11,9 +11,9 @@ from numba import carray
 from numba.core import types
 from numba.extending import intrinsic
 
-from . import cpu_attention, matrix_unit
+from . import attention, matrix_unit
+from .attention import BLOCK, TOGETHER, keep, softmax
 from .attention_sums import AHEAD, listed
-from .cpu_attention import BLOCK, TOGETHER, keep, softmax
 from .instructions import INTS, LINE, LONG, SHORT, WIDTH, ask, load, zipped
 from .lanes import fma, number, part, put_whole, read, splat, total, whole, write
 from .matrix_unit import ACTIVATIONS, WEIGHTS
@@ -222,4 +222,4 @@ def _attend_some(address):
 
 
 # What a processor does not have is not to be compiled for it.
-attend_some = worker(_attend_some) if matrix_unit.EXISTS else cpu_attention.attend_some
+attend_some = worker(_attend_some) if matrix_unit.EXISTS else attention.attend_some

@@ -12,7 +12,7 @@ from numba import carray
 from numba.core import types
 from numba.extending import intrinsic
 
-from .cpu_kernels import first_of
+from ..noise import MULTIPLIERS, ROUNDS, WEYL
 from .instructions import FLOATS, INT, INTS, LONG, WIDTH, constant, splatted, zipped
 from .lanes import (
     LANES,
@@ -34,7 +34,7 @@ from .lanes import (
     whole,
     write,
 )
-from .noise import MULTIPLIERS, ROUNDS, WEYL
+from .small_ops import first_of
 from .team import dealt, taken, worker
 
 # Ids whose noise is made at once: a block of the generator gives four.
@@ -240,7 +240,7 @@ def sample(
     scores, temperature, top_k, top_p, min_p, seed, position, token, rows, width, count, stream, half,
     threads, entry, some,
 ):  # fmt: skip
-    """token int64 [rows, count] as `reference_verify.sample` draws them: scores [rows, width], the others [rows].
+    """token int64 [rows, count] as `reference.verify.sample` draws them: scores [rows, width], the others [rows].
 
     Scores are finite or −∞. Masses are added up in float32, so that an id at the very end of a nucleus may be taken
     that the reference, which adds in float64, leaves, or the other way round.

@@ -33,11 +33,8 @@ from .instructions import (
     widened,
 )
 
-_NAMES = (
-    "lanes", "instructions", "attention_sums", "cpu_kernels", "noise", "matrix_unit", "cpu_attention", "panel_kernels",
-    "team", "cpu_sample",
-)  # fmt: skip
-_FILES = [Path(__file__).with_name(f"{name}.py") for name in _NAMES]
+_ROOM = Path(__file__).parent
+_FILES = [*sorted(_ROOM.glob("*.py")), _ROOM.parent / "noise.py"]
 SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()[:8]
 _LOG2E, _LN2_HIGH, _LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
 _ROUNDER, _LEAST, _MOST = 12582912.0, -87.0, 88.0

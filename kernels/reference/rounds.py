@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .values import Drafted, Entry, Grown, Progress, Rope, Slots, Tree
+from ..values import Drafted, Entry, Grown, Progress, Rope, Slots, Tree
 
 
 def enter(

@@ -1,13 +1,14 @@
-"""Speculative sampling on a CPU: `reference_verify.verify_rejection`, one sequence after the other, each by itself."""
+"""Speculative sampling on a CPU: `reference.verify.verify_rejection`, one sequence after the other, each by itself."""
 
 import numpy as np
 import torch
 from numba import carray
 from torch import Tensor
 
-from . import openmp, reference_verify
-from .cpu_kernels import first_of
-from .cpu_sample import IDS, NEVER, limited, uniforms
+from ..noise import ACCEPT_STREAM, DRAW_STREAM
+from ..reference import verify as reference_verify
+from ..values import Verdict
+from . import openmp
 from .lanes import (
     WIDTH,
     exp,
@@ -26,9 +27,9 @@ from .lanes import (
     whole,
     write,
 )
-from .noise import ACCEPT_STREAM, DRAW_STREAM
+from .sample import IDS, NEVER, limited, uniforms
+from .small_ops import first_of
 from .team import dealt, taken, worker
-from .values import Verdict
 
 _FIELDS = 21
 # `exp` gives nothing smaller than that of this, which must not pass for a probability: what is less likely has none.
@@ -199,7 +200,7 @@ def verify_rejection(
     parent: Tensor | None = None,
     drawn: Tensor | None = None,
 ) -> Verdict:
-    """As `reference_verify.verify_rejection`."""
+    """As `reference.verify.verify_rejection`."""
     sequences, rows, width = scores.shape
     proposals = scores if draft_scores is None else draft_scores
     if width % WIDTH or not {scores.dtype, proposals.dtype} <= set(_HALF):

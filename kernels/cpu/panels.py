@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..values import Matrix, Norm
 from . import large_pages, matrix_unit, openmp, panel_kernels
 from .lanes import WIDTH
-from .values import Matrix, Norm
 
 PANEL: int = panel_kernels.PANEL
 ACTIVATIONS = {None: panel_kernels.NONE, "silu_gate": panel_kernels.SILU_GATE, "gelu_tanh": panel_kernels.GELU}
