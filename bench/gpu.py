@@ -73,10 +73,10 @@ PARTS: dict[str, Part] = {
         "lossy methods", ("T15", "T16", "T17"), _each(gpu_speed.unified, gpu_methods.routed, gpu_methods.cycles)
     ),
     "large-peers": Part("other libraries, 8b", ("T12", "T13"), gpu_methods.large_peers, checked=False),
-    "rounds": Part("rounds by what drafts, and lookups", (), gpu_rounds.rounds),
     "rules": Part("launch rules", (), rules.fastest, checked=False),
     "rules-16": Part("launch rules of 16 rows", (), partial(rules.fastest, rows=rules.MANY), checked=False),
     "real": Part("methods on real weights", (), gpu_methods.real, checked=False),
+    "rounds": Part("rounds by what drafts, and lookups", (), gpu_rounds.rounds),
 }
 
 

@@ -16,7 +16,7 @@ if ! "$python" -c 'import skipjack.bench' 2>/dev/null; then
   "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable "$root" || exit 2
 fi
 parts=$part
-[ "$part" = all ] && parts='check steps drafts peers exact lossy large-peers rounds rules rules-16 real'
+[ "$part" = all ] && parts='check steps drafts peers exact lossy large-peers rules rules-16 real rounds'
 status=0
 for name in $parts; do
   timeout --kill-after=15 "$seconds" "$python" -m skipjack.bench.gpu "$name" "$@"
