@@ -26,8 +26,9 @@ _BYTES = 4 * PANEL
 MOST = 9 if MANY_REGISTERS else 2
 # What is done with the sums of a row.
 NONE, SILU_GATE, GELU = range(3)
-# How far ahead memory is asked for, in bytes: more than the processor does, which stops where a page of 4 KiB ends.
-_AHEAD = 6144
+# How far ahead memory is asked for, in bytes: more than the processor does, which stops where a page of 4 KiB ends. The
+# fewest rows for which that is worth its instructions: the arithmetic of fewer leaves the processor's own time enough.
+_AHEAD, _ASKING = 6144, 7
 # How many turns over a panel ask for the next one, at most: more of them take longer for it than they gain.
 _SHARES = 8
 
@@ -43,10 +44,10 @@ def _none(context, rows):
     return kind(rows), build
 
 
-def _step(kind, added):
+def _step(kind, added, asking):
     """An intrinsic that goes on with sums by the column, or pair of them, at the addresses of a panel and of x.
 
-    As many bytes are asked for at `ahead` as are read of the panel.
+    As many bytes are asked for at `ahead` as are read of the panel, from `asking` rows on.
     """
 
     @intrinsic
@@ -54,10 +55,11 @@ def _step(kind, added):
         def build(context, builder, signature, given):
             sums, panel, x, stride, ahead = given
             found = sums
+            rows = signature.args[0].count // VECTORS
             weights = [load(builder, panel, 4 * WIDTH * i, kind) for i in range(VECTORS)]
-            for start in range(0, _BYTES, LINE):
+            for start in range(0, _BYTES if rows >= asking else 0, LINE):
                 ask(builder, builder.add(ahead, ir.Constant(LONG, start)), nearness=2)
-            for row in range(signature.args[0].count // VECTORS):
+            for row in range(rows):
                 at = builder.add(x, builder.mul(stride, ir.Constant(LONG, row)))
                 value = splatted(builder, load(builder, at, 0, kind.element), kind)
                 for i, weight in enumerate(weights):
@@ -71,7 +73,8 @@ def _step(kind, added):
     return step
 
 
-_with_column, _with_pair = _step(FLOATS, fused), _step(INTS, paired)
+_with_column, _with_pair = _step(FLOATS, fused, _ASKING), _step(INTS, paired, _ASKING)
+_column_and_more, _pair_and_more = _step(FLOATS, fused, 1), _step(INTS, paired, 1)
 
 
 @intrinsic
@@ -93,7 +96,7 @@ def _rows(sums, rows, x, panel, bias, residual, out, many, width, columns, half,
     """out = x·panelᵀ + bias + residual of `rows` rows and `many` columns; sums: `_none` of them.
 
     Memory is asked for from `ahead` on, `pace` bytes a column or pair of them; with `pace` 0 `_AHEAD` bytes after what
-    is read: a distance that instructions hold is faster than another address.
+    is read, by `_ASKING` rows or more: a distance that instructions hold is faster than another address.
     """
     if pace == 0:
         if half:
@@ -104,10 +107,10 @@ def _rows(sums, rows, x, panel, bias, residual, out, many, width, columns, half,
                 sums = _with_column(sums, panel + _BYTES * k, x + 4 * k, columns * 4, panel + _BYTES * k + _AHEAD)
     elif half:
         for k in range(columns // 2):
-            sums = _with_pair(sums, panel + _BYTES * k, x + 4 * k, columns * 2, ahead + pace * k)
+            sums = _pair_and_more(sums, panel + _BYTES * k, x + 4 * k, columns * 2, ahead + pace * k)
     else:
         for k in range(columns):
-            sums = _with_column(sums, panel + _BYTES * k, x + 4 * k, columns * 4, ahead + pace * k)
+            sums = _column_and_more(sums, panel + _BYTES * k, x + 4 * k, columns * 4, ahead + pace * k)
     _put(sums, scratch)
     _finish(rows, bias, residual, out, many, width, half, scratch)
 
