@@ -27,8 +27,8 @@ MOST = 9 if MANY_REGISTERS else 2
 # What is done with the sums of a row.
 NONE, SILU_GATE, GELU = range(3)
 # How far ahead memory is asked for, in bytes: more than the processor does, which stops where a page of 4 KiB ends. The
-# fewest rows for which that is worth its instructions: the arithmetic of fewer leaves the processor's own time enough.
-_AHEAD, _ASKING = 6144, 7
+# fewest rows that ask: the arithmetic of fewer leaves the processor's own prefetching time enough, and asking takes it.
+_AHEAD, _ASKING = 6144, 7 if MANY_REGISTERS else 2
 # How many turns over a panel ask for the next one, at most: more of them take longer for it than they gain.
 _SHARES = 8
 
