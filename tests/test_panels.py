@@ -215,11 +215,12 @@ from skipjack.kernels.cpu import attention_sums, compiled, instructions, matrix_
 from skipjack.kernels.attention_index import AttentionIndex
 assert not instructions.PAIRED and not matrix_unit.EXISTS and panel_kernels.MOST == attention_sums.FEW == 2
 for dtype, most in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
-    x, weight = torch.randn(5, 64).to(dtype), torch.randn(64, 64).to(dtype)
+    x, weight = torch.randn(8, 400).to(dtype), torch.randn(64, 400).to(dtype)
     matrix = panels.pack(weight)
     got, expected = panels.product(x, matrix, None, None), x.double() @ weight.double().T
     assert (got.double() - expected).norm() / expected.norm() < most
-    assert torch.equal(panels.product(x[3:4], matrix, None, None), got[3:4])
+    for rows in (1, 2, 3, 5, 7):
+        assert torch.equal(panels.product(x[8 - rows :], matrix, None, None), got[8 - rows :])
     keys, values = torch.randn(2, 1, 2, 128, 80).to(dtype)
     q, at = torch.randn(8, 6, 80).to(dtype), torch.arange(90, 98)
     rows = [AttentionIndex(at[r] * 0, at[r], at[:1, None] * 0, page_size=128, tile=8) for r in (slice(8), slice(3, 4))]

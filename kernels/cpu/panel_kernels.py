@@ -22,32 +22,42 @@ from .team import dealt, taken, worker
 VECTORS = 3
 PANEL = VECTORS * WIDTH
 _BYTES = 4 * PANEL
-# Sums of that many rows fit into the registers beside a column of a panel and one number.
-MOST = 9 if MANY_REGISTERS else 2
+# Sums of that many rows fit into the registers beside a column of a panel and one number; of bfloat16, where a pair is
+# two numbers, those of so many beside a vector of a column.
+MOST, MOST_OF_A_VECTOR = (9, 0) if MANY_REGISTERS else (2, 4)
 # What is done with the sums of a row.
 NONE, SILU_GATE, GELU = range(3)
 # How far ahead memory is asked for, in bytes: more than the processor does, which stops where a page of 4 KiB ends. The
 # fewest rows that ask: the arithmetic of fewer leaves the processor's own prefetching time enough, and asking takes it.
 _AHEAD, _ASKING = 6144, 7 if MANY_REGISTERS else 2
+# Pairs of columns of a panel that stay in the cache while its vectors are gone through one by one.
+_STRETCH = 64
 # How many turns over a panel ask for the next one, at most: more of them take longer for it than they gain.
 _SHARES = 8
 
 
-@intrinsic(prefer_literal=True)
-def _none(context, rows):
-    """The sums of `rows` rows before the first column."""
-    kind = types.UniTuple(LANES, VECTORS * rows.literal_value)
+def _sums(vectors):
+    """An intrinsic for the sums before the first column, of so many vectors a row."""
 
-    def build(context, builder, signature, given):
-        return ir.Constant(context.get_value_type(kind), None)
+    @intrinsic(prefer_literal=True)
+    def none(context, rows):
+        kind = types.UniTuple(LANES, vectors * rows.literal_value)
 
-    return kind(rows), build
+        def build(context, builder, signature, given):
+            return ir.Constant(context.get_value_type(kind), None)
+
+        return kind(rows), build
+
+    return none
 
 
-def _step(kind, added, asking):
+_none, _none_of_a_vector = _sums(VECTORS), _sums(1)
+
+
+def _step(kind, added, asking, vectors=VECTORS):
     """An intrinsic that goes on with sums by the column, or pair of them, at the addresses of a panel and of x.
 
-    As many bytes are asked for at `ahead` as are read of the panel, from `asking` rows on.
+    It takes so many vectors of the column. As many bytes as all have are asked for at `ahead`, from `asking` rows on.
     """
 
     @intrinsic
@@ -55,15 +65,15 @@ def _step(kind, added, asking):
         def build(context, builder, signature, given):
             sums, panel, x, stride, ahead = given
             found = sums
-            rows = signature.args[0].count // VECTORS
-            weights = [load(builder, panel, 4 * WIDTH * i, kind) for i in range(VECTORS)]
+            rows = signature.args[0].count // vectors
+            weights = [load(builder, panel, 4 * WIDTH * i, kind) for i in range(vectors)]
             for start in range(0, _BYTES if rows >= asking else 0, LINE):
                 ask(builder, builder.add(ahead, ir.Constant(LONG, start)), nearness=2)
             for row in range(rows):
                 at = builder.add(x, builder.mul(stride, ir.Constant(LONG, row)))
                 value = splatted(builder, load(builder, at, 0, kind.element), kind)
                 for i, weight in enumerate(weights):
-                    place = VECTORS * row + i
+                    place = vectors * row + i
                     total = added(builder, weight, value, builder.extract_value(sums, place))
                     found = builder.insert_value(found, total, place)
             return found
@@ -75,20 +85,40 @@ def _step(kind, added, asking):
 
 _with_column, _with_pair = _step(FLOATS, fused, _ASKING), _step(INTS, paired, _ASKING)
 _column_and_more, _pair_and_more = _step(FLOATS, fused, 1), _step(INTS, paired, 1)
+_with_vector, _vector_and_more = _step(INTS, paired, MOST_OF_A_VECTOR + 1, 1), _step(INTS, paired, 1, 1)
+
+
+def _store(apart):
+    """An intrinsic that puts sums to memory, vectors so many bytes apart."""
+
+    @intrinsic
+    def put(context, sums, address):
+        def build(context, builder, signature, given):
+            sums, address = given
+            for i in range(signature.args[0].count):
+                at = builder.add(address, ir.Constant(LONG, apart * i))
+                builder.store(builder.extract_value(sums, i), builder.inttoptr(at, FLOATS.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(sums, types.int64), build
+
+    return put
+
+
+_put, _put_vectors = _store(4 * WIDTH), _store(_BYTES)
 
 
 @intrinsic
-def _put(context, sums, address):
-    """Sums to memory, vector after vector."""
+def _take_vectors(context, sums, address):
+    """What `_put_vectors` put there, as many as `sums`."""
 
     def build(context, builder, signature, given):
         sums, address = given
         for i in range(signature.args[0].count):
-            at = builder.add(address, ir.Constant(LONG, 4 * WIDTH * i))
-            builder.store(builder.extract_value(sums, i), builder.inttoptr(at, FLOATS.as_pointer()), align=4)
-        return context.get_dummy_value()
+            sums = builder.insert_value(sums, load(builder, address, _BYTES * i, FLOATS), i)
+        return sums
 
-    return types.void(sums, types.int64), build
+    return sums(sums, types.int64), build
 
 
 @part
@@ -116,6 +146,26 @@ def _rows(sums, rows, x, panel, bias, residual, out, many, width, columns, half,
 
 
 @part
+def _by_vector(sums, rows, x, panel, bias, residual, out, many, width, columns, scratch, ahead, pace):
+    """`_rows` of bfloat16 where registers are few: a stretch of columns vector by vector; sums: `_none_of_a_vector`."""
+    if pace == 0:
+        ahead, pace = panel + _AHEAD, _BYTES
+    pairs = columns // 2
+    for first in range(0, pairs, _STRETCH):
+        last = min(first + _STRETCH, pairs)
+        for start in range(0, _BYTES, 4 * WIDTH):
+            so_far = _take_vectors(sums, scratch + start) if first else sums
+            if start == 0:
+                for k in range(first, last):
+                    so_far = _vector_and_more(so_far, panel + _BYTES * k, x + 4 * k, columns * 2, ahead + pace * k)
+            else:
+                for k in range(first, last):
+                    so_far = _with_vector(so_far, panel + _BYTES * k + start, x + 4 * k, columns * 2, 0)
+            _put_vectors(so_far, scratch + start)
+    _finish(rows, bias, residual, out, many, width, True, scratch)
+
+
+@part
 def _finish(rows, bias, residual, out, many, width, half, scratch):
     """out = the sums of `rows` rows at `scratch` + bias + residual, `many` columns; those of out are `width` apart."""
     size = 2 if half else 4
@@ -130,27 +180,35 @@ def _finish(rows, bias, residual, out, many, width, half, scratch):
 
 
 def _by_count(most):
-    """`_rows` of 1 to `most` rows."""
-    if most == 1:
+    """`_rows` of 1 to `most` rows, `_by_vector` of more than `MOST`."""
+    if most == 0:
 
         @part
         def some(count, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace):
-            _rows(_none(1), 1, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace)
+            pass
 
         return some
     fewer = _by_count(most - 1)
 
     @part
-    def some(count, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace):
+    def by_column(count, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace):
         if count == most:
             _rows(_none(most), most, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace)
         else:
             fewer(count, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace)
 
-    return some
+    @part
+    def by_vector(count, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace):
+        if count == most:
+            sums = _none_of_a_vector(most)
+            _by_vector(sums, most, x, panel, bias, residual, out, many, width, columns, scratch, ahead, pace)
+        else:
+            fewer(count, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace)
+
+    return by_column if most <= MOST else by_vector
 
 
-_some = _by_count(MOST)
+_some = _by_count(max(MOST, MOST_OF_A_VECTOR))
 
 
 @part
@@ -160,7 +218,8 @@ def _by_rows(rows, x, panel, bias, residual, out, many, width, columns, half, sc
     Where that takes several turns the last of them ask for a share of the next panel each, if there is `more`, so that
     memory is read meanwhile; the first asks for this one, unless it was `asked` for.
     """
-    size, row, turns = 2 if half else 4, 0, (rows + MOST - 1) // MOST
+    most = max(MOST, MOST_OF_A_VECTOR) if half else MOST
+    size, row, turns = 2 if half else 4, 0, (rows + most - 1) // most
     length, shares = columns * size * PANEL, min(turns if asked else turns - 1, _SHARES) if more and turns > 1 else 0
     for turn in range(turns):
         source, target, some = x + row * columns * size, out + row * width * size, (rows - row) // (turns - turn)
