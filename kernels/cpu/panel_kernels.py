@@ -85,7 +85,8 @@ def _step(kind, added, asking, vectors=VECTORS):
 
 _with_column, _with_pair = _step(FLOATS, fused, _ASKING), _step(INTS, paired, _ASKING)
 _column_and_more, _pair_and_more = _step(FLOATS, fused, 1), _step(INTS, paired, 1)
-_with_vector, _vector_and_more = _step(INTS, paired, MOST_OF_A_VECTOR + 1, 1), _step(INTS, paired, 1, 1)
+# The first vector of a column asks for all of them, the others for nothing.
+_vector_and_more, _with_vector = _step(INTS, paired, 1, 1), _step(INTS, paired, MOST_OF_A_VECTOR + 1, 1)
 
 
 def _store(apart):
