@@ -33,15 +33,15 @@ def peers(
     output: options.Output = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Compare plain decoding with transformers' generate and a torch.compile loop: ids in float32 first, then speed."""
+    """Compare plain decoding with transformers, a compiled loop and llama.cpp: ids in float32 first, then speed."""
     from ..runtime.engine import Engine
-    from .peer_loops import PLAIN, Setting, version
+    from .peer_loops import PLAIN, Setting, versions
     from .peers import Contest, folder_of, trusted
     from .record import deliver, header
     from .sheets import peers as sheet
 
     chosen, notes = options.chosen(prompts, per_category, category), options.notes()
-    transformers = version()
+    libraries = versions()
     with folder_of(model) as folder:
         with Engine.load(folder, device=device, dtype="float32", cache_tokens=cache_tokens) as engine:
             layers, on_gpu = engine.config.num_layers, "triton" in engine.backend
@@ -64,7 +64,7 @@ def peers(
             rows, lines = contest.measure(agreements, notes)
             result |= header("peers", engine, model)
     result |= {
-        "transformers": transformers,
+        **libraries,
         "max_tokens": max_tokens,
         "only": peer or [],
         "summary": [asdict(line) for line in lines],

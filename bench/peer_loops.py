@@ -1,4 +1,4 @@
-"""The peers: transformers' generate in its variants, and a compiled decode loop."""
+"""The peers: transformers' generate in its variants, a compiled decode loop, and llama.cpp."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from ..runtime.errors import SkipjackError
 from .compiled_loop import CompiledLoop, Unavailable
+from .llama_cpp import LlamaCpp
 
 Generate = Callable[[list[int], int], list[int]]
 PLAIN = "transformers generate"
@@ -36,13 +39,17 @@ class Setting:
         return self.compile_mode if self.timed or not self.compile_mode.startswith("max-autotune") else "default"
 
 
-def version() -> str:
-    """transformers' version.
+def versions() -> dict[str, str | None]:
+    """The peers' libraries' versions by the keys of a result; None for one that is not installed.
 
     Raises:
-        SkipjackError: it is not installed.
+        SkipjackError: transformers is not.
     """
-    return str(_transformers().__version__)
+    try:
+        llama_cpp = version_of("llama-cpp-python")
+    except PackageNotFoundError:
+        llama_cpp = None
+    return {"transformers": str(_transformers().__version__), "llama_cpp_python": llama_cpp}
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -69,6 +76,7 @@ def peers(model: Any, setting: Setting, max_context: int) -> dict[str, Callable[
         f"transformers {early}": lambda: _generate(model, {"assistant_early_exit": setting.exit_layer}),
         f"transformers {lookup}": lambda: _generate(model, {"prompt_lookup_num_tokens": setting.num_draft_tokens}),
         f"torch.compile loop ({setting.compile_mode})": lambda: CompiledLoop(model, max_context, setting.loop_mode),
+        "llama.cpp": lambda: LlamaCpp(model, max_context),
     }
 
 

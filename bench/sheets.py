@@ -83,11 +83,12 @@ def peers(result: dict[str, Any]) -> Sheet:
                 f"{line['identical']} of {line['prompts']}",
             )
         )
-    mode = result.get("float32_compile_mode")
+    mode, llama_cpp = result.get("float32_compile_mode"), result.get("llama_cpp_python")
+    libraries = f"transformers {result['transformers']}" + (f", llama-cpp-python {llama_cpp}" if llama_cpp else "")
     notes = (
         "Whole calls, prompt included, greedy, run skipjack, peer, peer, skipjack; medians over prompts.",
         *((f"For the ids in float32 the loop is compiled in mode {mode}.",) if mode else ()),
-        f"Measured on {where(result['machine'])}, transformers {result['transformers']}.",
+        f"Measured on {where(result['machine'])}, {libraries}.",
     )
     return Sheet(f"Peers: {title(result)}, {result['max_tokens']} tokens", columns, tuple(rows), notes)
 

@@ -60,7 +60,7 @@ def test_a_peer_that_cannot_run_says_why_and_the_others_run(
     monkeypatch.setattr(torch, "compile", broken)
     contest = peers.Contest(folder, engine, PROMPTS, Setting(4, 3, "default"), 4)
     agreements = {agreement.peer: agreement for agreement in contest.agree(lambda _: None)}
-    assert len(agreements) == 5
+    assert len(agreements) == 6
     for name in ("transformers static cache + compile", "torch.compile loop (default)"):
         assert agreements[name].reason == "RuntimeError: InvalidCxxCompiler: No working C++ compiler found"
     plain = agreements[PLAIN]
