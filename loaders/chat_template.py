@@ -45,6 +45,11 @@ class ChatTemplate:
         if present(settings_path, TokenizerError):
             settings = read_object(settings_path, MAX_SETTINGS_BYTES, TokenizerError)
         special_tokens = _special_tokens(settings, str(settings_path))
+        map_path = folder / "special_tokens_map.json"
+        # Until transformers 4.34 tokens were named there; settings with "added_tokens_decoder" are newer, and name all.
+        if "added_tokens_decoder" not in settings and present(map_path, TokenizerError):
+            named = read_object(map_path, MAX_SETTINGS_BYTES, TokenizerError)
+            special_tokens |= _special_tokens(named, str(map_path))
         template_path = folder / "chat_template.jinja"
         if present(template_path, TokenizerError):
             content = read_bytes(template_path, MAX_TEMPLATE_BYTES, TokenizerError)

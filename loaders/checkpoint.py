@@ -21,7 +21,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
 class Checkpoint:
-    """The tensors of one model.safetensors, or of the shards that model.safetensors.index.json lists.
+    """The tensors of one model.safetensors, without it of the shards that model.safetensors.index.json lists.
 
     Opening reads and checks every header and compares sizes; data is read when a tensor is.
     """
@@ -38,10 +38,11 @@ class Checkpoint:
             CheckpointError: no safetensors there, or a file is malformed; the message names file and field.
         """
         folder = Path(folder)
-        if present(folder / INDEX_FILE, CheckpointError):
-            return Checkpoint(_sharded(folder))
+        # The order of other libraries, which leave an old index beside new weights.
         if present(folder / SINGLE_FILE, CheckpointError):
             return Checkpoint(read_header(folder / SINGLE_FILE))
+        if present(folder / INDEX_FILE, CheckpointError):
+            return Checkpoint(_sharded(folder))
         pickles = (
             sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)) if os.path.isdir(folder) else []
         )

@@ -78,7 +78,6 @@ class ModelConfig:
     max_context: int
     norm_eps: float
     layer_norm: bool = False
-    activation: Literal["silu", "gelu_tanh"] = "silu"
     gated: bool = True
     qkv_bias: bool = False
     output_bias: bool = False

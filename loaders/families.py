@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from .attention_routing import read_attention_routing
 from .config import Cycle, ModelConfig
@@ -19,12 +18,7 @@ _MAX_HEADS = 4096
 _MAX_HEAD_DIM = 4096
 _MAX_HORIZON = 64
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
-_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-}
+_ACTIVATIONS = ("silu", "swish")
 
 
 @dataclass(frozen=True)
@@ -82,6 +76,8 @@ def parse_family(fields: Fields) -> ModelConfig:
         raise ConfigError(
             f"{fields.source}: quantization_config: expected unquantised weights, found a quantised model"
         )
+    if fields.has("is_causal") and not fields.boolean("is_causal"):
+        raise fields.refuse("is_causal", "true (false, for encoders, is not supported)", False)
     if model_type == "bloom":
         _check_architecture(fields, "BloomForCausalLM", "BloomModel")
         return _bloom(fields)
@@ -101,6 +97,8 @@ def _rotary(fields: Fields, model_type: str, family: _Rotary) -> ModelConfig:
     hidden = fields.integer("hidden_size", 1, _MAX_WIDTH)
     heads = fields.integer("num_attention_heads", 1, _MAX_HEADS)
     max_context = fields.integer("max_position_embeddings", 1, MAX_POSITIONS, family.max_context)
+    if (activation := fields.text("hidden_act", "silu")) not in _ACTIVATIONS:
+        raise fields.refuse("hidden_act", " or ".join(_ACTIVATIONS), activation)
     attention_bias = family.attention_bias_field and fields.boolean("attention_bias", False)
     rope_layers = read_rope_layers(fields, layers) if model_type == "smollm3" else (True,) * layers
     window, window_layers = read_window(fields, family.window, layers, rope_layers)
@@ -121,7 +119,6 @@ def _rotary(fields: Fields, model_type: str, family: _Rotary) -> ModelConfig:
         head_dim=head_dim,
         max_context=stretched(max_context, scaling),
         norm_eps=fields.number("rms_norm_eps", 1e-12, 1.0, 1e-6),
-        activation=_activation(fields),
         qkv_bias=attention_bias or family.always_qkv_bias,
         output_bias=attention_bias,
         mlp_bias=family.mlp_bias_field and fields.boolean("mlp_bias", False),
@@ -160,6 +157,8 @@ def _bloom(fields: Fields) -> ModelConfig:
         raise fields.refuse("hidden_size", f"a multiple of the {heads} heads", hidden)
     if fields.boolean("apply_residual_connection_post_layernorm", False):
         raise fields.refuse("apply_residual_connection_post_layernorm", "false (true is not supported)", True)
+    if fields.boolean("slow_but_exact", False) and fields.integer("pretraining_tp", 1, _MAX_WIDTH, 1) > 1:
+        raise fields.refuse("slow_but_exact", "false (true is not supported with pretraining_tp above 1)", True)
     vocab = fields.integer("vocab_size", 1, _MAX_VOCAB)
     context_field = "seq_length" if fields.has("seq_length") else "n_positions"
     return ModelConfig(
@@ -174,7 +173,6 @@ def _bloom(fields: Fields) -> ModelConfig:
         max_context=fields.integer(context_field, 1, MAX_POSITIONS) if fields.has(context_field) else 2048,
         norm_eps=fields.number("layer_norm_epsilon", 1e-12, 1.0, 1e-5),
         layer_norm=True,
-        activation="gelu_tanh",
         gated=False,
         qkv_bias=True,
         output_bias=True,
@@ -220,13 +218,6 @@ def _head_dim(fields: Fields, hidden: int, heads: int, default: int | None) -> i
     if head_dim % 2 or head_dim > _MAX_HEAD_DIM:
         raise fields.refuse("head_dim", f"an even number up to {_MAX_HEAD_DIM}, as rotary embedding needs", head_dim)
     return head_dim
-
-
-def _activation(fields: Fields) -> Literal["silu", "gelu_tanh"]:
-    name = fields.text("hidden_act", "silu")
-    if name not in _ACTIVATIONS:
-        raise fields.refuse("hidden_act", f"one of {', '.join(_ACTIVATIONS)}", name)
-    return _ACTIVATIONS[name]
 
 
 def _bos(fields: Fields, vocab: int) -> int | None:

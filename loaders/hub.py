@@ -17,10 +17,11 @@ _OPTIONAL: Final = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "chat_template.jinja",
 )
 
-_WEIGHTS: Final = (INDEX_FILE, SINGLE_FILE)
+_WEIGHTS: Final = (SINGLE_FILE, INDEX_FILE)
 
 Progress = Callable[[str, int, int], None]
 
@@ -54,12 +55,17 @@ def hub_folder(model: str, progress: Progress | None = None) -> Path:
             if not complete:
                 raise
             break
-    index = _cached(repo, INDEX_FILE, commit) if complete else _fetch(repo, INDEX_FILE, commit, progress)
-    for name in sorted(shard_names(index)) if isinstance(index, Path) else (SINGLE_FILE,):
-        if _fetch(repo, name, commit, progress) is None:
-            raise CheckpointError(
-                f"hub: {model}: expected {name}, found none; weights in other formats than safetensors are never read"
-            )
+    for name in _WEIGHTS:
+        found = _cached(repo, name, commit) if complete else _fetch(repo, name, commit, progress)
+        if isinstance(found, Path):
+            break
+    else:
+        raise CheckpointError(
+            f"hub: {model}: expected {SINGLE_FILE}, found none; only safetensors are read, no other format"
+        )
+    for shard in sorted(shard_names(found)) if name == INDEX_FILE else ():
+        if _fetch(repo, shard, commit, progress) is None:
+            raise CheckpointError(f"hub: {model}: expected {shard}, which {INDEX_FILE} names, found none")
     return config.parent
 
 

@@ -134,7 +134,11 @@ class Tokenizer:
 
 
 class TokenStream:
-    """Text as tokens arrive. What `step` and `finish` return adds up to what `decode` says of all the ids."""
+    """Text as tokens arrive. What `step` and `finish` return adds up to what `decode` says of all the ids.
+
+    Not where a decoder with byte fallback (Llama 2's) takes a whole run of bytes for broken because its end is: what
+    is out by then stays, such as a line break before half of a character.
+    """
 
     def __init__(self, decode: Callable[[list[int]], str], silent: Callable[[int], bool]) -> None:
         self._decode, self._silent = decode, silent

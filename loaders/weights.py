@@ -77,11 +77,12 @@ def load_weights(
 
     Raises:
         CheckpointError: a file is malformed, a tensor is missing, left over or not of the shape config.json implies, or
-            holds a NaN or an infinity, which a number beyond `dtype` becomes.
+            holds a NaN or an infinity, which a number beyond `dtype` becomes, or a tied head has values of its own.
     """
     folder = Path(folder)
     with Checkpoint.open(folder) as checkpoint:
         plan = checked_plan(folder, checkpoint, config)
+        _check_tied(checkpoint, config, plan)
         fused = {name: torch.empty(shape, dtype=dtype) for name, shape in field_shapes(config).items()}
         interleaved = naming(config.model_type).interleaved_qkv
         total = sum(checkpoint.size(piece.name) for piece in plan)
@@ -96,6 +97,22 @@ def load_weights(
             if progress is not None:
                 progress(done, total)
     return Weights.of(fused)
+
+
+def _check_tied(checkpoint: Checkpoint, config: ModelConfig, plan: list[Piece]) -> None:
+    """A copy of the embedding beside a tied head, which some writers leave, is one; of another, libraries disagree."""
+    names = naming(config.model_type).bare["head"]
+    head = next((name for name in names if config.tied_head and name in checkpoint.names()), None)
+    if head is None:
+        return
+    embedding = next(piece.name for piece in plan if piece.field == "embedding")
+    if checkpoint.shape(head) != checkpoint.shape(embedding) or not torch.equal(
+        found := checkpoint.read(head), checkpoint.read(embedding).to(found.dtype)
+    ):
+        raise CheckpointError(
+            f"{checkpoint.file(head)}: {head}: expected a copy of {embedding}, because config.json says "
+            "tie_word_embeddings, found other values (if this head is meant, say false there, else leave it out)"
+        )
 
 
 def _check_finite(tensor: Tensor, checkpoint: Checkpoint, name: str) -> None:
@@ -165,5 +182,4 @@ def checked_plan(folder: Path, checkpoint: Checkpoint, config: ModelConfig) -> l
 
 
 def _ignorable(table: Naming, config: ModelConfig, name: str) -> bool:
-    # A copy of the embedding that some writers leave beside a tied head decides nothing.
     return (config.tied_head and name in table.bare["head"]) or table.ignorable.fullmatch(name) is not None

@@ -20,7 +20,13 @@ from .model import Model
 from .report import print_json
 from .terminal import answers
 
-_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+_TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 def merge(folder: Path, output: Path, method: str, *, as_json: bool) -> None:

@@ -66,7 +66,7 @@ class Model:
         self._slopes = alibi_slopes(config.num_heads).to(self.device) if config.alibi else None
         self._vocabularies: dict[int, Vocabulary] = {}
         self._tiles: dict[int, tuple[int, ...]] = {}
-        self._activation = "silu_gate" if config.gated else config.activation
+        self._activation = "silu_gate" if config.gated else "gelu_tanh"
         self._windows = [config.window if windowed else None for windowed in config.window_layers]
         self._joined = (
             None

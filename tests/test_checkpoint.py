@@ -207,6 +207,15 @@ def sharded(folder, weight_map):
 GOOD = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
 
 
+def test_a_single_file_comes_before_an_index(tmp_path):
+    """As in transformers, whose `save_pretrained` leaves the index of shards that it replaced."""
+    write(tmp_path, {"new": entry()}, EIGHT, "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"old": "model-00001-of-00002.safetensors"}}'
+    )
+    assert Checkpoint.open(tmp_path).names() == {"new"}
+
+
 def test_shards_read(tmp_path):
     assert Checkpoint.open(sharded(tmp_path, GOOD)).names() == {"a", "b"}
 

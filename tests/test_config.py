@@ -34,7 +34,7 @@ CASES = [
     ("llama", SMALL | {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}}),
     ("mistral", SMALL),
     ("mistral", SMALL | {"sliding_window": None}),
-    ("mistral", SMALL | {"sliding_window": 7, "head_dim": 24, "hidden_act": "gelu_pytorch_tanh"}),
+    ("mistral", SMALL | {"sliding_window": 7, "head_dim": 24, "hidden_act": "swish"}),
     ("qwen2", SMALL),
     ("qwen2", SMALL | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}),
     ("qwen2", SMALL | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 6}),
@@ -74,7 +74,6 @@ def test_families_agree_with_transformers(tmp_path, model_type, fields):
         assert config.num_kv_heads == oracle.n_head
         assert config.intermediate_size == 4 * oracle.hidden_size
         assert (config.alibi, config.layer_norm, config.gated, config.embedding_norm) == (True, True, False, True)
-        assert config.activation == "gelu_tanh"
         assert not any(config.rope_layers)
         return
     assert config.intermediate_size == oracle.intermediate_size
@@ -83,7 +82,7 @@ def test_families_agree_with_transformers(tmp_path, model_type, fields):
     assert config.head_dim == head_dim
     assert config.max_context == oracle.max_position_embeddings
     assert config.norm_eps == oracle.rms_norm_eps
-    assert config.activation == {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}[oracle.hidden_act]
+    assert config.gated
     assert config.rope_theta == oracle.rope_parameters["rope_theta"]
     assert config.rope_scaling.kind == oracle.rope_parameters["rope_type"]
     for ours, theirs in {"factor": "factor", "original_max_position": "original_max_position_embeddings"}.items():
@@ -188,7 +187,10 @@ REFUSED = [
     ("head_dim", 15, "head_dim: expected an even number"),
     ("rms_norm_eps", 0, "rms_norm_eps: expected a number from 1e-12 to 1, found 0"),
     ("rms_norm_eps", "1e-5", "rms_norm_eps: expected a number"),
-    ("hidden_act", "relu", "hidden_act: expected one of silu, .* found 'relu'"),
+    ("hidden_act", "relu", "hidden_act: expected silu or swish, found 'relu'"),
+    ("hidden_act", "gelu_pytorch_tanh", "hidden_act: expected silu or swish, found 'gelu_pytorch_tanh'"),
+    ("is_causal", False, "is_causal: expected true .* found False"),
+    ("is_causal", 1, "is_causal: expected true or false, found 1"),
     ("tie_word_embeddings", 1, "tie_word_embeddings: expected true or false, found 1"),
     ("attention_bias", None, "attention_bias: expected true or false, found None"),
     ("max_position_embeddings", 0, "max_position_embeddings: expected an integer"),
@@ -256,6 +258,11 @@ def test_refused_by_field(tmp_path, name, value, message):
         ("qwen2", {"layer_types": ["sliding_attention"] * 6}, "layer_types: expected types that agree"),
         ("bloom", {"n_head": 4, "n_layer": 2, "hidden_size": 66}, "hidden_size: expected a multiple of the 4 heads"),
         ("bloom", {"n_head": 4, "n_layer": 2, "n_embed": 32}, "hidden_size: expected the value of n_embed"),
+        (
+            "bloom",
+            {"n_head": 4, "n_layer": 6, "slow_but_exact": True, "pretraining_tp": 2},
+            r"slow_but_exact: expected false \(true is not supported with pretraining_tp above 1\), found True",
+        ),
         (
             "bloom",
             {"n_head": 4, "n_layer": 6, "apply_residual_connection_post_layernorm": True},

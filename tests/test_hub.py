@@ -96,6 +96,7 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str
     return {
         "org/sharded": files["sharded"] | noise | template,
         "org/single": files["single"] | noise,
+        "org/both": files["sharded"] | files["single"],
         "org/pickled": pickled,
         "org/empty": {},
     }
@@ -150,6 +151,20 @@ def test_only_what_a_model_needs_is_fetched_once(stand_in: Hub, tmp_path: Path) 
     assert stand_in.fetched() == []
 
 
+def test_a_single_file_comes_before_shards(stand_in: Hub) -> None:
+    locate.locate("org/both")
+    assert sorted(stand_in.fetched()) == ["config.json", "model.safetensors"]
+
+
+def test_cached_shards_need_no_hub(stand_in: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where another tool cached them, which leaves no note that there is no single file."""
+    for name in stand_in.repositories["org/sharded"]:
+        if name.endswith((".json", ".jinja")) or name.startswith("model-"):
+            hub.hf_hub_download("org/sharded", name)
+    direct(monkeypatch, closed_port(), tmp_path / "cache")
+    assert not (locate.locate("org/sharded") / "model.safetensors").exists()
+
+
 def test_a_cached_model_needs_no_hub(stand_in: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = locate.locate("org/single")
     assert sorted(stand_in.fetched()) == ["config.json", "model.safetensors"]
@@ -188,7 +203,7 @@ def test_a_folder_of_that_name_comes_first(stand_in: Hub, tmp_path: Path, monkey
         ("org/broken", "org/broken: the hub cannot be reached and config.json is not in its cache .*500"),
         ("org/single@v9", "hub: org/single: expected a revision v9, found none"),
         ("org/empty", "org/empty: expected config.json, found none"),
-        ("org/pickled", "org/pickled: expected model.safetensors, found none; weights in other formats"),
+        ("org/pickled", "org/pickled: expected model.safetensors, found none; only safetensors are read"),
     ],
 )
 def test_refusals_say_what_to_do(stand_in: Hub, model: str, message: str) -> None:

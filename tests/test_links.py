@@ -17,6 +17,7 @@ NAMES = {
     "generation_config.json": ConfigError,
     "tokenizer.json": TokenizerError,
     "tokenizer_config.json": TokenizerError,
+    "special_tokens_map.json": TokenizerError,
     "chat_template.jinja": TokenizerError,
     "model.safetensors": CheckpointError,
     "model.safetensors.index.json": CheckpointError,
@@ -38,6 +39,8 @@ def folder(tmp_path: Path, demo: Engine) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_link_that_leads_nowhere_is_named(folder: Path, name: str, target: str) -> None:
     (folder / name).unlink(missing_ok=True)
+    if name == "model.safetensors.index.json":
+        (folder / "model.safetensors").unlink()
     (folder / name).symlink_to(folder / (name if target == "itself" else "nowhere"))
     with pytest.raises(NAMES[name]) as refused:
         Engine.load(folder, device="cpu")

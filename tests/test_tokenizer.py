@@ -256,6 +256,24 @@ def test_template_file_wins_and_named_templates_choose_default(folder):
     assert chat_ids(tokenizer, CHATS[0]) == [0, *tokenizer.encode("file")[1:]]
 
 
+NAMES = "{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}"
+
+
+@pytest.mark.parametrize("decoder", [False, True], ids=["old", "new"])
+@pytest.mark.parametrize("plain", [False, True], ids=["objects", "strings"])
+def test_special_tokens_are_also_named_in_a_file_of_their_own(folder, plain, decoder):
+    """It counts in folders written before transformers 4.34, which have no "added_tokens_decoder"."""
+    added = {"content": "<s>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    more = {"added_tokens_decoder": {"0": added | {"special": True}}} if decoder else {}
+    settings(folder, NAMES, **more)
+    named = {"bos_token": "</s>" if plain else added | {"content": "</s>"}}
+    (folder / "special_tokens_map.json").write_text(json.dumps(named))
+    oracle = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    expected = oracle.apply_chat_template(CHATS[0], tokenize=False)
+    assert load(folder).render(CHATS[0], add_generation_prompt=False) == expected
+    assert expected.startswith("<s>" if decoder else "</s>")
+
+
 def test_named_templates_without_a_default_are_none(folder):
     tokenizer = load(settings(folder, [{"name": "tool_use", "template": "x"}]))
     assert tokenizer.decode(tokenizer.encode("hi there")) == "hi there"

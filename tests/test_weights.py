@@ -249,6 +249,24 @@ def test_numbers_beyond_the_dtype_are_named(model, tmp_path):
         load_weights(target, config, torch.float16)
 
 
+@pytest.mark.parametrize("other", ["values", "shape"])
+def test_a_tied_head_of_its_own_is_refused(other, tmp_path):
+    """Libraries disagree: transformers 4 took the embedding for the head, transformers 5 takes the head."""
+    folder = tmp_path / "tied"
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODELS["llama-tied"][1])).save_pretrained(folder)
+    config = ModelConfig.load(folder)
+
+    def add(tensors):
+        head = tensors["model.embed_tokens.weight"].clone()
+        head[-1, -1] += 1
+        tensors["lm_head.weight"] = head if other == "values" else head[:-1].clone()
+
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.weight: expected a copy of model\.embed_tokens\.weight, because"
+    ):
+        load_weights(rewritten(folder, tmp_path / "m", add), config, torch.float32)
+
+
 def test_known_extras_decide_nothing(model, tmp_path):
     folder, _ = model
     config = ModelConfig.load(folder)
@@ -260,7 +278,10 @@ def test_known_extras_decide_nothing(model, tmp_path):
         else:
             tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
         if config.tied_head:
-            tensors["lm_head.weight"] = torch.randn(config.vocab_size, config.hidden_size)
+            embedding = next(
+                name for name in tensors if name.endswith(("embed_tokens.weight", "word_embeddings.weight"))
+            )
+            tensors["lm_head.weight"] = tensors[embedding].clone()
 
     assert_same(load_weights(rewritten(folder, tmp_path / "m", add), config, torch.float32), expected)
 
