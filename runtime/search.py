@@ -101,8 +101,8 @@ class Search:
 
     def __post_init__(self) -> None:
         self._random = np.random.default_rng(self.seed)
-        self._points: list[list[int]] = []
-        self._scores: list[float] = []
+        # What was scored, with its score: one list, for an interrupt may come between two statements.
+        self._scored: list[tuple[list[int], float]] = []
         self._allowed = 0 if self.found else self.max_candidates
         self.incumbent = self.found or Incumbent(
             initial_plan(self.num_layers) if self.size else LayerPlan.full(self.num_layers)
@@ -131,15 +131,15 @@ class Search:
         self.incumbent, self.trial = Incumbent(self.incumbent.plan), None
         self.since_improvement = 0
         self._allowed = self.candidates + self.max_candidates
-        self._points.clear()
-        self._scores.clear()
+        self._scored.clear()
         self.events.append({"kind": "restart", "iteration": self.candidates, "tokens": tokens})
 
     def suggest(self) -> Candidate:
         """The next candidate."""
-        if self.bayes_interval and (self.candidates + 1) % self.bayes_interval == 0 and self._points:
-            points, scores = np.array(self._points[-GP_POINTS:], dtype=float), np.array(self._scores[-GP_POINTS:])
-            kind, order = "bayesian", np.argsort(-gaussian.suggest(points, scores, self._random), kind="stable")
+        if self.bayes_interval and (self.candidates + 1) % self.bayes_interval == 0 and self._scored:
+            points, scores = zip(*self._scored[-GP_POINTS:], strict=True)
+            suggested = gaussian.suggest(np.array(points, dtype=float), np.array(scores), self._random)
+            kind, order = "bayesian", np.argsort(-suggested, kind="stable")
         else:
             kind, order = "random", self._random.permutation(self.dimensions)
         skipped = tuple(sorted(int(i) for i in order[: self.size]))
@@ -157,7 +157,7 @@ class Search:
         if trial.lead < 0:
             self.incumbent, self.since_improvement, self.trial = trial.replaced, trial.since_improvement, None
             self.events.append({"kind": "return", "iteration": self.candidates, "tokens": tokens})
-        elif not trial.windows:
+        elif trial.windows <= 0:
             self.trial = None
 
     def record(self, candidate: Candidate, score: float, tokens: int, seconds: float = 0.0) -> None:
@@ -165,8 +165,7 @@ class Search:
         swapped = score > max(self.incumbent.score, self.incumbent.latest)
         self.candidates += 1
         self.since_improvement += 1
-        self._points.append([int(i in candidate.skipped) for i in range(self.dimensions)])
-        self._scores.append(score)
+        self._scored.append(([int(i in candidate.skipped) for i in range(self.dimensions)], score))
         if swapped:
             windows = min(TRIAL, self.incumbent.windows)
             self.trial = Trial(self.incumbent, self.since_improvement, windows) if windows else None

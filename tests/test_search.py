@@ -1,7 +1,7 @@
 """SWIFT's search: matchness by the golden cases, and the rules of swapping and stopping."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
@@ -116,6 +116,30 @@ def test_a_candidate_that_holds_its_own_stays(stood: int, trial: int) -> None:
     state.remeasure(0.9)
     state.record(state.suggest(), 0.85, tokens=32)
     assert state.incumbent.plan == candidate.plan, "who wins has to be better on the same window too"
+
+
+def test_an_interrupt_at_any_line_leaves_a_search_that_goes_on_and_ends(
+    interrupted: Callable[..., Iterator[None]],
+) -> None:
+    search = Search(8, 0.45, 0.95, 300, 80, seed=0)
+
+    def work() -> None:
+        nonlocal search
+        search = Search(8, 0.45, 0.95, 300, 80, seed=0, bayes_interval=2)
+        search.remeasure(0.1)
+        search.record(search.suggest(), 0.2, 10)
+        search.remeasure(0.2, 0.1)
+        search.resume(20)
+        search.record(search.suggest(), 0.3, 30)
+
+    for _ in interrupted(work, Search.remeasure, Search.record, Search.resume):
+        for _ in range(200):
+            if search.finished:
+                break
+            search.remeasure(0.5, 0.1)
+            if search.trial is None:
+                search.record(search.suggest(), 0.3, 40)
+        assert search.finished
 
 
 def test_old_windows_are_forgotten() -> None:
