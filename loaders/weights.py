@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .errors import CheckpointError
 from .json_files import shown
-from .naming import Naming, Piece, field_shapes, naming, pieces
+from .naming import Piece, field_shapes, naming, pieces
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,9 @@ def load_weights(
 
 def _check_tied(checkpoint: Checkpoint, config: ModelConfig, plan: list[Piece]) -> None:
     """A copy of the embedding beside a tied head, which some writers leave, is one; of another, libraries disagree."""
-    names = naming(config.model_type).bare["head"]
-    head = next((name for name in names if config.tied_head and name in checkpoint.names()), None)
-    if head is None:
+    head, embedding = _spare_head(config, checkpoint.names()), next(p.name for p in plan if p.field == "embedding")
+    if head is None or head == embedding:
         return
-    embedding = next(piece.name for piece in plan if piece.field == "embedding")
     if checkpoint.shape(head) != checkpoint.shape(embedding) or not torch.equal(
         found := checkpoint.read(head), checkpoint.read(embedding).to(found.dtype)
     ):
@@ -161,6 +159,9 @@ def checked_plan(folder: Path, checkpoint: Checkpoint, config: ModelConfig) -> l
     present = checkpoint.names()
     bare = table.prefix_optional and not any(name.startswith(table.prefix) for name in present)
     plan = list(pieces(config, "" if bare else None))
+    if head := _spare_head(config, present):
+        # Of two names of one tensor some writers keep the first by the alphabet.
+        plan = [replace(p, name=head) if p.field == "embedding" and p.name not in present else p for p in plan]
     for piece in plan:
         if piece.name not in present:
             raise CheckpointError(f"{folder}: {piece.name}: expected shape {list(piece.shape)}, found no such tensor")
@@ -171,7 +172,8 @@ def checked_plan(folder: Path, checkpoint: Checkpoint, config: ModelConfig) -> l
                 f"found {list(found)}"
             )
         checkpoint.check_dtype(piece.name)
-    left_over = sorted(name for name in present - {piece.name for piece in plan} if not _ignorable(table, config, name))
+    known = {piece.name for piece in plan} | {head}
+    left_over = sorted(name for name in present - known if not table.ignorable.fullmatch(name))
     if left_over:
         more = f" and {len(left_over) - 1} more" if len(left_over) > 1 else ""
         raise CheckpointError(
@@ -181,5 +183,7 @@ def checked_plan(folder: Path, checkpoint: Checkpoint, config: ModelConfig) -> l
     return plan
 
 
-def _ignorable(table: Naming, config: ModelConfig, name: str) -> bool:
-    return (config.tied_head and name in table.bare["head"]) or table.ignorable.fullmatch(name) is not None
+def _spare_head(config: ModelConfig, present: set[str]) -> str | None:
+    """The head's tensor where it is tied and needs none."""
+    names = naming(config.model_type).bare["head"]
+    return next((name for name in names if config.tied_head and name in present), None)

@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.errors import CheckpointError
@@ -247,6 +247,22 @@ def test_numbers_beyond_the_dtype_are_named(model, tmp_path):
     load_weights(target, config, torch.bfloat16)
     with pytest.raises(CheckpointError, match=rf"s: {re.escape(wide[0])}: .*float16, found -inf to"):
         load_weights(target, config, torch.float16)
+
+
+def test_a_tied_embedding_may_have_the_name_of_the_head(tmp_path):
+    """transformers' tie is symmetric, and some writers keep the first of two names: lm_head is before model."""
+    oracle = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODELS["llama-tied"][1]))
+    oracle.save_pretrained(tmp_path / "m")
+    config = ModelConfig.load(tmp_path / "m")
+    expected = load_weights(tmp_path / "m", config, torch.float32)
+    target = rewritten(
+        tmp_path / "m", tmp_path / "n", lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")})
+    )
+    (target / "config.json").write_bytes((tmp_path / "m" / "config.json").read_bytes())
+    (target / "model.safetensors").write_bytes(save(load_file(target / "model.safetensors"), {"format": "pt"}))
+    again = transformers.LlamaForCausalLM.from_pretrained(target)
+    assert torch.equal(again.model.embed_tokens.weight, oracle.model.embed_tokens.weight)
+    assert_same(load_weights(target, config, torch.float32), expected)
 
 
 @pytest.mark.parametrize("other", ["values", "shape"])
