@@ -418,7 +418,7 @@ def test_values_that_only_others_see_spoil_no_row(
 def test_threads_change_no_bit_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, threads = Rows(), torch.get_num_threads()
     with monkeypatch.context() as patch:
-        patch.setattr(openmp, "entry", lambda: 0)
+        patch.setattr(openmp, "team", lambda: 0)
         alone = rows.run()
         assert compiled.COMPILED.description(torch.bfloat16).count("all on one thread") == 1
     assert not alone.isnan().any()
@@ -443,7 +443,7 @@ def test_attention_may_be_called_by_several_threads_at_once() -> None:
 def test_the_team_is_that_of_the_library_torch_has_loaded() -> None:
     if "OpenMP" not in torch.__config__.parallel_info():
         pytest.skip("this PyTorch has other threads")
-    assert openmp.entry() > 0
+    assert openmp.team() > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

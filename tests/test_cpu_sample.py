@@ -115,7 +115,7 @@ def test_rows_draw_by_their_own_rules_whoever_is_beside_them(
     try:
         torch.set_num_threads(3)
         together = compiled.sample(*given, count=3)
-        monkeypatch.setattr(openmp, "entry", lambda: 0)
+        monkeypatch.setattr(openmp, "team", lambda: 0)
         assert torch.equal(compiled.sample(*given, count=3), together)
     finally:
         torch.set_num_threads(threads)

@@ -1,5 +1,6 @@
 """Sub-layers in one call against the same ones operation by operation, bit for bit, and against float64."""
 
+import ctypes
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("numba", reason="numba is not installed")
 
-from skipjack.kernels.cpu import openmp
+from skipjack.kernels.cpu import joined, openmp
 from skipjack.kernels.cpu.compiled import COMPILED
 from skipjack.kernels.ops import TORCH
 from skipjack.kernels.values import Tree
@@ -141,7 +142,7 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     model, threads = model_of("qwen3", torch.bfloat16), torch.get_num_threads()
     given = batch(8, True), model.full, True
     with monkeypatch.context() as patch:
-        patch.setattr(openmp, "entry", lambda: 0)
+        patch.setattr(openmp, "team", lambda: 0)
         alone = run(model, *given)
     try:
         for count in (1, 2, 3):
@@ -149,6 +150,23 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
             assert all(map(torch.equal, run(model, *given), alone))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_pass_without_memory_says_so_and_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama", torch.float32)
+    given = batch(8, False), model.full, True
+    expected, whole = run(model, *given), joined.through
+
+    def through(arguments: int, threads: int, team: int) -> None:
+        ctypes.c_int64.from_address(arguments + 8 * 5).value = 1 << 44
+        whole(arguments, threads, team)
+
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(joined, "through", through)
+            with pytest.raises(MemoryError):
+                run(model, *given)
+        assert all(map(torch.equal, run(model, *given), expected))
 
 
 def test_what_is_not_compiled_is_not_joined() -> None:

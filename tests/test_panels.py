@@ -106,7 +106,7 @@ def test_neither_threads_nor_their_absence_change_a_bit(dtype: torch.dtype, monk
         alone = panels.product(x, matrix, None, None)
         torch.set_num_threads(4)
         assert torch.equal(panels.product(x, matrix, None, None), alone)
-        monkeypatch.setattr(openmp, "entry", lambda: 0)
+        monkeypatch.setattr(openmp, "team", lambda: 0)
         assert torch.equal(panels.product(x, matrix, None, None), alone)
     finally:
         torch.set_num_threads(threads)

@@ -249,7 +249,7 @@ def lay_out(
 @part
 def attend_as(
     layout, q, keys, values, out, sequence, slopes, rows, heads, kv_heads, width, slots, tree, scale, half,
-    threads, entry, some,
+    threads, team, some,
 ):  # fmt: skip
     """`attend` of rows that were laid out."""
     seen, places, runs, count, longest, work = layout
@@ -263,7 +263,7 @@ def attend_as(
     block[11], block[12], block[13] = longest, seen.ctypes.data, runs.ctypes.data
     block[14], block[16] = count, tree
     block[15:].view(np.float64)[0] = scale
-    dealt(entry, some, block.ctypes.data, threads if work >= _WORTH_A_TEAM else 1)
+    dealt(team, some, block.ctypes.data, threads if work >= _WORTH_A_TEAM else 1)
     keep((seen, places, runs, block))
 
 
@@ -273,13 +273,13 @@ def attend_as(
 )
 def attend(
     q, keys, values, out, sequence, position, table, pages, length, slot, depth, slopes,
-    rows, heads, kv_heads, width, slots, window, scale, half, tiles, threads, entry, some,
+    rows, heads, kv_heads, width, slots, window, scale, half, tiles, threads, team, some,
 ):  # fmt: skip
     """softmax(scale·q·kᵀ + slope·(key position − position))·v over the positions a row sees, in order.
 
     q [rows, heads, width] → out [rows, heads·width], zeros for rows of no sequence; keys, values [pages, kv_heads,
     slots, width]; sequence, position [rows]; table [sequences, pages]; of a tree length [rows], slot [rows, depth];
-    slopes float32 [heads]; window 0 for none. With an `entry` (`openmp.entry`) that many threads run `some`, the
+    slopes float32 [heads]; window 0 for none. With a `team` (`openmp.team`) that many threads run `some`, the
     address of `attend_some` or, with `tiles`, of `attention_tiles.attend_some`, where there is enough for them to do.
     """
     layout = lay_out(
@@ -288,5 +288,5 @@ def attend(
     )  # fmt: skip
     attend_as(
         layout, q, keys, values, out, sequence, slopes, rows, heads, kv_heads, width, slots, length != 0, scale, half,
-        threads, entry, some,
+        threads, team, some,
     )  # fmt: skip

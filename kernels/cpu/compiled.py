@@ -179,7 +179,7 @@ def attend(
         half,
         tiles,
         torch.get_num_threads(),
-        openmp.entry(),
+        openmp.team(),
         (attention_tiles if tiles else attention).attend_some.address,
     )
     return out
@@ -238,7 +238,7 @@ def head(
         width,
         half,
         torch.get_num_threads(),
-        openmp.entry(),
+        openmp.team(),
         small_ops.choose_some.address,
     )
     value = scores.gather(1, token[:, None])[:, 0]
@@ -282,7 +282,7 @@ def sample(
         stream,
         _HALF[scores.dtype],
         torch.get_num_threads(),
-        openmp.entry(),
+        openmp.team(),
         cpu_sample.sample_some.address,
     )
     return token[:, 0] if count is None else token
@@ -297,7 +297,7 @@ def _describe(dtype: torch.dtype) -> str:
     if dtype not in _HALF:
         return f"{products(dtype)}, plain small operations"
     unit = " by the matrix unit" if dtype == torch.bfloat16 and matrix_unit.permitted() else ""
-    return f"products in panels{unit}, compiled small operations{'' if openmp.entry() else ', all on one thread'}"
+    return f"products in panels{unit}, compiled small operations{'' if openmp.team() else ', all on one thread'}"
 
 
 def _pads(dtype: torch.dtype) -> bool:

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numba import carray
 from torch import Tensor
 
 from ..attention_index import AttentionIndex, Index
@@ -16,32 +17,29 @@ from ..values import Heads, Layer, Matrix, Norm, Rope, Slots
 from . import attention, attention_tiles, matrix_unit, openmp, panel_kernels
 from .attention import attend_as, keep, lay_out
 from .attention_sums import listed
-from .lanes import WIDTH, copy, kernel, whole
+from .lanes import WIDTH, copy, kernel, part, put_whole, whole
 from .panel_kernels import NONE, SILU_GATE, product
 from .panels import ACTIVATIONS
 from .small_ops import rope_append
+from .team import assembled, dealt, dismissed, help_out, joined_first, worker
 
 # Of a layer: the addresses of its parameters, 0 for what it lacks, whether it rotates, and whether it has the window.
-_FIELDS, _SIZES = 16, 9
+_FIELDS, _SIZES = 16, 8
+# What a pass is told, at the end eps and scale, the address of `go`, its crew, and whether it came to its end.
+_ARGUMENTS, _NUMBERS, _GO, _CREW, _WHOLE = 33, 28, 30, 31, 32
 # A pass of more rows is two sub-layers a call: Python between them costs it nothing, and an interrupt waits no longer.
 _FEW = 64
 
 
-@kernel(
-    "void(int64, int64, int64, int64, float64, float64, int64, int64, int64, int64, int64, int64, int64, int64, int64,"
-    " int64, int64, int64, int64, int64, int64, int64, int64, boolean, boolean, boolean, int64, int64, int64, int64)"
-)
-def through(
-    layers, shape, sublayers, count, eps, scale, x, rows, copies, keys, values, room, slots, page, offset,
-    cos, sin, sequence, position, table, pages, length, slot, half, unit, tiles, depth, threads, entry, some,
-):  # fmt: skip
-    """Add `count` sub-layers to x [rows, hidden] in place; copies, if not 0: x before each and after the last.
-
-    layers int64 [layers, `_FIELDS`]; shape int64: hidden, heads, kv_heads, head_dim, the columns of the down product,
-    activation, window, slopes and the address of `panel_kernels.share`. The keys of a layer take `room` bytes, as the
-    values do, in pages of `slots` slots. `unit`: products by the matrix unit. The rest: `rope_append`, `attend`.
-    """
-    hidden, heads, kv_heads, width, inner, activation, window, slopes, share = listed(_SIZES, shape)
+@part
+def _pass(arguments, team):
+    (
+        layers, shape, sublayers, count, x, rows, copies, keys, values, room, slots, page, offset, cos, sin, sequence,
+        position, table, pages, length, slot, depth, half, unit, tiles, threads, share, some, _, _, _, _, _,
+    ) = listed(_ARGUMENTS, arguments.ctypes.data)  # fmt: skip
+    half, unit, tiles = half != 0, unit != 0, tiles != 0
+    eps, scale = arguments[_NUMBERS:].view(np.float64)[0], arguments[_NUMBERS:].view(np.float64)[1]
+    hidden, heads, kv_heads, width, inner, activation, window, slopes = listed(_SIZES, shape)
     size, up_rows = 2 if half else 4, 2 * inner if activation == SILU_GATE else inner
     projected, queries = rows * (heads + 2 * kv_heads) * width * size, rows * heads * width * size
     memory = np.empty(projected + 2 * queries + rows * inner * size, np.uint8)
@@ -67,7 +65,7 @@ def through(
             own = room * (number // 2)
             product(
                 x, norm, shift, eps, qkv_weight, False, qkv_bias, NONE, 0, qkv, rows, (heads + 2 * kv_heads) * width,
-                hidden, half, unit, threads, entry, share,
+                hidden, half, unit, threads, team, share,
             )  # fmt: skip
             rope_append(
                 qkv, q_norm, k_norm, eps, cos if rotates else 0, sin if rotates else 0, page, offset,
@@ -75,24 +73,60 @@ def through(
             )  # fmt: skip
             attend_as(
                 nearby if windowed else everything, q, keys + own, values + own, mixed, sequence, slopes,
-                rows, heads, kv_heads, width, slots, length != 0, scale, half, threads, entry, some,
+                rows, heads, kv_heads, width, slots, length != 0, scale, half, threads, team, some,
             )  # fmt: skip
             product(
                 mixed, 0, 0, eps, output, False, output_bias, NONE, x, x, rows, hidden,
-                heads * width, half, unit, threads, entry, share,
+                heads * width, half, unit, threads, team, share,
             )  # fmt: skip
         else:
             product(
                 x, mlp_norm, mlp_shift, eps, up, up_rows != inner, up_bias, activation, 0, gated, rows, up_rows,
-                hidden, half, unit, threads, entry, share,
+                hidden, half, unit, threads, team, share,
             )  # fmt: skip
             product(
                 gated, 0, 0, eps, down, False, down_bias, NONE, x, x, rows, hidden,
-                inner, half, unit, threads, entry, share,
+                inner, half, unit, threads, team, share,
             )  # fmt: skip
     if copies:
         copy(x, copies + count * rows * hidden * size, rows * hidden * size)
     keep((memory,))
+
+
+@worker
+def go(block):
+    """What each thread of a pass does: the first goes through the layers, others help with what it deals out."""
+    crew = block[_CREW]
+    if crew and not joined_first(crew):
+        help_out(crew)
+        return
+    try:
+        _pass(carray(block, _ARGUMENTS), crew)
+        block[_WHOLE] = 1
+    except Exception:  # For want of memory: the others must not wait, and `through` says so.
+        block[_WHOLE] = 0
+    if crew:
+        dismissed(crew)
+
+
+@kernel("void(int64, int64, int64)")
+def through(arguments, threads, team):
+    """Add sub-layers to x [rows, hidden] in place on `threads` of a team, which stay together for it.
+
+    arguments int64 [`_ARGUMENTS`]: layers [layers, `_FIELDS`]; shape: hidden, heads, kv_heads, head_dim, the columns of
+    the down product, activation, window, slopes; `count` sublayers; x and its rows; copies, if not 0: x before each
+    sub-layer and after the last. The keys of a layer take `room` bytes, as the values do, in pages of `slots` slots.
+    `unit`: products by the matrix unit; `share`, `some` and `go`: the addresses of `panel_kernels.share`, `attend_some`
+    and `go`; eps and scale are float64; the places of the crew and of the end are filled here. The rest: `rope_append`,
+    `attend`. Raises MemoryError.
+    """
+    crew = assembled(team) if team and threads > 1 else np.zeros(1, np.int64)
+    put_whole(arguments + 8 * _CREW, crew.ctypes.data if team and threads > 1 else 0)
+    put_whole(arguments + 8 * _WHOLE, 0)
+    dealt(team, whole(arguments + 8 * _GO), arguments, threads)
+    keep((crew,))
+    if whole(arguments + 8 * _WHOLE) == 0:
+        raise MemoryError
 
 
 def join(
@@ -129,9 +163,9 @@ class _Layers:
             for layer, rotated, window in zip(layers, rotates, windows, strict=True)
         ]
         self._layers = np.array(rows, np.int64)
-        window, share = max(window or 0 for window in windows), panel_kernels.share.address
+        window = max(window or 0 for window in windows)
         sizes = hidden, heads.query, heads.key, heads.dim, layers[0].down.columns, ACTIVATIONS[activation]
-        self._shape = np.array([*sizes, window, _address(slopes), share], np.int64)
+        self._shape = np.array([*sizes, window, _address(slopes)], np.int64)
 
     def __call__(
         self,
@@ -152,17 +186,11 @@ class _Layers:
         unit = matrix_unit.permitted()
         tiles = unit and self._tiles
         each = max(len(order), 1) if x.shape[0] <= _FEW else 2
-        for start in range(0, max(len(order), 1), each):
-            through(
+        arguments = np.array(
+            [
                 self._layers.ctypes.data,
                 self._shape.ctypes.data,
-                order[start:].ctypes.data,
-                min(each, len(order) - start),
-                self._eps,
-                self._scale,
-                given.data_ptr(),
-                x.shape[0],
-                0 if copies is None else copies[start].data_ptr(),
+                *(0, 0, given.data_ptr(), x.shape[0], 0),
                 keys.data_ptr(),
                 values.data_ptr(),
                 keys.stride(0) * keys.itemsize,
@@ -177,14 +205,22 @@ class _Layers:
                 index.block_table.shape[1],
                 0 if tree is None else tree.length.data_ptr(),
                 0 if tree is None else tree.slot.data_ptr(),
+                0 if tree is None else tree.slot.shape[1],
                 self._half,
                 unit,
                 tiles,
-                0 if tree is None else tree.slot.shape[1],
                 torch.get_num_threads(),
-                openmp.entry(),
+                panel_kernels.share.address,
                 (attention_tiles if tiles else attention).attend_some.address,
-            )
+                *(0, 0, go.address, 0, 0),
+            ],
+            np.int64,
+        )
+        arguments[_NUMBERS : _NUMBERS + 2].view(np.float64)[:] = self._eps, self._scale
+        for start in range(0, max(len(order), 1), each):
+            arguments[2], arguments[3] = order[start:].ctypes.data, min(each, len(order) - start)
+            arguments[6] = 0 if copies is None else copies[start].data_ptr()
+            through(arguments.ctypes.data, torch.get_num_threads(), openmp.team())
         if given is not x:
             x.copy_(given)
         if streams is not None and copies is not None:

@@ -5,15 +5,22 @@ import re
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 _LIBRARIES = re.compile(r"/lib(gomp|omp|iomp5)[^/]*\.so[^/]*$")
 _SOFTLY = 1
 
 
+def team() -> int:
+    """The address of what `team.py` calls a team, or 0 where the library has no `GOMP_parallel`."""
+    return _team().ctypes.data if _team()[0] else 0
+
+
 @cache
-def entry() -> int:
-    """The address of `GOMP_parallel(function, data, threads, flags)`, or 0."""
-    function = getattr(_library(), "GOMP_parallel", None)
-    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0
+def _team() -> np.ndarray:
+    functions = getattr(_library(), "GOMP_parallel", None), getattr(ctypes.CDLL(None), "sched_yield", None)
+    addresses = [0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
+    return np.array([*addresses, 0], np.int64)
 
 
 def disband() -> None:

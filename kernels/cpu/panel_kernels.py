@@ -339,17 +339,17 @@ def share(block):
 )
 def product(
     x, norm, shift, eps, panels, gated, bias, activation, residual, out, rows, width, columns, half, unit,
-    threads, entry, share,
+    threads, team, share,
 ):  # fmt: skip
     """out = activation(x·Wᵀ + bias + residual): x [rows, columns]; W of `width` rows in panels; bias [width].
 
     `gated`: panels of the first and the second half of W in turn, as `SILU_GATE` wants them, which has no residual.
     norm [columns]: x is normalised before, by RMSNorm or, with shift [columns], LayerNorm. activation: `NONE`, `GELU`,
     or `SILU_GATE`, which leaves width / 2 columns. `unit`: bfloat16 by the matrix unit, if the columns are a multiple
-    of its own. On `threads` of the team at `entry`, which run `share`; where there is none, on this one.
+    of its own. On `threads` of `team`, which run `share`; where there is none, on this one.
     """
     size = 2 if half else 4
-    if not entry:
+    if not team:
         threads = 1
     normed = np.empty(1 + (rows * columns * size if norm else 0), np.uint8)
     if norm:
@@ -364,6 +364,6 @@ def product(
     block[6], block[7], block[8], block[9], block[10] = width, threads, rows, columns, half
     block[11], block[12] = half and unit and columns % matrix_unit.COLUMNS == 0, gated
     block[13], block[14] = activation, counters.ctypes.data
-    dealt(entry, share, block.ctypes.data, threads)
+    dealt(team, share, block.ctypes.data, threads)
     # Memory whose address alone is in use is let go of.
     block[0] = counters[0, 0] = normed[0] = 0

@@ -83,7 +83,7 @@ def product(
         half,
         matrix_unit.permitted(),
         torch.get_num_threads(),
-        openmp.entry(),
+        openmp.team(),
         panel_kernels.share.address,
     )
     return out

@@ -176,13 +176,13 @@ def judge_some(address):
 
 
 @kernel("void(int64, int64, int64, int64, int64)")
-def judge(block, sequences, threads, entry, some):
+def judge(block, sequences, threads, team, some):
     """`verify_rejection` of what the int64 of a block describe, by `judge_some`, whose address `some` is.
 
     After a counter the addresses of its tensors, 0 for those it lacks, of accepted [3, S], with token and length, and
     of path; then S, k, V, the rows of draft_scores, and which scores are bfloat16.
     """
-    dealt(entry, some, block, threads if sequences > 1 else 1)
+    dealt(team, some, block, threads if sequences > 1 else 1)
 
 
 def verify_rejection(
@@ -223,6 +223,6 @@ def verify_rejection(
     sizes = sequences, k, width, proposals.shape[1]
     halves = _HALF[scores.dtype], _HALF[proposals.dtype]
     block = np.array([0, *addresses, *sizes, *halves], np.int64)
-    judge(block.ctypes.data, sequences, torch.get_num_threads(), openmp.entry(), judge_some.address)
+    judge(block.ctypes.data, sequences, torch.get_num_threads(), openmp.team(), judge_some.address)
     accepted, token, lengths = found
     return Verdict(accepted, token, lengths, path)

@@ -238,18 +238,18 @@ def sample_some(address):
 )
 def sample(
     scores, temperature, top_k, top_p, min_p, seed, position, token, rows, width, count, stream, half,
-    threads, entry, some,
+    threads, team, some,
 ):  # fmt: skip
     """token int64 [rows, count] as `reference.verify.sample` draws them: scores [rows, width], the others [rows].
 
     Scores are finite or −∞. Masses are added up in float32, so that an id at the very end of a nucleus may be taken
     that the reference, which adds in float64, leaves, or the other way round.
 
-    With an `entry` (`openmp.entry`) that many threads run `some`, the address of `sample_some`.
+    With a `team` (`openmp.team`) that many threads run `some`, the address of `sample_some`.
     """
     block = np.empty(16, np.int64)
     block[0], block[1], block[2], block[3], block[4], block[5] = 0, scores, temperature, top_k, top_p, min_p
     block[6], block[7], block[8], block[9], block[10], block[11] = seed, position, token, rows, width, count
     block[12], block[13] = stream, half
-    dealt(entry, some, block.ctypes.data, threads if rows > 1 else 1)
+    dealt(team, some, block.ctypes.data, threads if rows > 1 else 1)
     block[0] = 0

@@ -129,15 +129,15 @@ def choose_some(address):
 
 
 @kernel("void(int64, int64, int64, int64, int64, boolean, int64, int64, int64)")
-def choose(scores, token, log_sum_exp, rows, width, half, threads, entry, some):
+def choose(scores, token, log_sum_exp, rows, width, half, threads, team, some):
     """The first greatest of each row of scores [rows, width], int64, and log Σ exp of the row, float32.
 
-    On `threads` of the team at `entry`, which run `some`, the address of `choose_some`.
+    On `threads` of `team`, which run `some`, the address of `choose_some`.
     """
     block = np.empty(7, np.int64)
     block[0], block[1], block[2], block[3], block[4] = 0, scores, token, log_sum_exp, rows
     block[5], block[6] = width, half
-    dealt(entry, some, block.ctypes.data, threads if rows > 1 else 1)
+    dealt(team, some, block.ctypes.data, threads if rows > 1 else 1)
     # Memory whose address alone is in use is let go of.
     block[0] = 0
 
