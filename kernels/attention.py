@@ -69,6 +69,7 @@ def attend(
     tile = launch.tile_of(rows, index.tile)
     sequences, width = index.block_table.shape[0], index.width
     rule = attention_rules.attention_rule(head_dim, group, kv_heads, tile, q.element_size(), arch, width, sequences)
+    assert index.page_size <= rule.split, "a split is whole pages"
     groups = row_groups(index, rule.rows) if width is None else None
     bound = groups.bound if groups else sequences * triton.cdiv(width or 1, rule.rows)
     splits = attention_rules.attention_splits(index.capacity, rule.split)

@@ -182,8 +182,8 @@ class RowGroups(NamedTuple):
 class TritonIndex:
     """The same description of a pass, left on the device, and the scratch memory its attention shares.
 
-    Takes what AttentionIndex takes; pages are the blocks of the reduction, so `page_size` is a power of two. With a
-    `width` the groups of rows need not be looked for.
+    Takes what AttentionIndex takes; pages are the blocks of the reduction, so `page_size` is a power of two up to 64.
+    With a `width` the groups of rows need not be looked for.
     """
 
     def __init__(

@@ -144,7 +144,7 @@ def _commit_kernel(
     """
     pid_s = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, NODES)
-    mask = offs < told
+    mask = offs < k
     wait_for_producers(PDL)
     left = tl.load(left_ptr + pid_s)
     alive = left > 0
@@ -172,7 +172,7 @@ def _commit_kernel(
     draft = row * 0
     if draft_ptr is not None:
         draft = tl.load(draft_ptr + pid_s * stride_draft + row - 1, mask=mask & (row > 0), other=0)
-        tl.store(report_ptr + 4 + offs, draft, mask=mask)
+        tl.store(report_ptr + 4 + offs, draft, mask=offs < told)
     tl.store(last_ptr + pid_s, tl.where(alive, token, tl.load(last_ptr + pid_s)))
     length = tl.load(length_ptr + pid_s)
     if text_ptr is not None:

@@ -130,6 +130,32 @@ def test_activations(dtype: torch.dtype) -> None:
     assert_near(compiled._activate(y, "gelu_tanh"), 0.5 * wide * (1 + inner.tanh()))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [48, 33])
+def test_a_mask_changes_no_bit_of_an_activation(
+    width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 48 columns the kernel takes vectors, though not of their half; 33, of whose half it could, are not for it."""
+    x, weight = randn(9, 64, dtype=dtype), compiled.prepare(randn(width, 64, dtype=dtype, seed=1) / 8)
+    if width == 33:
+        monkeypatch.setattr(compiled.small_ops, "gelu_tanh", lambda *_: pytest.fail("elements beyond the last"))
+    plain = compiled.linear(x, weight, tile=8, activation="gelu_tanh")
+    masked = compiled.linear(x, weight, tile=8, activation="gelu_tanh", active=torch.ones(9, dtype=torch.bool))
+    assert torch.equal(plain, masked)
+
+
+@pytest.mark.parametrize("table", [compiled.COMPILED, TORCH], ids=["compiled", "torch"])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "silu_gate"])
+@pytest.mark.parametrize("width", [96, 50])
+def test_a_residual_is_added_after_the_activation(width: int, activation: str, table: Any) -> None:
+    x, weight = randn(5, 64, dtype=torch.float32), randn(width, 64, dtype=torch.float32, seed=1) / 8
+    y = dense.activate(x.double() @ weight.double().T, activation)
+    residual = randn(5, y.shape[1], dtype=torch.float32, seed=2)
+    expected = y + residual.double()
+    assert_near(table.linear(x, table.prepare(weight), tile=8, activation=activation, residual=residual), expected)
+    assert_near(residual, expected)
+
+
 class Projected:
     """What `qkv_rope_append` is given, and where it writes: pages of NaN."""
 

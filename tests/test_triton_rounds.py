@@ -142,8 +142,9 @@ def test_a_token_without_a_draft_needs_no_verdict(op: object) -> None:
 
 
 @pytest.mark.parametrize("op", [commit, reference_rounds.commit], ids=["triton", "torch"])
+@pytest.mark.parametrize("reported", ["all", "one"])
 @pytest.mark.parametrize("k", [0, 1, 16, 17])
-def test_the_tokens_of_a_verdict_are_counted(op: object, k: int) -> None:
+def test_the_tokens_of_a_verdict_are_counted(op: object, k: int, reported: str) -> None:
     """Those that were accepted and the one after them, and as often as they occur."""
     generator = torch.Generator().manual_seed(k)
     accepted, token = torch.tensor([0, k, min(2, k), k]), torch.tensor([7, 1, 2**40, 5])
@@ -154,7 +155,10 @@ def test_the_tokens_of_a_verdict_are_counted(op: object, k: int) -> None:
         for given in (*draft[s, : accepted[s]].tolist(), int(token[s])):
             expected[s, given] += 1
     zeros = torch.zeros(4, dtype=torch.int64, device=DEVICE)
-    progress, report = Progress.of(zeros.clone(), zeros.clone(), left.to(DEVICE)), zeros.new_zeros(1, 4, k + 4)
+    progress, report = (
+        Progress.of(zeros.clone(), zeros.clone(), left.to(DEVICE)),
+        zeros.new_zeros(1, 4, 4 + (k if reported == "all" else min(1, k))),
+    )
     times = times.to(DEVICE)
     op(*(given.to(DEVICE) for given in (accepted, token, zeros, draft)), progress, report, times=times)
     assert torch.equal(times.cpu(), expected)

@@ -55,13 +55,16 @@ def linear(
     tile = None if weight.in_panels else tile
     if scale is not None or active is not None or tile not in (None, x.shape[0]):
         return dense.linear_by(_AROUND, x, weight, tile, norm, bias, activation, residual, scale, active)
+    added = residual if activation is None else None
     if weight.in_panels and _fuses(weight, norm, activation, x):
-        in_place = residual if residual is not None and residual.is_contiguous() and activation is None else None
-        y = panels.product(x, weight, bias, residual, in_place, norm, activation)
+        in_place = added if added is not None and added.is_contiguous() else None
+        y = panels.product(x, weight, bias, added, in_place, norm, activation)
     else:
-        y = packed.product(x if norm is None else normalise(x, norm), weight, bias, residual)
+        y = packed.product(x if norm is None else normalise(x, norm), weight, bias, added)
         y = y if activation is None else _activate(y, activation)
-    return y if residual is None or y is residual else residual.copy_(y)
+    if residual is None or y is residual:
+        return y
+    return residual.copy_(y) if added is residual else residual.add_(y)
 
 
 def prepare(weight: Tensor) -> Matrix:
@@ -316,7 +319,7 @@ def _fuses(weight: Matrix, norm: Norm | None, activation: str | None, x: Tensor)
 
 def _activate(y: Tensor, activation: str) -> Tensor:
     rows, width = y.shape
-    if not _fits(y, width // 2):
+    if not _fits(y, width // 2 if activation == "silu_gate" else width):
         return dense.activate(y, activation)
     if activation == "silu_gate":
         out = torch.empty((rows, width // 2), dtype=y.dtype, device=y.device)

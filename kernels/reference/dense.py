@@ -106,7 +106,7 @@ def linear_by(
         part = linear_by(around, x[row], weight, tile, norm, bias, activation, added, factor, None)
         whole = x.new_empty(x.shape[0], part.shape[1]) if residual is None else residual
         return whole.index_copy_(0, row, part)
-    added = residual if scale is None else None
+    added = residual if scale is None and activation is None else None
     parts = [
         _linear_tile(
             around, part, weight, norm, bias, activation, None if added is None else _tile_of(added, start, tile)
@@ -116,8 +116,10 @@ def linear_by(
     y, rows = parts[0] if len(parts) == 1 else torch.cat(parts), x.shape[0]
     y = y if y.shape[0] == rows else y[:rows]
     if scale is not None:
-        scaled = y * scale[:, None]
-        y = (scaled if residual is None else scaled + residual).to(x.dtype)
+        y = y * scale[:, None]
+    if residual is not None and added is None:
+        y = y + residual
+    y = y.to(x.dtype)
     return y if residual is None else residual.copy_(y)
 
 
