@@ -85,7 +85,9 @@ def accept(
     device: options.Device = "auto",
     cache_tokens: options.CacheTokens = None,
     output: options.Output = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown here.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the table as Markdown here.", callback=options.writable)
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Acceptance over a prompt file, by method, category and draft depth; no speed."""

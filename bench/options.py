@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from ..runtime.errors import ConfigError
+from ..runtime.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from .prompts import Prompt
@@ -31,7 +32,26 @@ CacheTokens = Annotated[
     typer.Option(help="Tokens the KV cache holds.", show_default="the context, or what fits into free memory"),
 ]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy; above, tokens are drawn with seed 0.")]
-Output = Annotated[Path | None, typer.Option(help="Write the result as JSON here.")]
+
+
+def writable(path: Path | None) -> Path | None:
+    """A file that can be written, with the folders above it: asked before anything is measured.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    if path is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise RequestError(f"cannot write {path}: {problem.strerror}") from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise RequestError(f"cannot write {path}: expected a file that may be written")
+    return path
+
+
+Output = Annotated[Path | None, typer.Option(help="Write the result as JSON here.", callback=writable)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

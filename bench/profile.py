@@ -66,7 +66,9 @@ def command(
     graphs: Annotated[
         bool, typer.Option("--graphs", help="Rounds on the device, captured on a GPU: a range a round, none inside.")
     ] = False,
-    trace: Annotated[Path | None, typer.Option(help="Write the timeline here: .json or .json.gz.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write the timeline here: .json or .json.gz.", callback=options.writable)
+    ] = None,
     output: options.Output = None,
     as_json: options.AsJson = False,
 ) -> None:

@@ -56,7 +56,7 @@ def attach_routers(
     elsewhere; `folder` is not changed. Returns the new configuration.
 
     Raises:
-        ConfigError: `folder` is not a Llama model, or a layer, the gate or a reduction is out of range.
+        ConfigError: `folder` is not a Llama model, or a layer, the seed, the gate or a reduction is out of range.
         CheckpointError: a file is malformed, a router's tensor is missing, left over or misshapen, or `target` is
             there already and not empty.
     """
@@ -66,7 +66,7 @@ def attach_routers(
     if plain.model_type != "llama":
         raise ConfigError(f"{source}: model_type: expected 'llama', which routers fit, found {shown(plain.model_type)}")
     layers = range(plain.num_layers // 2, plain.num_layers) if layers is None else layers
-    _check(plain, layers, gate, router_reduction, adapter_reduction)
+    _check(plain, layers, seed, gate, router_reduction, adapter_reduction)
     fields = routed_fields(
         read_object(source, MAX_CONFIG_BYTES, ConfigError),
         layers,
@@ -95,13 +95,17 @@ def attach_routers(
     return config
 
 
-def _check(plain: ModelConfig, layers: Sequence[int], gate: str, router_reduction: int, adapter_reduction: int) -> None:
+def _check(
+    plain: ModelConfig, layers: Sequence[int], seed: int, gate: str, router_reduction: int, adapter_reduction: int
+) -> None:
     """What config.json of the new folder would be refused for, said of the argument it comes from."""
     if not layers or len(set(layers)) < len(layers) or not set(layers) <= set(range(plain.num_layers)):
         expected = f"different layers from 0 to {plain.num_layers - 1}, at least one"
         raise ConfigError(f"layers: expected {expected}, got {shown(list(layers))}")
     if gate not in GATES:
         raise ConfigError(f"gate: expected one of {', '.join(GATES)}, got {shown(gate)}")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed: expected an integer from 0 to 2^63 - 1, got {seed}")
     for name, reduction, size in (
         ("router_reduction", router_reduction, plain.hidden_size),
         ("adapter_reduction", adapter_reduction, plain.intermediate_size),

@@ -80,10 +80,12 @@ class SkipSet:
         Raises:
             RequestError: `load` would refuse the values, or the disk refuses.
         """
-        path = Path(path)
+        path = Path(os.path.realpath(path))
         values = {"format": FORMAT, "version": VERSION} | asdict(self)
         content = (json.dumps(values, indent=2) + "\n").encode()
         _parsed(parse_object(content, str(path), RequestError), str(path))
+        if path.exists() and not path.is_file():
+            raise RequestError(f"{path}: cannot be written: expected a file, found something else")
         stage = path.parent / f".{uuid.uuid4().hex}.tmp"
         try:
             with stage.open("xb") as file:

@@ -46,7 +46,7 @@ def tune_and_save(
         raise RequestError(f"--output: expected a name without a comma, which ends a method's option, got {output}")
     if not output.parent.is_dir():
         raise RequestError(f"--output: no such folder: {output.parent}")
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
+    if (output.exists() and not output.is_file()) or not os.access(output.parent, os.W_OK):
         raise RequestError(f"--output: expected a file that can be written, got {output}")
     if engine.tokenizer is None:
         raise RequestError(f"{engine.model_path}: expected tokenizer.json, which tune needs, found none")

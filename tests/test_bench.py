@@ -54,6 +54,17 @@ def test_a_line_separator_inside_a_prompt_ends_no_line(tmp_path: Path) -> None:
     assert load(path, 5)[0].text == "a\u2028b"
 
 
+@pytest.mark.parametrize("option", ["--output", "--markdown"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Engine, "load", lambda *_, **__: pytest.fail("it measures"))
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "below.json"):
+        assert cli.run(["bench", "accept", "demo", option, str(path)]) == 2
+        assert f"cannot write {path}" in capsys.readouterr().err
+
+
 def test_identical_means_identical(demo: Engine) -> None:
     rows = exact.compare(demo, load(None, 1)[:2], SamplingParams(max_tokens=3), batch=2)
     assert [row.name for row in rows] == [name for name in rotation.NAMES for _ in range(2)]

@@ -345,6 +345,21 @@ class TestEndings:
         done = subprocess.run(shell, check=False, stderr=subprocess.PIPE)
         assert (done.returncode, done.stderr) == (2, b"error: standard output: it is closed\n")
 
+    @pytest.mark.parametrize(("closed", "arguments"), [("2>&-", "doctor --json"), ("<&-", "generate absent -")])
+    def test_other_streams_may_be_closed(self, closed: str, arguments: str) -> None:
+        """Nobody sees what an absent standard error is told; an absent standard input is empty."""
+        script = f"import sys; from skipjack.runtime.cli import main; sys.argv[1:] = {arguments.split()}; main()"
+        done = subprocess.run(
+            ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, script], check=False, capture_output=True
+        )
+        if closed == "2>&-":
+            assert (done.returncode, done.stderr) == (0, b"")
+            assert json.loads(done.stdout)
+        else:
+            assert done.returncode == 2
+            assert b"error: MODEL: expected a model folder" in done.stderr
+            assert b"Traceback" not in done.stderr
+
     def test_version_and_help(self, capsys) -> None:
         from skipjack import __version__
 

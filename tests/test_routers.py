@@ -131,6 +131,12 @@ def test_attached_routers_leave_the_model_as_it_was(plain: Path, tmp_path: Path,
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_a_seed_beyond_64_bits_is_refused(plain: Path, tmp_path: Path, capsys) -> None:
+    assert cli.run(["route", str(plain), str(tmp_path / "out"), "--seed", str(1 << 70)]) == 2
+    assert "seed: expected an integer from 0 to 2^63 - 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_trained_routers_come_from_a_file(routed: Path, plain: Path, tmp_path: Path, monkeypatch) -> None:
     """The synthetic routed model is the plain one and routers: taken apart and put together it says the same."""
 

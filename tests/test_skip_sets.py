@@ -210,6 +210,19 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
         SkipSet.load(tmp_path)
 
 
+def test_a_link_is_written_through_and_what_is_no_file_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    link, pipe = tmp_path / "set.json", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "own" / "real.json")
+    FOUND.save(link)
+    assert link.is_symlink()
+    assert SkipSet.load(tmp_path / "own" / "real.json") == FOUND
+    os.mkfifo(pipe)
+    with pytest.raises(RequestError, match="pipe: cannot be written: expected a file"):
+        FOUND.save(pipe)
+    assert pipe.is_fifo()
+
+
 @pytest.mark.parametrize("failing", ["replace", "fsync"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_an_interrupted_save_leaves_the_old_file_alone(

@@ -182,6 +182,15 @@ def test_batched_ids_are_those_of_each_prompt_alone(
     assert [output.token_ids for output in together] == [output.token_ids for output in alone]
 
 
+def test_a_prompt_that_skipped_layers_is_no_run_that_skipped_none(synthetic: Callable[..., Engine]) -> None:
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    output = synthetic().generate([5, 6, 7], params, method="static:skip=2+3,phase=prefill,kv=fill")
+    assert output.stats.notes == ()
+    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
+    merged = Engine(config, synthetic_weights(config, 0, torch.float32), method="laco:base=2,followers=1")
+    assert merged.generate([5, 6, 7], params).stats.notes == ()
+
+
 def test_filling_what_nobody_reads_changes_no_token(synthetic: Callable[..., Engine]) -> None:
     engine, params = synthetic("tiny"), SamplingParams(max_tokens=10, ignore_eos=True)
     hole, filled = (

@@ -87,5 +87,9 @@ class LaCo(Planned):
             raise RequestError(f"method laco: option remove: no threshold removes {options.remove} layers in this scan")
         return found
 
+    def notes(self, executed_skips: int) -> list[str]:
+        """The merged layers run for every token; what was merged is a finding."""
+        return []
+
     def findings(self, sequence: Sequence) -> list[Mapping[str, Any]]:
         return self._findings

@@ -89,6 +89,11 @@ class PlannedSteps(Steps):
 class Planned(Policy):
     """A policy that has decided beforehand: the plan `prompt` reads every prompt and `target` every token after it."""
 
+    def notes(self, executed_skips: int) -> list[str]:
+        """What is skipped in prompts, or in tokens that never came, is skipped too."""
+        whole = LayerPlan.full(self.plan.num_layers)
+        return super().notes(executed_skips) if self.prompt == whole == self.target else []
+
     def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Reading[Step]:
         hidden = yield from read(model, cache, sequence, self.prompt)
         return Step(hidden, [self.prompt.layers_kept])
