@@ -5,29 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .compiled_loop import Unavailable
-
-_MODEL_NAMES: Final = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
-_LAYER_NAMES: Final = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 class LlamaCpp:
@@ -96,10 +79,13 @@ def write_gguf(model: Any, path: Path) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        target, values = _name(name), weight.detach().cpu()
+        if not name.endswith(".weight"):
+            raise Unavailable(f"written for llama without biases, found {name}")
+        target, values = names.get_name(name, try_suffixes=(".weight",)), weight.detach().cpu()
         rotated = {"attn_q": heads, "attn_k": kv_heads}.get(target.split(".")[-2])
         if rotated:
             values = _halves_together(values, rotated)
@@ -114,16 +100,6 @@ def write_gguf(model: Any, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _name(name: str) -> str:
-    stem, kind = name.rsplit(".", 1)
-    if kind != "weight":
-        raise Unavailable(f"written for llama without biases, found {name}")
-    if stem in _MODEL_NAMES:
-        return f"{_MODEL_NAMES[stem]}.weight"
-    _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{_LAYER_NAMES[part]}.weight"
 
 
 def _halves_together(rows: Tensor, heads: int) -> Tensor:

@@ -34,7 +34,7 @@ CacheTokens = Annotated[
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy; above, tokens are drawn with seed 0.")]
 
 
-def writable(path: Path | None) -> Path | None:
+def writable(param: typer.CallbackParam, path: Path | None) -> Path | None:
     """A file that can be written, with the folders above it: asked before anything is measured.
 
     Raises:
@@ -45,9 +45,9 @@ def writable(path: Path | None) -> Path | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise RequestError(f"cannot write {path}: {problem.strerror}") from None
+        raise RequestError(f"{param.opts[0]}: cannot write {path}: {problem.strerror}") from None
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise RequestError(f"cannot write {path}: expected a file that may be written")
+        raise RequestError(f"{param.opts[0]}: cannot write {path}: expected a file that may be written")
     return path
 
 

@@ -348,6 +348,5 @@ def _discard_output() -> None:
 
 
 def _refuse(message: str) -> int:
-    if cast("object", sys.stderr) is not None:
-        print("error:", " ".join(message.split()), file=sys.stderr)
+    print("error:", " ".join(message.split()), file=sys.stderr)
     return EXIT_MISTAKE

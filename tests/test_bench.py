@@ -62,7 +62,7 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file" / "below.json"):
         assert cli.run(["bench", "accept", "demo", option, str(path)]) == 2
-        assert f"cannot write {path}" in capsys.readouterr().err
+        assert f"{option}: cannot write {path}" in capsys.readouterr().err
 
 
 def test_identical_means_identical(demo: Engine) -> None:

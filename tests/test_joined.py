@@ -157,9 +157,9 @@ def test_a_pass_without_memory_says_so_and_holds_nobody_up(monkeypatch: pytest.M
     given = batch(8, False), model.full, True
     expected, whole = run(model, *given), joined.through
 
-    def through(arguments: int, threads: int, team: int) -> None:
+    def through(arguments: int, team: int) -> None:
         ctypes.c_int64.from_address(arguments + 8 * 5).value = 1 << 44
-        whole(arguments, threads, team)
+        whole(arguments, team)
 
     for _ in range(3):
         with monkeypatch.context() as patch:

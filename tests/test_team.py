@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-numba = pytest.importorskip("numba")
+pytest.importorskip("numba", reason="numba is not installed")
 
-from skipjack.kernels.cpu import openmp  # noqa: E402
-from skipjack.kernels.cpu.lanes import kernel, put_whole, whole  # noqa: E402
-from skipjack.kernels.cpu.team import (  # noqa: E402
+from skipjack.kernels.cpu import openmp
+from skipjack.kernels.cpu.lanes import kernel, put_whole, whole
+from skipjack.kernels.cpu.team import (
     added,
     assembled,
     dealt,

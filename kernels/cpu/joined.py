@@ -26,7 +26,7 @@ from .team import assembled, dealt, dismissed, help_out, joined_first, worker
 # Of a layer: the addresses of its parameters, 0 for what it lacks, whether it rotates, and whether it has the window.
 _FIELDS, _SIZES = 16, 8
 # What a pass is told, at the end eps and scale, the address of `go`, its crew, and whether it came to its end.
-_ARGUMENTS, _NUMBERS, _GO, _CREW, _WHOLE = 33, 28, 30, 31, 32
+_ARGUMENTS, _THREADS, _NUMBERS, _GO, _CREW, _WHOLE = 33, 25, 28, 30, 31, 32
 # A pass of more rows is two sub-layers a call: Python between them costs it nothing, and an interrupt waits no longer.
 _FEW = 64
 
@@ -103,14 +103,14 @@ def go(block):
     try:
         _pass(carray(block, _ARGUMENTS), crew)
         block[_WHOLE] = 1
-    except Exception:  # For want of memory: the others must not wait, and `through` says so.
+    except Exception:  # For want of memory, numba knows no narrower: the others must not wait; `through` says so.
         block[_WHOLE] = 0
     if crew:
         dismissed(crew)
 
 
-@kernel("void(int64, int64, int64)")
-def through(arguments, threads, team):
+@kernel("void(int64, int64)")
+def through(arguments, team):
     """Add sub-layers to x [rows, hidden] in place on `threads` of a team, which stay together for it.
 
     arguments int64 [`_ARGUMENTS`]: layers [layers, `_FIELDS`]; shape: hidden, heads, kv_heads, head_dim, the columns of
@@ -120,8 +120,10 @@ def through(arguments, threads, team):
     and `go`; eps and scale are float64; the places of the crew and of the end are filled here. The rest: `rope_append`,
     `attend`. Raises MemoryError.
     """
-    crew = assembled(team) if team and threads > 1 else np.zeros(1, np.int64)
-    put_whole(arguments + 8 * _CREW, crew.ctypes.data if team and threads > 1 else 0)
+    threads, crew = whole(arguments + 8 * _THREADS), np.empty(0, np.int64)
+    if team and threads > 1:
+        crew = assembled(team)
+    put_whole(arguments + 8 * _CREW, crew.ctypes.data if len(crew) else 0)
     put_whole(arguments + 8 * _WHOLE, 0)
     dealt(team, whole(arguments + 8 * _GO), arguments, threads)
     keep((crew,))
@@ -220,7 +222,7 @@ class _Layers:
         for start in range(0, max(len(order), 1), each):
             arguments[2], arguments[3] = order[start:].ctypes.data, min(each, len(order) - start)
             arguments[6] = 0 if copies is None else copies[start].data_ptr()
-            through(arguments.ctypes.data, torch.get_num_threads(), openmp.team())
+            through(arguments.ctypes.data, openmp.team())
         if given is not x:
             x.copy_(given)
         if streams is not None and copies is not None:
