@@ -39,7 +39,7 @@ def bench(context: typer.Context) -> None:
 
 @app.command()
 def exact(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help='A model folder, or "demo".')] = "demo",
+    model: options.Model = "demo",
     prompts: options.Prompts = None,
     per_category: options.PerCategory = 5,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each.")] = 64,
@@ -54,15 +54,15 @@ def exact(
     as_json: options.AsJson = False,
 ) -> None:
     """Compare every lossless method with plain decoding token by token; exit 1 if any token differs."""
-    from ..runtime.engine import Engine
     from ..runtime.request import SamplingParams
     from .exact import compare, coverage, groups, summary
+    from .methods import load
     from .record import header, write
     from .rotation import NAMES
 
     chosen, note = options.chosen(prompts, per_category), options.notes()
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
-    with Engine.load(model, dtype=dtype, cache_tokens=cache_tokens) as engine:
+    with load(model, dtype, cache_tokens=cache_tokens) as engine:
         note(f"{len(chosen)} prompts x {len(NAMES)} methods, {engine.dtype}, {engine.backend}")
         total = sum(len(group) for name in NAMES for _, group in groups(name, len(chosen), batch, cover))
         rows = compare(
@@ -90,7 +90,7 @@ def exact(
 
 @app.command()
 def picture(
-    output: Annotated[Path, typer.Argument(help="The SVG file to write.")],
+    output: Annotated[Path, typer.Argument(help="The SVG file to write.", callback=options.writable)],
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated.")] = 96,
 ) -> None:
     """Draw the demonstration: accepted draft tokens orange, tokens the full model chose green."""
@@ -148,8 +148,8 @@ def methods(
 
 @app.command()
 def timeline(
-    output: Annotated[Path, typer.Argument(help="The SVG file to write.")],
-    model: Annotated[str, typer.Option(help='A model folder, "demo", or synthetic:SHAPE:LATE_SCALE.')] = "demo",
+    output: Annotated[Path, typer.Argument(help="The SVG file to write.", callback=options.writable)],
+    model: Annotated[str, typer.Option(help='A model folder, "demo", or synthetic:SHAPE[:LATE_SCALE].')] = "demo",
     prompt: Annotated[str, typer.Option(help="What to continue.")] = "The history of the lighthouse begins",
     max_tokens: Annotated[int, typer.Option(min=33, help="Tokens generated.")] = 512,
     search_budget: Annotated[float, typer.Option(help="Share of the decoding time for the search.")] = 0.3,

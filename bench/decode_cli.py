@@ -17,9 +17,7 @@ PROMPTS = (32, 128, 512, 1024)
 
 
 def decode(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help='A model folder, "demo", or synthetic:SHAPE[:LATE_SCALE].')
-    ] = "demo",
+    model: options.Model = "demo",
     method: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME[:key=value,…]", help="Repeatable; default: half of the layers, by two methods."),
@@ -61,12 +59,16 @@ def decode(
     )
     if dry_run:
         model, draft, setting, prompt = DRY_SHAPE, 2, Setting(20, (2,), (0.5,), 1, 1, 5), [9]
-    name = f"{model}:1" if model.startswith("synthetic:") and model.count(":") == 1 else model
     notes = Console(stderr=True, highlight=False)
-    with load(name, dtype, device=device, backend=backend) as engine:
+    with load(model, dtype, device=device, backend=backend) as engine:
         layers = engine.config.num_layers
         if layers < 2 and not method:
             raise RequestError("MODEL: expected two layers or more to draft with half of them")
+        if context + tokens > engine.config.max_context:
+            raise RequestError(
+                f"--context and --tokens: expected {engine.config.max_context} together at most, the model's context,"
+                f" got {context} and {tokens}"
+            )
         room = engine.config.max_context - 1
         if prompt and max(prompt) > room:
             raise RequestError(

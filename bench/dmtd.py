@@ -12,7 +12,7 @@ from . import options
 
 def dmtd(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A DMTD model folder, or synthetic:SHAPE:LATE_SCALE.")
+        str, typer.Argument(metavar="MODEL", help="A DMTD model folder, or synthetic:SHAPE[:LATE_SCALE].")
     ] = "synthetic:tiny-dmtd:1",
     horizon: Annotated[list[int] | None, typer.Option(min=1, max=64, help="Repeatable; default: 2, 3, 4, 6.")] = None,
     batch: Annotated[int, typer.Option(min=1, max=16, help="Sequences decoded together.")] = 1,

@@ -11,7 +11,7 @@ import numpy as np
 from ..runtime.engine import Engine
 from ..runtime.request import Output, SamplingParams
 from . import rotation
-from .prompts import Prompt
+from .prompts import Prompt, source
 from .rotation import Cell
 
 
@@ -65,12 +65,12 @@ def compare(
     for name in rotation.NAMES:
         cells = rotation.cells(name)
         for number, (cell, group) in enumerate(groups(name, len(prompts), batch, cover)):
-            chats = [[{"role": "user", "content": prompts[i].text}] for i in group]
+            sources = [source(prompts[i], engine) for i in group]
             method = cell.method(engine.config.num_layers, number)
-            drafted = engine.generate(chats, params, method=method)
-            for i, chat, output in zip(group, chats, drafted, strict=True):
+            drafted = engine.generate(sources, params, method=method)
+            for i, given, output in zip(group, sources, drafted, strict=True):
                 if i not in plain:
-                    plain[i] = engine.generate(chat, params)
+                    plain[i] = engine.generate(given, params)
                 rows.append(
                     _row(prompts[i].category, (name, number % len(cells), method, len(group)), output, plain[i])
                 )

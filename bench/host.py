@@ -118,7 +118,9 @@ def _cells(line: dict[str, Any]) -> tuple[str, ...]:
 
 
 def host(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help='A model folder, "demo", or synthetic:SHAPE.')] = "demo",
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help='A model folder, "demo", or synthetic:SHAPE[:LATE_SCALE].')
+    ] = "demo",
     method: options.Methods = None,
     sequences: Annotated[
         list[int] | None, typer.Option(min=1, max=16, help="Generated together; repeatable; default 1, 4 and 16.")

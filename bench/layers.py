@@ -72,7 +72,7 @@ class Line:
 
 
 def load_routed(model: str, dtype: str) -> Engine:
-    """The engine of a routed model folder, or of "synthetic:routed-SHAPE:LATE_SCALE".
+    """The engine of a routed model folder, or of "synthetic:routed-SHAPE[:LATE_SCALE]".
 
     Raises:
         RequestError: the model is not routed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -65,6 +66,26 @@ class Line:
     mean_acceptance_length: float
 
 
+def synthetic(model: str) -> tuple[str, float] | None:
+    """Shape and scale of "synthetic:SHAPE[:LATE_SCALE]", whose late layers matter that much, as all do without it.
+
+    None for any other model.
+
+    Raises:
+        RequestError: the scale is not a finite number.
+    """
+    if not model.startswith(SYNTHETIC):
+        return None
+    shape, colon, scale = model.removeprefix(SYNTHETIC).partition(":")
+    try:
+        late_scale = float(scale) if colon else 1.0
+    except ValueError:
+        late_scale = math.nan
+    if not math.isfinite(late_scale):
+        raise RequestError(f"MODEL: expected synthetic:SHAPE[:LATE_SCALE], a finite number, got {model!r}")
+    return shape, late_scale
+
+
 def load(
     model: str,
     dtype: str,
@@ -76,14 +97,15 @@ def load(
     graphs: bool | None = None,
     cache_tokens: int | None = None,
 ) -> Engine:
-    """The engine of a model folder, "demo", or "synthetic:SHAPE:LATE_SCALE", whose late layers matter that much.
+    """The engine of a model folder, "demo", or a synthetic model as `synthetic` reads it.
 
     `method` is the engine's own: a checkpoint made for one runs by no other.
 
     Raises:
         RequestError: a synthetic model is not spelled so, or there is no such device.
     """
-    if not model.startswith(SYNTHETIC):
+    named = synthetic(model)
+    if named is None:
         return Engine.load(
             model,
             dtype=dtype,
@@ -94,11 +116,7 @@ def load(
             graphs=graphs,
             cache_tokens=cache_tokens,
         )
-    try:
-        shape, scale = model.removeprefix(SYNTHETIC).split(":")
-        late_scale = float(scale)
-    except ValueError:
-        raise RequestError(f"MODEL: expected synthetic:SHAPE:LATE_SCALE, got {model!r}") from None
+    shape, late_scale = named
     config = ModelConfig.parse(synthetic_config(shape), model)
     place = place_of(device)
     weights = synthetic_weights(config, 0, dtype_of(dtype, config), late_scale, place)

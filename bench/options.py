@@ -17,7 +17,7 @@ from ..runtime.errors import ConfigError, RequestError
 if TYPE_CHECKING:
     from .prompts import Prompt
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help='A model folder, "demo", or synthetic:SHAPE:LATE_SCALE.')]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help='A model folder, "demo", or synthetic:SHAPE[:LATE_SCALE].')]
 Methods = Annotated[list[str] | None, typer.Option("--method", metavar="NAME[:key=value,…]", help="Repeatable.")]
 Prompts = Annotated[
     Path | None, typer.Option(envvar="SKIPJACK_PROMPTS", help="JSON lines with category and turns; default: our own.")

@@ -17,7 +17,7 @@ from ..loaders.synthetic import write_synthetic
 from ..runtime.engine import Engine
 from ..runtime.errors import RequestError
 from ..runtime.request import SamplingParams
-from .methods import SYNTHETIC
+from .methods import synthetic
 from .peer_loops import PLAIN, Generate, Setting, load_model, peers
 from .prompts import Prompt, source
 from .record import Spread
@@ -76,19 +76,16 @@ class Line:
 
 @contextmanager
 def folder_of(model: str) -> Generator[Path]:
-    """The folder of a model, of "demo", or of a synthetic:SHAPE:LATE_SCALE written for the purpose.
+    """The folder of a model, of "demo", or of a synthetic model, which is written for the purpose.
 
     Raises:
         RequestError: a synthetic model is not spelled so.
     """
-    if not model.startswith(SYNTHETIC):
+    named = synthetic(model)
+    if named is None:
         yield demo_folder() if model == "demo" else Path(model)
         return
-    try:
-        shape, scale = model.removeprefix(SYNTHETIC).split(":")
-        late_scale = float(scale)
-    except ValueError:
-        raise RequestError(f"MODEL: expected synthetic:SHAPE:LATE_SCALE, got {model!r}") from None
+    shape, late_scale = named
     with TemporaryDirectory(prefix="skipjack-") as parent:
         folder = Path(parent) / shape
         write_synthetic(folder, shape, 0, late_scale, "cuda" if torch.cuda.is_available() else "cpu")

@@ -56,7 +56,7 @@ class OpTime:
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help='A folder, "demo", or synthetic:SHAPE:LATE_SCALE.')],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help='A folder, "demo", or synthetic:SHAPE[:LATE_SCALE].')],
     method: Annotated[str, typer.Option(metavar="NAME[:key=value,…]", help="Decoding method.")] = "autoregressive",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that are captured.")] = 5,
     warm_up: Annotated[int, typer.Option(min=0, help="Rounds of the same request before them.")] = 3,

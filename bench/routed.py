@@ -13,7 +13,7 @@ from ..runtime.errors import RequestError
 from . import options
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A routed model folder, or synthetic:routed-SHAPE:LATE_SCALE.")
+    str, typer.Argument(metavar="MODEL", help="A routed model folder, or synthetic:routed-SHAPE[:LATE_SCALE].")
 ]
 
 

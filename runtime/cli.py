@@ -321,6 +321,10 @@ def run(args: Sequence[str]) -> int:
     except BrokenPipeError:
         _discard_output()
         return EXIT_BROKEN_PIPE
+    except SystemExit as end:  # So rich ends a process whose output nobody reads any more.
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        return EXIT_BROKEN_PIPE
     except OSError as error:
         _discard_output()
         return _refuse(f"{error.filename or 'standard output'}: {error.strerror or error}")

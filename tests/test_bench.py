@@ -144,9 +144,31 @@ def test_a_timeline_is_drawn(tmp_path: Path) -> None:
     assert "<svg" in path.read_text()
 
 
-def test_a_synthetic_model_that_is_not_spelled_out_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["bench", "methods", "synthetic:tiny"]) == 2
-    assert "expected synthetic:SHAPE:LATE_SCALE" in capsys.readouterr().err
+@pytest.mark.parametrize("scale", ["loud", "nan", "inf", "", "1:2"])
+def test_a_synthetic_model_of_no_finite_scale_is_refused(scale: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["bench", "methods", f"synthetic:tiny:{scale}"]) == 2
+    assert "expected synthetic:SHAPE[:LATE_SCALE]" in capsys.readouterr().err
+
+
+def test_late_layers_of_a_synthetic_model_count_as_the_others_unless_it_says(tmp_path: Path) -> None:
+    with (
+        methods.load("synthetic:tiny-llama", "float32") as plain,
+        methods.load("synthetic:tiny-llama:1", "float32") as spelled_out,
+    ):
+        assert plain.generate([3, 4, 5]).token_ids == spelled_out.generate([3, 4, 5]).token_ids
+
+
+def test_tokens_are_compared_of_a_model_without_a_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        cli.run(["bench", "exact", "synthetic:tiny-llama", "--per-category", "1", "--max-tokens", "8", "--json"]) == 0
+    )
+    line = json.loads(capsys.readouterr().out)["summary"][-1]
+    assert line["identical"] == line["prompts"] > 0
+
+
+def test_more_tokens_than_the_context_has_room_for_are_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["bench", "decode", "synthetic:tiny-llama", "--context", "1000", "--tokens", "64"]) == 2
+    assert "--context and --tokens: expected 1024 together" in capsys.readouterr().err
 
 
 def test_rows_are_counted_where_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

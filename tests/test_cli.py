@@ -323,8 +323,9 @@ class TestEndings:
         assert "Traceback" not in capsys.readouterr().err
         assert engine.made[0].closed
 
-    def test_a_reader_that_left_is_no_error(self) -> None:
-        script = "import sys; from skipjack.runtime.cli import main; sys.argv[1:] = ['doctor', '--json']; main()"
+    @pytest.mark.parametrize("arguments", ["['doctor', '--json']", "['doctor']"])
+    def test_a_reader_that_left_is_no_error(self, arguments: str) -> None:
+        script = f"import sys; from skipjack.runtime.cli import main; sys.argv[1:] = {arguments}; main()"
         reading, writing = os.pipe()
         os.close(reading)
         done = subprocess.run([sys.executable, "-c", script], check=False, stdout=writing, stderr=subprocess.PIPE)
