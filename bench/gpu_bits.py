@@ -147,13 +147,14 @@ def _widths_that_differ(side: Side, config: ModelConfig, context: int, sequences
     pages = -(-(context + max(WIDTHS)) // PAGE)
     table = (torch.randperm(sequences * pages) + 1).view(sequences, pages).to(side.device)
     keys, values = (_drawn(side, 1 + sequences * pages, kv_heads, PAGE, head_dim) for _ in "kv")
-    number = torch.arange(sequences, device=side.device)
+    number, norm = torch.arange(sequences, device=side.device), Norm(_drawn(side, head_dim), None, EPS)
 
     def attend(q: Tensor, first: int, width: int, active: Tensor | None = None) -> Tensor:
         position = (first + torch.arange(width, device=side.device)).repeat(sequences)
         index = side.ops.index(
             number.repeat_interleave(width), position, table, page_size=PAGE, tile=side.ops.decode_tile, width=width
         )
+        side.ops.normalise(q[:, 0], norm)  # What attention reads before it waits, the kernel before has not written.
         return side.ops.attend(q, keys, values, index, scale=head_dim**-0.5, active=active)
 
     found: list[int] = []

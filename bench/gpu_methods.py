@@ -85,7 +85,7 @@ def large_peers(setting: Setting) -> Found:
 def _peers(setting: Setting, seconds: Mapping[str, int]) -> Found:
     for label, shape in setting.named(tuple(seconds)).items():
         tiny = ["--dtype", "float32", "--max-tokens", "4", "--compile-mode", "eager", "--device", "cpu"]
-        full = ["--dtype", "bfloat16", "--max-tokens", "128"]
+        full = ["--dtype", "bfloat16", "--max-tokens", "128", "--cache-tokens", "4096"]
         model = ["peers", f"synthetic:{shape}:0.3", "--per-category", "1", "--category", "writing"]
         model += [part for start in PEERS.values() for part in ("--peer", start)]
         yield from of_peers(label, *_bench([*model, *(tiny if setting.dry else full)], seconds[label]))

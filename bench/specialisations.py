@@ -58,6 +58,9 @@ class Specialisations:
         # The engine takes the Triton table without a GPU only where the interpreter runs it.
         cast("Any", launch).INTERPRETED = True
         cast("Any", launch).architecture = lambda: arch
+        cast("Any", launch)._nvidia = lambda: True
+        # What is asked ahead of matrices of 4096 columns is asked ahead of those of 64.
+        cast("Any", launch).AHEAD_PIECE, cast("Any", launch).AHEAD_OF = 1 << 10, 16 << 10
         cast("Any", triton_ops).TRITON = _computed_by_torch(triton_ops.TRITON)
 
     def forget(self) -> None:

@@ -82,7 +82,7 @@ def attend(
         # Nobody counts arrivals where a launch of its own merges.
         partial, state, arrivals = index.scratch(0 if apart else tiles, splits, heads, head_dim)
     tree = index.tree
-    asked = 0 if ahead is None or groups else launch.ahead_bytes(ahead.data.nbytes, arch)
+    asked = None if groups or not launch.asks(arch) else ahead
     _attend_kernel[(bound, kv_heads, programs)](
         q,
         keys,
@@ -100,7 +100,7 @@ def attend(
         partial,
         state,
         None if apart else arrivals,
-        ahead.data if ahead is not None and asked else None,
+        None if asked is None else asked.data,
         q.stride(0),
         q.stride(1),
         keys.stride(0),
@@ -112,7 +112,7 @@ def attend(
         width or 0,
         scale * LOG2_E.value,
         window,
-        asked,
+        0 if asked is None else launch.ahead_bytes(asked.data.nbytes),
         HEADS=heads,
         GROUP=group,
         D=head_dim,

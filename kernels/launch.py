@@ -86,16 +86,19 @@ def dependent(arch: int) -> bool:
     return DEPENDENT_LAUNCH and arch >= 90
 
 
-def ahead_bytes(weight_bytes: int, arch: int) -> int:
-    """Bytes of the next kernel's weight that a kernel asks the L2 cache for before it waits for the one before it.
+def asks(arch: int) -> bool:
+    """Whether kernels ask the L2 cache ahead for the weight of the next one: where they wait for the one before."""
+    return _nvidia() and dependent(arch) and AHEAD_BYTES > 0
+
+
+def ahead_bytes(weight_bytes: int) -> int:
+    """Bytes of the next kernel's weight that a kernel asks for, if it `asks` at all.
 
     The first SKIPJACK_AHEAD_MIB of it, 8 unless that says otherwise: with twice as many an H200 was no faster, and with
     four times slower. Nothing of a weight of more than AHEAD_OF: a step of 8B was never faster by it, and up to 1 %
     slower.
     """
-    if not (_nvidia() and dependent(arch)) or weight_bytes > AHEAD_OF:
-        return 0
-    return min(weight_bytes, AHEAD_BYTES) // AHEAD_PIECE * AHEAD_PIECE
+    return 0 if weight_bytes > AHEAD_OF else min(weight_bytes, AHEAD_BYTES) // AHEAD_PIECE * AHEAD_PIECE
 
 
 @cache

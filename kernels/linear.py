@@ -211,6 +211,7 @@ def linear(
     leave `residual` untouched (their result is undefined without one); `settled`: the kernel launched just before has
     not written it, so that it and the weights can be read before that one ends. `ahead`: a weight that the kernel after
     this one reads, which the L2 cache is asked for while this one waits, unless there is `active` that is not settled.
+    With and without it are two kernels: where what follows is not always known, one of no rows asks for nothing.
     """
     rows = x.shape[0]
     x = launch.rows_of(x)
@@ -224,7 +225,7 @@ def linear(
     block = rule.block_n // 2 if activation == "silu_gate" else rule.block_n
     eps = 0.0 if norm is None else norm.eps
     settled = settled and active is not None and active.is_contiguous() and launch.dependent(arch)
-    asked = 0 if ahead is None or (active is not None and not settled) else launch.ahead_bytes(ahead.data.nbytes, arch)
+    asked = ahead if (active is None or settled) and launch.asks(arch) else None
     x, norm, inverse_rms = weighed(x, norm, rule)
     _linear_kernel[(triton.cdiv(rows, rule.rows), triton.cdiv(width, block))](
         x,
@@ -236,13 +237,13 @@ def linear(
         None if scale is None else scale.contiguous(),
         None if active is None else active.contiguous(),
         residual,
-        ahead.data if ahead is not None and asked else None,
+        None if asked is None else asked.data,
         out,
         x.stride(0),
         out.stride(0),
         rows,
         eps,
-        asked,
+        0 if asked is None else launch.ahead_bytes(asked.data.nbytes),
         N=weight.rows,
         K=weight.columns,
         K_PADDED=weight.data.shape[-1],

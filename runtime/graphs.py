@@ -7,6 +7,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from time import perf_counter
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ class Graphs:
 
     def __init__(self, model: Model, cache: KVCache, watch: Watch | None = None) -> None:
         self._model, self._cache, self._watch = model, cache, watch or Watch(enabled=False)
-        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        self._pool: object | None = None
+        self._sharing: WeakSet[RoundGraph] = WeakSet()
         self._idle: dict[Key, list[RoundGraph]] = {}
         self._prepared: set[Key] = set()
         self._order = itertools.count()
@@ -108,9 +110,23 @@ class Graphs:
         idle = self._idle.get(key)
         graph = idle.pop() if idle else self._build(key)
         if not graph.captured:
-            graph.capture(self._pool)
+            self._capture(graph)
             self.captured += 1
         return graph
+
+    def _capture(self, graph: RoundGraph) -> None:
+        """Capture a graph that shares memory with the others.
+
+        PyTorch captures into no pool that no graph has any more, nor into one that a capture has failed in.
+        """
+        if not self._sharing and self._model.device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            graph.capture(self._pool)
+        except BaseException:
+            self._sharing.clear()
+            raise
+        self._sharing.add(graph)
 
     def _keep(self, graph: RoundGraph) -> None:
         """Add a graph to those that wait, and let go of the one that has waited longest if they are too many."""

@@ -61,6 +61,7 @@ class Model:
         self.attention_routers = prepare_attention_routers(weights, config)
         self._norm = Norm(weights.norm, weights.norm_bias, config.norm_eps)
         self._head = ops.prepare(weights.head)
+        self._unknown = Matrix(weights.embedding.new_empty(0, 0), rows=0, columns=0, packed=False)
         self._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
         self._rotary = RotaryTable(config, self.device) if any(config.rope_layers) else None
         self._slopes = alibi_slopes(config.num_heads).to(self.device) if config.alibi else None
@@ -332,15 +333,14 @@ class Model:
             )
         return laid.routes[number]
 
-    def _first_weight(self, sublayer: int | None) -> Matrix | None:
-        """The weight a sub-layer begins with; None where that is not known before it runs."""
-        if sublayer is None:
-            return None
-        layer = self.layers[sublayer // 2]
-        first = layer.qkv if sublayer % 2 == 0 else layer.up
-        return first if sublayer // 2 not in self.routed and isinstance(first, Matrix) else None
+    def _first_weight(self, sublayer: int | None) -> Matrix:
+        """The weight a sub-layer begins with; one of no rows where that is not known before it runs."""
+        if sublayer is None or sublayer // 2 in self.routed:
+            return self._unknown
+        first = self.layers[sublayer // 2].qkv if sublayer % 2 == 0 else self.layers[sublayer // 2].up
+        return first if isinstance(first, Matrix) else self._unknown
 
-    def _attention(self, number: int, x: Tensor, cache: KVCache, laid: Pass, gate: Gate, ahead: Matrix | None) -> None:
+    def _attention(self, number: int, x: Tensor, cache: KVCache, laid: Pass, gate: Gate, ahead: Matrix) -> None:
         layer, routed, config = self.layers[number], self.routed.get(number), self.config
         tile, (keys, values) = laid.rows.tile, cache.by_layer[number]
         slots, index, active, write = laid.slots, laid.index, gate.active, gate.active

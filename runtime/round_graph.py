@@ -24,6 +24,8 @@ from .streams import capture_stream, side_stream
 Key = tuple[Recipe, int, int]
 # Rounds enqueued beyond the one whose tokens the host is reading.
 AHEAD = 2
+# Captures that could not be ended, by what another thread did: PyTorch's allocator (before 2.12) goes on asking them.
+_SPOILT: list[torch.cuda.CUDAGraph] = []
 
 
 class RoundGraph:
@@ -76,7 +78,11 @@ class RoundGraph:
                 try:
                     self._run()
                 finally:
-                    graph.capture_end()
+                    try:
+                        graph.capture_end()
+                    except BaseException:
+                        _SPOILT.append(graph)
+                        raise
             self._graph = graph
         self.captured = True
 

@@ -5,7 +5,8 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -450,3 +451,59 @@ def test_an_interrupt_gives_no_graph_back_twice(interrupted: Callable[..., Itera
             idle = [id(graph) for graphs in engine._graphs._idle.values() for graph in graphs]
             assert len(idle) == len(set(idle))
         assert engine.generate([5, 6], SamplingParams(max_tokens=4, ignore_eos=True)).token_ids == expected
+
+
+class Pools:
+    """PyTorch's rules for the memory of captures, and graphs captured by them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.handles, self.begun, self.spoilt = 0, set[int](), set[int]()
+        self.failure: BaseException | None = None
+        self.holders = weakref.WeakKeyDictionary[Any, int]()
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", self.handle)
+        monkeypatch.setattr(Graphs, "_build", lambda *_: self.graph())
+
+    def handle(self) -> int:
+        self.handles += 1
+        return self.handles
+
+    def graph(self) -> Any:
+        class Graph:
+            captured = False
+
+            def capture(graph, pool: int) -> None:
+                assert pool not in self.spoilt, "already recording to mempool_id"
+                assert pool not in self.begun or pool in self.holders.values(), "use_count > 0 INTERNAL ASSERT FAILED"
+                self.begun.add(pool)
+                if self.failure is not None:
+                    self.spoilt.add(pool)
+                    raise self.failure
+                self.holders[graph], graph.captured = pool, True
+
+        return Graph()
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), torch.OutOfMemoryError(), RuntimeError("spoilt by others")])
+@pytest.mark.parametrize("others", [0, 1])
+def test_after_a_capture_that_failed_others_are_captured(
+    failure: BaseException, others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools, model, key = Pools(monkeypatch), cast("Any", SimpleNamespace(device=torch.device("cuda"))), cast("Any", None)
+    held = Graphs(model, cast("Any", None))
+    kept = [held._take(key) for _ in range(others)]
+    pools.failure = failure
+    with pytest.raises(type(failure)):
+        held._take(key)
+    pools.failure = None
+    kept += [held._take(key) for _ in range(2)]
+    assert len(kept) == held.captured == others + 2
+    assert pools.handles == 1 + 1, "those that live share one, and the spoilt one is another's"
+
+
+def test_where_no_graph_is_left_the_next_one_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools, model, key = Pools(monkeypatch), cast("Any", SimpleNamespace(device=torch.device("cuda"))), cast("Any", None)
+    held = Graphs(model, cast("Any", None))
+    held._take(key)
+    gc.collect()
+    assert [held._take(key).captured, held._take(key).captured] == [True, True]
+    assert pools.handles > 1

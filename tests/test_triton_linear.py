@@ -476,15 +476,15 @@ def test_a_norm_apart_has_the_bits_of_the_norm_inside(columns: int, kind: str, d
 def test_what_is_asked_ahead_is_a_whole_number_of_pieces_of_a_weight_where_a_kernel_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert launch.ahead_bytes(4096 * 4096 * 2, 90) == 0, "not in the interpreter"
+    assert not launch.asks(90), "not in the interpreter"
     monkeypatch.setattr(launch, "_nvidia", lambda: True)
-    assert launch.ahead_bytes(4096 * 4096 * 2, 90) == 8 << 20
-    assert launch.ahead_bytes(576 * 576 * 2, 100) == 40 * 16384 <= 576 * 576 * 2
-    assert launch.ahead_bytes(64 * 64 * 2, 90) == 0
-    assert launch.ahead_bytes(2 * 14336 * 4096 * 2, 90) == 0, "so long a weight keeps memory busy by itself"
-    assert launch.ahead_bytes(4096 * 4096 * 2, 80) == 0, "no kernel waits there"
+    assert (launch.asks(80), launch.asks(90)) == (False, True), "no kernel of sm_80 waits"
+    assert launch.ahead_bytes(4096 * 4096 * 2) == 8 << 20
+    assert launch.ahead_bytes(576 * 576 * 2) == 40 * 16384 <= 576 * 576 * 2
+    assert launch.ahead_bytes(64 * 64 * 2) == launch.ahead_bytes(0) == 0
+    assert launch.ahead_bytes(2 * 14336 * 4096 * 2) == 0, "so long a weight keeps memory busy by itself"
     monkeypatch.setattr(launch, "AHEAD_BYTES", 0)
-    assert launch.ahead_bytes(4096 * 4096 * 2, 90) == 0
+    assert not launch.asks(90)
 
 
 @pytest.mark.parametrize(("columns", "width"), [(576, 576), (4096, 4096), (33, 48), (1, 16), (16, 16)])
