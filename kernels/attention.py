@@ -123,7 +123,7 @@ def attend(
         GROUP_PADDED=rule.heads,
         IN_ORDER=in_order,
         EVEN=index.tile is None,
-        **launch.options(rule.warps, rule.stages, rule.registers) | {"enable_fp_fusion": False},
+        **launch.options(rule.warps, rule.stages, launch.PRODUCT_REGISTERS) | {"enable_fp_fusion": False},
     )
     if apart:
         merge_apart(index, groups, partial, state, out, active, rule, bound=bound, group=group, window=window)

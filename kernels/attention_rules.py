@@ -22,17 +22,13 @@ FEW_ROWS = DECODE_TILE
 
 
 class AttentionRule(NamedTuple):
-    """Parameters of attention: rows and (padded) heads of a program, positions of a near split, launch.
-
-    registers: what a thread may take.
-    """
+    """Parameters of attention: rows and (padded) heads of a program, positions of a near split, launch."""
 
     rows: int
     heads: int
     split: int
     warps: int
     stages: int
-    registers: int
 
     @property
     def apart(self) -> bool:
@@ -80,10 +76,8 @@ def attention_rule(
     heads = max(heads, 16 // rows)
     queries = rows * heads * (size + 64 * itemsize)
     held = 0 if rows * heads >= 64 else 1
-    stages = next((n for n in (3, 2) if queries + (n - held) * 128 * size <= 96 << 10), 1)
-    if single:
-        return AttentionRule(rows, heads, split, 8, 1, 255)
-    return AttentionRule(rows, heads, split, 4 if size <= 128 else 8, stages, 255)
+    stages = 1 if single else next((n for n in (3, 2) if queries + (n - held) * 128 * size <= 96 << 10), 1)
+    return AttentionRule(rows, heads, split, 4 if size <= 128 and not single else 8, stages)
 
 
 def attention_splits(positions: int, split: int) -> int:

@@ -240,5 +240,5 @@ def merge_apart(
         SPLIT=rule.split,
         GROUP_ROWS=rule.rows,
         EVEN=index.tile is None,
-        **launch.options(rule.warps, registers=rule.registers) | {"enable_fp_fusion": False},
+        **launch.options(rule.warps, registers=launch.PRODUCT_REGISTERS) | {"enable_fp_fusion": False},
     )

@@ -13,7 +13,7 @@ from time import monotonic
 from typing import TypeVar
 
 from .cache import KVCache
-from .errors import CapacityError
+from .errors import BusyError, CapacityError
 
 ADMISSION_WAIT_S = 30.0
 Result = TypeVar("Result")
@@ -102,11 +102,18 @@ class Admission:
         """Have the pages of a ticket that has been waited for, or if it was not granted some that are free now.
 
         Raises:
-            CapacityError: there are not enough.
+            BusyError: there are not enough.
         """
         ticket.cancel()
-        if not ticket.pages:
+        if ticket.pages:
+            return
+        try:
             self.cache.reserve(ticket.tokens, ticket.pages)
+        except CapacityError as problem:
+            raise BusyError(
+                f"{problem}; for {ADMISSION_WAIT_S:.0f} s none of the requests that hold the others has got on, "
+                "so nobody reads their streams"
+            ) from None
 
     def withdraw(self, ticket: Ticket) -> None:
         """Leave the line, and give back what the ticket was granted."""

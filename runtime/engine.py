@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -21,7 +20,7 @@ from ..loaders.config import ModelConfig
 from ..loaders.locate import locate
 from ..loaders.tokenizer import Tokenizer
 from ..loaders.weights import Weights, load_weights
-from .admission import Admission, eventually
+from .admission import Admission
 from .cache import KVCache
 from .calibration import Encode
 from .choices import DTYPES, check_cache_tokens, dtype_of, one_of, place_of, table_of
@@ -35,12 +34,12 @@ from .methods.base import Method
 from .model import Model
 from .prompts import Prompt, Prompts, TokenIds, check_params, is_many, to_ids
 from .ranges import marks
-from .request import Chunk, Output, SamplingParams
+from .request import Output, SamplingParams
 from .roster import Roster
 from .run import MAX_BATCH, Run, Shared
 from .sequence import Sequence
 from .stepwise import Stepwise
-from .stream import Stream
+from .stream import AsyncStream, Stream
 from .text import TextStream
 from .turns import Turns
 from .warm_up import Rehearsal, WarmUp, refuse
@@ -55,7 +54,7 @@ class Engine:
 
     Threads and event loops may share an engine: their requests take turns, a round or a part of a prompt at a time, and
     those that need pages which others hold wait for them in the order they came, as long as anything moves; 30 seconds
-    after nothing has, it is a CapacityError. A forked process may use a copy of an engine that is on the CPU, had no
+    after nothing has, it is a BusyError. A forked process may use a copy of an engine that is on the CPU, had no
     request under way, and whose process had not computed with threads of PyTorch's own. `model_path` is where the
     weights lie, `backend` the op table in use, `numerics` "exact" or "fast", `config` the model's shape, `cache_tokens`
     what requests can hold together, `cache_note` why that is less than the model's context, `load_s` the seconds `load`
@@ -180,7 +179,7 @@ class Engine:
         Raises:
             RequestError: the request cannot be served; nothing was generated.
             TokenizerError: chat messages are malformed, or the model's template refuses them or is missing.
-            CapacityError: it needs more cache than there is.
+            CapacityError: it needs more cache than there is, or, a BusyError, than others leave for long.
         """
         with closing(self.stream(prompt, params, method=method)) as stream:
             for _ in stream:
@@ -207,7 +206,7 @@ class Engine:
         Raises:
             RequestError, CapacityError: as `generate`, or the method is one of those.
         """
-        spec = registry.parse(method) if method else self._default
+        spec = self._default if method is None else registry.parse(method)
         if not is_many(prompts):
             raise RequestError("score: expected a list of one prompt or more")
         if len(prompts) != len(continuations):
@@ -257,27 +256,15 @@ class Engine:
             self._turn.rest()
             return done
 
-    async def astream(
+    def astream(
         self, prompt: Prompt | Prompts, params: SamplingParams | None = None, *, method: str | None = None
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncStream:
         """As `stream`, for an event loop: all that may wait for the engine runs in a worker thread.
 
-        It is checked, and text encoded, in a thread of the loop's default executor. A cancelled request ends with the
-        turn under way, which the task does not wait for.
+        `async for` takes its chunks; `async with` checks it before that and ends it after, whatever happened.
         """
         self._loaded()
-        loop = asyncio.get_running_loop()
-        work = partial(loop.run_in_executor, self._pool)
-        # Not where requests take their steps, which need not wait for a long text or many prompts.
-        stream = await loop.run_in_executor(None, self._asked, prompt, params, method)
-        try:
-            while not await work(stream.prepare):
-                pass
-            while (chunks := await eventually(stream.advance, work)) is not None:
-                for chunk in chunks:
-                    yield chunk
-        finally:
-            stream.abandon()
+        return AsyncStream(partial(self._asked, prompt, params, method), self._pool)
 
     def close(self) -> None:
         """Give back the weights and the cache, after the turn under way.
@@ -349,7 +336,7 @@ class Engine:
     def _asked(self, prompt: Prompt | Prompts, params: SamplingParams | None, method: str | None) -> Stream:
         """A request that has been checked, as a stream that is still to be prepared."""
         params = SamplingParams() if params is None else params
-        spec = registry.parse(method) if method else self._default
+        spec = self._default if method is None else registry.parse(method)
         check_params(params, self.tokenizer, self.config)
         prompts = cast(Prompts, prompt) if is_many(prompt) else [cast(Prompt, prompt)]
         seed = secrets.randbits(64) if params.seed is None else params.seed

@@ -11,11 +11,16 @@ class CapacityError(SkipjackError):
     """The request is valid but does not fit into the memory there is."""
 
 
+class BusyError(CapacityError):
+    """The memory is held by other requests, none of which got on while this one waited; later it may fit."""
+
+
 class CompilationError(SkipjackError):
     """A strict engine that was warmed up would have had to compile a kernel."""
 
 
 __all__ = [
+    "BusyError",
     "CapacityError",
     "CheckpointError",
     "CompilationError",

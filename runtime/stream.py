@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
 
-from .admission import Result, Ticket, patiently
+from .admission import Result, Ticket, eventually, patiently
 from .request import Chunk, Output
 from .run import Run
 from .summary import summarise
@@ -78,3 +80,80 @@ class Stream(Iterator[Chunk]):
         except BaseException:
             self.close()
             raise
+
+
+class AsyncStream(AsyncIterator[Chunk]):
+    """A stream for an event loop. Leaving it early, cancelling its task or dropping it frees what the request holds.
+
+    It is checked and made ready when it is entered, or when its first chunk is asked for; text is encoded in a thread
+    of the loop's default executor. One that ends early does so with the turn under way, which nobody waits for.
+    """
+
+    def __init__(self, ask: Callable[[], Stream], turns: Executor | None) -> None:
+        self._request = _Request(ask, turns)
+        # Not a method's, for one that nobody has any more ends at once, not when garbage is collected.
+        self._chunks = _chunks(self._request)
+
+    async def __aenter__(self) -> AsyncStream:
+        """Begin the request.
+
+        Raises:
+            SkipjackError: it cannot be served, as `Engine.generate` says.
+        """
+        await self._request.begun()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __aiter__(self) -> AsyncStream:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        return await anext(self._chunks)
+
+    async def aclose(self) -> None:
+        """End the request now."""
+        if self._request.stream is not None:
+            self._request.stream.abandon()
+        await self._chunks.aclose()
+
+    @property
+    def outputs(self) -> list[Output]:
+        """One result per prompt, of what has been generated so far; none before the request has begun."""
+        return [] if self._request.stream is None else self._request.stream.outputs
+
+
+class _Request:
+    """What is asked for, and the stream of it once it has begun."""
+
+    def __init__(self, ask: Callable[[], Stream], turns: Executor | None) -> None:
+        self._ask, self._turns = ask, turns
+        self.stream: Stream | None = None
+
+    async def begun(self) -> Stream:
+        if self.stream is not None:
+            return self.stream
+        # Not where requests take their turns, which need not wait for a long text or many prompts.
+        stream = await asyncio.get_running_loop().run_in_executor(None, self._ask)
+        try:
+            while not await self.turn(stream.prepare):
+                pass
+        except BaseException:
+            stream.abandon()
+            raise
+        self.stream = stream
+        return stream
+
+    async def turn(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._turns, work)
+
+
+async def _chunks(request: _Request) -> AsyncGenerator[Chunk]:
+    stream = await request.begun()
+    try:
+        while (chunks := await eventually(stream.advance, request.turn)) is not None:
+            for chunk in chunks:
+                yield chunk
+    finally:
+        stream.abandon()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .runtime.engine import Engine
     from .runtime.errors import (
+        BusyError,
         CapacityError,
         CheckpointError,
         CompilationError,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     __version__: str
 __all__ = [
+    "BusyError",
     "CapacityError",
     "CheckpointError",
     "CompilationError",

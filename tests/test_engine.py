@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from skipjack import CapacityError, Engine, RequestError, SamplingParams
+from skipjack import BusyError, CapacityError, Engine, RequestError, SamplingParams
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.save import save_checkpoint
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
@@ -415,8 +415,10 @@ def test_requests_that_cannot_be_served_are_refused(monkeypatch: pytest.MonkeyPa
     big = SamplingParams(max_tokens=cache.total_pages * 256 - 10, ignore_eos=True)
     held = engine.stream([1], big)
     next(held)
-    with pytest.raises(CapacityError, match="pages free"):
+    with pytest.raises(BusyError, match="pages free"):
         engine.generate([1], big)
+    with pytest.raises(RequestError, match="unknown method ''"):
+        engine.generate([1], method="")
     held.close()
     for prompt, message in (([], "at least one token"), ([512], "outside the vocabulary"), ("hi", "no tokenizer")):
         with pytest.raises(RequestError, match=message):

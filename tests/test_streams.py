@@ -10,13 +10,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from skipjack import CapacityError, Engine, LayerPlan, RequestError, SamplingParams
+from skipjack import BusyError, Engine, LayerPlan, RequestError, SamplingParams
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import prefill as prefill_module
@@ -24,7 +25,7 @@ from skipjack.runtime.admission import Admission, Ticket
 from skipjack.runtime.cache import KVCache
 from skipjack.runtime.request import Output
 from skipjack.runtime.run import Run
-from skipjack.runtime.stream import Stream
+from skipjack.runtime.stream import AsyncStream, Stream
 
 LIMIT_S = 60
 SHORT = SamplingParams(max_tokens=3, ignore_eos=True)
@@ -496,7 +497,7 @@ def test_what_was_finished_is_kept_when_the_rest_never_gets_its_pages(
     first = engine.stream([1], SamplingParams(max_tokens=4 * cache.page_size - 10, ignore_eos=True))
     next(first)
     stream = engine.stream([[7, 8], list(range(3, 303))], SHORT)
-    with pytest.raises(CapacityError, match="1 of 5 pages free"):
+    with pytest.raises(BusyError, match=r"1 of 5 pages free.*nobody reads their streams"):
         list(stream)
     assert [output.finish_reason for output in stream.outputs] == ["length", "abort"]
     assert stream.outputs[0].token_ids == expected
@@ -597,3 +598,107 @@ def test_a_forked_process_uses_a_copy_or_says_why_not(tmp_path: Path) -> None:
     assert len(refused) == 2
     assert all(told.startswith("engine: it was loaded in process PARENT and this is ") for told in refused)
     assert closed == "0", "it does not wait for a thread of its parent's"
+
+
+def test_an_event_loop_gets_the_results_that_a_thread_gets(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=6, n=2, seed=7, temperature=0.9, logprobs=2, ignore_eos=True)
+
+    async def serve() -> list[list[Any]]:
+        stream, seen = engine.astream([[5, 6], [7]], params), list[list[Any]]()
+        seen.append(list(stream.outputs))
+        async for _ in stream:
+            seen.append([len(output.token_ids) for output in stream.outputs])
+        return [*seen, list(stream.outputs)]
+
+    before, *growing, results = asyncio.run(serve())
+    assert before == []
+    assert growing == sorted(growing)
+    assert growing[-1] == [6, 6]
+    for mine, expected in zip(results, engine.generate([[5, 6], [7]], params), strict=True):
+        assert replace(mine, stats=expected.stats) == expected
+        assert (mine.stats.lossless, mine.choices[1].logprobs) == (True, expected.choices[1].logprobs)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "method"), [([], None), ([9999], None), ("a text", None), ([5], "swift:set=nowhere.json"), ([5], "")]
+)
+def test_a_request_of_an_event_loop_is_refused_where_it_is_entered(
+    engine: Engine, prompt: Any, method: str | None
+) -> None:
+    async def serve() -> None:
+        async with engine.astream(prompt, SHORT, method=method):
+            raise AssertionError("it has begun")
+
+    with pytest.raises(RequestError):
+        asyncio.run(serve())
+    assert free(engine)
+    assert not engine._runs
+
+
+@pytest.mark.parametrize("chunks", [0, 2])
+def test_a_request_of_an_event_loop_ends_where_it_is_left(engine: Engine, chunks: int) -> None:
+    async def leave(stream: AsyncStream) -> None:
+        async with stream:
+            for _ in range(chunks):
+                await anext(stream)
+            raise LookupError
+
+    async def serve() -> tuple[list[int], list[Any]]:
+        stream = engine.astream([5, 6], everything(engine))
+        with pytest.raises(LookupError):
+            await leave(stream)
+        rest = [chunk async for chunk in stream]
+        # It ends with the turn it is in, after which another has the whole cache.
+        async with engine.astream([5], everything(engine)) as other:
+            await anext(other)
+        return [len(output.token_ids) for output in stream.outputs], rest
+
+    (tokens,), rest = asyncio.run(serve())
+    assert (tokens >= chunks, rest) == (True, [])
+    assert free(engine)
+
+
+def test_a_request_of_an_event_loop_that_was_entered_and_dropped_holds_nothing(engine: Engine) -> None:
+    async def serve() -> None:
+        stream = await engine.astream([5, 6], SHORT).__aenter__()
+        del stream
+
+    asyncio.run(serve())
+    assert free(engine)
+    assert not engine._runs
+
+
+def test_a_closed_engine_refuses_an_event_loop_at_once(weights: Any) -> None:
+    engine = Engine(*weights, cache_tokens=256)
+    engine.close()
+    with pytest.raises(RequestError, match="closed"):
+        engine.astream([5, 6])
+
+
+def test_the_handler_of_the_documentation(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    sent = list[str]()
+
+    async def send(text: str) -> None:
+        sent.append(text)
+
+    async def leave(text: str) -> None:
+        raise ConnectionResetError
+
+    def handle(ids: list[int], params: SamplingParams = SHORT, send: Any = send) -> tuple[int, Any]:
+        return asyncio.run(names["handle"](engine, ids, params, send))
+
+    status, output = handle([5, 6])
+    assert (status, output) == (200, replace(engine.generate([5, 6], SHORT), stats=output.stats))
+    assert len(sent) == 3
+    assert handle([9999])[0] == 400
+    with pytest.raises(ConnectionResetError):
+        handle([5, 6], everything(engine), leave)
+    with closing(engine.stream([1], everything(engine))) as first:
+        next(first)
+        monkeypatch.setattr("skipjack.runtime.admission.ADMISSION_WAIT_S", 0.0)
+        assert handle([5, 6])[0] == 503
+    assert handle([5, 6])[0] == 200
+    assert free(engine)

@@ -1,8 +1,7 @@
 """The op table of a CPU whose operations are compiled: products, and one kernel for what lies between two of them.
 
-What is rare is `reference`'s: float16 and float64, sizes that are no multiple of the lanes, and the attention of
-prompts, whose tiles are large enough for a library. Which of the two computes something depends on the dtype, the
-model's shape and the pass's tile, and never on its rows; a kernel takes each row by itself.
+What is rare is `reference`'s: float16 and float64, and sizes that are no multiple of the lanes. Which of the two
+computes something depends on the dtype and the model's shape, and never on the rows of a pass.
 """
 
 from dataclasses import replace
