@@ -63,7 +63,7 @@ class ForcedVerify:
 def own_graphs(engine: Engine) -> Generator[Graphs | None, None, None]:
     """Round graphs for what an engine is made to do for a time, where it has any; they go with it."""
     model, cache = engine._loaded()  # pyright: ignore[reportPrivateUsage]
-    own = Graphs(model, cache) if engine._graphs else None  # pyright: ignore[reportPrivateUsage]
+    own = Graphs(model, cache) if engine._open().graphs else None  # pyright: ignore[reportPrivateUsage]
     try:
         yield own
     finally:
@@ -72,14 +72,25 @@ def own_graphs(engine: Engine) -> Generator[Graphs | None, None, None]:
 
 
 @contextmanager
+def with_graphs(engine: Engine, graphs: Graphs | None) -> Generator[None, None, None]:
+    """Requests made meanwhile take these round graphs."""
+    usual = engine._open()  # pyright: ignore[reportPrivateUsage]
+    engine._shared = replace(usual, graphs=graphs)  # pyright: ignore[reportPrivateUsage]
+    try:
+        yield
+    finally:
+        engine._shared = usual  # pyright: ignore[reportPrivateUsage]
+
+
+@contextmanager
 def forced_acceptance(engine: Engine, rate: float) -> Generator[ForcedVerify, None, None]:
     """Greedy rounds of `engine` accept at `rate`; round graphs captured meanwhile are its own."""
     model, _ = engine._loaded()  # pyright: ignore[reportPrivateUsage]
-    honest, graphs = model.ops, engine._graphs  # pyright: ignore[reportPrivateUsage]
+    honest = model.ops
     verify = ForcedVerify(accepted_counts(rate).to(model.device))
-    with own_graphs(engine) as own:
-        model.ops, engine._graphs = replace(honest, verify=verify), own  # pyright: ignore[reportPrivateUsage]
+    with own_graphs(engine) as own, with_graphs(engine, own):
+        model.ops = replace(honest, verify=verify)
         try:
             yield verify
         finally:
-            model.ops, engine._graphs = honest, graphs  # pyright: ignore[reportPrivateUsage]
+            model.ops = honest

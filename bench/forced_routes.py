@@ -14,7 +14,7 @@ from ..runtime.errors import RequestError, SkipjackError
 from ..runtime.graphs import Graphs
 from ..runtime.model import Model
 from ..runtime.request import SamplingParams
-from .forced_acceptance import own_graphs
+from .forced_acceptance import own_graphs, with_graphs
 
 ALWAYS, NEVER = -1.0, 2.0
 
@@ -104,12 +104,8 @@ def measure(
 
 def _decode(engine: Engine, skipped: Collection[int], graphs: Graphs | None, params: SamplingParams) -> float:
     """`graphs` have been captured under these thresholds and no others."""
-    usual, engine._graphs = engine._graphs, graphs  # pyright: ignore[reportPrivateUsage]
-    try:
-        with forced(engine._loaded()[0], skipped):  # pyright: ignore[reportPrivateUsage]
-            stats = engine.generate([1, 2, 3, 4], params, method="flexidepth").stats
-    finally:
-        engine._graphs = usual  # pyright: ignore[reportPrivateUsage]
+    with with_graphs(engine, graphs), forced(engine._loaded()[0], skipped):  # pyright: ignore[reportPrivateUsage]
+        stats = engine.generate([1, 2, 3, 4], params, method="flexidepth").stats
     expected = 2 * len(skipped) * (stats.prompt_tokens + stats.completion_tokens - 1)
     if stats.executed_skips != expected:
         raise SkipjackError(f"expected {expected} skipped sub-layers, counted {stats.executed_skips}")

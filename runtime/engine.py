@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -92,20 +93,20 @@ class Engine:
         own = self._default.build(config)
         config, weights = own.edit(config, weights, lambda c, w: Model(c, w, table), self._encode)
         self.config = config
-        self._turn, self._runs = Turns(weights.embedding.device), set[Run]()
-        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "skipjack-engine")
-        self._process = os.getpid()
+        self._turn, self._process = Turns(weights.embedding.device), os.getpid()
         self._strict, self._watch = strict, Watch(enabled=table.name == "triton")
-        self._model: Model | None = Model(config, weights, table, marks(ranges))
-        self.backend = self._model.backend
-        self.cache_tokens, self.cache_note = cache_size(self._model, MAX_BATCH, cache_tokens)
-        cache = self._model.new_cache(-(-self.cache_tokens // table.page_size) + SPARE_PAGES)
-        self._admission: Admission | None = Admission(cache)
-        on_device = self._model.device.type == "cuda" if graphs is None else graphs
-        self._graphs = Graphs(self._model, cache, self._watch) if on_device else None
-        self._roster: Roster | None = Roster(self._model, self._encode, self._watch, self._default)
+        model = Model(config, weights, table, marks(ranges))
+        self.backend = model.backend
+        self.cache_tokens, self.cache_note = cache_size(model, MAX_BATCH, cache_tokens)
+        cache = model.new_cache(-(-self.cache_tokens // table.page_size) + SPARE_PAGES)
+        on_device = model.device.type == "cuda" if graphs is None else graphs
+        rounds = Graphs(model, cache, self._watch) if on_device else None
+        roster = Roster(model, self._encode, self._watch, self._default)
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "skipjack-engine")
+        # What goes when the engine is closed.
+        self._shared: Shared | None = Shared(model, Admission(cache), self._turn, self._watch, rounds, roster, set())
         self._turn.rest()
-        self._turn.take(partial(self._roster.add, self._default, own))
+        self._turn.take(partial(roster.add, self._default, own))
 
     @staticmethod
     def load(
@@ -214,7 +215,7 @@ class Engine:
         prompt_ids = [to_ids(prompt, self.tokenizer, self.config) for prompt in prompts]
         forced = Forced.all(prompt_ids, continuations, self.config)
         # The host replaces every token, so it steers the rounds.
-        with closing(self._stream([*forced], spec, 0, None).begun()) as stream:
+        with closing(self._stream(replace(self._open(), graphs=None), [*forced], spec, 0).begun()) as stream:
             if self._method(spec).lossless and spec.name != Autoregressive.name:
                 raise RequestError(f"score: expected a lossy method or {Autoregressive.name}, got {spec.name}")
             for _ in stream:
@@ -239,8 +240,8 @@ class Engine:
             RequestError: a method cannot run here, or there are never so many sequences or tokens.
             CapacityError: a method's search needs pages of the cache that requests hold.
         """
-        model, cache = self._loaded()
-        rehearsal = Rehearsal(model, cache, self._graphs, sequences, context)
+        shared = self._open()
+        rehearsal = Rehearsal(shared.model, shared.admission.cache, shared.graphs, sequences, context)
         names = [methods] if isinstance(methods, str) else methods
         specs = [registry.parse(name) for name in names] or [self._default]
         if Autoregressive.name in registry.names(self.config.model_type) and not self._default.edits:
@@ -250,8 +251,9 @@ class Engine:
     def _warm(self, rehearsal: Rehearsal, specs: Iterable[registry.MethodSpec]) -> WarmUp:
         with self._watch, torch.inference_mode():
             self._watch.refuse = None
-            self.warmed_up = done = rehearsal.run(map(self._methods().unlearned, specs), self._watch)
-            self._open()[1].move()
+            shared = self._open()
+            self.warmed_up = done = rehearsal.run(map(shared.roster.unlearned, specs), self._watch)
+            shared.admission.move()
             self._watch.count, self._watch.refuse = 0, refuse if self._strict else None
             self._turn.rest()
             return done
@@ -271,18 +273,19 @@ class Engine:
 
         Streams that have not ended do so with a RequestError. A closed engine refuses requests.
         """
+        shared = self._shared
         if self._process == os.getpid() or not self._turn.taken:
-            graphs = self._graphs
             self._turn.alone(self._close)
-            if graphs:  # Not within the turn: a finaliser that its builder's thread comes upon may wait for one.
-                graphs.close()
+            if shared and shared.graphs:
+                # Not within the turn: a finaliser that its builder's thread comes upon may wait for one.
+                shared.graphs.close()
         else:  # Forked while another thread had the turn, which nobody gives back here.
-            self._model = self._admission = self._pool = self._graphs = self._roster = None
+            self._shared = self._pool = None
 
     def _close(self) -> None:
-        for run in list(self._runs):
+        for run in list(self._shared.runs) if self._shared else ():
             run.fail(CLOSED)
-        self._model = self._admission = self._pool = self._roster = self._graphs = None
+        self._shared = self._pool = None
 
     def __enter__(self) -> Engine:
         self._loaded()
@@ -294,19 +297,19 @@ class Engine:
         self.close()
 
     def _loaded(self) -> tuple[Model, KVCache]:
-        model, admission = self._open()
-        return model, admission.cache
+        shared = self._open()
+        return shared.model, shared.admission.cache
 
-    def _open(self) -> tuple[Model, Admission]:
-        if self._model is None or self._admission is None:
+    def _open(self) -> Shared:
+        if self._shared is None:
             raise RequestError(CLOSED)
         if self._process != os.getpid():
-            self._adopt(self._model.device)
-        return self._model, self._admission
+            self._adopt(self._shared)
+        return self._shared
 
-    def _adopt(self, device: torch.device) -> None:
+    def _adopt(self, shared: Shared) -> None:
         """Work in a forked process: it has a copy of everything but the threads, and of a GPU nothing."""
-        if device.type != "cpu" or self._graphs or self._runs or self._turn.taken:
+        if shared.model.device.type != "cpu" or shared.graphs or shared.runs or self._turn.taken:
             raise RequestError(
                 f"engine: it was loaded in process {self._process} and this is {os.getpid()}, forked from it: expected "
                 "one on the CPU, and no request under way when it was forked; load it in this process"
@@ -318,9 +321,7 @@ class Engine:
         return self.tokenizer.encode if self.tokenizer else None
 
     def _methods(self) -> Roster:
-        if self._roster is None:
-            raise RequestError(CLOSED)
-        return self._roster
+        return self._open().roster
 
     def _method(self, spec: registry.MethodSpec) -> Method:
         return self._turn.take(lambda: self._methods().get(spec))
@@ -345,10 +346,8 @@ class Engine:
             for i, ids in enumerate(to_ids(p, self.tokenizer, self.config) for p in prompts)
             for choice in range(params.n)
         ]
-        return self._stream(sequences, spec, seed, self._graphs)
+        return self._stream(self._open(), sequences, spec, seed)
 
-    def _stream(self, sequences: list[Sequence], spec: registry.MethodSpec, seed: int, graphs: Graphs | None) -> Stream:
-        model, admission = self._open()
-        admission.expect_room(max(sequence.max_length for sequence in sequences))
-        shared = Shared(model, admission, self._turn, self._watch, graphs, self._runs)
+    def _stream(self, shared: Shared, sequences: list[Sequence], spec: registry.MethodSpec, seed: int) -> Stream:
+        shared.admission.expect_room(max(sequence.max_length for sequence in sequences))
         return Stream(Run(shared, sequences, self._entering(spec)), self.backend, self.numerics, seed)

@@ -18,6 +18,7 @@ from .methods.base import Method
 from .methods.policy import Policy
 from .model import Model
 from .request import Chunk, Piece
+from .roster import Roster
 from .sequence import Sequence
 from .speculate import speculate
 from .stepwise import Stepwise
@@ -35,6 +36,7 @@ class Shared:
     turns: Turns
     watch: Watch
     graphs: Graphs | None
+    roster: Roster
     runs: set[Run]
 
 

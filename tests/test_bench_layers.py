@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,20 +91,20 @@ def test_forced_skips_are_counted_before_a_speed_is_told(routed: Engine, monkeyp
 
 def test_rounds_captured_under_other_thresholds_are_not_replayed(routed: Engine, monkeypatch) -> None:
     usual = Graphs(*routed._loaded())
-    monkeypatch.setattr(routed, "_graphs", usual)
+    monkeypatch.setattr(routed, "_shared", replace(routed._open(), graphs=usual))
     under: dict[int, set[tuple[float, ...]]] = {}
     generate = routed.generate
 
     def noted(*given, **options):
         thresholds = tuple(own.threshold for own in routed._loaded()[0].routed.values())
-        under.setdefault(id(routed._graphs), set()).add(thresholds)
+        under.setdefault(id(routed._open().graphs), set()).add(thresholds)
         return generate(*given, **options)
 
     monkeypatch.setattr(routed, "generate", noted)
     forced.measure(routed, [4], 3, 1, lambda count: None)
     assert sorted(map(len, under.values())) == [1, 1]
     assert id(usual) not in under
-    assert routed._graphs is usual
+    assert routed._open().graphs is usual
     usual.close()
 
 

@@ -306,8 +306,8 @@ def test_rounds_go_on_while_a_graph_of_fewer_steps_is_built(
         assert builders == ["skipjack-graphs_0"]
         assert {recipe.num_draft_tokens for recipe in rounds} == {5}
         opened.set()
-        assert device._graphs is not None
-        (coming,) = device._graphs._coming.values()
+        assert device._open().graphs is not None
+        (coming,) = device._open().graphs._coming.values()
         coming.result()
         rounds.clear()
         device.generate(PROMPTS[0], params, method=UNSURE["chains"])
@@ -332,7 +332,7 @@ def test_another_number_of_steps_is_no_change_of_subject() -> None:
 def test_a_warm_up_makes_graphs_of_every_number_of_steps_ready(rounds: list[Recipe]) -> None:
     with engine(graphs=True) as device:
         warm = device.warm_up([UNSURE["chains"]], sequences=1, context=200)
-        pool = device._graphs
+        pool = device._open().graphs
         assert pool is not None
         assert {recipe.num_draft_tokens for recipe, *_ in pool._prepared} == {0, 1, 2, 4, 5}
         rounds.clear()

@@ -70,8 +70,8 @@ def device() -> Engine:
 
 
 def pool(engine: Engine) -> graphs.Graphs:
-    assert engine._graphs is not None
-    return engine._graphs
+    assert engine._open().graphs is not None
+    return engine._open().graphs
 
 
 @pytest.fixture

@@ -188,7 +188,7 @@ def test_sequences_that_ask_for_different_things_share_rounds(
 def test_a_graph_keeps_nothing_of_the_sequences_before(told: Told) -> None:
     """The same graph serves requests of other parameters one after the other."""
     _, device = pair("tiny")
-    graphs = device._graphs
+    graphs = device._open().graphs
     assert graphs is not None
     first = SamplingParams(max_tokens=12, ignore_eos=True, **PENALTIES, **BIAS)
     same(told, FIXED, first)

@@ -157,7 +157,7 @@ def test_one_graph_serves_every_set_with_drafts_of_some_length(pair: Pair) -> No
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     # One for each of the numbers of draft steps there are up to the option's, and one without where that may be 0.
     for name, most in (("clasp", 3), ("knapspec", 5), ("del", 5)):
-        pool = device._graphs
+        pool = device._open().graphs
         assert pool is not None
         before = pool.captured
         timed_alike(device, METHODS[name])

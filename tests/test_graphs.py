@@ -227,7 +227,7 @@ def test_sampled_drafts_that_have_stopped_read_no_head(
 def test_a_stream_closed_early_leaves_its_graph_to_the_next(device: Engine) -> None:
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     expected = device.generate(PROMPTS[0], params, method=FIXED).token_ids
-    pool, cache = device._graphs, device._loaded()[1]
+    pool, cache = device._open().graphs, device._loaded()[1]
     assert pool is not None
     captured = pool.captured
     for _ in range(3):
@@ -266,8 +266,10 @@ def test_a_graph_that_was_given_back_writes_to_nobodys_pages(device: Engine) -> 
     said = device.generate(PROMPTS[0], params, method=FIXED).token_ids
     stopped = device.generate(PROMPTS[0], replace(params, stop_token_ids=(said[3],)), method=FIXED)
     assert (stopped.finish_reason, len(stopped.token_ids) < 60) == ("stop", True)
-    assert device._graphs is not None
-    assert all(not graph.state.progress.left.any() for graphs in device._graphs._idle.values() for graph in graphs)
+    assert device._open().graphs is not None
+    assert all(
+        not graph.state.progress.left.any() for graphs in device._open().graphs._idle.values() for graph in graphs
+    )
     expected = device.generate(PROMPTS[2], params, method="lookup:choose=likeliest,tree=true").token_ids
     stream = device.stream(PROMPTS[2], params, method="lookup:choose=likeliest,tree=true")
     got = list(next(stream).token_ids)
@@ -284,18 +286,18 @@ def test_graphs_of_sets_out_of_use_are_let_go_of(
     expected = host.generate(PROMPTS[0], params).token_ids
     with Engine(host.config, synthetic_weights(host.config, 0, torch.float32, 0.1), graphs=True) as engine:
         engine.warm_up(sequences=2, context=256)
-        assert engine._graphs is not None
-        waiting = engine._graphs._idle
+        assert engine._open().graphs is not None
+        waiting = engine._open().graphs._idle
         prepared, seen = set(waiting), list[weakref.ref[RoundGraph]]()
         assert prepared
         for layer in (2, 3, 4, 5, 2, 6):
             method = f"swift:skip_attention={layer},threshold=0,num_draft_tokens=2"
             assert engine.generate(PROMPTS[0], params, method=method).token_ids == expected
-            idle = [graph for own in engine._graphs._idle.values() for graph in own]
+            idle = [graph for own in engine._open().graphs._idle.values() for graph in own]
             newest = max(idle, key=lambda graph: graph.waiting_since)
             seen.append(weakref.ref(newest))
         del newest, idle
-        waiting = engine._graphs._idle
+        waiting = engine._open().graphs._idle
         assert prepared <= set(waiting)
         gc.collect()
         kept = [ref() for ref in seen]
@@ -318,8 +320,8 @@ def test_many_graphs_for_one_recipe_drive_no_other_out(
             for layer in (2, 3, 4):
                 engine.generate(PROMPTS[0], params, method=FIXED)
                 engine.generate(PROMPTS[0], params, method=f"swift:skip_attention={layer},threshold=0")
-            assert engine._graphs is not None
-            counts.append(engine._graphs.captured)
+            assert engine._open().graphs is not None
+            counts.append(engine._open().graphs.captured)
         assert counts == [9, 9, 9]
 
 
@@ -447,8 +449,8 @@ def test_an_interrupt_gives_no_graph_back_twice(interrupted: Callable[..., Itera
                 stream.close()
 
         for _ in interrupted(work, Rounds.close, Graphs.give, Graphs._keep):
-            assert engine._graphs is not None
-            idle = [id(graph) for graphs in engine._graphs._idle.values() for graph in graphs]
+            assert engine._open().graphs is not None
+            idle = [id(graph) for graphs in engine._open().graphs._idle.values() for graph in graphs]
             assert len(idle) == len(set(idle))
         assert engine.generate([5, 6], SamplingParams(max_tokens=4, ignore_eos=True)).token_ids == expected
 

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ Range = tuple[str, int, int, str]
 @pytest.fixture
 def marked(synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> Engine:
     engine = synthetic()
-    monkeypatch.setattr(engine._model, "mark", marks("torch"))
+    monkeypatch.setattr(engine._loaded()[0], "mark", marks("torch"))
     return engine
 
 
@@ -126,7 +127,7 @@ def test_ranges_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_round_on_the_device_has_the_same_parts(marked: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(marked, "_graphs", Graphs(*marked._loaded()))
+    monkeypatch.setattr(marked, "_shared", replace(marked._open(), graphs=Graphs(*marked._loaded())))
     output, ranges = seen(marked, "swift:skip_attention=2+3,num_draft_tokens=2,threshold=0", prompts=PROMPTS[:1])
     rounds = inside(ranges, "")["round"]
     assert rounds >= output.stats.rounds == output.stats.graph_rounds

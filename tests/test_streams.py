@@ -116,7 +116,7 @@ def test_requests_that_wait_for_pages_hold_no_thread_and_come_in_order(engine: E
         clients = list[asyncio.Task[None]]()
         for number in range(5):  # Those made at once are checked by two threads at once: either may be first in line.
             clients.append(asyncio.create_task(client(number)))
-            while engine._admission is not None and len(engine._admission._line) <= number:
+            while len(engine._open().admission._line) <= number:
                 await asyncio.sleep(0.001)
         assert await asyncio.wait_for(asyncio.to_thread(lambda: 7), 10) == 7
         for _ in range(3):
@@ -145,7 +145,7 @@ def test_threads_that_wait_for_pages_come_in_order(engine: Engine) -> None:
     for number in range(4):
         threads.append(threading.Thread(target=client, args=(number,), daemon=True))
         threads[-1].start()
-        while engine._admission is not None and len(engine._admission._line) <= number:
+        while len(engine._open().admission._line) <= number:
             next(first)
     first.close()
     assert all(map(ended, threads))
@@ -174,13 +174,12 @@ def test_a_loops_request_goes_on_waiting_where_a_threads_would(engine: Engine, m
 
     async def serve() -> list[int]:
         waiting = asyncio.create_task(engine.astream([1], SHORT).__anext__())
-        assert engine._admission is not None
-        while not engine._admission._line:
+        while not engine._open().admission._line:
             await asyncio.sleep(0.01)
         # Its patience ends inside a turn of another's, which is longer.
         with held(engine), monkeypatch.context() as patch:
             patch.setattr("skipjack.runtime.admission.ADMISSION_WAIT_S", -1e9)
-            (ticket,) = engine._admission._line
+            (ticket,) = engine._open().admission._line
             ticket._waiting[0]()
             await asyncio.sleep(0.05)
         await asyncio.sleep(0.05)
@@ -200,8 +199,7 @@ def test_a_loop_that_is_closed_while_a_request_waits_costs_no_pages(engine: Engi
             pass
 
     task = loop.create_task(wait())
-    assert engine._admission is not None
-    while not engine._admission._line:
+    while not engine._open().admission._line:
         loop.run_until_complete(asyncio.sleep(0.01))
     loop.close()
     del task, loop
@@ -209,7 +207,7 @@ def test_a_loop_that_is_closed_while_a_request_waits_costs_no_pages(engine: Engi
     first.close()
     gc.collect()
     assert free(engine)
-    assert not engine._runs
+    assert not engine._open().runs
 
 
 def test_a_request_cancelled_while_it_waits_leaves_the_line(engine: Engine) -> None:
@@ -349,8 +347,7 @@ def test_a_stream_that_waits_for_pages_may_be_closed_by_another_thread(engine: E
     first = engine.stream([1], everything(engine))
     next(first)
     reader = Reader(engine.stream([5, 6], SHORT))
-    assert engine._admission is not None
-    while not engine._admission._line:
+    while not engine._open().admission._line:
         pass
     reader.stream.close()
     assert ended(reader)
@@ -374,8 +371,7 @@ def test_closing_the_engine_ends_its_streams(engine: Engine) -> None:
     stream, other = (engine.stream([5, 6], SamplingParams(max_tokens=600, ignore_eos=True)) for _ in range(2))
     next(stream)
     waiting = Reader(engine.stream([5, 6], everything(engine)))
-    assert engine._admission is not None
-    while not engine._admission._line:
+    while not engine._open().admission._line:
         pass
     gone = weakref.ref(engine._loaded()[0])
     engine.close()
@@ -518,7 +514,7 @@ def test_a_request_that_is_interrupted_anywhere_gives_everything_back(
     ):
         assert free(engine)
         assert sorted(cache._free) == list(range(1, cache.total_pages + 1))
-        assert not engine._runs
+        assert not engine._open().runs
         assert not engine._turn._line
 
 
@@ -533,9 +529,8 @@ def test_a_request_that_is_interrupted_where_it_queues_leaves_the_line(
                 assert isinstance(stream.advance(), Ticket)
 
         for _ in interrupted(work, Run._queue, Run._end, Admission.ask, Admission.serve, Admission.withdraw):
-            assert not engine._runs - {holder._run}
-            assert engine._admission is not None
-            assert not [ticket for ticket in engine._admission._line if not ticket.cancelled()]
+            assert not engine._open().runs - {holder._run}
+            assert not [ticket for ticket in engine._open().admission._line if not ticket.cancelled()]
     assert free(engine)
 
 
@@ -632,7 +627,7 @@ def test_a_request_of_an_event_loop_is_refused_where_it_is_entered(
     with pytest.raises(RequestError):
         asyncio.run(serve())
     assert free(engine)
-    assert not engine._runs
+    assert not engine._open().runs
 
 
 @pytest.mark.parametrize("chunks", [0, 2])
@@ -665,7 +660,7 @@ def test_a_request_of_an_event_loop_that_was_entered_and_dropped_holds_nothing(e
 
     asyncio.run(serve())
     assert free(engine)
-    assert not engine._runs
+    assert not engine._open().runs
 
 
 def test_a_closed_engine_refuses_an_event_loop_at_once(weights: Any) -> None:

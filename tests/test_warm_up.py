@@ -130,15 +130,16 @@ def attempt(trial: Trial, seen: Any) -> dict[str, Any]:
     with trial.engine(strict=True) as engine:
         seen.forget()
         warm = engine.warm_up(trial.methods, sequences=trial.sequences, context=trial.context)
-        before, captured, later = len(seen.compiled), engine._graphs.captured if engine._graphs else 0, [0, 0]
+        graphs = engine._open().graphs
+        before, captured, later = len(seen.compiled), graphs.captured if graphs else 0, [0, 0]
         error, events = None, 0
         try:
             for prompts, params in requests(trial):
                 plain = not params.reshapes_logits and params.logprobs is None
                 for method in trial.methods or (trial.own,):
-                    had = engine._graphs.captured if engine._graphs else 0
+                    had = graphs.captured if graphs else 0
                     events += len(engine.generate(prompts, params, method=method)[0].stats.events)
-                    later[plain] += engine._graphs.captured - had if engine._graphs else 0
+                    later[plain] += graphs.captured - had if graphs else 0
         except CompilationError as missed:
             error = str(missed)
         return {
@@ -367,8 +368,8 @@ def test_where_nothing_is_compiled_round_graphs_are_made_ready() -> None:
         assert engine.warmed_up == warm
         assert warm.seconds > 0
         engine.generate([[3, 4], [5]], SamplingParams(max_tokens=9), method=CHAIN)
-        assert engine._graphs is not None
-        assert engine._graphs.captured == warm.graphs
+        assert engine._open().graphs is not None
+        assert engine._open().graphs.captured == warm.graphs
 
 
 @pytest.mark.parametrize(
