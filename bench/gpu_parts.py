@@ -39,6 +39,7 @@ CHOICES: tuple[dict[str, Any], ...] = (
 # Those whose choices are made from rounds that the host steers.
 RECORDING = ("clasp", "knapspec", "del")
 WARMED = ("autoregressive", "swift:skip_attention=2,num_draft_tokens=4,threshold=0")
+SEARCH = "swift:window=20,search_budget=1,max_opt_iter=3"
 # Drafts of a skip set, drafts whose rows a mask and a threshold stop, trees; and masks that kernels write in a pass.
 LONG_RUN = (
     (None, "swift:skip_attention=2+3,num_draft_tokens=5,threshold=0"),
@@ -178,6 +179,18 @@ def compilations(setting: Setting) -> Iterator[Finding]:
     yield Finding("compile", "after warm-up", after == 0, f"{after} compiled; {took}", after)
 
 
+def searched(setting: Setting) -> Iterator[Finding]:
+    """Kernels compiled by a search for a skip set and by the rounds with what it finds, after a warm-up."""
+    with engine_of("tiny-llama", torch.float32 if setting.dry else torch.bfloat16, setting) as engine:
+        if not setting.dry:
+            engine.warm_up(SEARCH, sequences=1, context=512)
+        params = SamplingParams(max_tokens=4 if setting.dry else 300, ignore_eos=True)
+        events = len(engine.generate(list(range(3, 40)), params, method=SEARCH).stats.events)
+        after = engine.compilations
+        held = None if setting.dry else after == 0 < events
+        yield Finding("search", "after warm-up", held, f"{after} compiled, {events} events of the search", after)
+
+
 PARTS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
     "ops": ops,
     "rows": invariance,
@@ -186,6 +199,7 @@ PARTS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
     "demo": demo,
     "race": races,
     "compile": compilations,
+    "search": searched,
     "graphs": graphs,
     "settled": gpu_bits.settled,
     "widths": gpu_bits.widths,
