@@ -12,6 +12,7 @@ from ..loaders.config import ModelConfig
 from .batch import Batch
 from .cache import KVCache
 from .costs import weight_pass
+from .errors import RequestError
 from .methods.base import Method
 from .methods.policy import Policy
 from .model import Model
@@ -32,6 +33,9 @@ def reading(
     """Cache a prompt, pass by pass: None after each but the last, which the first token is chosen after.
 
     A `sibling` that has read the same prompt and still has its pages leaves it to be copied.
+
+    Raises:
+        RequestError: its activations overflow the dtype, and no token would mean anything.
     """
     parts = _parts(model, cache, sequence, method, sibling)
     rows, pieces = next(parts), None
@@ -46,6 +50,12 @@ def reading(
                 if sequence.params.n > 1 and not isinstance(method, Policy):
                     sequence.entered = hidden.clone()
                 chosen = choose(model, hidden, batch, batch.last[:, None])
+                if not hidden.isfinite().all():
+                    dtype = str(model.dtype).removeprefix("torch.")
+                    raise RequestError(
+                        f"prompt: the model's activations leave the range of {dtype}: expected finite ones, as another "
+                        "dtype (--dtype) may give"
+                    ) from None
                 pieces = sequence.extend(ints(chosen.token[0]), 0)
                 tell(model, [sequence], [pieces], chosen.logits)
         sequence.counters.prefill_s += perf_counter() - start

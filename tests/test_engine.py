@@ -512,3 +512,16 @@ def test_a_checkpoint_in_float64_must_be_given_a_type(tmp_path: Path) -> None:
         Engine.load(tmp_path / "m")
     with Engine.load(tmp_path / "m", dtype="float32") as engine:
         assert engine.dtype == torch.float32
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_activations_that_overflow_are_an_error_and_not_a_text(dtype: torch.dtype, graphs: bool) -> None:
+    config = ModelConfig.parse(synthetic_config("tiny-llama"), "test")
+    weights = synthetic_weights(config, 0, dtype)
+    weights.down[3].fill_(torch.finfo(dtype).max / 2)
+    engine = Engine(config, weights, graphs=graphs)
+    cache = engine._loaded()[1]
+    with pytest.raises(RequestError, match=f"activations leave the range of {str(dtype)[6:]}"):
+        engine.generate([[5, 6], [7]], SamplingParams(max_tokens=4, temperature=0.7, logprobs=2))
+    assert cache.free_pages == cache.total_pages
