@@ -332,7 +332,7 @@ def run(args: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """The console entry point. A standard stream that was closed reads as empty, and takes what nobody sees."""
+    """The console entry point. A closed standard input reads as empty; what a closed standard error is told is lost."""
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout, sys.stderr):

@@ -74,7 +74,7 @@ WarmUp = Annotated[
 ]
 CacheTokens = Annotated[
     int | None,
-    typer.Option(help="Tokens the KV cache holds.", show_default="the context, or what fits into free memory"),
+    typer.Option(help="Tokens the KV cache holds.", show_default="the context, or 16 of 2048, if memory is free"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
