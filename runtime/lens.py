@@ -93,13 +93,7 @@ def read_request(folder: Path, prompt: str | None, ids: str | None, max_tokens: 
         raise RequestError("prompt: expected one of --lens and --lens-ids, got both")
     if max_tokens < 0:
         raise RequestError(f"--max-tokens: expected at least 0, got {max_tokens}")
-    if ids is not None:
-        try:
-            given: str | list[int] = parse_ids(ids)
-        except RequestError as error:
-            raise RequestError(str(error).replace("--prompt-ids", "--lens-ids")) from None
-    else:
-        given = prompt or ""
+    given = (prompt or "") if ids is None else parse_ids(ids, option="--lens-ids")
     config = ModelConfig.load(folder)
     tokenizer = Tokenizer.load(folder, config)
     if tokenizer is None and isinstance(given, str):

@@ -18,7 +18,6 @@ from .request import check_unicode
 if TYPE_CHECKING:
     from .engine import Engine
 
-DEMO = "demo"
 MAX_LAYERS = 512
 
 
@@ -103,12 +102,12 @@ def read_prompt(prompt: str | None, prompt_file: Path | None, prompt_ids: str | 
     return str(prompt)
 
 
-def parse_ids(text: str) -> list[int]:
-    """Token ids from "1,2,3"."""
+def parse_ids(text: str, option: str = "--prompt-ids") -> list[int]:
+    """Token ids from "1,2,3"; RequestError, which names `option`, where there is anything else."""
     fields = [field.strip() for field in text.split(",")]
     wrong = next((field for field in fields if not (field.isascii() and field.isdigit() and len(field) < 20)), None)
     if wrong is not None:
-        raise RequestError(f"--prompt-ids: expected token ids separated by commas, got {wrong!r}")
+        raise RequestError(f"{option}: expected token ids separated by commas, got {wrong!r}")
     return [int(field) for field in fields]
 
 

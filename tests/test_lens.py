@@ -158,7 +158,7 @@ def test_the_command_prints_json(folder: Path, capsys: pytest.CaptureFixture[str
         (["--lens", "words"], "--lens-ids"),
         (["--lens", ""], "tokenizer"),
         (["--lens-ids", ""], "--lens-ids"),
-        (["--lens-ids", "1,x"], "'x'"),
+        (["--lens-ids", "1,x"], "--lens-ids: expected token ids separated by commas, got 'x'"),
         (["--lens-ids", "1,512"], "512"),
         (["--lens-ids", ",".join(["3"] * 1024)], "context"),
         (["--lens-ids", "1", "--max-tokens", "-1"], "--max-tokens"),
