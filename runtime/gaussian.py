@@ -66,12 +66,6 @@ def fit(points: Array, targets: Array, length_scale: float | None = None) -> Gau
     return GaussianProcess(points, mean, scale, length_scale, inverse, inverse @ normalised)
 
 
-def log_marginal_likelihood(points: Array, targets: Array, length_scale: float) -> float:
-    """Log density of the normalised targets [n] at points [n, D]."""
-    mean, scale = _location(targets)
-    return _likelihood(_distances(points, points), (targets - mean) / scale, length_scale)
-
-
 def suggest(points: Array, targets: Array, rng: np.random.Generator, *, kappa: float = 2.5) -> Array:
     """The point [D] of [0, 1]^D with the highest upper confidence bound that is found, given targets [n] at [n, D].
 
@@ -130,6 +124,7 @@ def _most_likely(distances: Array, targets: Array) -> float:
 
 
 def _likelihood(distances: Array, targets: Array, length_scale: float) -> float:
+    """Log density of normalised targets [n] at points with distances [n, n]."""
     n = len(targets)
     # The factor's last row solves for the targets: numpy has no triangular solver. Its corner only has to be positive.
     bordered = np.empty((n + 1, n + 1))

@@ -42,18 +42,16 @@ def prompt_rows(model: Model, sequence: Sequence) -> list[Rows]:
     return text_rows(model, sequence.prompt, len(sequence.prompt), sequence.pages)
 
 
-def text_rows(
-    model: Model, text: list[int], prompt: int, pages: list[int], *, start: int = 0, as_decoded: bool = False
-) -> list[Rows]:
-    """The rows of a text from `start` on, in chunks: its first `prompt` tokens are a prompt, the rest was generated.
+def text_rows(model: Model, text: list[int], prompt: int, pages: list[int], *, as_decoded: bool = False) -> list[Rows]:
+    """The rows of a text, in chunks: its first `prompt` tokens are a prompt, the rest was generated.
 
     Either kind rotates as it did then. All have a prompt's tiles; with `as_decoded` those generated have decoding's.
     """
     generated, chunk = model.ops.decode_tile if as_decoded else model.ops.prefill_tile, prefill_chunk(model.device)
     rows: list[Rows] = []
     for first, end, tile, length in (
-        (start, prompt, model.ops.prefill_tile, prompt),
-        (max(start, prompt), len(text), generated, None),
+        (0, prompt, model.ops.prefill_tile, prompt),
+        (prompt, len(text), generated, None),
     ):
         for at in range(first, end, chunk):
             part = text[at : min(end, at + chunk)]

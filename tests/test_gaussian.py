@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from skipjack.runtime.gaussian import LENGTH_SCALES, NOISE, Array, fit, log_marginal_likelihood, suggest
+from skipjack.runtime.gaussian import LENGTH_SCALES, NOISE, Array, _distances, _likelihood, fit, suggest
 
 KAPPA = 2.5
 
@@ -31,6 +31,11 @@ def oracle(length_scale: float, optimizer: str | None = None) -> Any:
     )
 
 
+def likelihood(points: Array, targets: Array, length_scale: float) -> float:
+    normalised = (targets - targets.mean()) / (targets.std() or 1)
+    return _likelihood(_distances(points, points), normalised, length_scale)
+
+
 @pytest.mark.parametrize("length_scale", [0.05, 0.7, 3.0, 12.0, 50.0])
 @pytest.mark.parametrize(("count", "dimensions"), [(1, 8), (40, 20), (120, 56)])
 def test_posterior_and_likelihood_agree_with_scikit_learn(count: int, dimensions: int, length_scale: float) -> None:
@@ -41,8 +46,8 @@ def test_posterior_and_likelihood_agree_with_scikit_learn(count: int, dimensions
     expected_mean, expected_deviation = expected.predict(queries, return_std=True)
     np.testing.assert_allclose(mean, expected_mean, rtol=0, atol=1e-8)
     np.testing.assert_allclose(deviation, expected_deviation, rtol=1e-6, atol=1e-8)
-    likelihood = log_marginal_likelihood(points, targets, length_scale)
-    assert likelihood == pytest.approx(expected.log_marginal_likelihood_value_, rel=1e-9)
+    ours = likelihood(points, targets, length_scale)
+    assert ours == pytest.approx(expected.log_marginal_likelihood_value_, rel=1e-9)
 
 
 def test_duplicates_and_constant_targets_agree_with_scikit_learn() -> None:
@@ -71,7 +76,7 @@ def test_fitted_length_scale_is_as_likely_as_scikit_learns(seed: int) -> None:
     expected = oracle(1.0, "fmin_l_bfgs_b").fit(points, targets)
     fitted = fit(points, targets).length_scale
     assert LENGTH_SCALES[0] * 0.999 <= fitted <= LENGTH_SCALES[1] * 1.001
-    assert log_marginal_likelihood(points, targets, fitted) >= expected.log_marginal_likelihood_value_ - 1e-3
+    assert likelihood(points, targets, fitted) >= expected.log_marginal_likelihood_value_ - 1e-3
 
 
 def test_gradient_of_the_upper_bound_against_differences() -> None:
