@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
+from ..runtime.calibration import read_lines
 from ..runtime.engine import Engine
 from ..runtime.errors import RequestError
 from ..runtime.prompts import Prompt as Source
@@ -22,16 +22,10 @@ class Prompt:
 
 def load(path: Path | None, per_category: int) -> list[Prompt]:
     """The first `per_category` prompts of each category, in the file's order."""
-    source = path if path is not None else files("skipjack.bench") / "prompts.jsonl"
-    try:
-        lines = source.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise RequestError(f"--prompts: cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"--prompts: {path} is not UTF-8: {error.reason} at byte {error.start}") from error
+    source = path or Path(__file__).with_name("prompts.jsonl")
     chosen: list[Prompt] = []
     taken: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines(source, "--prompts"), start=1):
         if not line.strip():
             continue
         try:

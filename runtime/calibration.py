@@ -45,16 +45,30 @@ Encode: TypeAlias = Callable[[str], list[int]]
 _DRAWN_TEXTS, _DRAWN_TOKENS = 5, 64
 
 
+def read_lines(path: Path, option: str) -> list[str]:
+    """The lines of a file, without a byte-order mark.
+
+    Raises:
+        RequestError: the file cannot be read or is not UTF-8; `option` is named.
+    """
+    try:
+        return path.read_text(encoding="utf-8").removeprefix("\ufeff").split("\n")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{option}: {path} is not UTF-8: {error.reason} at byte {error.start}") from error
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{option}: cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
 def read_texts(path: Path, option: str) -> list[str | list[int]]:
     """One text a line: plain, a JSON object with `turns`, of which the first counts, or a JSON list of token ids.
 
     Raises:
         RequestError: the file cannot be read or holds no text; `option` is named.
     """
+    lines = [line for line in read_lines(path, option) if line.strip()]
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         texts = [_text(line) for line in lines]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         expected = "a text a line, objects with turns, or lists of token ids"
         raise RequestError(f"{option}: {path}: expected {expected}: {error}") from error
     if not texts:

@@ -79,7 +79,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None, prompt_ids: str | None) -> str | list[int]:
-    """The prompt from the one source that was given; one newline at the end of a file or a pipe is dropped.
+    """The prompt from the one source that was given.
+
+    Of a file or a pipe a byte-order mark at the start and one newline at the end are dropped.
 
     Raises:
         RequestError: not exactly one source, or one that cannot be read.
@@ -126,7 +128,8 @@ def parse_layers(text: str) -> list[int]:
 
 def _text(data: bytes, source: str) -> str:
     try:
-        text = data.decode("utf-8")
+        # Not utf-8-sig, whose errors count bytes from behind the mark.
+        text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise RequestError(
             f"prompt: expected UTF-8, got byte {data[error.start]:#04x} at {error.start} of {source}"

@@ -48,6 +48,12 @@ def test_a_prompt_file_without_prompts_proves_nothing(tmp_path: Path, content: b
         load(path, 5)
 
 
+def test_a_byte_order_mark_belongs_to_no_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('\ufeff{"category": "qa", "turns": ["a"]}\n', encoding="utf-8")
+    assert load(path, 5)[0].text == "a"
+
+
 def test_a_line_separator_inside_a_prompt_ends_no_line(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"category": "qa", "turns": ["a\u2028b"]}\n', encoding="utf-8")

@@ -251,7 +251,7 @@ class TestGenerate:
     def test_reads_the_prompt_from_a_pipe_or_a_file(self, engine, folder, tmp_path, monkeypatch) -> None:
         feed(monkeypatch, "käse\n\n".encode())
         assert cli.run(["generate", folder, "-"]) == 0
-        (tmp_path / "prompt.txt").write_bytes(b"line\r\n")
+        (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfline\r\n")
         assert cli.run(["generate", folder, "--prompt-file", str(tmp_path / "prompt.txt")]) == 0
         assert [made.asked[0][0] for made in engine.made] == ["käse\n", "line"]
 

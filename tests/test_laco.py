@@ -187,7 +187,7 @@ def test_an_engine_loaded_with_it_serves_nothing_else(synthetic: Callable[..., E
         ("threshold=2", "option threshold expects -1 to 1, got 2.0"),
         ("remove=8", "option remove expects 0 to 7, got 8"),
         ("highest=8", "option highest expects 0 to 7, got 8"),
-        ("calibration=nowhere", "option calibration: nowhere: expected a text a line"),
+        ("calibration=nowhere", "option calibration: cannot read nowhere: No such file"),
     ],
 )
 def test_options_are_checked(options: str, message: str) -> None:

@@ -113,6 +113,7 @@ def test_knapspec_is_asked_to_stop_in_the_middle_of_a_text(
         (["-o", "/nowhere/x.json"], "--output: no such folder"),
         (["-o", "/"], "--output: expected a file that can be written"),
         (["-o", "a,b.json"], "--output: expected a name without a comma"),
+        (["-o", "x.json", "--prompts", "nowhere"], "--prompts: cannot read nowhere: No such file or directory"),
     ],
 )
 def test_wrong_arguments_are_one_line(
