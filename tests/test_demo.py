@@ -14,6 +14,7 @@ from skipjack.loaders import demo
 from skipjack.loaders.checkpoint import Checkpoint
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.errors import CheckpointError
+from skipjack.loaders.save import staged_folder
 from skipjack.loaders.tokenizer import Tokenizer
 
 packaged = pytest.mark.skipif(
@@ -145,7 +146,35 @@ def test_it_writes_english(made):
 
 
 @packaged
-def test_two_processes_at_once_and_a_killed_one(tmp_path):
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_folder_with_a_file_missing_or_cut_is_not_whole(made, tmp_path, name):
+    for file in made[0].iterdir():
+        os.link(file, tmp_path / file.name)
+    assert demo._is_whole(tmp_path)
+    with open(tmp_path / name, "rb") as file:
+        start = file.read(100)
+    (tmp_path / name).unlink()
+    assert not demo._is_whole(tmp_path)
+    (tmp_path / name).write_bytes(start)
+    assert not demo._is_whole(tmp_path)
+
+
+def test_mending_takes_no_file_away(tmp_path):
+    target = tmp_path / "model"
+    for written in ({"a": "1", "b": "1"}, {"b": "2", "c": "2"}):
+        with staged_folder(target, mend=True) as stage:
+            for name, text in written.items():
+                (stage / name).write_text(text)
+    assert {file.name: file.read_text() for file in target.iterdir()} == {"a": "1", "b": "2", "c": "2"}
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@packaged
+@pytest.mark.parametrize("damaged", [False, True])
+def test_two_processes_at_once_and_a_killed_one(tmp_path, damaged):
+    if damaged:
+        (tmp_path / "models" / demo._FOLDER_NAME).mkdir(parents=True)
+        (tmp_path / "models" / demo._FOLDER_NAME / "model.safetensors").write_bytes(b"cut")
     stale = tmp_path / "models" / f".{demo._FOLDER_NAME}.dead"
     stale.mkdir(parents=True)
     (stale / "config.json").write_text("{")
@@ -156,4 +185,5 @@ def test_two_processes_at_once_and_a_killed_one(tmp_path):
     assert [process.returncode for process in processes] == [0, 0]
     assert first == second
     assert ModelConfig.load(Path(first)).num_layers == 30
+    assert demo._is_whole(Path(first))
     assert sorted(os.listdir(tmp_path / "models")) == sorted([stale.name, Path(first).name])
