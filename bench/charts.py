@@ -92,15 +92,21 @@ def pyplot_svg() -> Any:
     return import_module("matplotlib.pyplot")
 
 
+def kind_of(path: Path) -> str:
+    """svg or png, by the suffix; SkipjackError where it is another."""
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in ("svg", "png"):
+        raise SkipjackError(f"{path}: expected a picture's name to end in .svg or .png")
+    return kind
+
+
 def save(pyplot: Any, figure: Any, path: Path) -> None:
     """Write a figure as SVG or PNG, by the suffix, and close it; the same figure gives the same file.
 
     Raises:
         SkipjackError: another suffix, or the disk refuses.
     """
-    kind = path.suffix.removeprefix(".").lower()
-    if kind not in ("svg", "png"):
-        raise SkipjackError(f"{path}: expected a picture's name to end in .svg or .png")
+    kind = kind_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.tight_layout()

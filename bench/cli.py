@@ -115,7 +115,9 @@ def methods(
     dtype: options.Dtype = "auto",
     cache_tokens: options.CacheTokens = None,
     output: options.Output = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw the speeds as SVG here.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the speeds as SVG here.", callback=options.drawable)
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Compare methods, by default lookup and auto, with plain decoding: speed in pairs, acceptance, what is missing."""
@@ -148,7 +150,7 @@ def methods(
 
 @app.command()
 def timeline(
-    output: Annotated[Path, typer.Argument(help="The SVG file to write.", callback=options.writable)],
+    output: Annotated[Path, typer.Argument(help="The SVG file to write.", callback=options.drawable)],
     model: Annotated[str, typer.Option(help='A model folder, "demo", or synthetic:SHAPE[:LATE_SCALE].')] = "demo",
     prompt: Annotated[str, typer.Option(help="What to continue.")] = "The history of the lighthouse begins",
     max_tokens: Annotated[int, typer.Option(min=33, help="Tokens generated.")] = 512,

@@ -51,6 +51,21 @@ def writable(param: typer.CallbackParam, path: Path | None) -> Path | None:
     return path
 
 
+def drawable(param: typer.CallbackParam, path: Path | None) -> Path | None:
+    """A picture that can be drawn and written, as `writable`.
+
+    Raises:
+        RequestError: the file cannot be written.
+        SkipjackError: its name ends otherwise than a picture's, or matplotlib is not installed.
+    """
+    if path is not None and writable(param, path):
+        from .charts import kind_of, pyplot_svg
+
+        kind_of(path)
+        pyplot_svg()
+    return path
+
+
 Output = Annotated[Path | None, typer.Option(help="Write the result as JSON here.", callback=writable)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

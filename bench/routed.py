@@ -23,7 +23,9 @@ def layers(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each.")] = 96,
     kv: Annotated[str, typer.Option(help="own or none: what skipped tokens leave in the cache.")] = "own",
     task: Annotated[str, typer.Option(help="The task whose first prompt and answer are drawn.")] = "continue",
-    picture: Annotated[Path | None, typer.Option(help="Draw the answer's heat map here, .svg or .png.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the answer's heat map here, .svg or .png.", callback=options.drawable)
+    ] = None,
     dtype: options.Dtype = "auto",
     output: options.Output = None,
     as_json: options.AsJson = False,

@@ -26,7 +26,9 @@ def unified(
     pairs: Annotated[int, typer.Option(min=1, help="Timed pairs of each speed-up and batch size.")] = 5,
     dtype: options.Dtype = "auto",
     output: options.Output = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw the figures as SVG here.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the figures as SVG here.", callback=options.drawable)
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Unified Layer Skipping: which pattern keeps the text, whether batches agree, and what time is saved."""

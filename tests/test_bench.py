@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic, and that a difference cannot pass for identical."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +70,26 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
     for path in (tmp_path, tmp_path / "file" / "below.json"):
         assert cli.run(["bench", "accept", "demo", option, str(path)]) == 2
         assert f"{option}: cannot write {path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["methods", "--picture"], ["unified", "--picture"], ["layers", "demo", "--picture"], ["timeline"]],
+    ids=str,
+)
+def test_a_picture_that_cannot_be_drawn_is_told_before_anything_is_measured(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Engine, "load", lambda *_, **__: pytest.fail("it measures"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "file").touch()
+    for name, said in (
+        ("file/below.svg", "cannot write"),
+        ("a.gif", "expected a picture's name to end in .svg or .png"),
+        ("a.svg", "pip install matplotlib"),
+    ):
+        assert cli.run(["bench", *command, str(tmp_path / name)]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_identical_means_identical(demo: Engine) -> None:
