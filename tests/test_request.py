@@ -202,6 +202,7 @@ def test_a_method_of_another_type_is_refused(synthetic: Callable[..., Engine]) -
         ("swift:depth=3", "unknown option 'depth'"),
         ("swift:window=x", "option window expects int"),
         ("swift:skip_mlp=1+b", "integers joined with"),
+        ("swift:skip_attention=2+2", r"different integers joined with \+, got '2\+2'"),
         ("swift:num_draft_tokens=65", "expects 0 to 64"),
         ("swift:skip_mlp=8", "expected 0 to 7, got 8"),
         ("swift:seed", "expected seed=VALUE"),

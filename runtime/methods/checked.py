@@ -53,9 +53,9 @@ class Checked:
             self.expect(option, allowed)
 
     def expect(self, option: str, allowed: Within | OneOf) -> None:
-        """Refuse another value of `option` than those `allowed`, with a RequestError."""
+        """Refuse another value of `option` than None and those `allowed`, with a RequestError."""
         value = getattr(self, option)
-        if value not in allowed:
+        if value is not None and value not in allowed:
             raise RequestError(f"method {self.method}: option {option} expects {allowed}, got {value!r}")
 
 

@@ -21,13 +21,13 @@ from .drafting import Drafting, grow
 class Options(Checked, method="layerskip"):
     """Drafts of `num_draft_tokens` by the first `exit_layer` layers, the final norm and the head.
 
-    `exit_layer` 0 is two thirds of the layers. A draft ends early with a token less probable than `threshold`, 0 being
-    never. With `reuse`, verification starts from the streams the draft left after the exit layer; without it, it is a
-    full pass. `verify` false is plain early exit, which is lossy. Drafts are made of the `draft_vocab` tokens of the
-    lowest ids, 0 being the vocabulary.
+    Without `exit_layer` that is two thirds of them. A draft ends early with a token less probable than `threshold`, 0
+    being never. With `reuse`, verification starts from the streams the draft left after the exit layer; without it, it
+    is a full pass. `verify` false is plain early exit, which is lossy. Drafts are made of the `draft_vocab` tokens of
+    the lowest ids, 0 being the vocabulary.
     """
 
-    exit_layer: Annotated[int, Within(0, 512)] = 0
+    exit_layer: Annotated[int | None, Within(1, 512)] = None
     num_draft_tokens: DraftTokens = 6
     threshold: Share = 0.0
     reuse: bool = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typing
 from dataclasses import dataclass
 from functools import cache
+from types import UnionType
 from typing import Any, cast
 
 from ...loaders.config import ModelConfig
@@ -48,7 +49,7 @@ _METHODS: dict[str, tuple[type[Any], type[Any]]] = {
 
 
 _BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
-_EXPECTED: dict[Any, str] = {bool: "true or false"}
+_EXPECTED: dict[Any, str] = {bool: "true or false", tuple[int, ...]: "different integers joined with +"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,9 @@ def parse(text: str) -> MethodSpec:
 
 @cache
 def _types(options: type) -> dict[str, Any]:
-    return typing.get_type_hints(options)
+    """The type a value of each option has; None, where it is the default, stands for no value."""
+    hints = typing.get_type_hints(options).items()
+    return {key: typing.get_args(kind)[0] if isinstance(kind, UnionType) else kind for key, kind in hints}
 
 
 def _mismatch(name: str, model_type: str) -> str | None:
@@ -129,8 +132,11 @@ def _mismatch(name: str, model_type: str) -> str | None:
 def _convert(method: str, key: str, value: str, kind: Any) -> object:
     try:
         if kind == tuple[int, ...]:
-            return tuple(int(part) for part in value.split("+") if part)
+            numbers = tuple(int(part) for part in value.split("+") if part)
+            if len(set(numbers)) < len(numbers):
+                raise ValueError
+            return numbers
         return _BOOLEANS[value.lower()] if kind is bool else kind(value)
     except (ValueError, KeyError):
-        expected = "integers joined with +" if kind == tuple[int, ...] else _EXPECTED.get(kind, kind.__name__)
+        expected = _EXPECTED.get(kind, kind.__name__)
         raise RequestError(f"method {method}: option {key} expects {expected}, got {value!r}") from None
