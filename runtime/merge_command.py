@@ -14,6 +14,7 @@ from ..loaders.tokenizer import Tokenizer
 from ..loaders.weights import checkpoint_tensors, load_weights
 from .choices import dtype_of
 from .errors import CheckpointError, ConfigError, RequestError
+from .merging import Merged
 from .methods import registry
 from .methods.laco import LaCo
 from .model import Model
@@ -33,7 +34,7 @@ def merge(folder: Path, output: Path, method: str, *, as_json: bool) -> None:
     """Merge layers as `method` laco says, and write the model with its tokenizer to the new folder `output`.
 
     Raises:
-        RequestError: the method is another, or its options do not fit the model.
+        RequestError: the method is another, its options do not fit the model, or they merge nothing.
         ConfigError: config.json has no words for the layers that are left.
         CheckpointError: `output` is there already and not empty, or the disk refuses.
     """
@@ -44,6 +45,8 @@ def merge(folder: Path, output: Path, method: str, *, as_json: bool) -> None:
     tokenizer = Tokenizer.load(folder, config)
     weights = load_weights(folder, config, dtype_of("auto", config))
     merged = laco.merged(config, weights, lambda c, w: Model(c, w, ops.TORCH), tokenizer.encode if tokenizer else None)
+    if not merged.steps:
+        raise RequestError(f"method laco: {_nothing_merged(merged)}")
     fields = _fields(folder / "config.json", config, merged.config)
     files = [folder / name for name in _TEXT_FILES if present(folder / name, CheckpointError)]
     save_checkpoint(output, fields, checkpoint_tensors(merged.weights, merged.config), files=files)
@@ -51,11 +54,20 @@ def merge(folder: Path, output: Path, method: str, *, as_json: bool) -> None:
     if as_json:
         print_json(summary)
         return
-    together = [layers for layers in merged.origins if len(layers) > 1]
-    names = ", ".join("+".join(map(str, layers)) for layers in together) or "none"
+    names = ", ".join("+".join(map(str, layers)) for layers in merged.origins if len(layers) > 1)
     answers().print(
         f"{output}: {merged.config.num_layers} of {config.num_layers} layers, merged: {names}", markup=False
     )
+
+
+def _nothing_merged(merged: Merged) -> str:
+    if not merged.trace:
+        return (
+            "options highest, merge_layers and lowest: expected highest - merge_layers to be at least lowest, got less"
+        )
+    best = max(trial.similarity for trial in merged.trace)
+    tried = len(merged.trace)
+    return f"option threshold: expected one that a merge stays above, the best of {tried} comes to {best:.3f}: lower it"
 
 
 def _fields(path: Path, config: ModelConfig, merged: ModelConfig) -> dict[str, Any]:

@@ -211,6 +211,10 @@ def test_a_merged_model_is_written_as_a_folder(tmp_path: Path, shape: str, capsy
         assert written.config == edited.config
         assert written.config.eos_token_ids == (7,)
         assert written.generate(PROMPTS[2], params).token_ids == edited.generate(PROMPTS[2], params).token_ids
+    for option, named in (("threshold=1", "the best of 4 comes to 0."), ("highest=1", "options highest, merge_layers")):
+        assert cli.run(["merge", str(tmp_path / "m"), str(tmp_path / "new"), "--method", f"laco:{option}"]) == 2
+        assert named in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
     assert cli.run(["merge", str(tmp_path / "m"), str(tmp_path / "out"), "--method", method]) == 2
     assert "out: cannot be written" in capsys.readouterr().err
     assert cli.run(["merge", str(tmp_path / "m"), str(tmp_path / "new"), "--method", "swift"]) == 2
