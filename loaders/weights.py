@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from .config import ModelConfig
 from .errors import CheckpointError
 from .json_files import shown
 from .naming import Piece, field_shapes, naming, pieces
+
+# The fields of Weights that have no leading axis of layers.
+UNSTACKED: Final = frozenset({"embedding", "embedding_norm", "embedding_norm_bias", "norm", "norm_bias", "head"})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..loaders.config import ModelConfig
-from ..loaders.weights import Weights
+from ..loaders.weights import UNSTACKED, Weights
 from .model import Model
 from .prefill import text_rows
 
@@ -19,7 +19,6 @@ Build: TypeAlias = Callable[[ModelConfig, Weights], Model]
 RULES = ("paper", "code")
 THRESHOLD_STEP = 0.05
 _MERGED = frozenset({"qkv", "qkv_bias", "output", "output_bias", "up", "up_bias", "down", "down_bias"})
-_WHOLE = frozenset({"embedding", "embedding_norm", "embedding_norm_bias", "norm", "norm_bias", "head"})
 _T = TypeVar("_T")
 
 
@@ -81,7 +80,7 @@ class Merged:
             tensor: Tensor | None = getattr(self.weights, field.name)
             if tensor is None or (field.name == "head" and tensor is self.weights.embedding):
                 continue
-            if field.name not in _WHOLE:
+            if field.name not in UNSTACKED:
                 own = tensor[base]
                 if field.name in _MERGED:
                     own = _combined(tensor[base : base + followers + 1], rule)
@@ -127,10 +126,9 @@ class Similarity:
 
     @staticmethod
     def _read(model: Model, cache: Any, text: list[int]) -> Tensor:
-        pages = cache.reserve(len(text))
-        parts = text_rows(model, text, len(text), pages)
-        hidden = torch.cat([model.forward(rows, cache, model.full) for rows in parts])
-        cache.release(pages)
+        with cache.lent(len(text)) as pages:
+            parts = text_rows(model, text, len(text), pages)
+            hidden = torch.cat([model.forward(rows, cache, model.full) for rows in parts])
         return model.normalised(hidden)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..loaders.config import ModelConfig
 from ..loaders.fields import Fields
 from ..loaders.json_files import parse_object, read_object, shown
-from ..loaders.weights import Weights
+from ..loaders.weights import UNSTACKED, Weights
 from .errors import ConfigError, RequestError
 
 FORMAT: Final = "skipjack skip set"
@@ -27,7 +27,6 @@ VERSION: Final = 1
 MAX_BYTES: Final = 1_000_000
 METHODS: Final = ("swift", "knapspec")
 _SAMPLE: Final = 1024
-_WHOLE: Final = frozenset({"embedding", "embedding_norm", "embedding_norm_bias", "norm", "norm_bias", "head"})
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -49,7 +48,7 @@ def fingerprint(weights: Weights) -> str:
         if tensor is None:
             continue
         digest.update(f"{field.name}{list(tensor.shape)}\n".encode())
-        rows = tensor.reshape(1, -1) if field.name in _WHOLE else tensor.flatten(1)
+        rows = tensor.reshape(1, -1) if field.name in UNSTACKED else tensor.flatten(1)
         sample = rows[:, :_SAMPLE].to(torch.bfloat16).contiguous().cpu()
         digest.update(sample.view(torch.int16).numpy().astype("<i2").tobytes())
     return digest.hexdigest()

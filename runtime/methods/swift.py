@@ -148,11 +148,8 @@ class Swift(Method):
 
     def rehearse(self, model: Model, cache: KVCache) -> None:
         window = self._options.window
-        pages = cache.reserve(window + 1)
-        try:
+        with cache.lent(window + 1) as pages:
             matchness(model, cache, pages, [0] * (window + 1), window, self._full)
-        finally:
-            cache.release(pages)
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
         if not self.plan.skipped:
