@@ -31,7 +31,13 @@ class LayerPlan:
 
     def without(self, attention: Iterable[int] = (), mlp: Iterable[int] = ()) -> LayerPlan:
         """The same plan with the attention and MLP blocks of the given layers skipped."""
-        skipped = {2 * self._layer(i) for i in attention} | {2 * self._layer(i) + 1 for i in mlp}
+        return self.skipping([*(2 * self._layer(i) for i in attention), *(2 * self._layer(i) + 1 for i in mlp)])
+
+    def skipping(self, sublayers: Iterable[int]) -> LayerPlan:
+        """The same plan with the given sub-layers skipped."""
+        skipped = set(sublayers)
+        for i in skipped:
+            self._between(i, 0, len(self.runs) - 1, "sub-layer")
         return replace(self, runs=tuple(run and i not in skipped for i, run in enumerate(self.runs)))
 
     def early_exit(self, exit_layer: int) -> LayerPlan:

@@ -18,6 +18,14 @@ def test_without_skips_sublayers() -> None:
     assert plan.layers_kept == 2.5
 
 
+def test_skipping_takes_sublayers() -> None:
+    plan = LayerPlan.full(4).without(mlp=[0])
+    assert plan.skipping([2, 3, 7]) == plan.without(attention=[1], mlp=[1, 3])
+    assert plan.skipping(()) == plan
+    with pytest.raises(RequestError, match="sub-layer: expected 0 to 7, got 8"):
+        plan.skipping([8])
+
+
 def test_spans() -> None:
     plan = LayerPlan.full(4)
     assert plan.early_exit(1).sublayers == (0, 1)

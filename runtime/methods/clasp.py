@@ -130,8 +130,7 @@ class Clasp(Method):
         return self._rounds >= self._options.interval and self._budget.seconds >= self._last_s
 
     def _adopt(self, programme: Programme, tokens: int, seconds: float) -> None:
-        skipped = [sublayer // 2 for sublayer in programme.states[-1].skipped[::2]]
-        self._plan = self._full.without(attention=skipped, mlp=skipped)
+        self._plan = self._full.skipping(programme.states[-1].skipped)
         self._rounds = 0
         self._programmes += 1
         self.events.append(

@@ -248,9 +248,7 @@ def choose_set(
         predicted = model.predict(hidden.flatten(0, 1), tile=tile).token.view(-1, len(tokens))
         agreed = ints((predicted == target).sum(dim=1))
         for state, count in zip(programme.states[at : at + part], agreed, strict=True):
-            plan = model.full.without(
-                attention=[i // 2 for i in state.skipped if i % 2 == 0], mlp=[i // 2 for i in state.skipped if i % 2]
-            )
+            plan = model.full.skipping(state.skipped)
             alpha = count / len(tokens)
             length, speedup = best_length(alpha, costs.of(plan), costs.of(model.full), most)
             if speedup > best.speedup:
