@@ -9,6 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..loaders.chat_template import ChatTemplate
 from ..loaders.checkpoint import Checkpoint
 from ..loaders.config import ModelConfig
@@ -23,8 +25,6 @@ _MATCHES = (
     ("attention", re.compile(r"\b(self_attn|self_attention)\.")),
     ("mlp", re.compile(r"\bmlp\.")),
 )
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def examine(folder: Path) -> dict[str, Any]:
@@ -39,14 +39,15 @@ def examine(folder: Path) -> dict[str, Any]:
     """
     config = ModelConfig.load(folder)
     with Checkpoint.open(folder) as checkpoint:
-        tensors = [(name, prod(checkpoint.shape(name)), checkpoint.dtype(name)) for name in checkpoint.names()]
-    parts = {part: _size((n, dtype) for name, n, dtype in tensors if _part(name) == part) for part in PARTS}
+        sizes = {name: (prod(checkpoint.shape(name)), checkpoint.size(name)) for name in checkpoint.names()}
+    parts = {part: _sum(size for name, size in sizes.items() if _part(name) == part) for part in PARTS}
     tied = config.tied_head or not parts["head"]["parameters"]
     if tied:
         parts["head"] = {**parts["embedding"], "tied": True}
     read = [parts[part] for part in PARTS if part != "embedding"]
     layer = sum(parts[part]["parameters"] for part in ("attention", "mlp")) / config.num_layers
-    kv_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * _DTYPE_BYTES[config.dtype]
+    itemsize: int = getattr(torch, config.dtype).itemsize
+    kv_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
     return {
         "folder": str(folder),
         "model_type": config.model_type,
@@ -65,8 +66,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "window": None if config.window is None else {"size": config.window, "layers": sum(config.window_layers)},
         **({"routing": _routing(config.routing)} if config.routing else {}),
         "parts": parts,
-        "parameters": sum(count for _, count, _ in tensors),
-        "bytes": sum(count * _BYTES.get(dtype, 0) for _, count, dtype in tensors),
+        **_sum(sizes.values()),
         "read_per_token": {"weight_bytes": sum(part["bytes"] for part in read), "kv_bytes_per_position": kv_bytes},
         "h": parts["head"]["parameters"] / layer if layer else None,
         **_text_files(folder),
@@ -126,12 +126,10 @@ def _part(name: str) -> str:
     return next((part for part, pattern in _MATCHES if pattern.search(name)), "other")
 
 
-def _size(tensors: Iterable[tuple[int, str]]) -> dict[str, Any]:
-    counted = list(tensors)
-    return {
-        "parameters": sum(count for count, _ in counted),
-        "bytes": sum(count * _BYTES.get(dtype, 0) for count, dtype in counted),
-    }
+def _sum(sizes: Iterable[tuple[int, int]]) -> dict[str, Any]:
+    """Of tensors with so many parameters and bytes each."""
+    counted = list(sizes)
+    return {"parameters": sum(count for count, _ in counted), "bytes": sum(size for _, size in counted)}
 
 
 def _position(config: ModelConfig) -> dict[str, Any]:
