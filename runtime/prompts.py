@@ -29,12 +29,9 @@ def is_many(prompt: Prompt | Prompts) -> bool:
     )
 
 
-def is_written(prompt: object) -> bool:
+def is_written(prompt: Sequence[object]) -> bool:
     """Whether one prompt is text or chat messages, which are still to be encoded."""
-    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
-        return isinstance(prompt, str)
-    parts = cast("Sequence[object]", prompt)
-    return len(parts) > 0 and isinstance(parts[0], Mapping)
+    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
 
 
 def to_ids(prompt: Prompt, tokenizer: Tokenizer | None, config: ModelConfig) -> list[int]:
