@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from .recipe import Recipe
 from .reshaping import reshaping
 from .round import State, device_round, device_steps
 from .sequence import Sequence
-from .streams import capture_stream, side_stream
 
 Key = tuple[Recipe, int, int]
 # Rounds enqueued beyond the one whose tokens the host is reading.
@@ -72,7 +72,7 @@ class RoundGraph:
         """
         if self._model.device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(capture_stream(self._model.device)), _uncollected():
+            with torch.cuda.stream(_capture_stream(self._model.device)), _uncollected():
                 # Other threads of the host process may go on using the GPU.
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
@@ -174,12 +174,24 @@ class RoundGraph:
 
     def _compile(self) -> None:
         # No sequence is alive yet: the round that compiles the kernels touches no page that anybody has.
-        side = side_stream(self._model.device)
+        side = _side_stream(self._model.device)
         side.wait_stream(torch.cuda.current_stream(self._model.device))
         with torch.cuda.stream(side):
             self._run()
             self.state.progress.commits.zero_()
         side.synchronize()
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream graphs are compiled on: one, for the allocator keeps for each what was once allocated there."""
+    return torch.cuda.Stream(device)
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream graphs are captured on: one, or they could not share memory."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager
