@@ -29,7 +29,7 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 CacheTokens = Annotated[
     int | None,
-    typer.Option(help="Tokens the KV cache holds.", show_default="the context, or 16 of 2048, if memory is free"),
+    typer.Option(help="Tokens the KV cache holds.", show_default="a context, or 16 times 2048, as memory allows"),
 ]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy; above, tokens are drawn with seed 0.")]
 

@@ -73,7 +73,7 @@ WarmUp = Annotated[
 ]
 CacheTokens = Annotated[
     int | None,
-    typer.Option(help="Tokens the KV cache holds.", show_default="the context, or 16 of 2048, if memory is free"),
+    typer.Option(help="Tokens the KV cache holds.", show_default="a context, or 16 times 2048, as memory allows"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
