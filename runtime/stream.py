@@ -95,10 +95,10 @@ class AsyncStream(AsyncIterator[Chunk]):
         self._chunks = _chunks(self._request)
 
     async def __aenter__(self) -> AsyncStream:
-        """Begin the request.
+        """Check the request and make its method ready; its prompts are read when chunks are asked for.
 
         Raises:
-            SkipjackError: it cannot be served, as `Engine.generate` says.
+            SkipjackError: it can never be served, as `Engine.generate` says.
         """
         await self._request.begun()
         return self
