@@ -17,6 +17,7 @@ setup(
         "skipjack.kernels.reference",
         "skipjack.loaders",
         "skipjack.runtime",
+        "skipjack.runtime.commands",
         "skipjack.runtime.methods",
         "skipjack.bench",
     ],
@@ -27,6 +28,7 @@ setup(
         "skipjack.kernels.reference": "kernels/reference",
         "skipjack.loaders": "loaders",
         "skipjack.runtime": "runtime",
+        "skipjack.runtime.commands": "runtime/commands",
         "skipjack.runtime.methods": "runtime/methods",
         "skipjack.bench": "bench",
     },
@@ -58,7 +60,7 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["skipjack = skipjack.runtime.cli:main"],
+        "console_scripts": ["skipjack = skipjack.runtime.commands.cli:main"],
         "skipjack.commands": ["bench = skipjack.bench.cli:app"],
     },
 )

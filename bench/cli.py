@@ -94,9 +94,9 @@ def picture(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated.")] = 96,
 ) -> None:
     """Draw the demonstration: accepted draft tokens orange, tokens the full model chose green."""
+    from ..runtime.commands.demo import DEMO_METHOD, DEMO_QUESTION
     from ..runtime.engine import Engine
     from ..runtime.request import SamplingParams
-    from ..runtime.showcase import DEMO_METHOD, DEMO_QUESTION
     from .picture import svg
 
     with Engine.load("demo") as engine:

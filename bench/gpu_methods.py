@@ -16,7 +16,7 @@ from .gpu_speed import Found
 from .step import Figure
 from .targets import DRAFTS, FRACTIONS, Measurement
 
-SKIPJACK = "from skipjack.runtime.cli import main; main()"
+SKIPJACK = "from skipjack.runtime.commands.cli import main; main()"
 # The lines of `bench peers` that have targets, by how the peer's name begins.
 PEERS = {"T12": "transformers static cache", "T13": "torch.compile loop"}
 # What reading weights alone would allow DMTD with cycles of four tokens on the shape of Qwen3-4B.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..runtime.terminal import visible
+from ..runtime.commands.terminal import visible
 from .charts import pyplot_svg, save
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from io import StringIO
 from rich.console import Console
 from rich.text import Text
 
+from ..runtime.commands.terminal import ACCEPTED, GENERATED, INPUT
 from ..runtime.engine import Engine
 from ..runtime.request import SamplingParams
-from ..runtime.terminal import ACCEPTED, GENERATED, INPUT
 
 
 def svg(engine: Engine, question: str, method: str, params: SamplingParams, width: int = 96) -> str:

@@ -20,8 +20,8 @@ ALLOWED = {
 FILES = [path for room in ALLOWED for path in sorted((ROOT / room).rglob("*.py"))]
 
 
-def imports(path: Path) -> list[str]:
-    """The rooms a file imports from, its own included."""
+def modules(path: Path) -> list[list[str]]:
+    """The modules a file imports from, each as its names."""
     found: list[str] = []
     parts = path.relative_to(ROOT).parts
     package = ["skipjack", *parts[:-1]] if parts[0] != "skipjack" else list(parts[:-1])
@@ -31,14 +31,28 @@ def imports(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             found.append(".".join([*base, *([node.module] if node.module else [])]))
-    names = [name.split(".") for name in found]
-    return [name[1] if len(name) > 1 and name[1] in ALLOWED else "skipjack" for name in names if name[0] == "skipjack"]
+    return [name.split(".") for name in found]
+
+
+def imports(path: Path) -> list[str]:
+    """The rooms a file imports from, its own included."""
+    names = [name for name in modules(path) if name[0] == "skipjack"]
+    return [name[1] if len(name) > 1 and name[1] in ALLOWED else "skipjack" for name in names]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way(path: Path) -> None:
     room = path.relative_to(ROOT).parts[0]
     assert set(imports(path)) <= ALLOWED[room] | {room}
+
+
+COMMANDS = ["skipjack", "runtime", "commands"]
+LIBRARY = [path for path in FILES if path.parent.name != "commands" and path.relative_to(ROOT).parts[0] != "bench"]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_library_does_not_know_the_command_line(path: Path) -> None:
+    assert COMMANDS not in [name[:3] for name in modules(path)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

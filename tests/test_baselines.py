@@ -13,7 +13,7 @@ from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.save import save_checkpoint
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights, write_synthetic
 from skipjack.loaders.weights import checkpoint_tensors
-from skipjack.runtime import cli
+from skipjack.runtime.commands import cli
 
 PROMPTS = [Prompt("a", "some words"), Prompt("b", "some words")]
 

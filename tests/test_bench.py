@@ -14,7 +14,8 @@ from skipjack.bench import exact, methods, options, rotation
 from skipjack.bench.prompts import load
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config
-from skipjack.runtime import cli, costs
+from skipjack.runtime import costs
+from skipjack.runtime.commands import cli
 from skipjack.runtime.request import Choice, Output, Stats
 
 RUN = ("swift", 0, "swift", 1)

@@ -9,7 +9,8 @@ import pytest
 from skipjack import Engine, SamplingParams
 from skipjack.bench import figures, host
 from skipjack.bench.methods import load
-from skipjack.runtime import cli, round_graph
+from skipjack.runtime import round_graph
+from skipjack.runtime.commands import cli
 from skipjack.runtime.errors import RequestError
 from skipjack.runtime.methods.base import Method
 from skipjack.runtime.methods.lookup import Lookup

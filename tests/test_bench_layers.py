@@ -12,7 +12,7 @@ import pytest
 from skipjack import Engine, RequestError, SkipjackError
 from skipjack.bench import forced_routes as forced
 from skipjack.bench import heat_map, layers
-from skipjack.runtime import cli
+from skipjack.runtime.commands import cli
 from skipjack.runtime.graphs import Graphs
 
 MODEL = "synthetic:routed-tiny:0.3"

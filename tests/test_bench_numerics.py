@@ -14,7 +14,7 @@ from skipjack.bench.numerics import Gap, Row, compare, gaps, summary, trusted
 from skipjack.bench.prompts import Prompt
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
-from skipjack.runtime.cli import run
+from skipjack.runtime.commands.cli import run
 
 PROMPTS = [Prompt("short", "abc"), Prompt("long", "a longer prompt of some thirty bytes")]
 

@@ -9,7 +9,7 @@ import pytest
 
 from skipjack import Engine
 from skipjack.bench import unified as experiments
-from skipjack.runtime import cli
+from skipjack.runtime.commands import cli
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from skipjack.runtime import cli
+from skipjack.runtime.commands import cli
 from skipjack.runtime.errors import RequestError
 from skipjack.runtime.request import Choice, Chunk, Output, Piece, SamplingParams, Stats
 from skipjack.runtime.warm_up import WarmUp
@@ -304,9 +304,8 @@ class TestMistakes:
         refusal(capsys, *arguments)
 
     def test_a_missing_folder_is_found_without_torch(self) -> None:
-        script = (
-            "import sys; from skipjack.runtime import cli; cli.run(['generate', 'absent', 'x']); print(*sys.modules)"
-        )
+        asked = "from skipjack.runtime.commands import cli; cli.run(['generate', 'absent', 'x'])"
+        script = f"import sys; {asked}; print(*sys.modules)"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         assert "torch" not in done.stdout.split()
 
@@ -325,7 +324,7 @@ class TestEndings:
 
     @pytest.mark.parametrize("arguments", ["['doctor', '--json']", "['doctor']"])
     def test_a_reader_that_left_is_no_error(self, arguments: str) -> None:
-        script = f"import sys; from skipjack.runtime.cli import main; sys.argv[1:] = {arguments}; main()"
+        script = f"import sys; from skipjack.runtime.commands.cli import main; sys.argv[1:] = {arguments}; main()"
         reading, writing = os.pipe()
         os.close(reading)
         done = subprocess.run([sys.executable, "-c", script], check=False, stdout=writing, stderr=subprocess.PIPE)
@@ -335,13 +334,13 @@ class TestEndings:
     @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
     @pytest.mark.parametrize("arguments", ["['--version']", "['doctor', '--json']", "['doctor']"])
     def test_an_output_that_cannot_be_written_is_one_line(self, arguments) -> None:
-        script = f"import sys; from skipjack.runtime.cli import main; sys.argv[1:] = {arguments}; main()"
+        script = f"import sys; from skipjack.runtime.commands.cli import main; sys.argv[1:] = {arguments}; main()"
         with open("/dev/full", "w") as full:
             done = subprocess.run([sys.executable, "-c", script], check=False, stdout=full, stderr=subprocess.PIPE)
         assert (done.returncode, done.stderr) == (2, b"error: standard output: No space left on device\n")
 
     def test_a_closed_output_is_one_line(self) -> None:
-        script = "import sys; from skipjack.runtime.cli import main; sys.argv[1:] = ['--version']; main()"
+        script = "import sys; from skipjack.runtime.commands.cli import main; sys.argv[1:] = ['--version']; main()"
         shell = ["sh", "-c", '"$0" -c "$1" >&-', sys.executable, script]
         done = subprocess.run(shell, check=False, stderr=subprocess.PIPE)
         assert (done.returncode, done.stderr) == (2, b"error: standard output: it is closed\n")
@@ -349,7 +348,9 @@ class TestEndings:
     @pytest.mark.parametrize(("closed", "arguments"), [("2>&-", "doctor --json"), ("<&-", "generate absent -")])
     def test_other_streams_may_be_closed(self, closed: str, arguments: str) -> None:
         """Nobody sees what an absent standard error is told; an absent standard input is empty."""
-        script = f"import sys; from skipjack.runtime.cli import main; sys.argv[1:] = {arguments.split()}; main()"
+        script = (
+            f"import sys; from skipjack.runtime.commands.cli import main; sys.argv[1:] = {arguments.split()}; main()"
+        )
         done = subprocess.run(
             ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, script], check=False, capture_output=True
         )
@@ -471,7 +472,7 @@ class TestDemo:
 
 
 def test_control_characters_do_not_reach_a_terminal() -> None:
-    from skipjack.runtime.terminal import visible
+    from skipjack.runtime.commands.terminal import visible
 
     assert visible("a\x1b[2Jb\r\n\tc\x9b") == "a␛[2Jb␍\n\tc\ufffd"
 

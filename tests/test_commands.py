@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from skipjack.runtime import cli
+from skipjack.runtime.commands import cli
 
 CASE = "plain-llama-tied-1"
 
@@ -40,7 +40,7 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 
 
 def test_json_through_the_console_entry(line, known) -> None:
-    script = "from skipjack.runtime.cli import main; main()"
+    script = "from skipjack.runtime.commands.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", script, *line, "--json"], capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)
     assert done.stderr == ""

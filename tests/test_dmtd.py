@@ -21,16 +21,16 @@ from skipjack.loaders.config import Cycle, ModelConfig
 from skipjack.loaders.save import save_checkpoint
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.loaders.weights import checkpoint_tensors
-from skipjack.runtime import cli
 from skipjack.runtime import run as run_module
-from skipjack.runtime.anatomy import examine
 from skipjack.runtime.batch import Batch
 from skipjack.runtime.cache import KVCache
+from skipjack.runtime.commands import cli
+from skipjack.runtime.commands.anatomy import examine
+from skipjack.runtime.commands.report import report
 from skipjack.runtime.costs import Costs
 from skipjack.runtime.methods import registry
 from skipjack.runtime.methods.dmtd import Cycles, DirectMultiToken
 from skipjack.runtime.model import Model
-from skipjack.runtime.report import report
 from skipjack.runtime.sequence import Sequence
 from skipjack.runtime.stepwise import at_once
 

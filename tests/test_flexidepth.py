@@ -17,7 +17,7 @@ from skipjack.kernels.ops import TORCH
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.loaders.weights import checkpoint_tensors, load_weights
-from skipjack.runtime import cli
+from skipjack.runtime.commands import cli
 from skipjack.runtime.model import Model
 from skipjack.runtime.routes import Routes, layers_used
 from skipjack.runtime.rows import one_sequence

@@ -22,7 +22,7 @@ from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.save import save_checkpoint
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.loaders.weights import checkpoint_tensors
-from skipjack.runtime import cli
+from skipjack.runtime.commands import cli
 
 hub = pytest.importorskip("huggingface_hub", reason="the hub's client is not installed")
 constants = importlib.import_module("huggingface_hub.constants")
@@ -241,7 +241,14 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_hub(
 
 def test_the_command_line_takes_hub_ids(stand_in: Hub, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "from skipjack.runtime.cli import main; main()", "inspect", "org/single", "--json"],
+        [
+            sys.executable,
+            "-c",
+            "from skipjack.runtime.commands.cli import main; main()",
+            "inspect",
+            "org/single",
+            "--json",
+        ],
         env=os.environ | {"HF_ENDPOINT": stand_in.url, "HF_HOME": str(tmp_path / "home")},
         capture_output=True,
         text=True,

@@ -50,12 +50,12 @@ def test_requests_and_plans_need_no_torch(statement: str) -> None:
 
 
 def test_the_command_line_parses_without_torch() -> None:
-    seen = watch("import skipjack.runtime.cli")
+    seen = watch("import skipjack.runtime.commands.cli")
     assert not {"torch", "numpy", "triton", "tokenizers", "transformers"} & set(seen["packages"])
     assert "skipjack.bench" not in seen["modules"]
 
 
-@pytest.mark.parametrize("statement", ["import skipjack", "import skipjack.runtime.cli"])
+@pytest.mark.parametrize("statement", ["import skipjack", "import skipjack.runtime.commands.cli"])
 def test_import_leaves_the_process_as_it_was(statement: str) -> None:
     seen = watch(statement)
     assert seen["environment"]

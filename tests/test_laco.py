@@ -15,7 +15,7 @@ from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.save import save_checkpoint
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.loaders.weights import Weights, checkpoint_tensors, load_weights
-from skipjack.runtime import cli
+from skipjack.runtime.commands import cli
 from skipjack.runtime.errors import RequestError
 from skipjack.runtime.merging import Merged, Scan, Similarity, remove_layers, search
 from skipjack.runtime.model import Model

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from skipjack import Engine, SamplingParams
 from skipjack.loaders.synthetic import write_synthetic
-from skipjack.runtime import cli
+from skipjack.runtime.commands import cli
+from skipjack.runtime.commands.lens import Lens, Reading, lens, show, shown_exits
 from skipjack.runtime.errors import RequestError
-from skipjack.runtime.lens import Lens, Reading, lens, show, shown_exits
 
 PROMPT = [5, 6, 7, 11, 300, 42]
 # A row per token, what exits 1 to 5 say.

@@ -20,7 +20,8 @@ from skipjack.runtime.memory import free_bytes
 # A limit on the address space, from here on; the weights are asked for in a type of twice the size they are read in.
 LIMITED = """
 import resource, sys
-from skipjack.runtime import cli, engine, generate
+from skipjack.runtime.commands import cli, generate
+from skipjack.runtime import engine
 
 mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (mapped + 60 * 2**20,) * 2)

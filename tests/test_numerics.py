@@ -14,10 +14,10 @@ from skipjack.kernels.reference import routes as reference_routes
 from skipjack.kernels.values import Norm, Router, Tree
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
-from skipjack.runtime.cli import run
+from skipjack.runtime.commands.cli import run
+from skipjack.runtime.commands.options import Numerics
 from skipjack.runtime.costs import calibrate
 from skipjack.runtime.errors import RequestError
-from skipjack.runtime.options import Numerics
 from skipjack.runtime.stepwise import at_once
 
 PAGE = 16

@@ -18,7 +18,7 @@ from llvmlite import binding
 from skipjack.kernels.cpu import compiled, large_pages, matrix_unit, openmp, panels
 from skipjack.kernels.reference import dense, packed
 from skipjack.kernels.values import Matrix, Norm
-from skipjack.runtime import doctor
+from skipjack.runtime.commands import doctor
 
 RTOL = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 DTYPES = list(RTOL)

@@ -15,7 +15,7 @@ from skipjack.bench.peer_loops import PLAIN, Setting, load_model
 from skipjack.bench.peer_loops import peers as loop_peers
 from skipjack.bench.prompts import Prompt
 from skipjack.loaders.synthetic import write_synthetic
-from skipjack.runtime import cli
+from skipjack.runtime.commands import cli
 from skipjack.runtime.errors import RequestError
 
 pytest.importorskip("transformers")

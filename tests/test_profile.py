@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from skipjack.bench.profile import breakdown
-from skipjack.runtime import cli
+from skipjack.runtime.commands import cli
 
 
 def test_the_parts_of_a_round_add_up() -> None:

@@ -14,7 +14,7 @@ from skipjack.bench import accept, figures, latency, project
 from skipjack.bench.prompts import Prompt
 from skipjack.bench.published import PUBLISHED, Published
 from skipjack.bench.record import Spread, markdown, read
-from skipjack.runtime import cli
+from skipjack.runtime.commands import cli
 from skipjack.runtime.costs import Costs, expected_tokens
 
 CPU = {"device": "X", "threads": 2, "torch": "2.13", "date": "2026-01-02T03:04:05"}

@@ -15,9 +15,9 @@ from skipjack import ConfigError, Engine, RequestError, SamplingParams
 from skipjack.kernels import environment
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config
-from skipjack.runtime import cli
+from skipjack.runtime.commands import cli
+from skipjack.runtime.commands.options import read_prompt
 from skipjack.runtime.methods import registry
-from skipjack.runtime.options import read_prompt
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from skipjack.loaders.errors import CheckpointError, ConfigError
 from skipjack.loaders.save import save_checkpoint
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights, write_synthetic
 from skipjack.loaders.weights import checkpoint_tensors, load_weights
-from skipjack.runtime import cli
+from skipjack.runtime.commands import cli
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 PROMPT = [5, 9, 200, 31]

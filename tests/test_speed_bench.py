@@ -18,7 +18,7 @@ from skipjack.kernels.reference import packed
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.naming import field_shapes
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
-from skipjack.runtime import cli
+from skipjack.runtime.commands import cli
 
 SWIFT = "swift:skip_attention=1+3,skip_mlp=1+3,num_draft_tokens=4,threshold=0,search_budget=0"
 CPU = torch.device("cpu")

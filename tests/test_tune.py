@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from skipjack import Engine, RequestError, SamplingParams
-from skipjack.runtime import cli
+from skipjack.runtime.commands import cli
+from skipjack.runtime.commands.tune import tune_and_save
 from skipjack.runtime.skip_sets import SkipSet
 from skipjack.runtime.tune import tune_knapspec, tune_swift
-from skipjack.runtime.tuning import tune_and_save
 
 PROMPTS = [[5, 9, 200, 31], [7] * 3, list(range(20, 90))]
 
@@ -133,7 +133,7 @@ def test_the_command_it_prints_loads_the_set(
     engine, output = synthetic("tiny", torch.float32, 0.1), tmp_path / "my set=1+2:'x'.json"
     silent = SimpleNamespace(step=lambda _: "", finish=lambda: "")
     monkeypatch.setattr(engine, "tokenizer", SimpleNamespace(stream=lambda: silent))
-    monkeypatch.setattr("skipjack.runtime.tuning.to_ids", lambda text, *_: [5, 9, len(text) % 500])
+    monkeypatch.setattr("skipjack.runtime.commands.tune.to_ids", lambda text, *_: [5, 9, len(text) % 500])
     tune_and_save(engine, output, "swift", None, 3, 60.0, 0.3, 8, 0, as_json=False)
     option, method = shlex.split(capsys.readouterr().out.partition("use it with ")[2])
     assert (option, method) == ("--method", f"swift:set={output}")

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from shlex import quote
 
-from .calibration import PROMPTS, read_texts
-from .engine import Engine
-from .errors import RequestError
-from .prompts import to_ids
+from ..calibration import PROMPTS, read_texts
+from ..engine import Engine
+from ..errors import RequestError
+from ..prompts import to_ids
+from ..tune import tune_knapspec, tune_swift
 from .report import print_json
 from .terminal import answers, interrupts, progress_bar
-from .tune import tune_knapspec, tune_swift
 
 
 def tune_and_save(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
-    from .request import Piece
+    from ..request import Piece
 
 INPUT = "yellow"
 GENERATED = "green"

@@ -7,12 +7,12 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .errors import SkipjackError
+from ..errors import SkipjackError
 from .terminal import interrupts, notes, visible, write
 
 if TYPE_CHECKING:
-    from .engine import Engine
-    from .request import SamplingParams
+    from ..engine import Engine
+    from ..request import SamplingParams
 
 LEAVE = "/exit"
 RESET = "/reset"

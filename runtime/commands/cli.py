@@ -15,9 +15,9 @@ from typing import Annotated, Any, cast
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from ..errors import SkipjackError
 from . import options
-from .errors import SkipjackError
-from .showcase import DEMO_METHOD, DEMO_QUESTION
+from .demo import DEMO_METHOD, DEMO_QUESTION
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -100,8 +100,8 @@ def generate(
     stream: Annotated[bool, typer.Option("--stream", help="Print as it is generated.")] = False,
 ) -> None:
     """Continue a prompt. Without a tokenizer in the folder, prompt and answer are token ids."""
+    from ..request import SamplingParams
     from .generate import answer, warm_up_for
-    from .request import SamplingParams
 
     source = options.read_prompt(prompt, prompt_file, prompt_ids)
     params = SamplingParams(
@@ -139,10 +139,10 @@ def chat(
     cache_tokens: options.CacheTokens = None,
 ) -> None:
     """Talk to a model, one message a line. /reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
+    from ..errors import TokenizerError
+    from ..request import SamplingParams
     from .chat import Chat
-    from .errors import TokenizerError
     from .generate import warm_up_for
-    from .request import SamplingParams
 
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
@@ -214,7 +214,7 @@ def tune(
     json: options.Json = False,
 ) -> None:
     """Search for a skip set and save it; --method swift:set=FILE loads it. Ctrl-C saves the best so far."""
-    from .tuning import tune_and_save
+    from .tune import tune_and_save
 
     with options.load_engine(model, "autoregressive", device, dtype, backend, cache_tokens=cache_tokens) as engine:
         tune_and_save(engine, output, method, prompts, candidates, seconds, skip_ratio, window, seed, as_json=json)
@@ -228,7 +228,7 @@ def merge(
     json: options.Json = False,
 ) -> None:
     """Merge layers with LaCo and write the smaller model as a folder; its text is not that of the whole model."""
-    from .merge_command import merge as merge_and_save
+    from .merge import merge as merge_and_save
 
     merge_and_save(options.model_folder(model), output, method, as_json=json)
 
@@ -249,7 +249,7 @@ def route(
     adapter_reduction: Annotated[int, typer.Option(min=1, help="Intermediate size over the adapter's.")] = 16,
 ) -> None:
     """Give a Llama model FlexiDepth's routers: a new folder whose layers decide by token whether they run."""
-    from ..loaders.attach import attach_routers
+    from ...loaders.attach import attach_routers
     from .terminal import notes
 
     routing = attach_routers(
@@ -289,8 +289,8 @@ def demo(
     backend: options.BackendName = options.Backend.AUTO,
 ) -> None:
     """Answer with the packaged model by layer skipping, then plainly, and compare the two."""
-    from .request import SamplingParams
-    from .showcase import compare
+    from ..request import SamplingParams
+    from .demo import compare
 
     params = SamplingParams(max_tokens=max_tokens)
     with options.load_engine("demo", method, device, dtype, backend) as engine:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ..loaders.chat_template import ChatTemplate
-from ..loaders.checkpoint import Checkpoint
-from ..loaders.config import ModelConfig
-from ..loaders.routing import Routing
+from ...loaders.chat_template import ChatTemplate
+from ...loaders.checkpoint import Checkpoint
+from ...loaders.config import ModelConfig
+from ...loaders.routing import Routing
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head", "routers", "other")
 _MATCHES = (
@@ -157,7 +157,7 @@ def _routing(routing: Routing) -> dict[str, Any]:
 
 
 def _methods(config: ModelConfig) -> list[str]:
-    from .methods import registry
+    from ..methods import registry
 
     return registry.names(config.model_type)
 

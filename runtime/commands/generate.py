@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from .prompts import check_params, to_ids
+from ..prompts import check_params, to_ids
 from .report import print_json, report, report_chunk
 from .terminal import notes, write
 
 if TYPE_CHECKING:
-    from .engine import Engine
-    from .request import Output, SamplingParams
+    from ..engine import Engine
+    from ..request import Output, SamplingParams
 
 
 def answer(engine: Engine, prompt: str | list[int], params: SamplingParams, *, as_json: bool, as_stream: bool) -> None:

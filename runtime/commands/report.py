@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from .request import Chunk, Output, Stats
+from ..request import Chunk, Output, Stats
 
 
 def report(output: Output) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..loaders.locate import check_name
-from .errors import RequestError
-from .request import check_unicode
+from ...loaders.locate import check_name
+from ..errors import RequestError
+from ..request import check_unicode
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from ..engine import Engine
 
 MAX_LAYERS = 512
 
@@ -149,7 +149,7 @@ def load_engine(
 ) -> Generator[Engine, None, None]:
     """An engine for the time of a command, loaded behind a progress bar."""
     check_name(model)
-    from .engine import Engine
+    from ..engine import Engine
     from .terminal import notes, progress_bar
 
     with progress_bar() as progress:
@@ -171,7 +171,7 @@ def load_engine(
 
 def model_folder(model: str) -> Path:
     """The folder of a model; what is not on this machine yet is made or downloaded behind a progress bar."""
-    from ..loaders.locate import locate
+    from ...loaders.locate import locate
     from .terminal import progress_bar
 
     with progress_bar() as progress:

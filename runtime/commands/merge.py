@@ -6,18 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..kernels import ops
-from ..loaders.config import MAX_CONFIG_BYTES, ModelConfig
-from ..loaders.json_files import present, read_object
-from ..loaders.save import save_checkpoint
-from ..loaders.tokenizer import Tokenizer
-from ..loaders.weights import checkpoint_tensors, load_weights
-from .choices import dtype_of
-from .errors import CheckpointError, ConfigError, RequestError
-from .merging import Merged
-from .methods import registry
-from .methods.laco import LaCo
-from .model import Model
+from ...kernels import ops
+from ...loaders.config import MAX_CONFIG_BYTES, ModelConfig
+from ...loaders.json_files import present, read_object
+from ...loaders.save import save_checkpoint
+from ...loaders.tokenizer import Tokenizer
+from ...loaders.weights import checkpoint_tensors, load_weights
+from ..choices import dtype_of
+from ..errors import CheckpointError, ConfigError, RequestError
+from ..merging import Merged
+from ..methods import registry
+from ..methods.laco import LaCo
+from ..model import Model
 from .report import print_json
 from .terminal import answers
 

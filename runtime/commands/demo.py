@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..request import Output, SamplingParams
 from . import terminal
-from .request import Output, SamplingParams
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from .engine import Engine
+    from ..engine import Engine
 
 PLAIN = "autoregressive"
 # Four attention blocks the packaged model can draft without, from a greedy search by matchness over a few prompts.

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ..kernels.host import ints
-from ..loaders.config import ModelConfig
-from ..loaders.tokenizer import Tokenizer
-from .engine import Engine
-from .errors import RequestError
-from .model import Model, Streams
+from ...kernels.host import ints
+from ...loaders.config import ModelConfig
+from ...loaders.tokenizer import Tokenizer
+from ..engine import Engine
+from ..errors import RequestError
+from ..model import Model, Streams
+from ..prefill import text_rows
+from ..prompts import to_ids
+from ..request import SamplingParams
 from .options import parse_ids
-from .prefill import text_rows
-from .prompts import to_ids
-from .request import SamplingParams
 from .terminal import DRAFT, GENERATED, answers, visible
 
 if TYPE_CHECKING:
