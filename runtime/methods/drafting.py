@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...kernels.values import Grown
 from ..batch import Batch, Draft
 from ..cache import KVCache
 from ..model import Model
@@ -63,60 +64,50 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
     In a tree every depth has siblings, more of them the less sure the model is, and the first one is expanded. Also
     returns the residual streams [S, depth, H] the expanded rows were drafted from.
     """
-    device, sequences = batch.device, len(batch)
     limit = batch.room.clamp(min=0, max=how.max_nodes if how.tree else how.num_draft_tokens)
-    nodes, widest = int(limit.max()), siblings(model, how.vocabulary) if how.tree else 1
-    confident = how.tree or how.threshold > 0
+    steps, going = min(how.num_draft_tokens, int(limit.max())), limit > 0
+    tree = Grown.bare(limit, how.max_nodes, how.num_draft_tokens) if how.tree else None
+    chain = torch.zeros(len(batch), how.num_draft_tokens, dtype=torch.int64, device=batch.device)
+    threshold = torch.full((), how.threshold, device=batch.device) if how.threshold > 0 else None
     rejection = how.rejection and not batch.sequences[0].params.greedy
-    count, spine = torch.zeros_like(batch.length), torch.zeros_like(batch.length)
-    path = functional.pad(batch.last[:, None], (0, nodes))
-    parent = torch.zeros(sequences, nodes, dtype=torch.int64, device=device)
-    states, scores = list[Tensor](), list[Tensor]()
-    expanded = batch.last[:, None]
-    drafting = limit > 0
-    for step in range(min(how.num_draft_tokens, nodes)):
-        with model.mark("draft", sequences, sequences, step):
-            rows = batch.rows(expanded[:, -1:], batch.length + step, drafting.long())
+    count: Tensor | None = None
+    expanded, states, scores = batch.last[:, None], list[Tensor](), list[Tensor]()
+    for step in range(steps):
+        with model.mark("draft", len(batch), len(batch), step):
+            rows = batch.rows(expanded[:, -1:], batch.length + step, going.long())
             states.append(model.forward(rows, cache, plan))
-            stream = FIRST_DRAFT_STREAM + step if rejection else 0
             chosen = choose(
                 model,
                 states[-1],
                 batch,
                 expanded,
-                count=widest if how.tree else None,
-                stream=stream,
+                count=siblings(model, how.vocabulary) if how.tree else None,
+                stream=FIRST_DRAFT_STREAM + step if rejection else 0,
                 vocabulary=how.vocabulary,
-                confidence=confident,
+                confidence=how.tree or threshold is not None,
             )
-            tokens, sure = chosen.token.view(sequences, widest), chosen.probability if confident else None
-            if rejection and chosen.scores is not None:
-                scores.append(torch.where(drafting[:, None], chosen.scores[:, 0], 0))
-            place = torch.arange(widest, device=device)
-            new = (
-                drafting[:, None]
-                & (place < (_width(sure) if how.tree and sure is not None else 1))
-                & (count[:, None] + place < limit[:, None])
-            )
-            new &= (place == 0) | (tokens != tokens[:, :1])
-            s, i = torch.nonzero(new, as_tuple=True)
-            row = count[s] + i
-            path[s, row + 1], parent[s, row] = tokens[s, i], spine[s]
-            spine = torch.where(drafting, count + 1, spine)
-            count = count + new.sum(dim=1)
-            expanded = torch.cat([expanded, tokens[:, :1]], dim=1)
-            drafting = drafting & (count < limit)
-            if sure is not None:
-                drafting &= sure[:, 0] >= how.threshold
-            if not bool(drafting.any()):
+            token, value, log_sum_exp, _, warped = (None if part is None else part[:, 0] for part in chosen)
+            assert token is not None
+            if rejection and warped is not None:
+                scores.append(torch.where(going[:, None], warped, 0))
+            if tree is None:
+                out = chain[:, step]
+                count, going = model.ops.extend(count, going, limit, token, value, log_sum_exp, threshold, out)
+            else:
+                model.ops.branch(tree, limit, token, value, log_sum_exp, threshold, widths=WIDTHS)
+                count, going = tree.count, tree.going
+            expanded = torch.cat([expanded, token.view(len(batch), -1)[:, :1]], dim=1)
+            if not bool(going.any()):
                 break
-    if not states:
-        return no_draft(batch), torch.empty(sequences, 0, model.config.hidden_size, dtype=model.dtype, device=device)
+    if count is None:
+        return no_draft(batch), torch.empty(
+            len(batch), 0, model.config.hidden_size, dtype=model.dtype, device=batch.device
+        )
     used = int(count.max())
     draft = Draft(
-        path[:, 1 : used + 1].contiguous(),
+        (chain if tree is None else tree.token)[:, :used].contiguous(),
         count,
-        parent=parent[:, :used].contiguous() if how.tree else None,
+        parent=None if tree is None else tree.parent[:, :used].contiguous(),
         scores=torch.stack(scores, dim=1) if scores else None,
     )
     return draft, torch.stack(states, dim=1)
@@ -142,11 +133,3 @@ def siblings(model: Model, vocabulary: int) -> int:
     """How many siblings there are at most where drafts come from a vocabulary of this size."""
     size = len(model.vocabulary(vocabulary).ids) if model.reduces(vocabulary) else model.config.vocab_size
     return min(WIDEST, size)
-
-
-def _width(sure: Tensor) -> Tensor:
-    """Siblings of a depth whose most likely token has probability `sure` [S, 1]."""
-    width = torch.full_like(sure, WIDEST, dtype=torch.int64)
-    for above, count in reversed(WIDTHS):
-        width = torch.where(sure > above, count, width)
-    return width
