@@ -6,6 +6,7 @@ import gc
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from functools import cache
+from threading import RLock
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ Key = tuple[Recipe, int, int]
 AHEAD = 2
 # Captures that could not be ended, by what another thread did: PyTorch's allocator (before 2.12) goes on asking them.
 _SPOILT: list[torch.cuda.CUDAGraph] = []
+# PyTorch allows a process one capture at a time, whatever engines there are in it. The handler of a signal that comes
+# to one in the middle of another must not wait for itself.
+_CAPTURING = RLock()
 
 
 class RoundGraph:
@@ -72,7 +76,7 @@ class RoundGraph:
         """
         if self._model.device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(_capture_stream(self._model.device)), _uncollected():
+            with _CAPTURING, torch.cuda.stream(_capture_stream(self._model.device)), _uncollected():
                 # Other threads of the host process may go on using the GPU.
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:

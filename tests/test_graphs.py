@@ -1,10 +1,13 @@
 """Rounds on the device alone: the tokens and counts of rounds the host steers, and nothing asked of the host."""
 
 import gc
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from time import sleep
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -509,3 +512,34 @@ def test_where_no_graph_is_left_the_next_one_has_memory_of_its_own(monkeypatch: 
     gc.collect()
     assert [held._take(key).captured, held._take(key).captured] == [True, True]
     assert pools.handles > 1
+
+
+def test_engines_capture_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way, most = list[object](), list[int]()
+
+    class Graph:
+        def capture_begin(self, **_: object) -> None:
+            under_way.append(self)
+            most.append(len(under_way))
+
+        def capture_end(self) -> None:
+            under_way.remove(self)
+
+    def run(_: RoundGraph) -> None:
+        sleep(0.2)
+        assert not gc.isenabled()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(round_graph, "_capture_stream", lambda _: None)
+    monkeypatch.setattr(RoundGraph, "_run", run)
+    captures = [RoundGraph.__new__(RoundGraph) for _ in range(2)]
+    for graph in captures:
+        graph._model = cast("Any", SimpleNamespace(device=torch.device("cuda")))
+    threads = [threading.Thread(target=graph.capture, args=(None,)) for graph in captures]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert most == [1, 1]
+    assert all(graph.captured for graph in captures)
