@@ -25,8 +25,9 @@ from .sequence import Sequence
 Key = tuple[Recipe, int, int]
 # Rounds enqueued beyond the one whose tokens the host is reading.
 AHEAD = 2
-# Captures that could not be ended, by what another thread did: PyTorch's allocator (before 2.12) goes on asking them.
-_SPOILT: list[torch.cuda.CUDAGraph] = []
+# Captures under way, and those that could not begin, or could not end by what another thread did: PyTorch's allocator
+# (before 2.12) goes on asking them.
+_OPEN: list[torch.cuda.CUDAGraph] = []
 # PyTorch allows a process one capture at a time, whatever engines there are in it. The handler of a signal that comes
 # to one in the middle of another must not wait for itself.
 _CAPTURING = RLock()
@@ -77,16 +78,16 @@ class RoundGraph:
         if self._model.device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
             with _CAPTURING, torch.cuda.stream(_capture_stream(self._model.device)), _uncollected():
-                # Other threads of the host process may go on using the GPU.
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                _OPEN.append(graph)
                 try:
+                    # Other threads of the host process may go on using the GPU. A signal that comes while a capture
+                    # begins is handled as soon as it has.
+                    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                     self._run()
                 finally:
-                    try:
+                    if torch.cuda.is_current_stream_capturing():
                         graph.capture_end()
-                    except BaseException:
-                        _SPOILT.append(graph)
-                        raise
+                        _OPEN.remove(graph)
             self._graph = graph
         self.captured = True
 

@@ -514,32 +514,70 @@ def test_where_no_graph_is_left_the_next_one_has_memory_of_its_own(monkeypatch: 
     assert pools.handles > 1
 
 
-def test_engines_capture_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    under_way, most = list[object](), list[int]()
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The captures that are under way, on a stream of nobody's GPU."""
+    under_way = list[object]()
 
     class Graph:
         def capture_begin(self, **_: object) -> None:
             under_way.append(self)
-            most.append(len(under_way))
 
         def capture_end(self) -> None:
             under_way.remove(self)
 
-    def run(_: RoundGraph) -> None:
-        sleep(0.2)
-        assert not gc.isenabled()
-
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(under_way))
     monkeypatch.setattr(round_graph, "_capture_stream", lambda _: None)
+    monkeypatch.setattr(round_graph, "_OPEN", [])
+    return under_way
+
+
+def on_a_gpu() -> RoundGraph:
+    graph = RoundGraph.__new__(RoundGraph)
+    graph._model, graph._events = cast("Any", SimpleNamespace(device=torch.device("cuda"))), None
+    graph.captured = False
+    return graph
+
+
+def test_engines_capture_one_after_the_other(captures: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    most = list[int]()
+
+    def run(_: RoundGraph) -> None:
+        sleep(0.2)
+        most.append(len(captures))
+        assert not gc.isenabled()
+
     monkeypatch.setattr(RoundGraph, "_run", run)
-    captures = [RoundGraph.__new__(RoundGraph) for _ in range(2)]
-    for graph in captures:
-        graph._model = cast("Any", SimpleNamespace(device=torch.device("cuda")))
-    threads = [threading.Thread(target=graph.capture, args=(None,)) for graph in captures]
+    graphs = [on_a_gpu() for _ in range(2)]
+    threads = [threading.Thread(target=graph.capture, args=(None,)) for graph in graphs]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
     assert most == [1, 1]
-    assert all(graph.captured for graph in captures)
+    assert all(graph.captured for graph in graphs)
+    assert not round_graph._OPEN
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_capture_that_is_interrupted_as_it_begins_is_ended(
+    begun: bool, captures: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = cast("Any", torch.cuda.CUDAGraph).capture_begin
+
+    def interrupted(graph: object, **given: object) -> None:
+        if begun:
+            begin(graph, **given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", interrupted)
+    monkeypatch.setattr(RoundGraph, "_run", lambda _: None)
+    graph = on_a_gpu()
+    with pytest.raises(KeyboardInterrupt):
+        graph.capture(None)
+    assert captures == []
+    assert len(round_graph._OPEN) == (not begun), "PyTorch's allocator may know one that could not begin"
+    assert not graph.captured
+    assert gc.isenabled()
