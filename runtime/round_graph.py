@@ -167,7 +167,8 @@ class RoundGraph:
 
     def settle(self) -> None:
         """Wait until nothing of it is under way, read or not."""
-        if self._events is not None and self._written:
+        if self._events is not None:
+            # Also where no round was counted: one may have been interrupted before it was, and `stop` came after it.
             self._events[(self._written - 1) % len(self._events)][1].synchronize()
 
     def _run(self) -> None:

@@ -263,6 +263,35 @@ def test_rounds_under_way_are_waited_for_when_an_engine_is_dropped(monkeypatch: 
     assert waited == [8 - 1 + AHEAD]
 
 
+def test_a_first_round_that_was_interrupted_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that comes while it is enqueued is handled before it is counted, and the device runs it all the same."""
+    queue, waited = list[object](), list[object]()
+
+    class Event:
+        def record(self) -> None:
+            queue.append(self)
+
+        def synchronize(self) -> None:
+            waited.append(self)
+
+    def run(_: RoundGraph) -> None:
+        queue.append("round")
+        raise KeyboardInterrupt
+
+    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
+    model = Model(config, synthetic_weights(config, 0, torch.float32, 0.1), select("torch"))
+    graph = RoundGraph(model, model.new_cache(4), Recipe(model.full, model.full), 1, 1)
+    graph._events = cast("Any", [(Event(), Event()) for _ in range(AHEAD + 1)])
+    monkeypatch.setattr(RoundGraph, "_run", run)
+    with pytest.raises(KeyboardInterrupt):
+        graph.enqueue()
+    graph.forget()
+    graph.stop()
+    graph.settle()
+    assert waited == queue[-1:], "what was recorded last"
+    assert queue.index("round") < len(queue) - 1
+
+
 def test_a_graph_that_was_given_back_writes_to_nobodys_pages(device: Engine) -> None:
     """Its sequence ended before its tokens were used up, and a warm-up runs every graph there is."""
     params = SamplingParams(max_tokens=60, ignore_eos=True)
