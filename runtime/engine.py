@@ -283,9 +283,12 @@ class Engine:
             self._shared = self._pool = None
 
     def _close(self) -> None:
-        for run in list(self._shared.runs) if self._shared else ():
+        shared = self._shared
+        for run in list(shared.runs) if shared else ():
             run.fail(CLOSED)
         self._shared = self._pool = None
+        # Memory that `shared` still has goes back when nothing works with it.
+        self._turn.settle()
 
     def __enter__(self) -> Engine:
         self._loaded()

@@ -105,6 +105,15 @@ class Turns:
         """This turn is the last of what its thread computes for: a request, or what goes before requests."""
         self._resting = True
 
+    def settle(self) -> None:
+        """Wait until nothing that was queued in turns is under way.
+
+        A caller's stream waits for it anyhow, but memory goes back to the stream that it was allocated on, which may be
+        another's.
+        """
+        if self._stream is not None:
+            self._stream.synchronize()
+
     def alone(self, work: Callable[[], None]) -> None:
         """Do `work` in a turn of its own; in a thread that has one, or has a place in the line, at its end.
 

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from skipjack.runtime.cache import KVCache
 from skipjack.runtime.request import Output
 from skipjack.runtime.run import Run
 from skipjack.runtime.stream import AsyncStream, Stream
+from skipjack.runtime.turns import Turns
 
 LIMIT_S = 60
 SHORT = SamplingParams(max_tokens=3, ignore_eos=True)
@@ -389,6 +390,20 @@ def test_closing_the_engine_ends_its_streams(engine: Engine) -> None:
     with pytest.raises(RequestError, match="engine: it is closed"), engine:
         pass
     engine.close()
+
+
+@pytest.mark.parametrize("in_a_turn", [True, False])
+def test_memory_is_given_back_when_nothing_works_with_it(
+    weights: Any, in_a_turn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, kept = Engine(*weights, cache_tokens=256), list[bool]()
+    cache = weakref.ref(engine._open().admission.cache)
+    monkeypatch.setattr(Turns, "settle", lambda _: kept.append(cache() is not None))
+    with engine._turn if in_a_turn else nullcontext():
+        engine.close()
+    gc.collect()
+    assert kept == [True]
+    assert cache() is None
 
 
 def test_closing_the_engine_ends_the_requests_of_an_event_loop(engine: Engine) -> None:

@@ -239,6 +239,9 @@ def test_a_turn_is_queued_between_what_its_caller_has_queued_and_what_comes_afte
         def wait_stream(self, other: "Stream") -> None:
             said.append(f"{self.name} waits for {other.name}")
 
+        def synchronize(self) -> None:
+            said.append(f"the host waits for {self.name}")
+
     @contextmanager
     def entered(stream: Stream) -> Iterator[None]:
         said.append(f"enter {stream.name}")
@@ -254,6 +257,7 @@ def test_a_turn_is_queued_between_what_its_caller_has_queued_and_what_comes_afte
     with turns, turns:
         said.append("work")
         turns.after(lambda: said.append("late work"))
+    turns.settle()
     assert said == [
         "own waits for caller",
         "enter own",
@@ -261,6 +265,7 @@ def test_a_turn_is_queued_between_what_its_caller_has_queued_and_what_comes_afte
         "late work",
         "leave own",
         "caller waits for own",
+        "the host waits for own",
     ]
 
 
