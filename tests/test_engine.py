@@ -316,12 +316,16 @@ def test_an_event_loop_never_waits_for_the_engine(synthetic: Callable[..., Engin
                 held.set()
                 let_go.append(release.wait(20))
 
-        threading.Thread(target=hold).start()
+        holder = threading.Thread(target=hold)
+        holder.start()
         await asyncio.to_thread(held.wait, 20)
         task = asyncio.create_task(work())
         await asyncio.sleep(0.05)
         release.set()
-        return await task
+        done = await task
+        # What was closed while it was held ends with its turn, which nobody waits for.
+        await asyncio.to_thread(holder.join, 20)
+        return done
 
     async def serve() -> int:
         stream = engine.astream(PROMPTS[0], params)
