@@ -33,6 +33,8 @@ CAPTURED = {
         "auto:max_loss=1,search_budget=0",
         "unified:speedup=2",
         "clasp:interval=9,search_budget=1,threshold=0.1",
+        "conflayers:interval=6,search_budget=1,window=8,threshold=0.1",
+        "conflayers:interval=6,search_budget=1,window=8,max_opt_iter=2,threshold=0.1,tree=true",
         "knapspec:interval=9,search_budget=1,window_rounds=2,threshold=0.1",
         "del",
     ),

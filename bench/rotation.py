@@ -27,12 +27,14 @@ _FACTORS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "layerskip": _THRESHOLD | {"exit": ("1/4", "1/2", "1/1"), "reuse": ("true", "false")},
     "del": {"reuse": ("true", "false"), "search_budget": ("0.1", "1.0")},
     "clasp": _THRESHOLD | {"keep_outer": ("false", "true")},
+    "conflayers": _THRESHOLD | {"tree": ("false", "true"), "spread": ("0.25", "1.0")},
     "knapspec": _THRESHOLD | {"window_rounds": ("2", "5")},
     "auto": {"max_ngram": ("1", "4"), "remember": ("0", "1000"), "max_loss": ("0.015", "0.5")},
 }
 _ALWAYS = {
     "swift search": "search_budget=0.2,skip_ratio=0.15",
     "clasp": "interval=8,search_budget=1.0",
+    "conflayers": "interval=8,search_budget=1.0,window=8",
     "knapspec": "interval=8,search_budget=1.0",
     "auto": "search_budget=0.05,skip_ratio=0.15",
 }

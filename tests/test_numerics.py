@@ -27,6 +27,7 @@ METHODS = (
     "swift:skip_attention=1,num_draft_tokens=6,tree=true",
     "layerskip:exit_layer=2",
     "clasp",
+    "conflayers:window=4",
     "knapspec",
     "del",
     "lookup",

@@ -68,6 +68,7 @@ def test_a_client_cannot_make_an_engine_keep_ever_more_methods(monkeypatch: pyte
         "auto",
         "swift:search_budget=0.9,window=8,max_score=1.0",
         "clasp:interval=1,search_budget=1.0",
+        "conflayers:window=8,interval=1,search_budget=1.0",
         "del:search_budget=1.0",
     ],
 )

@@ -197,7 +197,7 @@ def test_a_method_of_another_type_is_refused(synthetic: Callable[..., Engine]) -
     [
         (
             "medusa",
-            "unknown method 'medusa', expected one of auto, autoregressive, clasp, del",
+            "unknown method 'medusa', expected one of auto, autoregressive, clasp, conflayers, del",
         ),
         ("swift:depth=3", "unknown option 'depth'"),
         ("swift:window=x", "option window expects int"),
@@ -235,7 +235,8 @@ def test_a_variable_of_the_environment_that_means_nothing_is_named(
 
 
 @pytest.mark.parametrize(
-    ("method", "least"), [("clasp", 2), ("clasp:keep_outer=true", 3), ("del", 2), ("layerskip", 2), ("shortgpt", 2)]
+    ("method", "least"),
+    [("clasp", 2), ("clasp:keep_outer=true", 3), ("conflayers", 4), ("del", 2), ("layerskip", 2), ("shortgpt", 2)],
 )
 def test_a_model_of_too_few_layers_is_named(method: str, least: int) -> None:
     spec = registry.parse(method)

@@ -26,6 +26,7 @@ METHODS = (
     "layerskip:exit_layer=4",
     "lookup:choose=likeliest,max_ngram=2",
     "clasp:interval=6,search_budget=1",
+    "conflayers:interval=6,search_budget=1,window=8,tree=true",
     "knapspec:interval=6,search_budget=1",
     "del",
     "auto:max_loss=1,search_budget=0.5",

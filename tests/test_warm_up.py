@@ -90,6 +90,9 @@ TRIALS = {
         fields=SMALL | NARROW | {"num_hidden_layers": 4},
         sequences=1,
     ),
+    "confidence": Trial(
+        "tiny-llama", methods=("conflayers:window=8",), fields=NARROW | {"num_hidden_layers": 4}, sequences=1
+    ),
     "programmes": Trial(
         "tiny-llama", methods=("clasp", "knapspec:search_budget=1"), fields=NARROW | {"num_hidden_layers": 3}
     ),
