@@ -200,6 +200,7 @@ def test_a_method_of_another_type_is_refused(synthetic: Callable[..., Engine]) -
             "unknown method 'medusa', expected one of auto, autoregressive, clasp, conflayers, del",
         ),
         ("swift:depth=3", "unknown option 'depth'"),
+        ("lookup:method=3", "unknown option 'method', known options: num_draft_tokens, max_ngram"),
         ("swift:window=x", "option window expects int"),
         ("swift:skip_mlp=1+b", "integers joined with"),
         ("swift:skip_attention=2+2", r"different integers joined with \+, got '2\+2'"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from types import UnionType
 from typing import Any, cast
@@ -116,8 +116,9 @@ def parse(text: str) -> MethodSpec:
 @cache
 def _types(options: type) -> dict[str, Any]:
     """The type a value of each option has; None, where it is the default, stands for no value."""
-    hints = typing.get_type_hints(options).items()
-    return {key: typing.get_args(kind)[0] if isinstance(kind, UnionType) else kind for key, kind in hints}
+    hints = typing.get_type_hints(options)
+    kinds = {field.name: hints[field.name] for field in fields(options)}
+    return {key: typing.get_args(kind)[0] if isinstance(kind, UnionType) else kind for key, kind in kinds.items()}
 
 
 def _mismatch(name: str, model_type: str) -> str | None:
