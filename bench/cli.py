@@ -40,6 +40,10 @@ def bench(context: typer.Context) -> None:
 @app.command()
 def exact(
     model: options.Model = "demo",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this lossless method; repeatable. Its options rotate."),
+    ] = None,
     prompts: options.Prompts = None,
     per_category: options.PerCategory = 5,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each.")] = 64,
@@ -58,16 +62,16 @@ def exact(
     from .exact import compare, coverage, groups, summary
     from .methods import load
     from .record import header, write
-    from .rotation import NAMES
+    from .rotation import named
 
+    names = named(method)
     chosen, note = options.chosen(prompts, per_category), options.notes()
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
     with load(model, dtype, cache_tokens=cache_tokens) as engine:
-        note(f"{len(chosen)} prompts x {len(NAMES)} methods, {engine.dtype}, {engine.backend}")
-        total = sum(len(group) for name in NAMES for _, group in groups(name, len(chosen), batch, cover))
-        rows = compare(
-            engine, chosen, params, batch=batch, cover=cover, progress=options.counted(note, total, every=10)
-        )
+        note(f"{len(chosen)} prompts x {len(names)} methods, {engine.dtype}, {engine.backend}")
+        total = sum(len(group) for name in names for _, group in groups(name, len(chosen), batch, cover))
+        counted = options.counted(note, total, every=10)
+        rows = compare(engine, chosen, params, names=names, batch=batch, cover=cover, progress=counted)
         result = {
             **header("exact", engine, model),
             "temperature": temperature,

@@ -55,14 +55,15 @@ def compare(
     prompts: Sequence[Prompt],
     params: SamplingParams,
     *,
+    names: Sequence[str] = rotation.NAMES,
     batch: int = 0,
     cover: bool = False,
     progress: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """Every prompt by plain decoding alone, and by every lossless method in a batch of others, as `groups` says."""
+    """Every prompt by plain decoding alone, and by each of `names` in a batch of others, as `groups` says."""
     rows: list[Row] = []
     plain: dict[int, Output] = {}
-    for name in rotation.NAMES:
+    for name in names:
         cells = rotation.cells(name)
         for number, (cell, group) in enumerate(groups(name, len(prompts), batch, cover)):
             sources = [source(prompts[i], engine) for i in group]

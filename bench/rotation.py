@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, product
 
 import numpy as np
 
+from ..runtime.errors import RequestError
 from ..runtime.methods import registry
 
 BATCHES = ("1", "4", "16")
@@ -70,6 +71,20 @@ class Cell:
         if self.name == "swift search":
             options.append(f"seed={seed}")
         return f"{self.name.partition(' ')[0]}:{','.join(options)}"
+
+
+def named(methods: Sequence[str] | None) -> tuple[str, ...]:
+    """Those of NAMES that run one of these methods, all of them for None.
+
+    Raises:
+        RequestError: one is not held against plain decoding, or has options, which rotate.
+    """
+    own = {name: name.partition(" ")[0] for name in NAMES}
+    for method in methods or ():
+        if method not in own.values():
+            known = ", ".join(dict.fromkeys(own.values()))
+            raise RequestError(f"--method: expected a lossless method without options ({known}), got {method!r}")
+    return tuple(name for name in NAMES if not methods or own[name] in methods)
 
 
 def factors(name: str) -> dict[str, tuple[str, ...]]:

@@ -194,6 +194,17 @@ def test_tokens_are_compared_of_a_model_without_a_tokenizer(capsys: pytest.Captu
     assert line["identical"] == line["prompts"] > 0
 
 
+def test_one_method_is_held_against_plain_decoding(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "exact", "synthetic:tiny-llama", "--per-category", "1", "--max-tokens", "8", "--json"]
+    assert cli.run([*command, "--method", "lookup", "--method", "swift"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {row["name"] for row in result["rows"]} == {"lookup", "swift", "swift search"}
+    assert result["pairs"]["clasp"].startswith("0 of ")
+    for wrong in ("lookup:tree=true", "unified"):
+        assert cli.run([*command, "--method", wrong]) == 2
+        assert "--method: expected a lossless method without options (swift, lookup, " in capsys.readouterr().err
+
+
 def test_more_tokens_than_the_context_has_room_for_are_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["bench", "decode", "synthetic:tiny-llama", "--context", "1000", "--tokens", "64"]) == 2
     assert "--context and --tokens: expected 1024 together" in capsys.readouterr().err
