@@ -22,7 +22,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from ..runtime.errors import ConfigError
+from ..runtime.errors import ConfigError, SkipjackError
+from . import options
 from .gate_checks import SHARED_OF_CHIP, SHARED_PREFERRED, Case, Finding, beside_next, disagreements
 
 ARCHITECTURES = ("80", "90", "100", "gfx942")
@@ -170,7 +171,10 @@ def gate(
     size: Annotated[
         int | None, typer.Option("--sample", min=1, help="Compile this many groups of cases, always the same ones.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write everything as JSON.", callback=options.writable),
+    ] = None,
 ) -> None:
     """Compile every kernel at the shapes of real models and check the machine code; exit 1 if it is not as meant."""
     from .gate_cases import cases
@@ -243,5 +247,14 @@ def _version(package: Path) -> str:
     return found[1] if found else "unknown"
 
 
+def main() -> None:
+    """A mistake is one line on standard error and exit code 2: 1 says that kernels are not as meant."""
+    try:
+        typer.run(gate)
+    except SkipjackError as mistake:
+        print("error:", mistake, file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    typer.run(gate)
+    main()
