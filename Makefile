@@ -28,7 +28,7 @@ GPU_PYTHON ?=
 gpu-check: $(if $(GPU_PYTHON),,$(VENV)/.demo)
 	PYTHON=$(or $(GPU_PYTHON),$(BIN)/python) bench/gpu.sh check
 
-# Every op alone; more shapes with BENCH='--shape 1b --rows 16'.
+# Ops alone; more shapes with BENCH='--shape 1b --rows 16'.
 BENCH ?=
 bench: $(VENV)/.test
 	$(BIN)/pytest bench --benchmark-only --benchmark-quiet --figures bench/results/micro.json $(BENCH)
