@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -76,12 +76,13 @@ class Trial:
 class Search:
     """Skip sets of a fixed size over the sub-layers of layers 1 to L - 2, the best one kept.
 
-    `size` = int(D·ratio) of the D = 2(L - 2) sub-layers are skipped. Candidates are uniformly random, but every
-    `bayes_interval`-th comes from a Gaussian process over those scored so far (0: none does). A candidate replaces the
-    incumbent at once when it scores higher, and is on `trial` then: of many scores on one window the highest is a lucky
-    one, so both sets are measured on the next windows, as many as the replaced one has stood for, before there are
-    other candidates; and that one returns where it does better. The search is over when an incumbent past its trial
-    scores above `max_score`, after `patience` candidates without improvement, or after `max_candidates`. `found` is a
+    `size` = int(D·ratio) of the D = 2(L - 2) sub-layers are skipped. Candidates are uniformly random, but the first may
+    come from the confidence of the sub-layers, and every `bayes_interval`-th comes from a Gaussian process over those
+    scored so far (0: none does). A candidate replaces the incumbent at once when it scores higher, and is on `trial`
+    then: of many scores on one window the highest is a lucky one, so both sets are measured on the next windows, as
+    many as the replaced one has stood for, before there are other candidates; and that one returns where it does
+    better. The search is over when an incumbent past its trial scores above `max_score`, after `patience` candidates
+    without improvement, or after `max_candidates`. `found` is a
     set to start from, as if a search had ended with it.
     """
 
@@ -134,9 +135,17 @@ class Search:
         self._scored.clear()
         self.events.append({"kind": "restart", "iteration": self.candidates, "tokens": tokens})
 
-    def suggest(self) -> Candidate:
-        """The next candidate."""
-        if self.bayes_interval and (self.candidates + 1) % self.bayes_interval == 0 and self._scored:
+    @property
+    def begins(self) -> bool:
+        """Whether no candidate has been scored since the search began or was resumed."""
+        return not self._scored
+
+    def suggest(self, confidence: Sequence[float] | None = None) -> Candidate:
+        """The next candidate; with the `confidence` of all 2L sub-layers, without those that have least."""
+        if confidence is not None:
+            own = [*confidence[2:-2:2], *confidence[3:-2:2]]
+            kind, order = "confidence", np.argsort(own, kind="stable")
+        elif self.bayes_interval and (self.candidates + 1) % self.bayes_interval == 0 and self._scored:
             points, scores = zip(*self._scored[-GP_POINTS:], strict=True)
             suggested = gaussian.suggest(np.array(points, dtype=float), np.array(scores), self._random)
             kind, order = "bayesian", np.argsort(-suggested, kind="stable")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .confidence import confidence
 from .engine import Engine
 from .errors import RequestError
 from .prefill import text_rows
@@ -67,8 +68,10 @@ def tune_swift(
 
             candidate = None
             search.remeasure(score())
+            each = zip(held, texts, windows, strict=True)
+            said = [sum(of) for of in zip(*(confidence(model, cache, *one) for one in each), strict=True)]
             while search.candidates < candidates and not stop() and monotonic() - started < seconds:
-                candidate = search.suggest()
+                candidate = search.suggest(said if search.begins else None)
                 search.record(candidate, score(), 0)
                 report(search.candidates, search.incumbent.score)
     finally:

@@ -15,9 +15,10 @@ from skipjack.kernels.ops import TORCH
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.weights import load_weights
 from skipjack.runtime.batch import Tally
+from skipjack.runtime.confidence import confidence
 from skipjack.runtime.errors import CapacityError
 from skipjack.runtime.methods import conflayers
-from skipjack.runtime.methods.conflayers import ConfLayers, Options, confidence, low
+from skipjack.runtime.methods.conflayers import ConfLayers, Options, low
 from skipjack.runtime.model import Model
 from skipjack.runtime.plan import LayerPlan
 from skipjack.runtime.rows import one_sequence
@@ -45,7 +46,7 @@ def test_confidence_is_that_of_the_outputs_of_the_modules_of_transformers(tmp_pa
         said.append(outputs)
     tokens, window = [Random(3).randrange(131) for _ in range(300)], 20
     peer(torch.tensor([tokens[:-1]]))
-    expected = [sum(certainty(out[0, -window:].double()) for out in outputs) for outputs in said[1:-1]]
+    expected = [certainty(out[0, -window:].double()) for outputs in said for out in outputs]
 
     config = ModelConfig.load(tmp_path)
     model = Model(config, load_weights(tmp_path, config, torch.float32), TORCH)
@@ -120,7 +121,7 @@ class Rounds:
         self.made = ConfLayers(Options(**{"search_budget": 1.0, "interval": 6, **options}), LAYERS)
         self.asked = 0
         random = Random(1)
-        self.curves = [[random.random() for _ in range(LAYERS - 2)] for _ in range(50)]
+        self.curves = [[random.random() for _ in range(2 * LAYERS)] for _ in range(50)]
         monkeypatch.setattr(conflayers, "confidence", self._confidence)
 
     def _confidence(self, *_: object) -> list[float]:
@@ -134,7 +135,9 @@ class Rounds:
         return self.made.plan
 
     def expected(self, asked: int) -> LayerPlan:
-        skipped = low(self.curves[asked - 1], self.made._options.spread)
+        said = self.curves[asked - 1]
+        both = [said[2 * i] + said[2 * i + 1] for i in range(1, LAYERS - 1)]
+        skipped = low(both, self.made._options.spread)
         return LayerPlan.full(LAYERS).without(skipped, skipped)
 
 

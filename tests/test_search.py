@@ -264,11 +264,38 @@ def test_phases_and_events_of_a_run(synthetic: Callable[..., Engine]) -> None:
     start = stats.phases[1][1]
     assert 16 < start < 400
     assert max(event["tokens"] for event in stats.events) <= start
-    scored = [event for event in stats.events if event["kind"] == "random"]
+    scored = [event for event in stats.events if event["kind"] in ("confidence", "random")]
+    assert [event["kind"] for event in scored].index("confidence") == 0
     assert scored[-1]["best"] > 0.9
     assert [event["iteration"] for event in scored] == list(range(1, len(scored) + 1))
     assert 0 < stats.search_s < stats.decode_s
     assert stats.layers_kept == 8 - int(12 * 0.3) / 2
+
+
+def test_a_candidate_of_confidence_skips_what_says_least() -> None:
+    """Layer i's attention is told i/100, its MLP i/100 + 0.005: of the inner ones, layers 1, 2, … are left out."""
+    state = search(ratio=0.4)
+    said = [layer / 100 + part for layer in range(10) for part in (0, 0.005)]
+    said[0] = said[-1] = 0.0
+    candidate = state.suggest(said)
+    assert candidate.kind == "confidence"
+    assert candidate.plan.skipped == state.size
+    order = sorted(range(2, 18), key=lambda sublayer: said[sublayer])
+    assert candidate.plan == LayerPlan.full(10).skipping(order[: state.size])
+    assert state.begins
+    state.record(candidate, 0.5, 8)
+    assert not state.begins
+    state.resume(9)
+    assert state.begins, "another text, of which they may say something else"
+
+
+@pytest.mark.parametrize("first", ["confidence", "random"])
+def test_what_comes_first_may_be_chosen(synthetic: Callable[..., Engine], first: str) -> None:
+    engine, params = synthetic("tiny", torch.float32, 0.1), SamplingParams(max_tokens=60, ignore_eos=True)
+    method = f"swift:search_budget=0.9,window=8,first={first},bayes_interval=0"
+    kinds = [event["kind"] for event in engine.generate([5, 6, 7], params, method=method).stats.events]
+    assert kinds[0] == first
+    assert set(kinds[1:]) <= {"random", "return"}
 
 
 @pytest.mark.parametrize("score_on", ["last", "first"])

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
-from itertools import pairwise
 from time import perf_counter
-from typing import Annotated, cast
+from typing import Annotated
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..batch import Batch, Draft, Tally
 from ..budget import Budget
 from ..cache import KVCache
+from ..confidence import confidence
 from ..errors import CapacityError
-from ..model import Model, Streams
+from ..model import Model
 from ..plan import LayerPlan
 from ..recipe import Recipe
-from ..rows import one_sequence
 from ..search import initial_plan
 from ..sequence import Sequence
 from .base import Method, expect_layers, no_draft, sampled
@@ -146,7 +142,8 @@ class ConfLayers(Method):
                     found = confidence(model, cache, longest.pages, longest.tokens, window)
             except CapacityError:
                 return 0.0
-            self._adopt(low(found, self._options.spread))
+            layers = [attention + mlp for attention, mlp in zip(found[2:-2:2], found[3:-2:2], strict=True)]
+            self._adopt(low(layers, self._options.spread))
         self._last_s = perf_counter() - start
         self._budget.spend(self._last_s)
         self._tell(longest.generated)
@@ -200,30 +197,8 @@ class ConfLayers(Method):
         )
 
 
-def confidence(model: Model, cache: KVCache, pages: list[int], tokens: list[int], window: int) -> list[float]:
-    """For each layer but the first and the last: how far its two outputs, as distributions over the hidden units, are
-    from uniform ones, on the last `window` of the `tokens` that lie in `pages`.
-
-    1 − H(softmax(y)) ÷ log H of the attention block's output y, averaged over the tokens, plus that of the MLP block's.
-    """
-    start = len(tokens) - window - 1
-    streams: Streams = []
-    with cache.forked(pages, start, len(tokens)) as fork:
-        rows = one_sequence(tokens[start:-1], start, fork, model.ops.prefill_tile, model.device)
-        model.forward(rows, cache, model.full, streams=streams)
-    said = torch.stack([_certainty(after.float() - before.float()) for before, after in pairwise(streams)])
-    return cast("list[float]", said.view(-1, 2).sum(dim=1)[1:-1].tolist())
-
-
-def _certainty(output: Tensor) -> Tensor:
-    """1 − H(softmax(output)) ÷ log H of output [R, H], averaged over its rows."""
-    logs = output.log_softmax(dim=-1)
-    entropy = -(logs.exp() * logs).sum(dim=-1)
-    return 1 - entropy.mean() / math.log(output.shape[-1])
-
-
 def low(confidences: Ordered[float], spread: float) -> list[int]:
-    """The layers to skip, `confidences` being those of layers 1 to L − 2 (§3).
+    """The layers to skip, `confidences` being those of layers 1 to L − 2, of both sub-layers together (§3).
 
     A layer is skipped whose confidence is below the mean of its neighbours' less `spread` of their deviations. Where
     the curve of confidence bends more, and in later layers, more neighbours count.

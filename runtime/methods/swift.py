@@ -12,6 +12,7 @@ from ..batch import Batch, Draft, Tally
 from ..budget import Budget
 from ..cache import KVCache
 from ..calibration import Encode
+from ..confidence import confidence
 from ..errors import CapacityError, RequestError
 from ..model import Model
 from ..plan import LayerPlan
@@ -44,6 +45,7 @@ class Options(Checked, method="swift"):
     2309.08168). `tree` adds siblings, up to `max_nodes` nodes. Drafts are made of the `draft_vocab` tokens of the
     lowest ids, 0 being the vocabulary. Every `window` generated tokens, candidates are scored on the last `window`
     tokens, or with `score_on` first on the first ones of the answer, for at most `search_budget` of the decoding time;
+    the first leaves out the sub-layers of least confidence (ConfLayers, arXiv 2604.14612) unless `first` is random, and
     every `bayes_interval`-th is Bayesian. A finished search resumes when the acceptance rate falls by the share
     `restart_drop`; 0 never does.
     """
@@ -64,6 +66,7 @@ class Options(Checked, method="swift"):
     max_score: Share = 0.95
     max_tolerance_iter: Annotated[int, Within(1, 10**9)] = 300
     max_opt_iter: Annotated[int, Within(0, 10**9)] = 1000
+    first: Annotated[str, OneOf(("confidence", "random"))] = "confidence"
     bayes_interval: Annotated[int, Within(0, 10**9)] = 25
     restart_drop: Share = 0.3
     search_budget: Share = 0.02
@@ -150,6 +153,7 @@ class Swift(Method):
         window = self._options.window
         with cache.lent(window + 1) as pages:
             matchness(model, cache, pages, [0] * (window + 1), window, self._full)
+            confidence(model, cache, pages, [0] * (window + 1), window)
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
         if not self.plan.skipped:
@@ -226,7 +230,8 @@ class Swift(Method):
             search.remeasure(score, replaced, sequence.generated)
             while not search.finished and search.trial is None:
                 scored += 1
-                candidate, before = search.suggest(), spent
+                before = spent
+                candidate = search.suggest(self._confidence(model, cache, sequence) if search.begins else None)
                 score = self._score(model, cache, sequence, candidate.plan)
                 spent = perf_counter() - start
                 search.record(candidate, score, sequence.generated, spent - before)
@@ -238,7 +243,14 @@ class Swift(Method):
         return True
 
     def _score(self, model: Model, cache: KVCache, sequence: Sequence, plan: LayerPlan) -> float:
-        tokens, window = sequence.tokens, self._options.window
-        if self._options.score_on == "first":
-            tokens = tokens[: len(sequence.prompt) + window + 1]
-        return matchness(model, cache, sequence.pages, tokens, window, plan)
+        return matchness(model, cache, sequence.pages, self._text(sequence), self._options.window, plan)
+
+    def _confidence(self, model: Model, cache: KVCache, sequence: Sequence) -> list[float] | None:
+        if self._options.first == "random":
+            return None
+        return confidence(model, cache, sequence.pages, self._text(sequence), self._options.window)
+
+    def _text(self, sequence: Sequence) -> list[int]:
+        """The tokens on the last of which a set is scored."""
+        first = self._options.score_on == "first"
+        return sequence.tokens[: len(sequence.prompt) + self._options.window + 1] if first else sequence.tokens
