@@ -116,6 +116,12 @@ def test_the_length_maximises_the_expected_speed() -> None:
     assert best_length(0.0, 0.1, 1.0, 7) == (0, 1.0)
 
 
+@pytest.mark.parametrize("seconds", [0.1 * i for i in range(1, 40)])
+def test_drafting_with_the_whole_model_never_pays(seconds: float) -> None:
+    """k + 1 tokens for the time of k + 1 passes: what sums round to must not decide."""
+    assert best_length(1.0, seconds, seconds, 64) == (0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("num_draft_tokens", "temperature", "dtype"),
     [(1, 0.0, torch.float32), (3, 1.0, torch.bfloat16), (8, 0.0, torch.bfloat16), (8, 1.0, torch.float32)],

@@ -291,7 +291,8 @@ def best_length(alpha: float, draft_s: float, verify_s: float, most: int) -> tup
     (1 + α + … + α^k) tokens are expected of k draft steps and a verification.
     """
     expected, best = 1.0, (0, 1.0)
-    for length in range(1, most + 1):
+    # Otherwise a set that skips nothing, whose promise is exactly 1, would be chosen where that is rounded up.
+    for length in range(1, most + 1 if draft_s < verify_s else 1):
         expected += alpha**length
         speedup = expected * verify_s / (length * draft_s + verify_s)
         if speedup > best[1]:
