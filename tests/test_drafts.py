@@ -105,3 +105,34 @@ def test_a_round_is_booked_by_how_it_was_drafted(engine: Engine, monkeypatch: py
     rounds = output.stats.rounds
     assert output.stats.executed_skips == -(-rounds // 2) * method.half.skipped
     assert [phase[0] for phase in output.stats.phases[:2]] == ["skip", "plain"]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "layerskip:exit_layer=4,num_draft_tokens=5",
+        "swift:skip_attention=4+5+6+7,skip_mlp=4+5+6+7,num_draft_tokens=5,threshold=0",
+        "swift:skip_attention=4+5+6+7,skip_mlp=4+5+6+7,num_draft_tokens=3,threshold=0,tree=true",
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_a_draft_is_reshaped_and_drawn_as_its_verification(graphs: bool, method: str, temperature: float) -> None:
+    """The late layers do nothing: whatever a request does to the logits, a draft without them is accepted whole."""
+    config = ModelConfig.parse(synthetic_config("tiny") | {"vocab_size": 40}, "tiny")
+    engine = Engine(config, synthetic_weights(config, 0, torch.float32, 0.0), graphs=graphs)
+    params = SamplingParams(
+        max_tokens=40,
+        min_tokens=40,
+        temperature=temperature,
+        top_p=0.9,
+        seed=3,
+        stop_token_ids=[5, 6, 7],
+        repetition_penalty=1.3,
+        presence_penalty=0.4,
+        frequency_penalty=0.7,
+        logit_bias={0: 3.0, 9: 4.0},
+    )
+    for output in engine.generate([[5, 9, 31], [7]], params, method=method):
+        assert len(output.stats.drafted_per_position) >= 3
+        assert output.stats.drafted_per_position == output.stats.accepted_per_position
