@@ -82,8 +82,7 @@ class Search:
     then: of many scores on one window the highest is a lucky one, so both sets are measured on the next windows, as
     many as the replaced one has stood for, before there are other candidates; and that one returns where it does
     better. The search is over when an incumbent past its trial scores above `max_score`, after `patience` candidates
-    without improvement, or after `max_candidates`. `found` is a
-    set to start from, as if a search had ended with it.
+    without improvement, or after `max_candidates`. `found` is a set to start from, as if a search had ended with it.
     """
 
     num_layers: int
@@ -139,6 +138,11 @@ class Search:
     def begins(self) -> bool:
         """Whether no candidate has been scored since the search began or was resumed."""
         return not self._scored
+
+    def start(self, confidence: Sequence[float], tokens: int) -> None:
+        """Start from the set of this confidence, of a text of which `tokens` had been generated."""
+        self.incumbent = Incumbent(self.suggest(confidence).plan)
+        self.events.append({"kind": "start", "iteration": self.candidates, "tokens": tokens})
 
     def suggest(self, confidence: Sequence[float] | None = None) -> Candidate:
         """The next candidate; with the `confidence` of all 2L sub-layers, without those that have least."""

@@ -45,9 +45,9 @@ class Options(Checked, method="swift"):
     2309.08168). `tree` adds siblings, up to `max_nodes` nodes. Drafts are made of the `draft_vocab` tokens of the
     lowest ids, 0 being the vocabulary. Every `window` generated tokens, candidates are scored on the last `window`
     tokens, or with `score_on` first on the first ones of the answer, for at most `search_budget` of the decoding time;
-    the first leaves out the sub-layers of least confidence (ConfLayers, arXiv 2604.14612) unless `first` is random, and
-    every `bayes_interval`-th is Bayesian. A finished search resumes when the acceptance rate falls by the share
-    `restart_drop`; 0 never does.
+    every `bayes_interval`-th is Bayesian. The set to start from and the first candidate leave out the sub-layers of
+    least confidence (ConfLayers, arXiv 2604.14612) unless `first` is random. A finished search resumes when the
+    acceptance rate falls by the share `restart_drop`; 0 never does.
     """
 
     skip_attention: tuple[int, ...] = ()
@@ -121,6 +121,7 @@ class Swift(Method):
         self._drift = Drift(options.restart_drop)
         # Draft steps of the latest round that drafted: with another number, another share is accepted of the same text.
         self._steps = 0
+        self._started = options.first == "random"
         self._accumulated = 0
         self._budget = Budget(options.search_budget)
         self._candidate_s = 0.0
@@ -193,6 +194,9 @@ class Swift(Method):
         # Until a candidate has been timed, it counts as a round.
         seconds = tally.draft_s + tally.verify_s
         self._candidate_s = self._candidate_s or seconds
+        if not self._started and self._affords(self._candidate_s):
+            self._budget.earn(seconds)
+            return self._start(model, cache, longest)
         if not self._due():
             self._accumulated += sum(tally.emitted)
             self._budget.earn(seconds)
@@ -214,6 +218,19 @@ class Swift(Method):
         moved = 0.9 * self._how.threshold + 0.1 * wanted
         self._how = replace(self._how, threshold=min(1.0, max(0.0, moved)))
 
+    def _start(self, model: Model, cache: KVCache, sequence: Sequence) -> float:
+        """Draft without the sub-layers that say least of the text so far: a pass on credit, instead of any scores."""
+        start = perf_counter()
+        try:
+            with model.mark("search", 1, self._options.window):
+                self._search.start(self._confidence(model, cache, sequence), sequence.generated)
+        except CapacityError:
+            return 0.0
+        self._started = True
+        spent = perf_counter() - start
+        self._budget.spend(spent)
+        return spent
+
     def _due(self) -> bool:
         """Whether a step has been earned; while no sequence is long enough for it, nothing more is saved up."""
         return self._accumulated >= self._options.window and self._budget.seconds >= 2 * self._candidate_s
@@ -230,8 +247,8 @@ class Swift(Method):
             search.remeasure(score, replaced, sequence.generated)
             while not search.finished and search.trial is None:
                 scored += 1
-                before = spent
-                candidate = search.suggest(self._confidence(model, cache, sequence) if search.begins else None)
+                before, leads = spent, search.begins and self._options.first == "confidence"
+                candidate = search.suggest(self._confidence(model, cache, sequence) if leads else None)
                 score = self._score(model, cache, sequence, candidate.plan)
                 spent = perf_counter() - start
                 search.record(candidate, score, sequence.generated, spent - before)
@@ -245,10 +262,9 @@ class Swift(Method):
     def _score(self, model: Model, cache: KVCache, sequence: Sequence, plan: LayerPlan) -> float:
         return matchness(model, cache, sequence.pages, self._text(sequence), self._options.window, plan)
 
-    def _confidence(self, model: Model, cache: KVCache, sequence: Sequence) -> list[float] | None:
-        if self._options.first == "random":
-            return None
-        return confidence(model, cache, sequence.pages, self._text(sequence), self._options.window)
+    def _confidence(self, model: Model, cache: KVCache, sequence: Sequence) -> list[float]:
+        text = self._text(sequence)
+        return confidence(model, cache, sequence.pages, text, min(self._options.window, len(text) - 1))
 
     def _text(self, sequence: Sequence) -> list[int]:
         """The tokens on the last of which a set is scored."""
