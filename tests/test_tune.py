@@ -12,6 +12,7 @@ import torch
 from skipjack import Engine, RequestError, SamplingParams
 from skipjack.runtime.commands import cli
 from skipjack.runtime.commands.tune import tune_and_save
+from skipjack.runtime.methods import registry
 from skipjack.runtime.skip_sets import SkipSet
 from skipjack.runtime.tune import tune_knapspec, tune_swift
 
@@ -50,6 +51,18 @@ def test_a_tuned_set_is_loaded_and_keeps_the_text(synthetic: Callable[..., Engin
         synthetic("tiny", torch.float32, 0.2).generate(PROMPTS[0], params, method=method)
     cache = engine._loaded()[1]
     assert cache.free_pages == cache.total_pages
+
+
+def test_a_search_that_resumes_starts_from_the_saved_set(synthetic: Callable[..., Engine], tmp_path: Path) -> None:
+    engine, file = synthetic("tiny", torch.float32, 0.1), tmp_path / "set.json"
+    found = tuned(engine, 20)
+    found.save(file)
+    method = f"swift:set={file},search_budget=0.0001"
+    own = engine._method(registry.parse(method))
+    own._search.resume(0)
+    output = engine.generate(PROMPTS[0], SamplingParams(max_tokens=20, ignore_eos=True), method=method)
+    assert [event["kind"] for event in output.stats.events] == ["restart"]
+    assert (own.plan.skipped_attention, own.plan.skipped_mlp) == (found.skip_attention, found.skip_mlp)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ class ConfLayers(Method):
         super().__init__(options, num_layers)
         # Less has no bend, and nothing a layer could be held against.
         expect_layers("conflayers", num_layers, 4)
-        self._options, self._num_layers = options, num_layers
+        self._options = options
         self.tree = options.tree
         self.rejection = options.acceptance == "rejection"
         self._how = Drafting(

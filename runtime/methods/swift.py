@@ -121,7 +121,7 @@ class Swift(Method):
         self._drift = Drift(options.restart_drop)
         # Draft steps of the latest round that drafted: with another number, another share is accepted of the same text.
         self._steps = 0
-        self._started = options.first == "random"
+        self._started = options.first == "random" or saved is not None
         self._accumulated = 0
         self._budget = Budget(options.search_budget)
         self._candidate_s = 0.0
