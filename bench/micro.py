@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..kernels.ops import Ops
 from ..kernels.reference import routes as reference_routes
 from ..kernels.reference import verify as reference_verify
-from ..kernels.values import Norm, Rope, Router, Slots
-from ..loaders.config import ModelConfig
+from ..kernels.values import Norm, Rope, Router
+from .micro_rounds import ROUND_OPS
+from .point import Launch, Outputs, Point, size
 
-Outputs = tuple[Tensor, ...]
 MAX_LAUNCHES = 64
 # Of a relative error in the norm: a few roundings of the dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -30,70 +27,9 @@ FILL_LAYERS = 4
 DRAFT = 4
 
 
-class Launch(NamedTuple):
-    """The op, plain PyTorch on the same inputs, and the bytes no implementation can avoid; `syncs`: plain waits.
-
-    `flops`: multiplications and additions of its matrix products, for the rows asked for; none where there are few.
-    """
-
-    op: Callable[[], Outputs]
-    plain: Callable[[], Outputs]
-    bytes: int
-    flops: int = 0
-    syncs: bool = False
-
-
-@dataclass(frozen=True)
-class Point:
-    """Where an op is timed. A row is at position `context` or after it; `seed` makes the launches of a case differ."""
-
-    ops: Ops
-    config: ModelConfig
-    device: torch.device
-    dtype: torch.dtype
-    rows: int
-    context: int
-    seed: int = 0
-
-    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        generator = torch.Generator(self.device).manual_seed(hash((self.seed, shape)) & 0xFFFFFFFF)
-        return torch.randn(shape, generator=generator, device=self.device).to(dtype or self.dtype)
-
-    def weight(self, rows: int, columns: int) -> Tensor:
-        return self.randn(rows, columns) / columns**0.5
-
-    def norm(self, *shape: int) -> Norm:
-        return Norm(1 + 0.1 * self.randn(*shape), None, self.config.norm_eps)
-
-    def arange(self, count: int, start: int = 0) -> Tensor:
-        return torch.arange(start, start + count, device=self.device)
-
-    @property
-    def tile(self) -> int | None:
-        """The tile the engine takes for so many rows."""
-        return next((tile for tile in self.ops.tiles if tile >= self.rows), self.ops.tiles[-1])
-
-    @property
-    def pages(self) -> int:
-        return -(-(self.context + self.rows) // self.ops.page_size)
-
-    @property
-    def slots(self) -> Slots:
-        at = self.arange(self.rows, self.context)
-        return Slots(at // self.ops.page_size, at % self.ops.page_size)
-
-    def caches(self, *layers: int) -> tuple[Tensor, Tensor]:
-        shape = (*layers, self.pages, self.config.num_kv_heads, self.ops.page_size, self.config.head_dim)
-        return self.randn(*shape), self.randn(*shape).flip(-1)
-
-    def rope(self) -> Rope:
-        angle = self.randn(self.rows, 1, self.config.head_dim // 2, dtype=torch.float32)
-        return Rope(torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1))
-
-
 def normalise(p: Point) -> Launch:
     x, norm = p.randn(p.rows, p.config.hidden_size), p.norm(p.config.hidden_size)
-    return Launch(lambda: (p.ops.normalise(x, norm),), lambda: (_rms(x, norm),), _size(x))
+    return Launch(lambda: (p.ops.normalise(x, norm),), lambda: (_rms(x, norm),), size(x))
 
 
 def output(p: Point) -> Launch:
@@ -116,7 +52,7 @@ def up(p: Point) -> Launch:
     return Launch(
         lambda: (p.ops.linear(x, matrix, tile=p.tile, norm=norm, activation="silu_gate"),),
         plain,
-        _size(weight),
+        size(weight),
         _flops(p, weight),
     )
 
@@ -128,7 +64,7 @@ def logits(p: Point) -> Launch:
     return Launch(
         lambda: (p.ops.logits(x, norm, matrix, tile=p.tile),),
         lambda: (functional.linear(_rms(x, norm), weight),),
-        _size(weight),
+        size(weight),
         _flops(p, weight),
     )
 
@@ -146,7 +82,7 @@ def head(p: Point) -> Launch:
         scores = functional.linear(_rms(x, norm), weight).float()
         return scores.max(dim=-1).values, scores.logsumexp(dim=-1)
 
-    return Launch(op, plain, _size(weight), _flops(p, weight))
+    return Launch(op, plain, size(weight), _flops(p, weight))
 
 
 def qkv_rope_append(p: Point) -> Launch:
@@ -170,7 +106,7 @@ def qkv_rope_append(p: Point) -> Launch:
         other[1][slots.page, :, slots.offset] = v
         return qk[:, :heads], *other
 
-    return Launch(op, plain, _size(weight), _flops(p, weight))
+    return Launch(op, plain, size(weight), _flops(p, weight))
 
 
 def attend(p: Point) -> Launch:
@@ -213,7 +149,7 @@ def fill_kv(p: Point) -> Launch:
         return other
 
     read = weight[:, heads * head_dim :]
-    return Launch(op, plain, _size(read), _flops(p, read))
+    return Launch(op, plain, size(read), _flops(p, read))
 
 
 def row_map(p: Point) -> Launch:
@@ -232,9 +168,7 @@ def route(p: Point) -> Launch:
         code = _rms(functional.linear(_rms(x, norm), encoder).float(), inner._replace(weight=inner.weight.float()))
         return ((code.tanh() @ readout).sigmoid(),)
 
-    return Launch(
-        lambda: (p.ops.route(x, norm, router, tile=p.tile).weight,), plain, _size(encoder), _flops(p, encoder)
-    )
+    return Launch(lambda: (p.ops.route(x, norm, router, tile=p.tile).weight,), plain, size(encoder), _flops(p, encoder))
 
 
 def sample(p: Point) -> Launch:
@@ -246,7 +180,7 @@ def sample(p: Point) -> Launch:
     def call(function: Callable[..., Tensor]) -> Outputs:
         return (function(scores, *rule, *rest),)
 
-    return Launch(lambda: call(p.ops.sample), lambda: call(reference_verify.sample), _size(scores), syncs=True)
+    return Launch(lambda: call(p.ops.sample), lambda: call(reference_verify.sample), size(scores), syncs=True)
 
 
 def verify(p: Point) -> Launch:
@@ -256,7 +190,7 @@ def verify(p: Point) -> Launch:
     return Launch(
         lambda: tuple(p.ops.verify(*inputs)),
         lambda: tuple(reference_verify.verify(*inputs)),
-        sum(_size(tensor) for tensor in inputs),
+        size(*inputs),
     )
 
 
@@ -268,7 +202,7 @@ def verify_rejection(p: Point) -> Launch:
     return Launch(
         lambda: tuple(p.ops.verify_rejection(*inputs)),
         lambda: tuple(reference_verify.verify_rejection(*inputs)),
-        _size(scores) + _size(drafted),
+        size(scores, drafted),
         syncs=True,
     )
 
@@ -308,8 +242,9 @@ OPS: dict[str, Callable[[Point], Launch]] = {
     "verify": verify,
     "verify_rejection": verify_rejection,
     "compact": compact,
+    **ROUND_OPS,
 }
-OF_CONTEXT = ("attend",)
+OF_CONTEXT = ("attend", "lookup")
 
 
 def difference(got: Outputs, expected: Outputs) -> float:
@@ -333,7 +268,7 @@ def _residual(p: Point, columns: int) -> Launch:
     return Launch(
         lambda: (p.ops.linear(x, matrix, tile=p.tile, residual=residual),),
         lambda: (added + functional.linear(x, weight),),
-        _size(weight),
+        size(weight),
         _flops(p, weight),
     )
 
@@ -349,10 +284,6 @@ def _rms(x: Tensor, norm: Norm) -> Tensor:
 
 def _rotated(x: Tensor, rope: Rope) -> Tensor:
     return (x * rope.cos + torch.roll(x, x.shape[-1] // 2, -1) * rope.sin).to(x.dtype)
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _flops(p: Point, weight: Tensor) -> int:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from skipjack.bench.clock import Sampler, Spread, cache_bytes, sampler
-from skipjack.bench.micro import MAX_LAUNCHES, OF_CONTEXT, OPS, TOLERANCE, Launch, Point, difference
+from skipjack.bench.micro import MAX_LAUNCHES, OF_CONTEXT, OPS, TOLERANCE, difference
+from skipjack.bench.point import Launch, Point
 from skipjack.kernels.ops import Ops
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config

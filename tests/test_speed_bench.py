@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from skipjack import Engine, SamplingParams
 from skipjack.bench import decode, passes, tables
 from skipjack.bench.clock import Spread, paired
 from skipjack.bench.forced_acceptance import ForcedVerify, accepted_counts, forced_acceptance
-from skipjack.bench.micro import OPS, Point, difference
+from skipjack.bench.micro import OPS, difference
+from skipjack.bench.point import Point
 from skipjack.bench.project import costs_of
-from skipjack.kernels.ops import TORCH
+from skipjack.kernels.ops import TORCH, Ops
 from skipjack.kernels.reference import packed
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.naming import field_shapes
@@ -104,6 +106,11 @@ def test_the_line_through_draft_times() -> None:
     assert (line.fixed, line.layer, line.r2) == pytest.approx((1.0, 0.5, 1.0))
     assert decode.fit([(0, 0.0), (1, 1.0), (2, 0.0)]).r2 == pytest.approx(0.0)
     assert Spread.of([3.0, 1.0, 2.0]).median == 2.0
+
+
+def test_every_op_is_timed() -> None:
+    ops = [field.name for field in fields(Ops)]
+    assert {*ops[ops.index("enter") :]} == {op.partition(" ")[0] for op in OPS}
 
 
 @pytest.mark.parametrize("op", OPS)
