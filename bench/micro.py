@@ -17,14 +17,13 @@ from torch.nn import functional
 from ..kernels.reference import routes as reference_routes
 from ..kernels.reference import verify as reference_verify
 from ..kernels.values import Norm, Rope, Router
-from .micro_rounds import ROUND_OPS
+from .micro_rounds import DRAFT, ROUND_OPS
 from .point import Launch, Outputs, Point, size
 
 MAX_LAUNCHES = 64
 # Of a relative error in the norm: a few roundings of the dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 FILL_LAYERS = 4
-DRAFT = 4
 
 
 def normalise(p: Point) -> Launch:

@@ -13,18 +13,17 @@ from torch import Tensor
 from ..kernels.reference import logits as reference_logits
 from ..kernels.reference import lookup as reference_lookup
 from ..kernels.reference import rounds as reference
-from ..kernels.values import Grown, Progress, Reshaping, Rope
+from ..kernels.values import Grown, Progress, Reshaping
+from ..runtime.methods.drafting import WIDEST, WIDTHS
 from .point import Launch, Outputs, Point, size
 
-DRAFT, NODES, SIBLINGS, TOP, LEFT = 4, 32, 10, 5, 1 << 40
-WIDTHS = ((0.95, 1), (0.8, 3), (0.5, 5))
+DRAFT, NODES, TOP, LEFT = 4, 32, 5, 1 << 40
 
 
 def enter(p: Point) -> Launch:
     """A token of every sequence."""
     embedding = p.randn(p.config.vocab_size, p.config.hidden_size)
-    angle = p.randn(p.context + p.rows, 1, p.config.head_dim // 2, dtype=torch.float32)
-    rope = Rope(torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1))
+    rope = p.rope(p.context + p.rows)
     token, first = p.arange(p.rows)[:, None] * 7 % p.config.vocab_size, torch.full_like(p.arange(p.rows), p.context)
     table = p.arange(p.rows * p.pages).view(p.rows, -1)
 
@@ -63,7 +62,7 @@ def extend(p: Point) -> Launch:
 def branch(p: Point) -> Launch:
     """The first depth of every tree, which each launch sets back first."""
     room, threshold = torch.full_like(p.arange(p.rows), NODES), torch.full((), 0.1, device=p.device)
-    token = p.arange(p.rows)[:, None] + p.arange(SIBLINGS)
+    token = p.arange(p.rows)[:, None] + p.arange(WIDEST)
     value = p.randn(p.rows, dtype=torch.float32)
     total = value + 0.2 + p.randn(p.rows, dtype=torch.float32).abs()
     mine, other = (Grown.bare(room, NODES, DRAFT) for _ in range(2))

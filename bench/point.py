@@ -72,8 +72,9 @@ class Point:
         shape = (*layers, self.pages, self.config.num_kv_heads, self.ops.page_size, self.config.head_dim)
         return self.randn(*shape), self.randn(*shape).flip(-1)
 
-    def rope(self) -> Rope:
-        angle = self.randn(self.rows, 1, self.config.head_dim // 2, dtype=torch.float32)
+    def rope(self, positions: int | None = None) -> Rope:
+        """Rotations of so many positions, or of a row each."""
+        angle = self.randn(positions or self.rows, 1, self.config.head_dim // 2, dtype=torch.float32)
         return Rope(torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1))
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ def test_confidence_is_that_of_the_outputs_of_the_modules_of_transformers(tmp_pa
     for parameter in peer.parameters():
         parameter.mul_(8.0 if parameter.dim() > 1 else 1.0)
     peer.save_pretrained(tmp_path)
-    said: list[tuple[Tensor, Tensor]] = []
+    said: list[list[Tensor]] = []
     for layer in peer.model.layers:
         outputs: list[Tensor] = []
         layer.self_attn.register_forward_hook(lambda _, __, out, keep=outputs: keep.append(out[0]))
@@ -131,7 +132,7 @@ class Rounds:
     def round(self, accepted: int = 2, drafted: int = 5, generated: int = 99) -> LayerPlan:
         sequence = SimpleNamespace(generated=generated, pages=[], tokens=[])
         tally = Tally([sequence], [drafted], [drafted], [accepted], [accepted + 1], 1.0, 1.0)
-        self.made.count(SimpleNamespace(mark=lambda *_: __import__("contextlib").nullcontext()), None, tally)
+        self.made.count(SimpleNamespace(mark=lambda *_: nullcontext()), None, tally)
         return self.made.plan
 
     def expected(self, asked: int) -> LayerPlan:

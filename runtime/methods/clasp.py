@@ -18,7 +18,7 @@ from ..recipe import Recipe
 from ..sequence import Sequence
 from .base import Method, expect_layers, no_draft
 from .checked import Acceptance, Checked, DraftTokens, Share, Within
-from .drafting import Drafting, by_mask, grow
+from .drafting import Drafting, by_set, grow
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ class Clasp(Method):
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
         """By the mask: a set is replaced before a graph of its own, which would then be of no use, had paid."""
-        return None if self._due() else by_mask(self._full, self._how, sequences)
+        return None if self._due() else by_set(self._full, self._how, sequences)
 
     def recipes(self, sequences: list[Sequence]) -> list[Recipe]:
-        return [by_mask(self._full, self._how, sequences)]
+        return [by_set(self._full, self._how, sequences)]
 
     @property
     def threshold(self) -> float:

@@ -19,9 +19,9 @@ from ..plan import LayerPlan
 from ..recipe import Recipe
 from ..search import initial_plan
 from ..sequence import Sequence
-from .base import Method, expect_layers, no_draft, sampled
+from .base import Method, expect_layers, no_draft
 from .checked import Acceptance, Checked, DraftTokens, Share, Within
-from .drafting import Drafting, grow
+from .drafting import Drafting, by_set, grow
 
 # Neighbours a layer is held against: two, and up to so many more where confidence bends most, at the last layer.
 NEIGHBOURS, WIDENING = 2, 5
@@ -113,15 +113,7 @@ class ConfLayers(Method):
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
         if not self._plan.skipped:
             return Recipe(self._full, self._full)
-        return Recipe(
-            self._full,
-            self._plan if self._finished else self._full,
-            min(self._how.num_draft_tokens, self.widest),
-            masked=not self._finished,
-            confident=self._how.threshold > 0,
-            rejection=self.rejection and sampled(sequences),
-            max_nodes=self._how.max_nodes if self.tree else 0,
-        )
+        return by_set(self._full, self._how, sequences, self._plan if self._finished else None)
 
     def count(self, model: Model, cache: KVCache, tally: Tally) -> float:
         """Judge the set after its rounds, and take the next one from the confidence of the layers (§3)."""

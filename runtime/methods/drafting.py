@@ -41,20 +41,29 @@ class Drafting:
     vocabulary: int = 0
 
 
-def by_mask(full: LayerPlan, how: Drafting, sequences: list[Sequence], *, limited: bool = False) -> Recipe:
-    """How the device drafts chains with sets that are soon replaced: one graph for all of them.
+def by_set(
+    full: LayerPlan,
+    how: Drafting,
+    sequences: list[Sequence],
+    settled: LayerPlan | None = None,
+    *,
+    limited: bool = False,
+) -> Recipe:
+    """How the device drafts with skip sets: by a mask, one graph for all that are soon replaced, or the `settled` one.
 
-    `limited`: of lengths that are, up to that of `how`.
+    `limited`: with drafts of lengths that are replaced too, up to that of `how`.
     """
+    nodes = how.max_nodes if how.tree else 0
     return Recipe(
         full,
-        full,
-        how.num_draft_tokens,
-        masked=True,
+        settled or full,
+        min(how.num_draft_tokens, nodes or how.num_draft_tokens),
+        masked=settled is None,
         limited=limited,
         confident=how.threshold > 0,
         rejection=how.rejection and sampled(sequences),
         vocabulary=how.vocabulary,
+        max_nodes=nodes,
     )
 
 

@@ -19,7 +19,7 @@ from ..recipe import Recipe
 from ..sequence import Sequence
 from .base import Method, expect_layers, no_draft
 from .checked import Acceptance, Checked, DraftTokens, Share
-from .drafting import Drafting, by_mask, grow
+from .drafting import Drafting, by_set, grow
 
 # What a newly seen token weighs in the moving averages, and the rows of a round that are measured at most.
 WEIGHT, ROWS = 0.05, 8
@@ -90,11 +90,11 @@ class DynamicExit(Method):
         if self._due():
             return None
         return (
-            by_mask(self._full, self._how, sequences, limited=True) if self._length else Recipe(self._full, self._full)
+            by_set(self._full, self._how, sequences, limited=True) if self._length else Recipe(self._full, self._full)
         )
 
     def recipes(self, sequences: list[Sequence]) -> list[Recipe]:
-        return [Recipe(self._full, self._full), by_mask(self._full, self._how, sequences, limited=True)]
+        return [Recipe(self._full, self._full), by_set(self._full, self._how, sequences, limited=True)]
 
     @property
     def threshold(self) -> float:

@@ -23,7 +23,7 @@ from ..recipe import Recipe
 from ..sequence import Sequence
 from .base import Method, no_draft
 from .checked import Acceptance, Checked, DraftTokens, Share, Within
-from .drafting import Drafting, by_mask, grow
+from .drafting import Drafting, by_set, grow
 
 # The tokens of a window, the mean cosine below which a state is dropped, and the largest weight.
 MAX_TOKENS, FLOOR, HEAVIEST = 16, 0.5, 5
@@ -128,10 +128,10 @@ class KnapSpec(Method):
         """By the mask: sets and lengths are replaced too soon for graphs of their own. A window is the host's."""
         if self._due():
             return None
-        return by_mask(self._full, self._how, sequences, limited=True) if self.limit else Recipe(self._full, self._full)
+        return by_set(self._full, self._how, sequences, limited=True) if self.limit else Recipe(self._full, self._full)
 
     def recipes(self, sequences: list[Sequence]) -> list[Recipe]:
-        return [Recipe(self._full, self._full), by_mask(self._full, self._how, sequences, limited=True)]
+        return [Recipe(self._full, self._full), by_set(self._full, self._how, sequences, limited=True)]
 
     @property
     def threshold(self) -> float:

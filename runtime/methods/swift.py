@@ -21,9 +21,9 @@ from ..search import Drift, Incumbent, Search, matchness
 from ..sequence import Sequence
 from ..skip_sets import SkipSet
 from ..stepwise import Stepwise
-from .base import Method, no_draft, sampled
+from .base import Method, no_draft
 from .checked import Acceptance, Checked, OneOf, Share, Vocabulary, Within
-from .drafting import Drafting, grow
+from .drafting import Drafting, by_set, grow
 
 # The adaptive threshold's goal and its step.
 TARGET, STEP = 0.9, 0.01
@@ -159,18 +159,9 @@ class Swift(Method):
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
         if not self.plan.skipped:
             return Recipe(self._full, self._full)
-        options, searching = self._options, self.phase() == "accumulation"
-        plan = self._full if searching else self.plan
-        return Recipe(
-            self._full,
-            plan,
-            min(self._how.num_draft_tokens, self.widest),
-            masked=searching,
-            confident=options.adaptive or options.threshold > 0,
-            rejection=self.rejection and sampled(sequences),
-            vocabulary=options.draft_vocab,
-            max_nodes=options.max_nodes if options.tree else 0,
-        )
+        settled = self.plan if self.phase() == "acceleration" else None
+        recipe = by_set(self._full, self._how, sequences, settled)
+        return replace(recipe, confident=True) if self._options.adaptive else recipe
 
     @property
     def threshold(self) -> float:
@@ -194,12 +185,11 @@ class Swift(Method):
         # Until a candidate has been timed, it counts as a round.
         seconds = tally.draft_s + tally.verify_s
         self._candidate_s = self._candidate_s or seconds
-        if not self._started and self._affords(self._candidate_s):
-            self._budget.earn(seconds)
-            return self._start(model, cache, longest)
         if not self._due():
             self._accumulated += sum(tally.emitted)
             self._budget.earn(seconds)
+        if not self._started and self._affords(self._candidate_s):
+            return self._start(model, cache, longest)
         if not self._due() or longest.generated <= self._options.window or not self._affords(self._budget.seconds):
             return 0.0
         start = perf_counter()
