@@ -1,5 +1,6 @@
 """Triton functions that kernels share."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -7,6 +8,8 @@ from . import launch
 
 # The interpreter multiplies bfloat16 as integers: there products are made in float32.
 AHEAD_PIECE: tl.constexpr = tl.constexpr(launch.AHEAD_PIECE)
+_MOST_BFLOAT16: tl.constexpr = tl.constexpr(torch.finfo(torch.bfloat16).max)
+_MOST_FLOAT32: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).max)
 _UPCAST: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -74,6 +77,13 @@ def flags(ptr, offs, mask):
     word_ptr = (address & -4).to(tl.pointer_type(tl.int32))
     word = tl.load(word_ptr, mask=mask, other=0, cache_modifier=".cg")
     return (word >> ((address & 3) * 8).to(tl.int32)) & 255 != 0
+
+
+@triton.jit
+def finite(x, dtype: tl.constexpr):
+    """x in the range of `dtype`: what is beyond it its greatest number, with the sign of x, and NaN 0."""
+    MOST: tl.constexpr = 65504.0 if dtype == tl.float16 else _MOST_BFLOAT16 if dtype == tl.bfloat16 else _MOST_FLOAT32
+    return tl.where(x == x, tl.minimum(tl.maximum(x, -MOST), MOST), 0.0)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, product_rules
-from .primitives import flags, ordered_sum, wait_for_producers
+from .primitives import finite, flags, ordered_sum, wait_for_producers
 from .products import halves, row_product, statistics_first, weighed, weight_tile
 from .values import Matrix, Norm, Rope, Slots, Split
 
@@ -86,12 +86,13 @@ def store_halves(
     D: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """lower and upper [PAIRS, ROWS] to dimensions pair + i and pair + i + D/2 of the heads at offs_out int64 [ROWS]."""
+    """lower and upper [PAIRS, ROWS], made `finite`, to dimensions pair + i and pair + i + D/2 of the heads at offs_out int64 [ROWS]."""
     offs_pair = pair + tl.arange(0, PAIRS)
     ptrs = out_ptr + offs_out[None, :] + offs_pair[:, None]
     mask = mask_r[None, :] & (offs_pair < D // 2)[:, None]
-    tl.store(ptrs, lower.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(ptrs + D // 2, upper.to(out_ptr.dtype.element_ty), mask=mask)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    tl.store(ptrs, finite(lower, dtype).to(dtype), mask=mask)
+    tl.store(ptrs + D // 2, finite(upper, dtype).to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["active_ptr", "write_ptr"])

@@ -9,10 +9,12 @@ An address is an integer, and elements are counted from it; `half` says that the
 """
 
 import hashlib
+import math
 import operator
 from pathlib import Path
 
 import numba
+import torch
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic, models, overload, register_model
@@ -38,6 +40,7 @@ _FILES = [*sorted(_ROOM.glob("*.py")), _ROOM.parent / "noise.py"]
 SOURCE = hashlib.sha256(b"".join(path.read_bytes() for path in _FILES)).hexdigest()[:8]
 _LOG2E, _LN2_HIGH, _LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
 _ROUNDER, _LEAST, _MOST = 12582912.0, -87.0, 88.0
+_MOST_BFLOAT16, _MOST_FLOAT32 = torch.finfo(torch.bfloat16).max, torch.finfo(torch.float32).max
 # The bits of √½.
 _ROOT = 0x3F3504F3
 
@@ -285,6 +288,14 @@ def write(base, i, x, half):
         _write_halves(base + 2 * i, x)
     else:
         _write_floats(base + 4 * i, x)
+
+
+@numba.njit
+def finite(x, half):
+    """x in the range of its type: what is beyond it its greatest number, with the sign of x, and NaN 0."""
+    most = splat(_MOST_BFLOAT16 if half else _MOST_FLOAT32)
+    x = lesser(most, greater(splat(0.0) - most, x))
+    return over(x, splat(-math.inf), x, splat(0.0))
 
 
 @numba.njit

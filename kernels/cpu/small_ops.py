@@ -8,6 +8,7 @@ from numba import carray
 from .lanes import (
     WIDTH,
     exp,
+    finite,
     fma,
     greater,
     greatest,
@@ -159,8 +160,8 @@ def _turned(x, norm, eps, cos, sin, turn, out, width, half):
             straight, across = first * read(cos + turn, i, False), second * read(cos + turn, j, False)
             across = fma(first, read(sin + turn, j, False), across)
             first, second = fma(second, read(sin + turn, i, False), straight), across
-        write(out, i, first, half)
-        write(out, j, second, half)
+        write(out, i, finite(first, half), half)
+        write(out, j, finite(second, half), half)
 
 
 @kernel(
@@ -190,4 +191,5 @@ def rope_append(
             source_k = source + (heads + head) * width * size
             _turned(source_k, k_norm, eps, cos, sin, turn, keys + at, width, half)
             for i in range(0, width, WIDTH):
-                write(values + at, i, read(source_k + kv_heads * width * size, i, half), half)
+                v = read(source_k + kv_heads * width * size, i, half)
+                write(values + at, i, finite(v, half), half)

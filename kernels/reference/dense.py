@@ -147,6 +147,9 @@ def qkv_rope_append(
     [D]. Returns q [R, heads, D], undefined for rows that are not `active` bool [R]. Rows that are not `write` bool [R]
     write nothing: FlexiDepth keeps the keys and values of rows it computes no query for. Rows that are neither are not
     computed, and of a split weight only the part that a row needs is.
+
+    All three are finite: what overflows is the dtype's greatest number, NaN is 0. Attention adds 0·v for the slots that
+    a row does not see, so NaN among them, as of a draft token that was rejected, would be in the row's sum.
     """
     qkv = project(linear, x, norm, weight, bias, tile, active, write)
     return rope_append(qkv, q_norm, k_norm, norm.eps, rope, keys, values, slots, heads=heads, tile=tile, write=write)
@@ -176,6 +179,7 @@ def rope_append(
     if rope is not None:
         wide = qk if qk.dtype == torch.float64 else qk.float()
         qk = (wide * rope.cos).add_(torch.roll(wide, head_dim // 2, -1).mul_(rope.sin)).to(qkv.dtype)
+    qk, v = qk.nan_to_num(), v.nan_to_num()
     q, k = qk.narrow(1, 0, heads), qk.narrow(1, heads, kv_heads)
     page, offset = slots
     if write is not None:
