@@ -83,7 +83,7 @@ def flags(ptr, offs, mask):
 def finite(x, dtype: tl.constexpr):
     """x in the range of `dtype`: what is beyond it its greatest number, with the sign of x, and NaN 0."""
     MOST: tl.constexpr = 65504.0 if dtype == tl.float16 else _MOST_BFLOAT16 if dtype == tl.bfloat16 else _MOST_FLOAT32
-    return tl.where(x == x, tl.minimum(tl.maximum(x, -MOST), MOST), 0.0)
+    return tl.where(x == x, tl.minimum(tl.maximum(x, -MOST), MOST), 0.0)  # noqa: PLR0124 - only NaN is not itself
 
 
 @triton.jit
