@@ -86,7 +86,10 @@ def store_halves(
     D: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """lower, upper [PAIRS, ROWS] to dimensions pair + i, pair + i + D/2 of the heads at offs_out int64 [ROWS], finite."""
+    """lower and upper [PAIRS, ROWS] to dimensions pair + i and pair + i + D/2 of the heads at offs_out int64 [ROWS].
+
+    What overflows is made `finite`.
+    """
     offs_pair = pair + tl.arange(0, PAIRS)
     ptrs = out_ptr + offs_out[None, :] + offs_pair[:, None]
     mask = mask_r[None, :] & (offs_pair < D // 2)[:, None]
