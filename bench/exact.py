@@ -98,7 +98,7 @@ def groups(name: str, prompts: int, batch: int = 0, cover: bool = False) -> Iter
 def coverage(rows: Sequence[Row]) -> dict[str, str]:
     """For every method, how many of the pairs of its factors' levels the rows have run."""
     found: dict[str, str] = {}
-    for name in rotation.NAMES:
+    for name in dict.fromkeys([*rotation.NAMES, *(row.name for row in rows)]):
         every, ran = set[rotation.Pair](), set[rotation.Pair]()
         for number, cell in enumerate(rotation.cells(name)):
             pairs = rotation.pairs(cell)

@@ -74,17 +74,18 @@ class Cell:
 
 
 def named(methods: Sequence[str] | None) -> tuple[str, ...]:
-    """Those of NAMES that run one of these methods, all of them for None.
+    """Those of NAMES that run one of these methods, all of them for None; and those of `methods` that packages add.
 
     Raises:
         RequestError: one is not held against plain decoding, or has options, which rotate.
     """
     own = {name: name.partition(" ")[0] for name in NAMES}
-    for method in methods or ():
-        if method not in own.values():
+    others = [method for method in dict.fromkeys(methods or ()) if method not in own.values()]
+    for method in others:
+        if method not in registry.outside() or not registry.find(method).lossless:
             known = ", ".join(dict.fromkeys(own.values()))
             raise RequestError(f"--method: expected a lossless method without options ({known}), got {method!r}")
-    return tuple(name for name in NAMES if not methods or own[name] in methods)
+    return (*(name for name in NAMES if not methods or own[name] in methods), *others)
 
 
 def factors(name: str) -> dict[str, tuple[str, ...]]:

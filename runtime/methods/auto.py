@@ -66,6 +66,7 @@ class Auto(Method):
     """
 
     name = "auto"
+    options = Options
 
     def __init__(self, options: Options, num_layers: int, clock: Clock = perf_counter) -> None:
         super().__init__(options, num_layers)

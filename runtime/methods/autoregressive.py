@@ -18,6 +18,7 @@ class Autoregressive(Method):
     """One token per round, no draft."""
 
     name = "autoregressive"
+    options = Options
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
         return Recipe(self._full, self._full)

@@ -30,6 +30,8 @@ class Method:
     """
 
     name: ClassVar[str]
+    # The frozen dataclass of its options; `name:key=value,…` gives its fields.
+    options: ClassVar[type[Any]]
     lossless: bool = True
     # Values of `model_type` whose checkpoints are made for this method, which no other method runs; none: dense models.
     checkpoints: ClassVar[tuple[str, ...]] = ()

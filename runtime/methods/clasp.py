@@ -42,6 +42,7 @@ class Clasp(Method):
     """Drafting with the layer set of the latest optimisation; before the first one, plain decoding."""
 
     name = "clasp"
+    options = Options
 
     def __init__(self, options: Options, num_layers: int, clock: Callable[[], float] = perf_counter) -> None:
         super().__init__(options, num_layers)

@@ -63,6 +63,7 @@ class ConfLayers(Method):
     """Drafting with the latest set, tried for some rounds; at last with the best of them."""
 
     name = "conflayers"
+    options = Options
 
     def __init__(self, options: Options, num_layers: int) -> None:
         super().__init__(options, num_layers)

@@ -116,6 +116,7 @@ class DirectMultiToken(Policy):
     """
 
     name = "dmtd"
+    options = Options
     checkpoints = ("mtpqwen3", "dmtdqwen3")
 
     def __init__(self, options: Options, num_layers: int, cycle: Cycle) -> None:

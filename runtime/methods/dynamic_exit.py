@@ -41,6 +41,7 @@ class DynamicExit(Method):
     """Every exit's rate of agreement with the full model, and the exit and draft length that promise most."""
 
     name = "del"
+    options = Options
 
     def __init__(self, options: Options, num_layers: int) -> None:
         super().__init__(options, num_layers)

@@ -60,6 +60,7 @@ class FlexiDepth(Policy):
     """
 
     name = "flexidepth"
+    options = Options
     checkpoints = (MODEL_TYPE,)
 
     def __init__(self, options: Options, num_layers: int) -> None:

@@ -85,6 +85,7 @@ class KnapSpec(Method):
     """Drafting with the latest choice; the next one is worked out between rounds, a slice at a time."""
 
     name = "knapspec"
+    options = Options
 
     def __init__(self, options: Options, num_layers: int, clock: Callable[[], float] = perf_counter) -> None:
         super().__init__(options, num_layers)

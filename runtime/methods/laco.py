@@ -48,6 +48,7 @@ class LaCo(Planned):
     """Plain decoding of a model whose layers were merged when it was loaded."""
 
     name = "laco"
+    options = Options
     edits = True
 
     def __init__(self, options: Options, num_layers: int) -> None:

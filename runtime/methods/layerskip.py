@@ -40,6 +40,7 @@ class LayerSkip(Method):
     """Self-drafting and self-verification with one cache: both passes share the keys and values of the early layers."""
 
     name = "layerskip"
+    options = Options
 
     def __init__(self, options: Options, num_layers: int) -> None:
         super().__init__(options, num_layers)

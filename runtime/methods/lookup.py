@@ -46,6 +46,7 @@ class Lookup(Method):
     """Drafts from the prompt and the text so far, at no cost to the model."""
 
     name = "lookup"
+    options = Options
 
     def __init__(self, options: Options, num_layers: int) -> None:
         super().__init__(options, num_layers)

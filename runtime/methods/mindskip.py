@@ -58,6 +58,7 @@ class MindSkip(Policy):
     """One decision for every sequence and routed layer: attention runs, or leaves no keys and values; MLPs run."""
 
     name = "mindskip"
+    options = Options
     checkpoints = ("llama_mindskip", "qwen2_mindskip")
 
     def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Reading[Step]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typing
 from dataclasses import dataclass, fields
 from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from types import UnionType
 from typing import Any, cast
 
@@ -30,25 +31,29 @@ from . import (
 )
 from .base import Method
 
-_METHODS: dict[str, tuple[type[Any], type[Any]]] = {
-    "auto": (auto.Auto, auto.Options),
-    "autoregressive": (autoregressive.Autoregressive, autoregressive.Options),
-    "clasp": (clasp.Clasp, clasp.Options),
-    "conflayers": (conflayers.ConfLayers, conflayers.Options),
-    "del": (dynamic_exit.DynamicExit, dynamic_exit.Options),
-    "dmtd": (dmtd.DirectMultiToken, dmtd.Options),
-    "flexidepth": (flexidepth.FlexiDepth, flexidepth.Options),
-    "knapspec": (knapspec.KnapSpec, knapspec.Options),
-    "laco": (laco.LaCo, laco.Options),
-    "layerskip": (layerskip.LayerSkip, layerskip.Options),
-    "lookup": (lookup.Lookup, lookup.Options),
-    "mindskip": (mindskip.MindSkip, mindskip.Options),
-    "shortgpt": (shortgpt.ShortGPT, shortgpt.Options),
-    "static": (static.Static, static.Options),
-    "swift": (swift.Swift, swift.Options),
-    "unified": (unified.Unified, unified.Options),
+_METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        auto.Auto,
+        autoregressive.Autoregressive,
+        clasp.Clasp,
+        conflayers.ConfLayers,
+        dynamic_exit.DynamicExit,
+        dmtd.DirectMultiToken,
+        flexidepth.FlexiDepth,
+        knapspec.KnapSpec,
+        laco.LaCo,
+        layerskip.LayerSkip,
+        lookup.Lookup,
+        mindskip.MindSkip,
+        shortgpt.ShortGPT,
+        static.Static,
+        swift.Swift,
+        unified.Unified,
+    )
 }
-
+# The entry points by which a package adds methods of its own: `name = "package.module:Class"`.
+GROUP = "skipjack.methods"
 
 _BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
 _EXPECTED: dict[Any, str] = {bool: "true or false", tuple[int, ...]: "different integers joined with +"}
@@ -64,7 +69,7 @@ class MethodSpec:
     @property
     def edits(self) -> bool:
         """Whether an engine must be loaded with it, and serves nothing else then."""
-        return _METHODS[self.name][0].edits
+        return find(self.name).edits
 
     def build(self, config: ModelConfig) -> Method:
         """A fresh instance for a model of this shape.
@@ -75,7 +80,35 @@ class MethodSpec:
         mismatch = _mismatch(self.name, config.model_type)
         if mismatch:
             raise RequestError(mismatch)
-        return _METHODS[self.name][0].fit(self.options, config)
+        return find(self.name).fit(self.options, config)
+
+
+@cache
+def find(name: str) -> type[Method]:
+    """The method of that name: one of this version, or else of an installed package.
+
+    Raises:
+        RequestError: there is none, or the package's does not load.
+    """
+    if name in _METHODS:
+        return _METHODS[name]
+    others = outside()
+    if name not in others:
+        known = ", ".join([*_METHODS, *others])
+        raise RequestError(f"method: unknown method {name!r}, expected one of {known}")
+    place = others[name].value
+    try:
+        method = others[name].load()
+    except Exception as error:
+        raise RequestError(f"method {name}: {place} does not load: {error}") from error
+    if not (isinstance(method, type) and issubclass(method, Method)) or vars(method).get("name") != name:
+        raise RequestError(f"method {name}: expected a subclass of Method of that name at {place}, got {method!r}")
+    return method
+
+
+def outside() -> dict[str, EntryPoint]:
+    """The methods that installed packages add, by name; none has the name of one of this version."""
+    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in _METHODS}
 
 
 def names(model_type: str | None = None) -> list[str]:
@@ -84,8 +117,8 @@ def names(model_type: str | None = None) -> list[str]:
 
 
 def lossless() -> list[str]:
-    """The methods whose tokens are those of the full model."""
-    return [name for name, (method, _) in _METHODS.items() if method.lossless]
+    """The methods of this version whose tokens are those of the full model."""
+    return [name for name, method in _METHODS.items() if method.lossless]
 
 
 def parse(text: str) -> MethodSpec:
@@ -97,9 +130,7 @@ def parse(text: str) -> MethodSpec:
     if not isinstance(cast(object, text), str):
         raise RequestError(f"method: expected a name and options as text, got {text!r}")
     name, _, rest = text.partition(":")
-    if name not in _METHODS:
-        raise RequestError(f"method: unknown method {name!r}, expected one of {', '.join(_METHODS)}")
-    options = _METHODS[name][1]
+    options = find(name).options
     types = _types(options)
     values: dict[str, object] = {}
     for item in filter(None, rest.split(",")):
@@ -123,8 +154,8 @@ def _types(options: type) -> dict[str, Any]:
 
 def _mismatch(name: str, model_type: str) -> str | None:
     """Why a method cannot run checkpoints of a `model_type`: they, or it, are made for another; None if it can."""
-    own = _METHODS[name][0].checkpoints
-    owner = next((other for other, (method, _) in _METHODS.items() if model_type in method.checkpoints), None)
+    own = find(name).checkpoints
+    owner = next((other for other, method in _METHODS.items() if model_type in method.checkpoints), None)
     if owner is not None and model_type not in own:
         return f"method: expected {owner}, which a {model_type} checkpoint is made for, got {name}"
     if own and owner is None:

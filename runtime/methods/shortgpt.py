@@ -42,6 +42,7 @@ class ShortGPT(Pruned):
     """Static pruning whose layers a calibration chooses when the engine is loaded."""
 
     name = "shortgpt"
+    options = Options
 
     def __init__(self, options: Options, num_layers: int) -> None:
         expect_layers("shortgpt", num_layers)

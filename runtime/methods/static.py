@@ -64,6 +64,7 @@ class Static(Pruned):
     """Layers left out by hand."""
 
     name = "static"
+    options = Options
 
     def __init__(self, options: Options, num_layers: int) -> None:
         super().__init__(options, num_layers)

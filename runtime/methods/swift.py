@@ -82,6 +82,7 @@ class Swift(Method):
     """Confidence-aware drafting with the best skip set known, and the search for a better one."""
 
     name = "swift"
+    options = Options
 
     def __init__(
         self, options: Options, num_layers: int, affords: Callable[[float], bool] = lambda seconds: True

@@ -32,6 +32,7 @@ class Unified(Planned):
     """
 
     name = "unified"
+    options = Options
 
     def __init__(self, options: Options, num_layers: int) -> None:
         super().__init__(options, num_layers)
