@@ -15,6 +15,7 @@ from .prompts import Prompt
 from .record import header
 
 ROUTED = ("mindskip", "flexidepth")
+CONFIDENT = ("state", "softmax")
 NO_ROUTERS = "no routers"
 
 
@@ -23,7 +24,8 @@ class Line:
     """One method at `asked` skipped layers, and category, against the full model's own greedy continuations.
 
     `skipped` is how many layers' worth of sub-layers a token did without, on average; perplexity = exp(nll), in nats
-    a token. A routed method asks for no number; without a checkpoint its `note` says so and its figures are None.
+    a token. A method that decides by itself asks for no number; where it wants a checkpoint and has none, its `note`
+    says so and its figures are None.
     """
 
     method: str
@@ -47,7 +49,7 @@ def compare(
     checkpoints: Mapping[str, str],
     progress: Callable[[str], None],
 ) -> tuple[dict[str, Any], list[Line]]:
-    """Every baseline at every number of skipped layers, and the routed methods on `checkpoints`, folders by method.
+    """Every baseline at every number of skipped layers, CALM, and the routed methods on `checkpoints`, by method.
 
     The header of a result comes first. One model is in memory at a time.
 
@@ -62,12 +64,17 @@ def compare(
         given = agreement.continuations(engine, prompts, max_tokens)
         lines = _lines(engine, PLAIN, PLAIN, 0, prompts, given)
         for count in skipped:
+            left = layers - count
             for name, spec in (
-                ("layerskip", f"layerskip:exit_layer={layers - count},verify=false"),
+                ("layerskip", f"layerskip:exit_layer={left},verify=false"),
                 ("shortgpt", f"shortgpt:n={count}"),
+                ("skipdecode", f"skipdecode:most={left},least={left}"),
             ):
                 progress(f"{name}, {count} layers skipped")
                 lines += _lines(engine, name, spec, count, prompts, given)
+        for measure in CONFIDENT:
+            progress(f"calm {measure}")
+            lines += _lines(engine, f"calm {measure}", f"calm:measure={measure}", None, prompts, given)
     for count in skipped:
         for rule in ("paper", "code"):
             progress(f"laco {rule}, {count} layers skipped")

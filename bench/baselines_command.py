@@ -27,7 +27,7 @@ def baselines(
     output: options.Output = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Early exit, ShortGPT, LaCo, MindSkip and FlexiDepth: agreement with the full model and perplexity."""
+    """Ways to leave layers out, from early exit to FlexiDepth: agreement with the full model and perplexity."""
     from . import sheets
     from .baselines import compare
     from .record import deliver

@@ -69,11 +69,9 @@ class Model:
         self._tiles: dict[int, tuple[int, ...]] = {}
         self._activation = "silu_gate" if config.gated else "gelu_tanh"
         self._windows = [config.window if windowed else None for windowed in config.window_layers]
-        self._joined = (
-            None
-            if self.routed
-            else ops.join(self.layers, self._heads, self._activation, config.rope_layers, self._windows, self._slopes)
-        )
+        made_of = (self.layers, self._heads, self._activation, config.rope_layers, self._windows, self._slopes)
+        # The sub-layers of a pass without masks in one call, where the table has that.
+        self.joined = None if self.routed else ops.join(*made_of)
 
     def new_cache(self, pages: int) -> KVCache:
         """An empty cache of `pages` pages for this model."""
@@ -144,8 +142,8 @@ class Model:
         `streams` as in `forward`; R counts padding.
         """
         fills, end = plan.fills, plan.span[1]
-        if self._joined is not None and laid.rows.active is None and not fills:
-            self._joined(plan.sublayers, x, cache.keys, cache.values, laid.slots, laid.index, laid.rope, streams)
+        if self.joined is not None and laid.rows.active is None and not fills:
+            self.joined(plan.sublayers, x, cache.keys, cache.values, laid.slots, laid.index, laid.rope, streams)
             return
         for sublayer, following in zip_longest((*plan.sublayers, end), plan.sublayers[1:]):
             if sublayer in fills:
@@ -228,17 +226,17 @@ class Model:
         else:
             self._mlp(sublayer // 2, x, laid, gate)
 
-    def fill(self, laid: Pass, cache: KVCache, layers: range, x: Tensor) -> None:
-        """Keys and values of consecutive layers whose attention is skipped, from the residual stream x [R, H].
+    def fill(self, laid: Pass, cache: KVCache, layers: range, x: Tensor, rows: Tensor | None = None) -> None:
+        """Keys and values of consecutive layers whose attention is skipped, as had they run on the stream x [R, H].
 
-        They are those the layers would have written had they run on x.
+        `rows` bool [layers, R] are those that skip each of them; all without it.
         """
         assert self._fill is not None, "routed layers fill their own keys and values"
         first, end = layers.start, layers.stop
         part = self._fill.part(first, end)
         self.ops.fill_kv(
             x,
-            self.ops.row_map(laid.real.expand(len(layers), -1)),
+            self.ops.row_map(laid.real.expand(len(layers), -1) if rows is None else rows),
             part.norm,
             part.qkv,
             part.qkv_bias,

@@ -172,7 +172,7 @@ class Audit:
         watched = ("qkv_rope_append", "attend", "fill_kv", "compact", "linear")
         ops = replace(model.ops, index=self._index, **{name: self._watch(name) for name in watched})
         monkeypatch.setattr(model, "ops", ops)
-        monkeypatch.setattr(model, "_joined", None)
+        monkeypatch.setattr(model, "joined", None)
         monkeypatch.setattr(kv, "reserve", self._reserved)
         monkeypatch.setattr(kv, "forked", self._forked)
 

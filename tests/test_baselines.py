@@ -25,10 +25,13 @@ def test_rows_are_those_of_scoring_by_hand(tmp_path: Path) -> None:
     _, lines = baselines.compare(str(tmp_path / "m"), "auto", PROMPTS, 6, [2], routed, lambda text: None)
     overall = {line.method: line for line in lines if line.category == "all"}
     assert list(overall) == [
-        "autoregressive", "layerskip", "shortgpt", "laco paper", "laco code", "mindskip", "flexidepth"
+        "autoregressive", "layerskip", "shortgpt", "skipdecode", "laco paper", "laco code",
+        "calm state", "calm softmax", "mindskip", "flexidepth",
     ]  # fmt: skip
     assert (overall["autoregressive"].agreement, overall["autoregressive"].skipped) == (1, 0)
-    assert [overall[name].skipped for name in list(overall)[1:5]] == [2, 2, 2, 2]
+    # The first token comes of the prompt, which SkipDecode reads with all layers.
+    skipped = [2, 2, pytest.approx(2 * 5 / 6), 2, 2]
+    assert [overall[name].skipped for name in list(overall)[1:6]] == skipped
     assert overall["flexidepth"].note == "no routers"
     assert overall["flexidepth"].agreement is None
     with Engine.load(tmp_path / "m") as engine, Engine.load(tmp_path / "routed", method="mindskip") as other:
@@ -36,6 +39,7 @@ def test_rows_are_those_of_scoring_by_hand(tmp_path: Path) -> None:
         by_hand = agreement.summary(agreement.score(other, "mindskip", PROMPTS, given))[-1]
         early = agreement.summary(agreement.score(engine, "layerskip:exit_layer=6,verify=false", PROMPTS, given))[-1]
     assert by_hand.layers is not None
+    assert 0 < (overall["calm state"].skipped or 0) <= 4
     mindskip, layerskip = overall["mindskip"], overall["layerskip"]
     assert (mindskip.perplexity, mindskip.skipped) == (by_hand.perplexity, 8 - by_hand.layers)
     assert (layerskip.agreement, layerskip.perplexity) == (early.agreement, early.perplexity)

@@ -203,11 +203,20 @@ def test_a_cycle_asks_the_host_nothing(questions: Any, method: str, sampled: boo
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("method", ["mindskip", "flexidepth", "flexidepth:kv=none"])
+@pytest.mark.parametrize(
+    ("shape", "method"),
+    [
+        ("tiny-mindskip", "mindskip"),
+        ("routed-tiny", "flexidepth"),
+        ("routed-tiny", "flexidepth:kv=none"),
+        ("tiny", "skipdecode"),
+        ("tiny", "calm:decay=2"),
+        ("tiny", "calm:measure=softmax,interval=2"),
+    ],
+)
 @torch.inference_mode()
-def test_a_step_asks_the_host_nothing(questions: Any, method: str) -> None:
+def test_a_step_asks_the_host_nothing(questions: Any, shape: str, method: str) -> None:
     pytest.importorskip("triton")
-    shape = "tiny-mindskip" if method == "mindskip" else "routed-tiny"
     config = ModelConfig.parse(synthetic_config(shape), shape)
     model = Model(config, synthetic_weights(config, 0, torch.float32), select("triton"))
     ask_nothing(questions, model, method, False, [3])

@@ -49,6 +49,8 @@ METHODS = [
     "layerskip:exit_layer=5,reuse=false",
     "layerskip:exit_layer=3,verify=false",
     "unified:speedup=2",
+    "skipdecode:length=6",
+    "calm:threshold=0.9,least=1",
     "static:skip=2+5,kv=fill",
 ]
 

@@ -86,11 +86,11 @@ def run(model: Model, rows: Rows, plan: LayerPlan, streams: bool) -> list[Tensor
 
 
 def one_by_one(model: Model, *given: Any) -> list[Tensor]:
-    joined, model._joined = model._joined, None
+    joined, model.joined = model.joined, None
     try:
         return run(model, *given)
     finally:
-        model._joined = joined
+        model.joined = joined
 
 
 @pytest.mark.usefixtures("unit")
@@ -98,7 +98,7 @@ def one_by_one(model: Model, *given: Any) -> list[Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_joined_sublayers_have_the_bits_of_single_operations(family: str, dtype: torch.dtype) -> None:
     model = model_of(family, dtype)
-    assert model._joined is not None
+    assert model.joined is not None
     full = model.full
     plans = full, full.without(attention=[1], mlp=[2, 3]), full.early_exit(1), full.without(range(4), range(4))
     for width, tree, streams in ((1, False, False), (8, True, True), (37, False, True)):
@@ -115,7 +115,7 @@ def test_joined_sublayers_are_right(family: str) -> None:
     config, weights = weights_of(family, torch.float32)
     wide = {name: part.double() for name, part in vars(weights).items() if isinstance(part, Tensor)}
     model, oracle = Model(config, weights, COMPILED), Model(config, replace(weights, **wide), TORCH)
-    assert oracle._joined is None
+    assert oracle.joined is None
     for tree in (False, True):
         got = run(model, batch(5, tree), model.full, True)
         expected = run(oracle, batch(5, tree), model.full, True)
@@ -170,12 +170,12 @@ def test_a_pass_without_memory_says_so_and_holds_nobody_up(monkeypatch: pytest.M
 
 
 def test_what_is_not_compiled_is_not_joined() -> None:
-    assert model_of("llama", torch.float16)._joined is None
-    assert model_of("llama", torch.float64)._joined is None
-    assert model_of("llama", torch.float32, TORCH)._joined is None
+    assert model_of("llama", torch.float16).joined is None
+    assert model_of("llama", torch.float64).joined is None
+    assert model_of("llama", torch.float32, TORCH).joined is None
     for shape in ("tiny-llama", "routed-tiny"):
         config = ModelConfig.parse(synthetic_config(shape), shape)
-        assert Model(config, synthetic_weights(config, 0, torch.float32), COMPILED)._joined is None
+        assert Model(config, synthetic_weights(config, 0, torch.float32), COMPILED).joined is None
 
 
 def test_a_prompt_is_joined_too() -> None:

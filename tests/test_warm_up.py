@@ -34,6 +34,7 @@ LONG = "layerskip:exit_layer=1,num_draft_tokens"
 VOTES = "lookup:choose=likeliest,acceptance=rejection"
 SEARCH = "swift:window=20,search_budget=1,max_opt_iter=3"
 CYCLES = {"num_hidden_layers": 3, "num_thinking_layers": 2, "num_decoding_layers": 1}
+FEWER = ("skipdecode:length=8,least=1", "calm:threshold=0.9,least=1", "calm:measure=softmax,threshold=0.05,interval=2")
 FLEXIDEPTH = ("flexidepth", "flexidepth:kv=none")
 ROUTED = {"num_hidden_layers": 4, "routing_layers": [2, 3]}
 MINDSKIP = {"num_hidden_layers": 3, "is_mindskip": [False, True, True]}
@@ -100,6 +101,10 @@ TRIALS = {
     "auto": Trial("tiny-llama", own="auto:max_loss=1", fields=SMALL),
     "biases": Trial("tiny-bloom", methods=(CHAIN,), fields={"n_layer": 2, "vocab_size": 203}, dtype=torch.float32),
     "filled layers": Trial("tiny-llama", methods=("static:skip=1,kv=fill",), fields=SMALL),
+    "fewer layers by and by": Trial("tiny-llama", methods=FEWER, fields=NARROW | {"num_hidden_layers": 3}),
+    "fewer layers by the host": Trial(
+        "tiny-llama", methods=FEWER, fields=NARROW | {"num_hidden_layers": 3}, sequences=2, graphs=False
+    ),
     "merged layers": Trial("tiny-llama", own="laco:base=0,followers=1", fields={"num_hidden_layers": 3}),
     "cycles": Trial("tiny-dmtd", own="dmtd", methods=("dmtd", "dmtd:phase=absolute"), fields=CYCLES),
     "routed attention": Trial("tiny-mindskip", own="mindskip", fields=MINDSKIP),

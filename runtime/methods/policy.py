@@ -42,8 +42,9 @@ class Policy(Method):
     bound: float | None = None
 
     def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Reading[Step]:
-        """Cache the prompt of one sequence, whatever else runs; S = 1."""
-        raise NotImplementedError
+        """Cache the prompt of one sequence, by the plan `prompt`, whatever else runs; S = 1."""
+        hidden = yield from read(model, cache, sequence, self.prompt)
+        return Step(hidden, [self.prompt.layers_kept])
 
     @property
     def steps(self) -> Steps:
@@ -93,10 +94,6 @@ class Planned(Policy):
         """What is skipped in prompts, or in tokens that never came, is skipped too."""
         whole = LayerPlan.full(self.plan.num_layers)
         return super().notes(executed_skips) if self.prompt == whole == self.target else []
-
-    def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Reading[Step]:
-        hidden = yield from read(model, cache, sequence, self.prompt)
-        return Step(hidden, [self.prompt.layers_kept])
 
     @property
     def steps(self) -> Steps:

@@ -14,6 +14,7 @@ from ..errors import RequestError
 from . import (
     auto,
     autoregressive,
+    calm,
     clasp,
     conflayers,
     dmtd,
@@ -25,6 +26,7 @@ from . import (
     lookup,
     mindskip,
     shortgpt,
+    skipdecode,
     static,
     swift,
     unified,
@@ -36,6 +38,7 @@ _METHODS: dict[str, type[Method]] = {
     for method in (
         auto.Auto,
         autoregressive.Autoregressive,
+        calm.Calm,
         clasp.Clasp,
         conflayers.ConfLayers,
         dynamic_exit.DynamicExit,
@@ -47,6 +50,7 @@ _METHODS: dict[str, type[Method]] = {
         lookup.Lookup,
         mindskip.MindSkip,
         shortgpt.ShortGPT,
+        skipdecode.SkipDecode,
         static.Static,
         swift.Swift,
         unified.Unified,
