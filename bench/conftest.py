@@ -43,11 +43,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = [
         (shape, op, count, context)
         for shape in shapes
-        for op in config.getoption("--op") or OPS
+        for op in _chosen(config.getoption("--op"))
         for count in rows
         for context in (contexts if op in OF_CONTEXT else contexts[:1])
     ]
     metafunc.parametrize(("shape", "op", "rows", "context"), cases)
+
+
+def _chosen(names: list[str] | None) -> list[str]:
+    """The ops of these names; `linear` also stands for "linear (down)" and its like."""
+    for name in names or ():
+        if not any(name in (op, op.partition(" ")[0]) for op in OPS):
+            raise pytest.UsageError(f"--op: expected one of {', '.join(OPS)}, got {name!r}")
+    return [op for op in OPS if not names or op in names or op.partition(" ")[0] in names]
 
 
 @pytest.fixture(scope="session")

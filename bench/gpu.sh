@@ -2,10 +2,13 @@
 # bench/gpu.sh PART [--output FOLDER] [--dry-run]
 #
 # Measures one part of the GPU targets (1 to 11, or its name; "all" is every part in turn), each within SECONDS_PER_PART.
-# Uses the Python named by PYTHON, with the PyTorch it has; takes nothing from the network.
+# Uses the Python named by PYTHON, else that of .venv if there is one, with the PyTorch it has; where it does not know
+# Skipjack, installs this checkout for it. Takes nothing from the network.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
-python=${PYTHON:-python3}
+own=$root/.venv/bin/python
+[ -x "$own" ] || own=python3
+python=${PYTHON:-$own}
 seconds=${SECONDS_PER_PART:-420}
 part=${1:?usage: bench/gpu.sh PART [--output FOLDER] [--dry-run]}
 shift

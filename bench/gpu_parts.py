@@ -29,7 +29,15 @@ from .op_cases import CASES, Side
 
 # Of a norm-wise relative error: a few roundings of the dtype, the smallest of which is 2**-9 in bfloat16.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-DECODE_ONLY = ("head", "sample, verify", "reshape_logits, logprobs", "lookup", "enter, extend, commit", "branch")
+DECODE_ONLY = (
+    "head",
+    "sample, verify",
+    "reshape_logits, logprobs",
+    "lookup",
+    "enter, extend, commit",
+    "branch",
+    "compact",
+)
 # Ways to choose tokens in captured rounds.
 CHOICES: tuple[dict[str, Any], ...] = (
     {},

@@ -314,6 +314,20 @@ def trees(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outpu
     }
 
 
+def moving(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outputs:
+    """Keys and values of accepted nodes of trees of so many rows, to where a chain has them, over the end of a page."""
+    generator, sequences, depth = torch.Generator().manual_seed(1), 3, min(6, rows - 1)
+    pages = 2 + rows // PAGE
+    shape = (2, 1 + sequences * pages, config.num_kv_heads, PAGE, config.head_dim)
+    keys, values = (side.randn(*shape, seed=seed) for seed in (2, 3))
+    table = side.put(1 + torch.randperm(sequences * pages, generator=generator).view(sequences, pages))
+    nodes = torch.stack([1 + torch.randperm(rows - 1, generator=generator)[:depth] for _ in range(sequences)])
+    path = side.put(torch.nn.functional.pad(nodes.sort().values, (1, 0)))
+    accepted, length = torch.tensor([0, depth // 2, depth]), torch.tensor([5, PAGE - 1, PAGE - 3])
+    side.ops.compact(keys, values, table, path, side.put(accepted), side.put(length))
+    return {"keys": keys, "values": values}
+
+
 def shaping(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outputs:
     """Penalties, bias and minimum length of sequences of `width` rows with drafts, and log-probabilities."""
     generator = torch.Generator().manual_seed(1)
@@ -373,4 +387,5 @@ CASES: dict[str, Case] = {
     "lookup": looking_up,
     "enter, extend, commit": bookkeeping,
     "branch": trees,
+    "compact": moving,
 }

@@ -1,9 +1,12 @@
 """The arithmetic of the speed benchmarks, forced acceptance, and their walk through the code at tiny sizes."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from skipjack.bench import decode, passes, tables
 from skipjack.bench.clock import Spread, paired
 from skipjack.bench.forced_acceptance import ForcedVerify, accepted_counts, forced_acceptance
 from skipjack.bench.micro import OPS, difference
+from skipjack.bench.op_cases import CASES, Side
 from skipjack.bench.point import Point
 from skipjack.bench.project import costs_of
 from skipjack.kernels.ops import TORCH, Ops
@@ -111,6 +115,39 @@ def test_the_line_through_draft_times() -> None:
 def test_every_op_is_timed() -> None:
     ops = [field.name for field in fields(Ops)]
     assert {*ops[ops.index("enter") :]} == {op.partition(" ")[0] for op in OPS}
+
+
+def test_every_op_has_a_case_that_holds_it_against_another_table() -> None:
+    called: set[str] = set()
+
+    def noted(name: str) -> Callable[..., Any]:
+        def op(*given: Any, **options: Any) -> Any:
+            called.add(name)
+            return getattr(TORCH, name)(*given, **options)
+
+        return op
+
+    ops = [field.name for field in fields(Ops)]
+    own = ops[ops.index("enter") :]
+    side = Side(replace(TORCH, **{name: noted(name) for name in own}), CPU, torch.float32, torch.float32)
+    config = ModelConfig.parse(synthetic_config("tiny-llama"), "tiny-llama")
+    with torch.inference_mode():
+        for case in CASES.values():
+            case(side, config, 9, TORCH.decode_tile)
+    assert called == {*own}
+
+
+def test_a_group_of_ops_is_timed_by_the_name_they_share() -> None:
+    where = Path(__file__).parent.parent / "bench" / "test_speed.py"
+    command = [sys.executable, "-m", "pytest", str(where), "--collect-only", "-q", "--shape", "tiny-llama"]
+
+    def collected(*ops: str) -> str:
+        given = [f"--op={op}" for op in ops]
+        return subprocess.run([*command, *given], capture_output=True, text=True, check=False).stdout
+
+    found, wanted = collected("linear", "head"), {"head", *(op for op in OPS if op.startswith("linear"))}
+    assert {op for op in OPS if f"[tiny-llama-{op}-1-" in found} == wanted
+    assert "--op: expected one of normalise, linear (output), " in collected("head", "matmul")
 
 
 @pytest.mark.parametrize("op", OPS)
