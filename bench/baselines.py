@@ -48,21 +48,29 @@ def compare(
     skipped: Sequence[int],
     checkpoints: Mapping[str, str],
     progress: Callable[[str], None],
+    methods: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[Line]]:
     """Every baseline at every number of skipped layers, CALM, and the routed methods on `checkpoints`, by method.
 
-    The header of a result comes first. One model is in memory at a time.
+    With `methods`, lossy ones with their options, those instead. The header of a result comes first. One model is in
+    memory at a time.
 
     Raises:
-        RequestError: the model has no more than `skipped` layers, or a checkpoint another vocabulary.
+        RequestError: the model has no more than `skipped` layers, a checkpoint has another vocabulary, or a method
+            cannot be scored.
     """
     with load(model, dtype) as engine:
         about = header("baselines", engine, model)
         layers, vocabulary = engine.config.num_layers, engine.config.vocab_size
-        if max(skipped) >= layers:
+        if not methods and max(skipped) >= layers:
             raise RequestError(f"--skipped: expected fewer than the model's {layers} layers, got {max(skipped)}")
         given = agreement.continuations(engine, prompts, max_tokens)
         lines = _lines(engine, PLAIN, PLAIN, 0, prompts, given)
+        for spec in methods:
+            progress(spec)
+            lines += _lines(engine, spec, spec, None, prompts, given)
+        if methods:
+            return about, lines
         for count in skipped:
             left = layers - count
             for name, spec in (

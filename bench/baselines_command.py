@@ -20,6 +20,10 @@ def baselines(
         list[str] | None,
         typer.Option(metavar="METHOD=FOLDER", help="A routed checkpoint and the method it is made for; repeatable."),
     ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[:OPTIONS]", help="Score this lossy method instead of the baselines; repeatable."),
+    ] = None,
     prompts: options.Prompts = None,
     per_category: options.PerCategory = 2,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each continuation.")] = 64,
@@ -34,7 +38,7 @@ def baselines(
 
     chosen, counts = options.chosen(prompts, per_category), skipped or [4, 8]
     folders = dict(_checkpoint(entry) for entry in checkpoint or ())
-    about, lines = compare(model, dtype, chosen, max_tokens, counts, folders, options.notes())
+    about, lines = compare(model, dtype, chosen, max_tokens, counts, folders, options.notes(), method or ())
     result = {**about, "checkpoints": folders, "max_tokens": max_tokens, "lines": [asdict(line) for line in lines]}
     deliver(result, sheets.baselines, output, as_json)
 

@@ -54,6 +54,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr().out
     assert "no routers" in printed
     assert len(json.loads(out.read_text())["lines"]) > 7
+    own = [f"--method={name}" for name in ("skipdecode:most=5,least=5", "calm:least=3,threshold=0.9")]
+    assert cli.run(["bench", "baselines", shape, *own, *small, "--json"]) == 0
+    lines = [line for line in json.loads(capsys.readouterr().out)["lines"] if line["category"] == "all"]
+    assert [line["method"] for line in lines] == ["autoregressive", *(name[len("--method=") :] for name in own)]
+    assert [line["skipped"] for line in lines[:2]] == [0, 1.5], "of two tokens the first is the prompt's"
+    assert cli.run(["bench", "baselines", shape, "--method", "lookup", *small]) == 2
+    assert "expected a lossy method or autoregressive, got lookup" in capsys.readouterr().err
     assert cli.run(["bench", "baselines", shape, "--skipped", "8", *small]) == 2
     assert "--skipped: expected fewer than the model's 8 layers, got 8" in capsys.readouterr().err
     assert cli.run(["bench", "baselines", shape, "--checkpoint", "mindskip", *small]) == 2
