@@ -70,7 +70,7 @@ def measure(
     rows: list[Row] = []
     for method in methods:
         for prompt in prompts:
-            stats = engine.generate(source(prompt, engine), params, method=method).stats
+            stats = engine.generate(source(prompt, engine.tokenizer, engine.config), params, method=method).stats
             rows.append(
                 Row(
                     method,

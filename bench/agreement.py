@@ -78,7 +78,7 @@ def compare(
 
 def continuations(engine: Engine, prompts: Sequence[Prompt], max_tokens: int) -> list[Given]:
     """What the full model says to each prompt."""
-    sources: list[Source] = [source(prompt, engine) for prompt in prompts]
+    sources: list[Source] = [source(prompt, engine.tokenizer, engine.config) for prompt in prompts]
     outputs = engine.generate(sources, SamplingParams(max_tokens=max_tokens), method=PLAIN)
     return [Given(output.prompt_ids, output.token_ids) for output in outputs]
 

@@ -11,6 +11,7 @@ from ..runtime.errors import RequestError
 from . import agreement
 from .agreement import PLAIN, Given
 from .methods import load
+from .options import able
 from .prompts import Prompt
 from .record import header
 
@@ -59,7 +60,7 @@ def compare(
         RequestError: the model has no more than `skipped` layers, a checkpoint has another vocabulary, or a method
             cannot be scored.
     """
-    with load(model, dtype) as engine:
+    with load(model, dtype, check=able((), prompts)) as engine:
         about = header("baselines", engine, model)
         layers, vocabulary = engine.config.num_layers, engine.config.vocab_size
         if not methods and max(skipped) >= layers:

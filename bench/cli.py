@@ -67,7 +67,7 @@ def exact(
     names = named(method)
     chosen, note = options.chosen(prompts, per_category), options.notes()
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
-    with load(model, dtype, cache_tokens=cache_tokens) as engine:
+    with load(model, dtype, cache_tokens=cache_tokens, check=options.able((), chosen)) as engine:
         note(f"{len(chosen)} prompts x {len(names)} methods, {engine.dtype}, {engine.backend}")
         total = sum(len(group) for name in names for _, group in groups(name, len(chosen), batch, cover))
         counted = options.counted(note, total, every=10)
@@ -132,7 +132,7 @@ def methods(
 
     chosen, note = options.chosen(prompts, per_category, category), options.notes()
     names = method or ["lookup", "auto"]
-    with load(model, dtype, cache_tokens=cache_tokens) as engine:
+    with load(model, dtype, cache_tokens=cache_tokens, check=options.able(names, chosen)) as engine:
         note(f"{len(chosen)} prompts x {len(names)} methods, {engine.dtype}, {engine.backend}")
         progress = options.counted(note, len(chosen) * len(names))
         rows = compare(engine, names, chosen, SamplingParams(max_tokens=max_tokens), progress)
@@ -169,7 +169,7 @@ def timeline(
 
     method = f"swift:search_budget={search_budget},skip_ratio={skip_ratio},max_tolerance_iter=60"
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-    with load(model, "auto") as engine:
+    with load(model, "auto", check=options.able([method])) as engine:
         source: Prompt = prompt if engine.tokenizer else list(range(3, 12))
         stats = engine.generate(source, params, method=method).stats
     draw(stats, 32, output, f"{method} on {model}")

@@ -41,9 +41,9 @@ def peers(
     from .sheets import peers as sheet
 
     chosen, notes = options.chosen(prompts, per_category, category), options.notes()
-    libraries = versions()
+    libraries, check = versions(), options.able((), chosen)
     with folder_of(model) as folder:
-        with Engine.load(folder, device=device, dtype="float32", cache_tokens=cache_tokens) as engine:
+        with Engine.load(folder, device=device, dtype="float32", cache_tokens=cache_tokens, check=check) as engine:
             layers, on_gpu = engine.config.num_layers, "triton" in engine.backend
             mode = compile_mode if compile_mode != "auto" else "max-autotune" if on_gpu else "default"
             setting = Setting(exit_layer or max(1, 2 * layers // 3), num_draft_tokens, mode)
@@ -99,10 +99,10 @@ def accept(
 
     chosen, notes = options.chosen(prompts, per_category, category), options.notes()
     names = method or list(METHODS)
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
+    params, check = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0), options.able(names, chosen)
     with (
         folder_of(model) as folder,
-        Engine.load(folder, device=device, dtype=dtype, cache_tokens=cache_tokens) as engine,
+        Engine.load(folder, device=device, dtype=dtype, cache_tokens=cache_tokens, check=check) as engine,
     ):
         progress = options.counted(notes, len(names) * len(chosen))
         rows = measure(engine, names, chosen, params, progress)
@@ -139,12 +139,12 @@ def serve(
 
     chosen, notes = options.chosen(prompts, requests, None), options.notes()
     names, concurrencies = method or ["autoregressive", "lookup", "auto"], concurrency or [1, 4]
-    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    params, check = SamplingParams(max_tokens=max_tokens, ignore_eos=True), options.able(names, chosen)
     with (
         folder_of(model) as folder,
-        Engine.load(folder, device=device, dtype=dtype, cache_tokens=cache_tokens) as engine,
+        Engine.load(folder, device=device, dtype=dtype, cache_tokens=cache_tokens, check=check) as engine,
     ):
-        sources = [source(chosen[i % len(chosen)], engine) for i in range(requests)]
+        sources = [source(chosen[i % len(chosen)], engine.tokenizer, engine.config) for i in range(requests)]
         rows = measure(
             engine,
             names,
@@ -182,9 +182,10 @@ def numerics(
     from .record import deliver, header
 
     chosen, notes, names = options.chosen(prompts, per_category, category), options.notes(), method or list(METHODS)
+    check = options.able(names, chosen)
     with (
         folder_of(model) as folder,
-        Engine.load(folder, device=device, dtype=dtype, cache_tokens=cache_tokens) as exact,
+        Engine.load(folder, device=device, dtype=dtype, cache_tokens=cache_tokens, check=check) as exact,
         Engine.load(folder, device=device, dtype=dtype, cache_tokens=cache_tokens, numerics="fast") as fast,
     ):
         found = gaps(exact, fast, chosen, max_tokens)

@@ -60,7 +60,7 @@ def decode(
     if dry_run:
         model, draft, setting, prompt = DRY_SHAPE, 2, Setting(20, (2,), (0.5,), 1, 1, 5), [9]
     notes = Console(stderr=True, highlight=False)
-    with load(model, dtype, device=device, backend=backend) as engine:
+    with load(model, dtype, device=device, backend=backend, check=options.able(method or ())) as engine:
         layers = engine.config.num_layers
         if layers < 2 and not method:
             raise RequestError("MODEL: expected two layers or more to draft with half of them")

@@ -66,7 +66,7 @@ def compare(
     for name in names:
         cells = rotation.cells(name)
         for number, (cell, group) in enumerate(groups(name, len(prompts), batch, cover)):
-            sources = [source(prompts[i], engine) for i in group]
+            sources = [source(prompts[i], engine.tokenizer, engine.config) for i in group]
             method = cell.method(engine.config.num_layers, number)
             drafted = engine.generate(sources, params, method=method)
             for i, given, output in zip(group, sources, drafted, strict=True):

@@ -133,9 +133,10 @@ def host(
     from .methods import load
 
     note = options.notes()
-    with load(model, "auto", device="cpu", graphs=True) as engine:
+    names = method or METHODS
+    with load(model, "auto", device="cpu", graphs=True, check=options.able(names)) as engine:
         lines: list[Line] = []
-        for name in method or METHODS:
+        for name in names:
             for count in sequences or (1, 4, 16):
                 note(f"{name}, {count} sequences")
                 lines.append(measure(engine, name, count, rounds))

@@ -14,6 +14,7 @@ from ..runtime.choices import dtype_of, place_of
 from ..runtime.costs import weight_pass
 from ..runtime.engine import Engine
 from ..runtime.errors import RequestError
+from ..runtime.prompts import Check
 from ..runtime.request import Output, SamplingParams
 from .prompts import Prompt, source
 from .record import summarise
@@ -96,10 +97,11 @@ def load(
     ranges: str | None = None,
     graphs: bool | None = None,
     cache_tokens: int | None = None,
+    check: Check | None = None,
 ) -> Engine:
     """The engine of a model folder, "demo", or a synthetic model as `synthetic` reads it.
 
-    `method` is the engine's own: a checkpoint made for one runs by no other.
+    `method` is the engine's own: a checkpoint made for one runs by no other. `check` is asked before weights are read.
 
     Raises:
         RequestError: a synthetic model is not spelled so, or there is no such device.
@@ -115,9 +117,12 @@ def load(
             ranges=ranges,
             graphs=graphs,
             cache_tokens=cache_tokens,
+            check=check,
         )
     shape, late_scale = named
     config = ModelConfig.parse(synthetic_config(shape), model)
+    if check is not None:
+        check(config, None)
     place = place_of(device)
     weights = synthetic_weights(config, 0, dtype_of(dtype, config), late_scale, place)
     return Engine(
@@ -152,7 +157,7 @@ def summary(rows: Sequence[Row]) -> list[Line]:
 
 
 def _row(engine: Engine, method: str, prompt: Prompt, number: int, params: SamplingParams) -> Row:
-    given = source(prompt, engine)
+    given = source(prompt, engine.tokenizer, engine.config)
 
     def run(name: str) -> Output:
         return engine.generate(given, params, method=name)

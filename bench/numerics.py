@@ -73,7 +73,10 @@ class Line:
 
 def gaps(exact: Engine, fast: Engine, prompts: Sequence[Prompt], max_tokens: int) -> list[Gap]:
     """How far the logits are apart along what exact decoding says to each prompt, for every size of pass."""
-    texts = [exact.generate(source(prompt, exact), SamplingParams(max_tokens=max_tokens)) for prompt in prompts]
+    texts = [
+        exact.generate(source(prompt, exact.tokenizer, exact.config), SamplingParams(max_tokens=max_tokens))
+        for prompt in prompts
+    ]
     found: list[Gap] = []
     for rows in PASSES:
         tokens = changed = entries = 0
@@ -173,7 +176,7 @@ def sheets(result: dict[str, Any]) -> tuple[Sheet, Sheet]:
 
 
 def _row(exact: Engine, fast: Engine, method: str, prompt: Prompt, params: SamplingParams) -> Row:
-    given = source(prompt, exact)
+    given = source(prompt, exact.tokenizer, exact.config)
     runs: list[Output] = [engine.generate(given, params, method=method) for engine in (exact, fast, fast, exact)]
     (a, b), text, other = (runs[0].stats, runs[1].stats), runs[0].token_ids, runs[1].token_ids
     shared = next((i for i, (x, y) in enumerate(zip(text, other, strict=False)) if x != y), min(len(text), len(other)))

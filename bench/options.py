@@ -15,6 +15,9 @@ from rich.console import Console
 from ..runtime.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
+    from ..loaders.config import ModelConfig
+    from ..loaders.tokenizer import Tokenizer
+    from ..runtime.prompts import Check
     from .prompts import Prompt
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help='A model folder, "demo", or synthetic:SHAPE[:LATE_SCALE].')]
@@ -82,6 +85,33 @@ def chosen(path: Path | None, per_category: int, categories: Sequence[str] | Non
     if not prompts:
         raise ConfigError(f"--category: expected categories of the prompts, got {', '.join(categories or [])}")
     return prompts
+
+
+def able(methods: Sequence[str], prompts: Sequence[Prompt] = ()) -> Check:
+    """What refuses methods that a model cannot run, and prompts it has no room for, before its weights are read.
+
+    Raises:
+        RequestError: there is no such method or option, or the method is one that an engine must be loaded with.
+    """
+    from ..runtime.methods import registry
+    from ..runtime.prompts import to_ids
+    from .prompts import source
+
+    specs = [registry.parse(method) for method in methods]
+    if edits := next((spec.name for spec in specs if spec.edits), None):
+        raise RequestError(f"--method: expected methods that share an engine, got {edits}, which edits the weights")
+
+    def check(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+        for spec in specs:
+            spec.build(config)
+        for prompt in prompts:
+            try:
+                to_ids(source(prompt, tokenizer, config), tokenizer, config)
+            except RequestError as error:
+                told = str(error).removeprefix("prompt: ")
+                raise RequestError(f"--prompts: a prompt of category {prompt.category}: {told}") from None
+
+    return check
 
 
 def notes() -> Callable[[str], None]:

@@ -225,7 +225,7 @@ def trusted(agreements: Sequence[Agreement]) -> bool:
 
 
 def _ids(engine: Engine, prompt: Prompt) -> list[int]:
-    return engine.generate(source(prompt, engine), SamplingParams(max_tokens=1)).prompt_ids
+    return engine.generate(source(prompt, engine.tokenizer, engine.config), SamplingParams(max_tokens=1)).prompt_ids
 
 
 def _reason(error: Exception) -> str:

@@ -83,7 +83,7 @@ def command(
             raise RequestError(f"{name}: expected no file with --profiler nsight, whose tools write their own")
     with load(model, dtype, method, ranges="nvtx" if nsight else "torch", graphs=graphs) as engine:
         texts = load_prompts(None, 2)
-        prompts = [source(texts[i % len(texts)], engine) for i in range(batch)]
+        prompts = [source(texts[i % len(texts)], engine.tokenizer, engine.config) for i in range(batch)]
         if nsight:
             run(engine, prompts, method, warm_up, rounds, cuda_region())
             Console(stderr=True, highlight=False).print(

@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..loaders.config import ModelConfig
+from ..loaders.tokenizer import Tokenizer
 from ..runtime.calibration import read_lines
-from ..runtime.engine import Engine
 from ..runtime.errors import RequestError
 from ..runtime.prompts import Prompt as Source
 
@@ -41,8 +42,8 @@ def load(path: Path | None, per_category: int) -> list[Prompt]:
     return chosen
 
 
-def source(prompt: Prompt, engine: Engine) -> Source:
+def source(prompt: Prompt, tokenizer: Tokenizer | None, config: ModelConfig) -> Source:
     """What to send: a chat message; to a model without a tokenizer, up to 32 token ids made of the prompt's bytes."""
-    if engine.tokenizer is not None:
+    if tokenizer is not None:
         return [{"role": "user", "content": prompt.text}]
-    return [3 + byte % (engine.config.vocab_size - 3) for byte in prompt.text.encode()[:32]]
+    return [3 + byte % (config.vocab_size - 3) for byte in prompt.text.encode()[:32]]

@@ -150,7 +150,7 @@ def _scale(engine: Engine, speedup: float, batch: int, tokens: int, times: np.nd
 
 def _groups(engine: Engine, prompts: Iterable[Prompt], size: int) -> list[Prompts]:
     """The prompts, `size` at a time."""
-    sources = iter([source(prompt, engine) for prompt in prompts])
+    sources = iter([source(prompt, engine.tokenizer, engine.config) for prompt in prompts])
     groups: list[Prompts] = []
     while group := list(islice(sources, size)):
         groups.append(group)

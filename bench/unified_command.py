@@ -38,7 +38,7 @@ def unified(
     from .unified_picture import draw, sheet
 
     chosen, note = options.chosen(prompts, per_category), options.notes()
-    with load(model, dtype) as engine:
+    with load(model, dtype, check=options.able((), chosen)) as engine:
         note(f"{len(chosen)} prompts, {max_tokens} tokens each, {engine.dtype}, {engine.backend}")
         start = header("unified", engine, model)
         patterns = experiments.patterns(engine, chosen, max_tokens, note)

@@ -29,6 +29,8 @@ def staged_folder(target: Path, *, mend: bool = False) -> Generator[Path]:
     """
     stage = target.parent / f".{target.name}.{uuid.uuid4().hex}"
     try:
+        if not mend and os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+            raise CheckpointError(f"{target}: cannot be written: it is there already and no empty folder")
         stage.mkdir(parents=True)
         yield stage
         if mend and target.is_dir():
@@ -55,20 +57,31 @@ def save_checkpoint(
         CheckpointError: the folder is there already and not empty, or cannot be written.
     """
     with staged_folder(Path(folder)) as stage:
-        write_json(stage / "config.json", config_fields)
-        for file in files:
-            shutil.copyfile(file, stage / file.name)
-        if max_shard_bytes is None:
-            write_tensors(stage / SINGLE_FILE, tensors)
-            return
-        shards = _shards(tensors, max_shard_bytes)
-        weight_map: dict[str, str] = {}
-        for number, shard in enumerate(shards, start=1):
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_tensors(stage / name, shard)
-            weight_map |= dict.fromkeys(shard, name)
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        write_json(stage / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_checkpoint(stage, config_fields, tensors, max_shard_bytes, files)
+
+
+def write_checkpoint(
+    folder: Path,
+    config_fields: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    max_shard_bytes: int | None = None,
+    files: Iterable[Path] = (),
+) -> None:
+    """What `save_checkpoint` writes, into a folder that is there; OSError where the disk refuses."""
+    write_json(folder / "config.json", config_fields)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    if max_shard_bytes is None:
+        write_tensors(folder / SINGLE_FILE, tensors)
+        return
+    shards = _shards(tensors, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / name, shard)
+        weight_map |= dict.fromkeys(shard, name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def write_json(path: Path, fields: Mapping[str, object]) -> None:

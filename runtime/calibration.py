@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -76,32 +77,42 @@ def read_texts(path: Path, option: str) -> list[str | list[int]]:
     return texts
 
 
-def calibration_ids(config: ModelConfig, encode: Encode | None, file: str, option: str) -> list[list[int]]:
-    """Token ids of every text of `file`, or of our own where that is empty.
+@dataclass(frozen=True)
+class Calibration:
+    """The texts of a file, or our own where there is none: what layers are judged by. `source` is told in errors."""
 
-    A model without a tokenizer (`encode`) gets ids drawn with seed 0, or those a file lists.
+    texts: Sequence[str | list[int]] | None
+    source: str
 
-    Raises:
-        RequestError: the file cannot be read, has text and the model no tokenizer, or ids the model does not have.
-    """
-    if not file and encode is None:
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.randint(config.vocab_size, (_DRAWN_TEXTS, _DRAWN_TOKENS), generator=generator)
-        return [ints(text) for text in drawn]
-    found: list[list[int]] = []
-    for text in read_texts(Path(file), option) if file else TEXTS:
-        if isinstance(text, list):
-            found.append(text)
-        elif encode is not None:
-            found.append(encode(text))
-        else:
-            raise RequestError(
-                f"{option}: {file}: expected lists of token ids, as the model has no tokenizer, got text"
-            )
-        wrong = next((token for token in found[-1] if not 0 <= token < config.vocab_size), None)
-        if wrong is not None:
-            raise RequestError(f"{option}: {file}: token {wrong} is outside the vocabulary of {config.vocab_size}")
-    return found
+    @staticmethod
+    def read(file: str, option: str) -> Calibration:
+        """Those of `file`, or our own where that is empty; RequestError as `read_texts`."""
+        return Calibration(read_texts(Path(file), option) if file else None, f"{option}: {file}")
+
+    def ids(self, config: ModelConfig, encode: Encode | None) -> list[list[int]]:
+        """Token ids of every text. A model without a tokenizer (`encode`) gets ids drawn with seed 0, or those listed.
+
+        Raises:
+            RequestError: there is text and the model has no tokenizer, or ids the model does not have.
+        """
+        if self.texts is None and encode is None:
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randint(config.vocab_size, (_DRAWN_TEXTS, _DRAWN_TOKENS), generator=generator)
+            return [ints(text) for text in drawn]
+        found: list[list[int]] = []
+        for text in TEXTS if self.texts is None else self.texts:
+            if isinstance(text, list):
+                found.append(text)
+            elif encode is not None:
+                found.append(encode(text))
+            else:
+                raise RequestError(
+                    f"{self.source}: expected lists of token ids, as the model has no tokenizer, got text"
+                )
+            wrong = next((token for token in found[-1] if not 0 <= token < config.vocab_size), None)
+            if wrong is not None:
+                raise RequestError(f"{self.source}: token {wrong} is outside the vocabulary of {config.vocab_size}")
+        return found
 
 
 def _text(line: str) -> str | list[int]:

@@ -33,7 +33,7 @@ from .methods import registry
 from .methods.autoregressive import Autoregressive
 from .methods.base import Method
 from .model import Model
-from .prompts import Prompt, Prompts, TokenIds, check_params, is_many, to_ids
+from .prompts import Check, Prompt, Prompts, TokenIds, check_params, is_many, to_ids
 from .ranges import marks
 from .request import Output, SamplingParams
 from .roster import Roster
@@ -122,6 +122,7 @@ class Engine:
         ranges: str | None = None,
         strict: bool = False,
         progress: Progress | None = None,
+        check: Check | None = None,
     ) -> Engine:
         """Load a model folder, "demo" for the packaged one, or `org/name` (`org/name@revision`) from the hub.
 
@@ -129,7 +130,8 @@ class Engine:
         auto is the checkpoint's own. `numerics` "fast" lets sums follow the number of rows if that is faster; a token
         may then depend on drafts and neighbours. `cache_tokens` bounds the tokens all running requests hold together,
         by default a context, or 16 times 2048 tokens if that is more, as far as four fifths of the free memory go.
-        `progress` is called with a label, what is done and what there is to do.
+        `progress` is called with a label, what is done and what there is to do; `check` with the model's config and its
+        tokenizer or None, before any weight is read: what it raises ends the loading.
 
         Raises:
             ConfigError, CheckpointError, TokenizerError: there is no such model, or this version does not run it.
@@ -147,6 +149,8 @@ class Engine:
         config = ModelConfig.load(folder)
         spec.build(config)
         tokenizer = Tokenizer.load(folder, config)
+        if check is not None:
+            check(config, tokenizer)
         kind = dtype_of(dtype, config)
         with loading(folder, config, kind, place):
             engine = Engine(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, TypeAlias, cast
 
@@ -17,6 +17,7 @@ Message: TypeAlias = Mapping[str, str]
 TokenIds: TypeAlias = "Sequence[int] | np.ndarray[Any, Any]"
 Prompt: TypeAlias = "str | TokenIds | Sequence[Message]"
 Prompts: TypeAlias = "Sequence[Prompt]"
+Check: TypeAlias = "Callable[[ModelConfig, Tokenizer | None], None]"
 
 
 def is_many(prompt: Prompt | Prompts) -> bool:
@@ -81,6 +82,16 @@ def check_params(params: SamplingParams, tokenizer: Tokenizer | None, config: Mo
         outside = [token for token in ids if token >= config.vocab_size]
         if outside:
             raise RequestError(f"{name}: token {outside[0]} is outside the vocabulary of {config.vocab_size}")
+
+
+def request_check(prompt: Prompt, params: SamplingParams) -> Check:
+    """What refuses a request that a model cannot serve, by all that can be known without its weights."""
+
+    def check(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+        check_params(params, tokenizer, config)
+        to_ids(prompt, tokenizer, config)
+
+    return check
 
 
 def checked_ids(name: str, ids: object, vocab_size: int) -> list[int]:

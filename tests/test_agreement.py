@@ -50,7 +50,10 @@ def test_the_full_model_agrees_with_itself(synthetic: Callable[..., Engine], dty
 
 def logprobs(engine: Engine, prompts: list[Prompt]) -> list[float]:
     """What generation itself says of the tokens of the prompts."""
-    outputs = engine.generate([source(prompt, engine) for prompt in prompts], SamplingParams(max_tokens=12, logprobs=0))
+    outputs = engine.generate(
+        [source(prompt, engine.tokenizer, engine.config) for prompt in prompts],
+        SamplingParams(max_tokens=12, logprobs=0),
+    )
     return [entry.logprob for output in outputs for entry in output.choices[0].logprobs or []]
 
 

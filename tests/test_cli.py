@@ -61,7 +61,11 @@ class FakeEngine:
     """Answers "one two three" to anything; what it was asked is kept in `asked`."""
 
     made: "list[FakeEngine]"
-    tokenizer: object | None = object()
+    tokenizer: object | None = SimpleNamespace(
+        fewest_tokens=lambda text: 0,
+        encode=lambda text, add_special_tokens: [1, 2, 3, 4],
+        render=lambda messages: "\n".join(message["content"] for message in messages),
+    )
     load_s = 1.5
     compilations = 0
     warmed_up: WarmUp | None = None
@@ -82,6 +86,8 @@ class FakeEngine:
     def load(cls, model: str, **options: object) -> "FakeEngine":
         if options["method"] == "nonsense":
             raise RequestError("method: expected one of autoregressive, swift, got\n'nonsense'")
+        if check := options.pop("check"):
+            check(cls.config, cls.tokenizer)
         cls.made.append(cls(model, options))
         return cls.made[-1]
 
@@ -220,9 +226,9 @@ class TestGenerate:
             assert streams.err == ""
             assert json.loads(streams.out)["startup"]["warm_up"] is None
 
-    def test_a_request_that_is_refused_warms_nothing_up(self, engine, folder, capsys) -> None:
+    def test_a_request_that_is_refused_loads_nothing(self, engine, folder, capsys) -> None:
         assert "600" in refusal(capsys, "generate", folder, "--prompt-ids", "1,600", "--warm-up")
-        assert engine.made[0].warmed_up is None
+        assert engine.made == []
 
     def test_options_reach_the_engine(self, engine, folder) -> None:
         line = "--max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 40 --min-p 0.1 --seed 3 --stop a --stop b"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from skipjack import Engine
 from skipjack.runtime.commands import cli
 
 CASE = "plain-llama-tied-1"
@@ -99,6 +100,41 @@ def test_a_mistake_is_one_line(line, capsys, extra, named) -> None:
 )
 def test_a_prompt_the_model_cannot_take_is_refused(folder, capsys, prompt, named) -> None:
     assert named in refusal(capsys, ["generate", folder, *prompt])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["generate", "MODEL", ""], "prompt: expected at least one token"),
+        (["generate", "MODEL", "--prompt-file", "FILE"], "prompt: expected at least one token"),
+        (["generate", "MODEL", "word " * 9000], "no room in the model's context"),
+        (["generate", "MODEL", "--prompt-ids", "1,99999"], "99999"),
+        (["generate", "MODEL", "hello", "--method", "shortgpt:calibration=absent"], "cannot read absent"),
+        (["generate", "MODEL", "hello", "--method", "laco:calibration=absent"], "cannot read absent"),
+        (["chat", "MODEL", "--system", "word " * 9000], "no room in the model's context"),
+        (["demo", "--prompt", "word " * 9000], "no room in the model's context"),
+        (["tune", "MODEL", "-o", "x.json", "--method", "magic"], "--method: expected swift or knapspec"),
+        (["tune", "MODEL", "-o", "x.json", "--prompts", "FILE"], "--prompts: FILE: expected at least one text"),
+        (["tune", "MODEL", "-o", "FILE/x.json"], "--output: no such folder"),
+        (["tune", "MODEL", "-o", "x.json", "--prompts", "IDS"], "--prompts: text 2: token 99999"),
+        (["merge", "MODEL", "FILE"], "FILE: cannot be written"),
+        (["merge", "MODEL", "MODEL"], "cannot be written"),
+        (["bench", "methods", "MODEL", "--method", "magic"], "'magic'"),
+        (["bench", "methods", "MODEL", "--method", "laco"], "laco"),
+        (["bench", "accept", "MODEL", "--method", "swift:skip_attention=99"], "99"),
+        (["bench", "accept", "MODEL", "--prompts", "LONG"], "--prompts: a prompt of category long: "),
+    ],
+)
+def test_what_needs_no_weights_is_told_before_they_are_read(
+    demo: Engine, tmp_path: Path, capsys, monkeypatch, arguments: list[str], named: str
+) -> None:
+    for place in ("runtime.engine.load_weights", "runtime.commands.merge.load_weights"):
+        monkeypatch.setattr(f"skipjack.{place}", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("\n")
+    (tmp_path / "IDS").write_text("[1]\n[2, 99999]\n")
+    (tmp_path / "LONG").write_text(json.dumps({"category": "long", "turns": ["word " * 9000]}))
+    assert named in refusal(capsys, [str(demo.model_path) if part == "MODEL" else part for part in arguments])
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path, capsys) -> None:

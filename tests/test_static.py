@@ -13,7 +13,7 @@ from skipjack import Engine, LayerPlan, SamplingParams
 from skipjack.kernels import ops
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
-from skipjack.runtime.calibration import calibration_ids, read_texts
+from skipjack.runtime.calibration import Calibration, read_texts
 from skipjack.runtime.errors import RequestError
 from skipjack.runtime.influence import block_influence, removal_order
 from skipjack.runtime.model import Model
@@ -224,16 +224,20 @@ def test_calibration_texts(demo: Engine, tmp_path: Path) -> None:
     assert read_texts(path, "x") == ["a plain line", "first", [1, 2], "[not ids"]
     assert demo.tokenizer is not None
     encode = demo.tokenizer.encode
-    assert calibration_ids(demo.config, encode, str(path), "x")[:3] == [encode("a plain line"), encode("first"), [1, 2]]
-    assert sum(len(text) for text in calibration_ids(demo.config, encode, "", "x")) > 300
-    drawn = calibration_ids(demo.config, None, "", "x")
-    assert drawn == calibration_ids(demo.config, None, "", "x")
+    assert Calibration.read(str(path), "x").ids(demo.config, encode)[:3] == [
+        encode("a plain line"),
+        encode("first"),
+        [1, 2],
+    ]
+    assert sum(len(text) for text in Calibration.read("", "x").ids(demo.config, encode)) > 300
+    drawn = Calibration.read("", "x").ids(demo.config, None)
+    assert drawn == Calibration.read("", "x").ids(demo.config, None)
     assert len({token for text in drawn for token in text}) > 300
     with pytest.raises(RequestError, match=r"x: .*texts: expected lists of token ids, as the model has no tokenizer"):
-        calibration_ids(demo.config, None, str(path), "x")
+        Calibration.read(str(path), "x").ids(demo.config, None)
     path.write_text("[1, 999999]\n")
     with pytest.raises(RequestError, match="token 999999 is outside the vocabulary of 49152"):
-        calibration_ids(demo.config, None, str(path), "x")
+        Calibration.read(str(path), "x").ids(demo.config, None)
     for content in ("", "\n", '{"turns": []}\n', "{broken\n", "[null]\n"):
         path.write_text(content)
         with pytest.raises(RequestError, match=r"x: .*texts: expected (a text a line|at least one text)"):

@@ -11,7 +11,7 @@ import torch
 
 from skipjack import Engine, RequestError, SamplingParams
 from skipjack.runtime.commands import cli
-from skipjack.runtime.commands.tune import tune_and_save
+from skipjack.runtime.commands.tune import Tuning
 from skipjack.runtime.methods import registry
 from skipjack.runtime.skip_sets import SkipSet
 from skipjack.runtime.tune import tune_knapspec, tune_swift
@@ -147,7 +147,7 @@ def test_the_command_it_prints_loads_the_set(
     silent = SimpleNamespace(step=lambda _: "", finish=lambda: "")
     monkeypatch.setattr(engine, "tokenizer", SimpleNamespace(stream=lambda: silent))
     monkeypatch.setattr("skipjack.runtime.commands.tune.to_ids", lambda text, *_: [5, 9, len(text) % 500])
-    tune_and_save(engine, output, "swift", None, 3, 60.0, 0.3, 8, 0, as_json=False)
+    Tuning(output, "swift", ["a text"], 3, 60.0, 0.3, 8, 0).run(engine, as_json=False)
     option, method = shlex.split(capsys.readouterr().out.partition("use it with ")[2])
     assert (option, method) == ("--method", f"swift:set={output}")
     monkeypatch.setattr(engine, "tokenizer", None)

@@ -7,15 +7,31 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ..errors import SkipjackError
+from ..errors import SkipjackError, TokenizerError
+from ..prompts import request_check
 from .terminal import interrupts, notes, visible, write
 
 if TYPE_CHECKING:
+    from ...loaders.config import ModelConfig
+    from ...loaders.tokenizer import Tokenizer
     from ..engine import Engine
+    from ..prompts import Check
     from ..request import SamplingParams
 
 LEAVE = "/exit"
 RESET = "/reset"
+
+
+def chat_check(system: str | None, params: SamplingParams) -> Check:
+    """What refuses a conversation before its first message: a model without chats, instructions it cannot take."""
+    short = request_check([*_opening(system), {"role": "user", "content": "Hello"}], params)
+
+    def check(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+        if tokenizer is None:
+            raise TokenizerError("MODEL: expected a folder with tokenizer.json, which chat needs, found none")
+        short(config, tokenizer)
+
+    return check
 
 
 class Chat:
@@ -28,7 +44,7 @@ class Chat:
     def __init__(self, engine: Engine, params: SamplingParams, system: str | None = None) -> None:
         self.engine = engine
         self.params = params
-        self.opening = [{"role": "system", "content": system}] if system else []
+        self.opening = _opening(system)
         self.messages = list(self.opening)
         self.interactive = sys.stdin.isatty()
         self.notes = notes()
@@ -95,3 +111,7 @@ class Chat:
                     break
         write("\n")
         return "".join(parts), stopped
+
+
+def _opening(system: str | None) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}] if system else []

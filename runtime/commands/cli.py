@@ -100,6 +100,7 @@ def generate(
     stream: Annotated[bool, typer.Option("--stream", help="Print as it is generated.")] = False,
 ) -> None:
     """Continue a prompt. Without a tokenizer in the folder, prompt and answer are token ids."""
+    from ..prompts import request_check
     from ..request import SamplingParams
     from .generate import answer, warm_up_for
 
@@ -114,7 +115,8 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    with options.load_engine(model, method, device, dtype, backend, numerics, cache_tokens) as engine:
+    check = request_check(source, params)
+    with options.load_engine(model, method, device, dtype, backend, numerics, cache_tokens, check) as engine:
         if warm_up:
             warm_up_for(engine, source, params)
         answer(engine, source, params, as_json=json, as_stream=stream)
@@ -139,17 +141,15 @@ def chat(
     cache_tokens: options.CacheTokens = None,
 ) -> None:
     """Talk to a model, one message a line. /reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer."""
-    from ..errors import TokenizerError
     from ..request import SamplingParams
-    from .chat import Chat
+    from .chat import Chat, chat_check
     from .generate import warm_up_for
 
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
     )
-    with options.load_engine(model, method, device, dtype, backend, numerics, cache_tokens) as engine:
-        if engine.tokenizer is None:
-            raise TokenizerError(f"{engine.model_path}: expected tokenizer.json, which chat needs, found none")
+    check = chat_check(system, params)
+    with options.load_engine(model, method, device, dtype, backend, numerics, cache_tokens, check) as engine:
         if warm_up:
             warm_up_for(engine)
         Chat(engine, params, system).run()
@@ -171,11 +171,10 @@ def inspect(
     """Show what a model folder holds, without loading the weights; with --lens, what each layer would say."""
     from .report import print_json
 
-    folder = options.model_folder(model)
     if lens is None and lens_ids is None:
         from .anatomy import examine, show
 
-        anatomy = examine(folder)
+        anatomy = examine(options.model_folder(model))
         if json:
             print_json(anatomy)
         else:
@@ -183,9 +182,10 @@ def inspect(
         return
     from . import lens as lenses
 
-    ids = lenses.read_request(folder, lens, lens_ids, max_tokens)
-    with options.load_engine(model, "autoregressive", device, dtype, backend) as engine:
-        found = lenses.lens(engine, ids, max_tokens)
+    source = lenses.read_request(lens, lens_ids, max_tokens)
+    check = lenses.lens_check(source)
+    with options.load_engine(model, "autoregressive", device, dtype, backend, check=check) as engine:
+        found = lenses.lens(engine, source, max_tokens)
         if json:
             print_json(lenses.report(found, engine.tokenizer))
         else:
@@ -214,10 +214,15 @@ def tune(
     json: options.Json = False,
 ) -> None:
     """Search for a skip set and save it; --method swift:set=FILE loads it. Ctrl-C saves the best so far."""
-    from .tune import tune_and_save
+    from ..calibration import PROMPTS, read_texts
+    from .tune import Tuning
 
-    with options.load_engine(model, "autoregressive", device, dtype, backend, cache_tokens=cache_tokens) as engine:
-        tune_and_save(engine, output, method, prompts, candidates, seconds, skip_ratio, window, seed, as_json=json)
+    texts = PROMPTS if prompts is None else read_texts(prompts, "--prompts")
+    tuning = Tuning(output, method, texts, candidates, seconds, skip_ratio, window, seed)
+    with options.load_engine(
+        model, "autoregressive", device, dtype, backend, cache_tokens=cache_tokens, check=tuning.check
+    ) as engine:
+        tuning.run(engine, as_json=json)
 
 
 @app.command()
@@ -289,11 +294,13 @@ def demo(
     backend: options.BackendName = options.Backend.AUTO,
 ) -> None:
     """Answer with the packaged model by layer skipping, then plainly, and compare the two."""
+    from ..prompts import request_check
     from ..request import SamplingParams
-    from .demo import compare
+    from .demo import asked, compare
 
     params = SamplingParams(max_tokens=max_tokens)
-    with options.load_engine("demo", method, device, dtype, backend) as engine:
+    check = request_check(asked(prompt), params)
+    with options.load_engine("demo", method, device, dtype, backend, check=check) as engine:
         if not compare(engine, prompt, method, params):
             raise typer.Exit(1)
 

@@ -20,13 +20,18 @@ DEMO_QUESTION = "Explain in a few sentences why the sky is blue."
 WARM_UP = SamplingParams(max_tokens=4, ignore_eos=True)
 
 
+def asked(question: str) -> list[dict[str, str]]:
+    """The chat that asks it."""
+    return [{"role": "user", "content": question}]
+
+
 def compare(engine: Engine, question: str, method: str, params: SamplingParams) -> bool:
     """Answer `question` with `method` and plainly, both streamed, and print the comparison.
 
     Returns whether the method kept its promise: a lossless method must give the same tokens.
     """
     console = terminal.answers()
-    prompt = [{"role": "user", "content": question}]
+    prompt = asked(question)
     for name in (method, PLAIN):
         engine.generate(prompt, WARM_UP, method=name)
     _legend(console)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from ..prompts import check_params, to_ids
+from ..prompts import to_ids
 from .report import print_json, report, report_chunk
 from .terminal import notes, write
 
@@ -40,7 +40,6 @@ def warm_up_for(engine: Engine, prompt: str | list[int] | None = None, params: S
     """
     context = None
     if prompt is not None and params is not None:
-        check_params(params, engine.tokenizer, engine.config)
         length = len(to_ids(prompt, engine.tokenizer, engine.config)) + params.max_tokens
         context = min(length, engine.config.max_context)
     done = engine.warm_up(sequences=1, context=context)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,7 +15,7 @@ from ..engine import Engine
 from ..errors import RequestError
 from ..model import Model, Streams
 from ..prefill import text_rows
-from ..prompts import to_ids
+from ..prompts import Check, to_ids
 from ..request import SamplingParams
 from .options import parse_ids
 from .terminal import DRAFT, GENERATED, answers, visible
@@ -82,27 +81,32 @@ class Lens:
         return tuple(sum(column) / len(hits) for column in zip(*hits, strict=True))
 
 
-def read_request(folder: Path, prompt: str | None, ids: str | None, max_tokens: int) -> list[int]:
-    """The prompt's token ids, from text or "1,2,3", checked before any weight is read.
+def read_request(prompt: str | None, ids: str | None, max_tokens: int) -> str | list[int]:
+    """The prompt, as text or from "1,2,3".
 
     Raises:
-        RequestError: not exactly one of the two, a negative number of tokens, or a prompt the model cannot take.
-        ConfigError, TokenizerError: the folder is not a model this version runs.
+        RequestError: not exactly one of the two, what are no ids, or a negative number of tokens.
     """
     if prompt is not None and ids is not None:
         raise RequestError("prompt: expected one of --lens and --lens-ids, got both")
     if max_tokens < 0:
         raise RequestError(f"--max-tokens: expected at least 0, got {max_tokens}")
-    given = (prompt or "") if ids is None else parse_ids(ids, option="--lens-ids")
-    config = ModelConfig.load(folder)
-    tokenizer = Tokenizer.load(folder, config)
-    if tokenizer is None and isinstance(given, str):
-        raise RequestError("--lens: this model folder has no tokenizer.json: pass token ids with --lens-ids")
-    return to_ids(given, tokenizer, config)
+    return (prompt or "") if ids is None else parse_ids(ids, option="--lens-ids")
 
 
-def lens(engine: Engine, ids: list[int], max_tokens: int = 32) -> Lens:
-    """Read every exit for each token generated after `ids`, or with `max_tokens` 0 for each that follows one of `ids`.
+def lens_check(prompt: str | list[int]) -> Check:
+    """What refuses a prompt that the model cannot take."""
+
+    def check(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+        if tokenizer is None and isinstance(prompt, str):
+            raise RequestError("--lens: this model folder has no tokenizer.json: pass token ids with --lens-ids")
+        to_ids(prompt, tokenizer, config)
+
+    return check
+
+
+def lens(engine: Engine, prompt: str | list[int], max_tokens: int = 32) -> Lens:
+    """Read every exit for each token generated after `prompt`, or with `max_tokens` 0 for each that follows one of its.
 
     The tokens are generated greedily; then one teacher-forced pass over the text keeps the residual stream after every
     layer. It has the tiles of prefill and of decoding where generation had them, so that the last exit says exactly
@@ -113,7 +117,7 @@ def lens(engine: Engine, ids: list[int], max_tokens: int = 32) -> Lens:
         CapacityError: it needs more cache than there is.
     """
     model, cache = engine._loaded()  # pyright: ignore[reportPrivateUsage]
-    ids = to_ids(ids, engine.tokenizer, engine.config)
+    ids = to_ids(prompt, engine.tokenizer, engine.config)
     params = SamplingParams(max_tokens=max_tokens) if max_tokens else None
     generated = engine.generate(ids, params, method="autoregressive").token_ids if params else []
     tile = model.ops.decode_tile if generated else model.ops.prefill_tile

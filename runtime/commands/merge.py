@@ -9,7 +9,7 @@ from typing import Any
 from ...kernels import ops
 from ...loaders.config import MAX_CONFIG_BYTES, ModelConfig
 from ...loaders.json_files import present, read_object
-from ...loaders.save import save_checkpoint
+from ...loaders.save import staged_folder, write_checkpoint
 from ...loaders.tokenizer import Tokenizer
 from ...loaders.weights import checkpoint_tensors, load_weights
 from ..choices import dtype_of
@@ -43,13 +43,15 @@ def merge(folder: Path, output: Path, method: str, *, as_json: bool) -> None:
     if not isinstance(laco, LaCo):
         raise RequestError(f"--method: expected laco, which edits weights, got {laco.name}")
     tokenizer = Tokenizer.load(folder, config)
-    weights = load_weights(folder, config, dtype_of("auto", config))
-    merged = laco.merged(config, weights, lambda c, w: Model(c, w, ops.TORCH), tokenizer.encode if tokenizer else None)
-    if not merged.steps:
-        raise RequestError(f"method laco: {_nothing_merged(merged)}")
-    fields = _fields(folder / "config.json", config, merged.config)
+    encode = tokenizer.encode if tokenizer else None
     files = [folder / name for name in _TEXT_FILES if present(folder / name, CheckpointError)]
-    save_checkpoint(output, fields, checkpoint_tensors(merged.weights, merged.config), files=files)
+    with staged_folder(output) as stage:
+        weights = load_weights(folder, config, dtype_of("auto", config))
+        merged = laco.merged(config, weights, lambda c, w: Model(c, w, ops.TORCH), encode)
+        if not merged.steps:
+            raise RequestError(f"method laco: {_nothing_merged(merged)}")
+        fields = _fields(folder / "config.json", config, merged.config)
+        write_checkpoint(stage, fields, checkpoint_tensors(merged.weights, merged.config), files=files)
     summary = {"output": str(output), "of": config.num_layers, "kept": merged.config.num_layers, **merged.report()}
     if as_json:
         print_json(summary)

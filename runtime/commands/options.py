@@ -17,6 +17,7 @@ from ..request import check_unicode
 
 if TYPE_CHECKING:
     from ..engine import Engine
+    from ..prompts import Check
 
 MAX_LAYERS = 512
 
@@ -146,8 +147,9 @@ def load_engine(
     backend: Backend,
     numerics: Numerics = Numerics.EXACT,
     cache_tokens: int | None = None,
+    check: Check | None = None,
 ) -> Generator[Engine, None, None]:
-    """An engine for the time of a command, loaded behind a progress bar."""
+    """An engine for the time of a command, loaded behind a progress bar, after what `check` says of the model."""
     check_name(model)
     from ..engine import Engine
     from .terminal import notes, progress_bar
@@ -162,6 +164,7 @@ def load_engine(
             numerics=numerics.value,
             cache_tokens=cache_tokens,
             progress=progress,
+            check=check,
         )
     if engine.cache_note:
         notes().print(engine.cache_note, markup=False, soft_wrap=True)

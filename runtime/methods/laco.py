@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from ...loaders.config import ModelConfig
 from ...loaders.weights import Weights
-from ..calibration import Encode, calibration_ids
+from ..calibration import Calibration, Encode
 from ..errors import RequestError
 from ..merging import RULES, Build, Merged, Scan, Similarity, remove_layers, search
 from ..plan import LayerPlan
@@ -58,6 +58,7 @@ class LaCo(Planned):
         for option in ("remove", "lowest", "highest"):
             options.expect(option, Within(0, num_layers - 1))
         self._options = options
+        self._calibration = Calibration.read(options.calibration, "method laco: option calibration")
         self._findings: list[Mapping[str, Any]] = []
 
     def edit(
@@ -79,8 +80,7 @@ class LaCo(Planned):
             return original.merge(options.base, options.followers, options.rule)
         highest = options.highest or config.num_layers - 1
         scan = Scan(options.merge_layers, options.interval, options.threshold, options.lowest, highest)
-        texts = calibration_ids(config, encode, options.calibration, "method laco: option calibration")
-        similarity = Similarity(original, build, texts)
+        similarity = Similarity(original, build, self._calibration.ids(config, encode))
         if not options.remove:
             return search(original, similarity, scan, options.rule)
         found = remove_layers(original, similarity, scan, options.rule, options.remove)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from ..calibration import Encode, calibration_ids
+from ..calibration import Calibration, Encode
 from ..errors import RequestError
 from ..influence import block_influence, removal_order
 from ..model import Model
@@ -51,11 +51,12 @@ class ShortGPT(Pruned):
             raise RequestError(f"method shortgpt: option n expects 0 to {num_layers - 1}, got {options.n}")
         super().__init__(options, num_layers)
         self._options, self._count = options, count
+        self._calibration = Calibration.read(options.calibration, "method shortgpt: option calibration")
         self._findings: list[Mapping[str, Any]] = []
 
     def prepare(self, model: Model, encode: Encode | None) -> Stepwise[None]:
         options = self._options
-        texts = calibration_ids(model.config, encode, options.calibration, "method shortgpt: option calibration")
+        texts = self._calibration.ids(model.config, encode)
         influence = yield from block_influence(model, texts, options.window, official=options.rule == "official")
         removed = tuple(sorted(removal_order(influence)[: self._count]))
         self.remove(removed)
