@@ -424,6 +424,23 @@ class TestChat:
         assert streams.out == "one two three\n" * 3
         assert streams.err == ""
 
+    def test_a_piped_message_that_cannot_be_answered_is_told_and_the_next_one_read(
+        self, engine, folder, capsys, monkeypatch
+    ) -> None:
+        def stream(self: FakeEngine, prompt: list[dict], params: SamplingParams) -> FakeStream:
+            if prompt[-1]["content"] == "too long":
+                raise RequestError("prompt: 9001 tokens leave no room")
+            return answered(self, prompt, params)
+
+        answered = engine.stream
+        monkeypatch.setattr(engine, "stream", stream)
+        feed(monkeypatch, b"hi\ntoo long\n\nagain\n")
+        assert cli.run(["chat", folder]) == 2
+        streams = capsys.readouterr()
+        assert streams.out == "one two three\n" * 2
+        assert streams.err == "error: message 2: prompt: 9001 tokens leave no room\n"
+        assert [message["content"] for message in engine.made[0].asked[-1][0]] == ["hi", "one two three", "again"]
+
     def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(self, engine, folder, capsys, monkeypatch) -> None:
         engine.interrupt = True
         lines = iter(["hi", "again"])

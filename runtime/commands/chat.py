@@ -38,7 +38,7 @@ class Chat:
     """A conversation that remembers what was said.
 
     A line is a message; `/reset` forgets everything but the system message, `/exit` or the end of input leaves. Ctrl-C
-    ends an answer early and keeps what was written of it.
+    ends an answer early and keeps what was written of it. A message that cannot be answered is told and forgotten.
     """
 
     def __init__(self, engine: Engine, params: SamplingParams, system: str | None = None) -> None:
@@ -46,24 +46,26 @@ class Chat:
         self.params = params
         self.opening = _opening(system)
         self.messages = list(self.opening)
+        self.asked, self.all_answered = 0, True
         self.interactive = sys.stdin.isatty()
         self.notes = notes()
         if self.interactive:
             with contextlib.suppress(ImportError):
                 import_module("readline")  # gives `input` line editing
 
-    def run(self) -> None:
-        """Read, answer, repeat until the user leaves."""
+    def run(self) -> bool:
+        """Read, answer, repeat until the user leaves; whether every message of a pipe was answered."""
         if self.interactive:
             self.notes.print(f"{RESET} starts over, {LEAVE} or Ctrl-D leaves, Ctrl-C stops an answer", style="dim")
         while (line := self._read()) is not None:
             message = line.strip()
             if message == LEAVE:
-                return
+                break
             if message == RESET:
                 self.messages = list(self.opening)
             elif message:
                 self._turn(message)
+        return self.interactive or self.all_answered
 
     def _read(self) -> str | None:
         if not self.interactive:
@@ -83,13 +85,14 @@ class Chat:
 
     def _turn(self, message: str) -> None:
         self.messages.append({"role": "user", "content": message})
+        self.asked += 1
         try:
             answer, stopped = self._answer()
         except SkipjackError as error:
-            if not self.interactive:
-                raise
             self.messages.pop()
-            self.notes.print(f"error: {visible(str(error))}", style="red", markup=False)
+            self.all_answered = False
+            where = "" if self.interactive else f"message {self.asked}: "
+            self.notes.print(f"error: {where}{visible(' '.join(str(error).split()))}", style="red", markup=False)
             return
         if stopped and not self.interactive:
             raise KeyboardInterrupt

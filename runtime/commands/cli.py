@@ -152,7 +152,8 @@ def chat(
     with options.load_engine(model, method, device, dtype, backend, numerics, cache_tokens, check) as engine:
         if warm_up:
             warm_up_for(engine)
-        Chat(engine, params, system).run()
+        if not Chat(engine, params, system).run():
+            raise typer.Exit(EXIT_MISTAKE)
 
 
 @app.command()
