@@ -1,5 +1,6 @@
 """Sets found ahead of time: scored as they claim, loaded by the model they belong to, and by no other."""
 
+import itertools
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -114,6 +115,18 @@ def test_knapspec_is_asked_to_stop_in_the_middle_of_a_text(
         choose(engine, lambda: False, seconds=0.0)
     cache = engine._loaded()[1]
     assert cache.free_pages == cache.total_pages
+
+
+def test_a_search_that_no_terminal_watches_says_every_so_often_how_far_it_is(
+    demo: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = itertools.count(step=4.0)
+    monkeypatch.setattr("skipjack.runtime.commands.terminal.monotonic", lambda: next(now))
+    line = ["tune", str(demo.model_path), "-o", str(tmp_path / "set.json"), "--prompts", str(tmp_path / "ids")]
+    (tmp_path / "ids").write_text("[5, 9, 200]\n")
+    assert cli.run([*line, "--candidates", "10", "--window", "2"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("candidates")]
+    assert told == ["candidates: 30%", "candidates: 60%", "candidates: 90%"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ INPUT = "yellow"
 GENERATED = "green"
 DRAFT = "blue"
 ACCEPTED = "dark_orange"
+
+LINE_SECONDS = 10.0
 
 _CONTROL_PICTURES = {
     **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
@@ -66,9 +69,9 @@ def paint_piece(console: Console, piece: Piece) -> None:
 
 @contextmanager
 def progress_bar() -> Generator[Progress, None, None]:
-    """A bar on standard error for each label reported; silent when standard error is not a terminal."""
+    """A bar on standard error for each label reported; where that is no terminal, a line every `LINE_SECONDS`."""
     if not sys.stderr.isatty():
-        yield lambda label, done, total: None
+        yield _progress_lines()
         return
     from rich import progress
 
@@ -82,6 +85,19 @@ def progress_bar() -> Generator[Progress, None, None]:
             bar.update(tasks[label], completed=done, total=total or None)
 
         yield advance
+
+
+def _progress_lines() -> Progress:
+    told = monotonic()
+
+    def advance(label: str, done: int, total: int) -> None:
+        nonlocal told
+        now = monotonic()
+        if done < total and now - told >= LINE_SECONDS:
+            told = now
+            notes().print(f"{label}: {done / total:.0%}", markup=False)
+
+    return advance
 
 
 @contextmanager
