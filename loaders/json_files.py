@@ -11,6 +11,7 @@ from typing import Final, NoReturn, cast
 from .errors import SkipjackError
 
 MAX_PARTS: Final = 2_000_000
+GIT_LFS_POINTER: Final = b"version https://git-lfs"
 
 
 class _DuplicateKeyError(ValueError):
@@ -56,11 +57,17 @@ def present(path: Path, error: type[SkipjackError]) -> bool:
     return os.path.exists(path)
 
 
+def refuse_pointer(path: Path, start: bytes, error: type[SkipjackError]) -> None:
+    """Raise `error` for a file whose first bytes are those of what Git leaves of one it did not fetch."""
+    if start.startswith(GIT_LFS_POINTER):
+        raise error(f"{path}: expected the content of a file, found a Git LFS pointer to one: run `git lfs pull`")
+
+
 def read_bytes(path: Path, limit: int, error: type[SkipjackError]) -> bytes:
     """The bytes of a regular file of at most `limit` bytes.
 
     Raises:
-        error: no such file, not a regular file, larger than `limit`, or unreadable.
+        error: no such file, not a regular file, a pointer of Git LFS, larger than `limit`, or unreadable.
     """
     try:
         # O_NONBLOCK: opening a FIFO must not wait for its writer.
@@ -79,6 +86,7 @@ def read_bytes(path: Path, limit: int, error: type[SkipjackError]) -> bytes:
         raise error(f"{path}: cannot be read: {_one_line(problem)}") from None
     if len(content) > limit:
         raise error(f"{path}: expected at most {limit} bytes, found more")
+    refuse_pointer(path, content, error)
     return content
 
 

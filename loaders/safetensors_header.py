@@ -11,11 +11,10 @@ from typing import Final, TypeGuard, cast
 import torch
 
 from .errors import CheckpointError
-from .json_files import as_object, parse_object, shown
+from .json_files import GIT_LFS_POINTER, as_object, parse_object, refuse_pointer, shown
 
 MAX_HEADER_BYTES: Final = 16_000_000
 MAX_TENSORS: Final = 100_000
-_GIT_LFS_POINTER: Final = b"version https://git-lfs"
 _MAX_DIMENSIONS: Final = 8
 _METADATA_MARKS: Final = 10_000
 _MAX_ELEMENTS: Final = 1 << 48
@@ -65,10 +64,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 raise CheckpointError(f"{path}: header length: expected 8 bytes, found a file of {len(length)}")
             header_bytes = int.from_bytes(length, "little")
             if header_bytes > MAX_HEADER_BYTES:
-                if length + file.read(len(_GIT_LFS_POINTER) - 8) == _GIT_LFS_POINTER:
-                    raise CheckpointError(
-                        f"{path}: expected a safetensors file, found a Git LFS pointer to one: run `git lfs pull`"
-                    )
+                refuse_pointer(path, length + file.read(len(GIT_LFS_POINTER) - 8), CheckpointError)
                 raise CheckpointError(
                     f"{path}: header: expected at most {MAX_HEADER_BYTES} bytes, found {header_bytes}"
                 )

@@ -136,13 +136,6 @@ def test_malformed_files_refused(tmp_path, header, message):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_git_lfs_pointer_says_how_to_fetch_the_file(tmp_path):
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-    (tmp_path / "model.safetensors").write_text(pointer)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: .* Git LFS pointer to one: run `git lfs pull`"):
-        Checkpoint.open(tmp_path)
-
-
 def test_too_many_tensors_refused(tmp_path):
     one = json.dumps(entry("U8", (0,), 0, 0), separators=(",", ":"))
     header = "{" + ",".join(f'"{number}":{one}' for number in range(100_001)) + "}"

@@ -142,6 +142,33 @@ def test_a_folder_without_a_model_is_refused(tmp_path, capsys) -> None:
     assert "config.json" in refusal(capsys, ["inspect", str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "model-00001-of-00001.safetensors",
+    ],
+)
+def test_a_git_lfs_pointer_says_how_to_fetch_the_file(demo: Engine, tmp_path: Path, capsys, name: str) -> None:
+    for file in Path(demo.model_path or "").iterdir():
+        if file.name != "model.safetensors" or name == file.name or not name.startswith("model"):
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    if name.startswith("model-"):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    said = refusal(capsys, ["generate", str(tmp_path), "hello"])
+    assert said.startswith(f"error: {tmp_path / name}: expected ")
+    assert said.endswith(", found a Git LFS pointer to one: run `git lfs pull`\n")
+
+
 def test_chat_needs_a_tokenizer(folder, capsys) -> None:
     assert "tokenizer" in refusal(capsys, ["chat", folder])
 
