@@ -60,7 +60,7 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["skipjack = skipjack.runtime.commands.cli:main"],
+        "console_scripts": ["skipjack = skipjack.runtime.commands.entry:main"],
         "skipjack.commands": ["bench = skipjack.bench.cli:app"],
     },
 )

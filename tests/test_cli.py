@@ -328,6 +328,23 @@ class TestEndings:
         assert "Traceback" not in capsys.readouterr().err
         assert engine.made[0].closed
 
+    @pytest.mark.parametrize(("handler", "code"), [("default_int_handler", 130), ("SIG_IGN", 0)])
+    def test_ctrl_c_while_commands_are_imported_is_no_traceback(self, handler: str, code: int) -> None:
+        """A shell's order to ignore it, as of a job in the background, holds."""
+        script = f"""if True:
+            import os, signal, sys
+            signal.signal(signal.SIGINT, signal.{handler})
+            class Finder:
+                def find_spec(self, name, *_):
+                    if name == "typer":
+                        os.kill(os.getpid(), signal.SIGINT)
+            sys.meta_path.insert(0, Finder())
+            from skipjack.runtime.commands.entry import main
+            sys.argv[1:] = ["--version"]
+            main()"""
+        done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
+        assert (done.returncode, done.stderr) == (code, b"")
+
     @pytest.mark.parametrize("arguments", ["['doctor', '--json']", "['doctor']"])
     def test_a_reader_that_left_is_no_error(self, arguments: str) -> None:
         script = f"import sys; from skipjack.runtime.commands.cli import main; sys.argv[1:] = {arguments}; main()"

@@ -18,9 +18,9 @@ from typer.core import TyperCommand, TyperGroup
 from ..errors import SkipjackError
 from . import options
 from .demo import DEMO_METHOD, DEMO_QUESTION
+from .entry import EXIT_INTERRUPTED
 
 EXIT_MISTAKE = 2
-EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
 # The click that typer builds on is a package of its own or typer's copy, by version.
