@@ -1,7 +1,9 @@
 """LaCo: the published merges bit for bit, the published search step by step, and engines that serve nothing else."""
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -197,7 +199,9 @@ def test_options_are_checked(options: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("shape", ["tiny-smollm3", "tiny-bloom", "windowed"])
-def test_a_merged_model_is_written_as_a_folder(tmp_path: Path, shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_merged_model_is_written_as_a_folder(
+    tmp_path: Path, shape: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 5}
     fields = synthetic_config("tiny-qwen2") | window if shape == "windowed" else synthetic_config(shape)
     config = ModelConfig.parse(fields, "config.json")
@@ -211,11 +215,34 @@ def test_a_merged_model_is_written_as_a_folder(tmp_path: Path, shape: str, capsy
         assert written.config == edited.config
         assert written.config.eos_token_ids == (7,)
         assert written.generate(PROMPTS[2], params).token_ids == edited.generate(PROMPTS[2], params).token_ids
-    for option, named in (("threshold=1", "the best of 4 comes to 0."), ("highest=1", "options highest, merge_layers")):
-        assert cli.run(["merge", str(tmp_path / "m"), str(tmp_path / "new"), "--method", f"laco:{option}"]) == 2
-        assert named in capsys.readouterr().err
+    line = ["merge", str(tmp_path / "m"), str(tmp_path / "new"), "--method"]
+    for option, named in (
+        ("threshold=1,rule=paper", "lower threshold or set rule=code or merge fewer than merge_layers=4 at a time\n"),
+        (
+            "threshold=1,merge_layers=2,interval=3",
+            r"0\.\d+ \(layers [0-6]\+[1-7] merged by rule code\), got 1: lower threshold\n",
+        ),
+    ):
+        assert cli.run([*line, f"laco:{option}"]) == 2
+        assert re.search(named, capsys.readouterr().err)
         assert not (tmp_path / "new").exists()
+    monkeypatch.setattr("skipjack.runtime.commands.merge.load_weights", lambda *_: pytest.fail("weights were read"))
+    assert cli.run([*line, "laco:highest=1"]) == 2
+    assert "options highest, merge_layers and lowest" in capsys.readouterr().err
     assert cli.run(["merge", str(tmp_path / "m"), str(tmp_path / "out"), "--method", method]) == 2
     assert "out: cannot be written" in capsys.readouterr().err
     assert cli.run(["merge", str(tmp_path / "m"), str(tmp_path / "new"), "--method", "swift"]) == 2
     assert "--method: expected laco, which edits weights, got swift" in capsys.readouterr().err
+
+
+def test_layers_of_real_weights_merge_without_options(
+    demo: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within two bounds, which spare the test the rest of the search."""
+    now = itertools.count(step=20.0)
+    monkeypatch.setattr("skipjack.runtime.commands.terminal.monotonic", lambda: next(now))
+    bounds = "laco:lowest=15,highest=20"
+    assert cli.run(["merge", str(demo.model_path), str(tmp_path / "out"), "--method", bounds, "--json"]) == 0
+    streams = capsys.readouterr()
+    assert [layers for layers in json.loads(streams.out)["layers"] if len(layers) > 1] == [[16, 17, 18, 19]]
+    assert "candidates: 50%" in streams.err.splitlines()

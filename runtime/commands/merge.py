@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,15 @@ from ...loaders.config import MAX_CONFIG_BYTES, ModelConfig
 from ...loaders.json_files import present, read_object
 from ...loaders.save import staged_folder, write_checkpoint
 from ...loaders.tokenizer import Tokenizer
-from ...loaders.weights import checkpoint_tensors, load_weights
+from ...loaders.weights import Weights, checkpoint_tensors, load_weights
 from ..choices import dtype_of
 from ..errors import CheckpointError, ConfigError, RequestError
-from ..merging import Merged
+from ..merging import Build
 from ..methods import registry
 from ..methods.laco import LaCo
 from ..model import Model
 from .report import print_json
-from .terminal import answers
+from .terminal import Progress, answers, progress_bar
 
 _TEXT_FILES = (
     "tokenizer.json",
@@ -45,11 +47,11 @@ def merge(folder: Path, output: Path, method: str, *, as_json: bool) -> None:
     tokenizer = Tokenizer.load(folder, config)
     encode = tokenizer.encode if tokenizer else None
     files = [folder / name for name in _TEXT_FILES if present(folder / name, CheckpointError)]
-    with staged_folder(output) as stage:
-        weights = load_weights(folder, config, dtype_of("auto", config))
-        merged = laco.merged(config, weights, lambda c, w: Model(c, w, ops.TORCH), encode)
+    with staged_folder(output) as stage, progress_bar() as progress:
+        weights = load_weights(folder, config, dtype_of("auto", config), partial(progress, "loading weights"))
+        merged = laco.merged(config, weights, _counted(progress, laco.candidates), encode)
         if not merged.steps:
-            raise RequestError(f"method laco: {_nothing_merged(merged)}")
+            raise RequestError(f"method laco: {laco.none_found(merged.trace)}")
         fields = _fields(folder / "config.json", config, merged.config)
         write_checkpoint(stage, fields, checkpoint_tensors(merged.weights, merged.config), files=files)
     summary = {"output": str(output), "of": config.num_layers, "kept": merged.config.num_layers, **merged.report()}
@@ -62,14 +64,15 @@ def merge(folder: Path, output: Path, method: str, *, as_json: bool) -> None:
     )
 
 
-def _nothing_merged(merged: Merged) -> str:
-    if not merged.trace:
-        return (
-            "options highest, merge_layers and lowest: expected highest - merge_layers to be at least lowest, got less"
-        )
-    best = max(trial.similarity for trial in merged.trace)
-    tried = len(merged.trace)
-    return f"option threshold: expected one that a merge stays above, the best of {tried} comes to {best:.3f}: lower it"
+def _counted(progress: Progress, total: int) -> Build:
+    """Prepares candidates and tells how many of `total` there were, 0 where nobody knows; the first is the original."""
+    built = itertools.count()
+
+    def build(config: ModelConfig, weights: Weights) -> Model:
+        progress("candidates", next(built), total)
+        return Model(config, weights, ops.TORCH)
+
+    return build
 
 
 def _fields(path: Path, config: ModelConfig, merged: ModelConfig) -> dict[str, Any]:

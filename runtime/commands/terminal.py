@@ -93,9 +93,9 @@ def _progress_lines() -> Progress:
     def advance(label: str, done: int, total: int) -> None:
         nonlocal told
         now = monotonic()
-        if done < total and now - told >= LINE_SECONDS:
+        if (done < total or not total) and now - told >= LINE_SECONDS:
             told = now
-            notes().print(f"{label}: {done / total:.0%}", markup=False)
+            notes().print(f"{label}: {f'{done / total:.0%}' if total else done}", markup=False)
 
     return advance
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -10,7 +10,7 @@ from ...loaders.config import ModelConfig
 from ...loaders.weights import Weights
 from ..calibration import Calibration, Encode
 from ..errors import RequestError
-from ..merging import RULES, Build, Merged, Scan, Similarity, remove_layers, search
+from ..merging import RULES, Build, Merged, Scan, Similarity, Trial, remove_layers, search
 from ..plan import LayerPlan
 from ..sequence import Sequence
 from .checked import Checked, OneOf, Within
@@ -29,7 +29,7 @@ class Options(Checked, method="laco"):
 
     base: int = -1
     followers: int = 0
-    rule: Annotated[str, OneOf(RULES)] = "paper"
+    rule: Annotated[str, OneOf(RULES)] = "code"
     merge_layers: Annotated[int, Within(2, 512)] = 4
     interval: Annotated[int, Within(1, 512)] = 2
     threshold: Annotated[float, Within(-1, 1)] = 0.65
@@ -59,6 +59,13 @@ class LaCo(Planned):
             options.expect(option, Within(0, num_layers - 1))
         self._options = options
         self._calibration = Calibration.read(options.calibration, "method laco: option calibration")
+        highest = options.highest or num_layers - 1
+        self._scan = Scan(options.merge_layers, options.interval, options.threshold, options.lowest, highest)
+        if options.base < 0 and highest - options.merge_layers < options.lowest:
+            raise RequestError(
+                "method laco: options highest, merge_layers and lowest: expected highest - merge_layers to be at least "
+                f"lowest, got {highest} - {options.merge_layers} and {options.lowest}"
+            )
         self._findings: list[Mapping[str, Any]] = []
 
     def edit(
@@ -78,15 +85,32 @@ class LaCo(Planned):
         original, options = Merged.of(config, weights), self._options
         if options.base >= 0:
             return original.merge(options.base, options.followers, options.rule)
-        highest = options.highest or config.num_layers - 1
-        scan = Scan(options.merge_layers, options.interval, options.threshold, options.lowest, highest)
         similarity = Similarity(original, build, self._calibration.ids(config, encode))
         if not options.remove:
-            return search(original, similarity, scan, options.rule)
-        found = remove_layers(original, similarity, scan, options.rule, options.remove)
+            return search(original, similarity, self._scan, options.rule)
+        found = remove_layers(original, similarity, self._scan, options.rule, options.remove)
         if found is None:
             raise RequestError(f"method laco: option remove: no threshold removes {options.remove} layers in this scan")
         return found
+
+    @property
+    def candidates(self) -> int:
+        """How many candidates a search tries at most; 0 where it goes on until enough layers are gone."""
+        return 0 if self._options.remove else self._scan.highest - self._scan.merge_layers - self._scan.lowest + 1
+
+    def none_found(self, trace: Iterable[Trial]) -> str:
+        """Why a search found nothing, and what would let it find something."""
+        best, options = max(trace, key=lambda trial: trial.similarity), self._options
+        layers = "+".join(map(str, range(best.layer, best.layer + best.followers + 1)))
+        advice = ["lower threshold"]
+        if options.rule != "code":
+            advice.append("set rule=code")
+        if options.merge_layers > 2:
+            advice.append(f"merge fewer than merge_layers={options.merge_layers} at a time")
+        return (
+            f"option threshold: expected less than the best similarity of a candidate, {best.similarity:.3f} "
+            f"(layers {layers} merged by rule {options.rule}), got {options.threshold:g}: {' or '.join(advice)}"
+        )
 
     def notes(self, executed_skips: int) -> list[str]:
         """The merged layers run for every token; what was merged is a finding."""
