@@ -12,6 +12,7 @@ import torch
 
 from ..kernels.host import ints
 from ..loaders.config import ModelConfig
+from ..loaders.json_files import shown
 from .errors import RequestError
 
 PROMPTS = (
@@ -66,12 +67,13 @@ def read_texts(path: Path, option: str) -> list[str | list[int]]:
     Raises:
         RequestError: the file cannot be read or holds no text; `option` is named.
     """
-    lines = [line for line in read_lines(path, option) if line.strip()]
-    try:
-        texts = [_text(line) for line in lines]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        expected = "a text a line, objects with turns, or lists of token ids"
-        raise RequestError(f"{option}: {path}: expected {expected}: {error}") from error
+    texts: list[str | list[int]] = []
+    for number, line in enumerate(read_lines(path, option), start=1):
+        try:
+            texts += [_text(line)] if line.strip() else []
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            expected = "a text, an object with turns, or a list of token ids"
+            raise RequestError(f"{option}: {path}, line {number}: expected {expected}, found {shown(line)}") from error
     if not texts:
         raise RequestError(f"{option}: {path}: expected at least one text, found none")
     return texts

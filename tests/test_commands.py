@@ -117,6 +117,7 @@ def test_a_prompt_the_model_cannot_take_is_refused(folder, capsys, prompt, named
         (["tune", "MODEL", "-o", "x.json", "--prompts", "FILE"], "--prompts: FILE: expected at least one text"),
         (["tune", "MODEL", "-o", "FILE/x.json"], "--output: no such folder"),
         (["tune", "MODEL", "-o", "x.json", "--prompts", "IDS"], "--prompts: text 2: token 99999"),
+        (["tune", "MODEL", "-o", "x.json", "--prompts", "WRONG"], "--prompts: WRONG, line 3: expected a text, "),
         (["merge", "MODEL", "FILE"], "FILE: cannot be written"),
         (["merge", "MODEL", "MODEL"], "cannot be written"),
         (["bench", "methods", "MODEL", "--method", "magic"], "'magic'"),
@@ -132,6 +133,7 @@ def test_what_needs_no_weights_is_told_before_they_are_read(
         monkeypatch.setattr(f"skipjack.{place}", lambda *_: pytest.fail("weights were read"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("\n")
+    (tmp_path / "WRONG").write_text('a text\n\n{"prompt": "turns are missing"}\n')
     (tmp_path / "IDS").write_text("[1]\n[2, 99999]\n")
     (tmp_path / "LONG").write_text(json.dumps({"category": "long", "turns": ["word " * 9000]}))
     assert named in refusal(capsys, [str(demo.model_path) if part == "MODEL" else part for part in arguments])

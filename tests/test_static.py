@@ -240,7 +240,9 @@ def test_calibration_texts(demo: Engine, tmp_path: Path) -> None:
         Calibration.read(str(path), "x").ids(demo.config, None)
     for content in ("", "\n", '{"turns": []}\n', "{broken\n", "[null]\n"):
         path.write_text(content)
-        with pytest.raises(RequestError, match=r"x: .*texts: expected (a text a line|at least one text)"):
+        with pytest.raises(
+            RequestError, match=r"x: .*texts(, line 1: expected a text, .*, found|: expected at least one text)"
+        ):
             read_texts(path, "x")
     with pytest.raises(RequestError, match=r"x: cannot read .*nothing: No such file"):
         read_texts(tmp_path / "nothing", "x")
