@@ -10,6 +10,7 @@ import pytest
 
 from skipjack import Engine
 from skipjack.runtime.commands import cli
+from skipjack.runtime.methods import registry
 
 CASE = "plain-llama-tied-1"
 
@@ -199,3 +200,33 @@ def test_the_demo_proves_identical_text(capsys) -> None:
     out = capsys.readouterr().out
     assert "gave the same text" in out
     assert "which needs larger models" in out
+
+
+def test_methods_lists_every_method_and_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["methods", "--json"]) == 0
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)["methods"]}
+    assert [*found] == registry.names()
+    assert [name for name, one in found.items() if one["lossless"]] == registry.lossless()
+    assert found["dmtd"]["checkpoints"] == ["mtpqwen3", "dmtdqwen3"]
+    for name, one in found.items():
+        assert one["about"]
+        defaults = [f"{key}={option['default']}" for key, option in one["options"].items() if option["default"]]
+        needed = ["skip=1"] if name == "static" else []
+        assert registry.parse(f"{name}:{','.join([*needed, *defaults])}") == registry.parse(
+            f"{name}:{','.join(needed)}"
+        )
+        assert all(option["expects"] for option in one["options"].values())
+    assert cli.run(["methods"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert {name for name in found if any(line.split()[:1] == [name] for line in printed)} == {*found}
+
+
+def test_methods_tells_the_options_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["methods", "lookup"]) == 0
+    printed = capsys.readouterr().out
+    for said in ("lookup (lossless). Prompt lookup decoding", "num_draft_tokens", "1 to 64", "newest or likeliest"):
+        assert said in printed
+    assert cli.run(["methods", "autoregressive"]) == 0
+    assert "It has no options." in capsys.readouterr().out
+    assert cli.run(["methods", "nothing"]) == 2
+    assert "unknown method 'nothing', expected one of auto, " in capsys.readouterr().err

@@ -286,6 +286,22 @@ def doctor(json: options.Json = False) -> None:
 
 
 @app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, with its options; default: all of them.")] = None,
+    json: options.Json = False,
+) -> None:
+    """The methods there are, and what their options mean, default to and expect."""
+    from .methods import describe, every, show
+    from .report import print_json
+
+    found = every() if name is None else [describe(name)]
+    if json:
+        print_json({"methods": found})
+    else:
+        show(found)
+
+
+@app.command()
 def demo(
     prompt: Annotated[str, typer.Option(help="What to ask.")] = DEMO_QUESTION,
     method: options.Method = DEMO_METHOD,
