@@ -13,6 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from typing import cast, overload
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -25,6 +26,7 @@ from .admission import Admission
 from .cache import KVCache
 from .calibration import Encode
 from .choices import DTYPES, check_cache_tokens, dtype_of, one_of, place_of, table_of
+from .company import Alike, Company
 from .errors import RequestError
 from .forced import Forced, Scored
 from .graphs import Graphs
@@ -104,7 +106,11 @@ class Engine:
         roster = Roster(model, self._encode, self._watch, self._default)
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "skipjack-engine")
         # What goes when the engine is closed.
-        self._shared: Shared | None = Shared(model, Admission(cache), self._turn, self._watch, rounds, roster, set())
+        # With fast numerics a token may depend on who is in its round.
+        companies = None if numerics == "fast" else WeakValueDictionary[Alike, Company]()
+        self._shared: Shared | None = Shared(
+            model, Admission(cache), self._turn, self._watch, rounds, roster, set(), companies
+        )
         self._turn.rest()
         self._turn.take(partial(roster.add, self._default, own))
 
@@ -219,7 +225,9 @@ class Engine:
         prompt_ids = [to_ids(prompt, self.tokenizer, self.config) for prompt in prompts]
         forced = Forced.all(prompt_ids, continuations, self.config)
         # The host replaces every token, so it steers the rounds.
-        with closing(self._stream(replace(self._open(), graphs=None), [*forced], spec, 0).begun()) as stream:
+        with closing(
+            self._stream(replace(self._open(), graphs=None, companies=None), [*forced], spec, 0).begun()
+        ) as stream:
             if self._method(spec).lossless and spec.name != Autoregressive.name:
                 raise RequestError(f"score: expected a lossy method or {Autoregressive.name}, got {spec.name}")
             for _ in stream:

@@ -144,7 +144,7 @@ class Graphs:
 
 
 class Rounds:
-    """The rounds of one request on the device, read `AHEAD` rounds late.
+    """The rounds of a company of requests on the device, read `AHEAD` rounds late.
 
     Only the host knows stop strings and end-of-text tokens: rounds under way when a sequence ends are read and, for
     that sequence, thrown away. They stay within the pages it reserved.
@@ -166,17 +166,21 @@ class Rounds:
         # When the host began to wait, and what the method has learnt for since the round before: seconds.
         self._since = self._learnt = 0.0
 
-    def advance(self, running: list[Sequence]) -> list[list[Piece]] | None:
-        """What the oldest round under way adds to each running sequence, or all of them where their set has changed.
+    def serves(self, sequences: list[Sequence]) -> bool:
+        """Whether rounds of any of these are under way."""
+        return any(own is other for own in self._members for other in sequences)
+
+    def advance(self, running: list[Sequence]) -> dict[int, list[Piece]] | None:
+        """What the oldest round under way adds to each sequence, by its id; all of them where their set has changed.
 
         None where this round needs the host, and none is under way: it is `speculate`'s.
         """
         given = self._method.recipe(running)
         recipe = None if given is None else self._at_hand(given, running)
         if self._graph is not None and (recipe != self._graph.recipe or self._members != running):
-            late = self._drain()
+            late = self.drain()
             if any(late.values()):
-                return [late.get(id(sequence), []) for sequence in running]
+                return late
         if recipe is None:
             return None
         self._since = perf_counter()
@@ -190,8 +194,7 @@ class Rounds:
             self._steer(self._graph)
             self._graph.enqueue()
             self._plans.append(self._method.plan if self._graph.recipe.masked else self._graph.recipe.plan)
-        read = self._read(self._graph)
-        return [read[id(sequence)] for sequence in running]
+        return self._read(self._graph)
 
     def close(self) -> None:
         """Give the graph back; what is under way is not read."""
@@ -237,7 +240,7 @@ class Rounds:
             _tell(held, known)
             self._remembered = known
 
-    def _drain(self) -> dict[int, list[Piece]]:
+    def drain(self) -> dict[int, list[Piece]]:
         """Read every round under way and give the graph back."""
         pieces: dict[int, list[Piece]] = {id(sequence): [] for sequence in self._members}
         while self._graph is not None and self._graph.pending:

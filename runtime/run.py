@@ -6,30 +6,33 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
 from ..kernels.compilation import Watch
 from .admission import Admission, Ticket
-from .decode import decode, reading
+from .company import MAX_BATCH, MAX_LEAD, Alike, Company
+from .decode import reading
 from .errors import RequestError
-from .graphs import Graphs, Rounds
+from .graphs import Graphs
 from .methods.base import Method
-from .methods.policy import Policy
 from .model import Model
-from .request import Chunk, Piece
+from .request import Chunk, Piece, SamplingParams
 from .roster import Roster
 from .sequence import Sequence
-from .speculate import speculate
 from .stepwise import Stepwise
 from .turns import Turns
 
-MAX_BATCH, MAX_EVENTS = 16, 4096
+MAX_EVENTS = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """What the requests of an engine share, `runs` being those under way."""
+    """What the requests of an engine share, `runs` being those under way.
+
+    `companies` are of those that may run rounds together, by method and by what they ask of it; None where none may.
+    """
 
     model: Model
     admission: Admission
@@ -38,6 +41,17 @@ class Shared:
     graphs: Graphs | None
     roster: Roster
     runs: set[Run]
+    companies: WeakValueDictionary[Alike, Company] | None
+
+    def company(self, method: Method, params: SamplingParams) -> Company:
+        """Whom a request runs its rounds with."""
+        alike = method, (params.greedy, params.reshapes_logits, params.logprobs)
+        found = None if self.companies is None else self.companies.get(alike)
+        if found is None:
+            found = Company(self.model, self.admission.cache, self.graphs, method)
+            if self.companies is not None:
+                self.companies[alike] = found
+        return found
 
 
 class Run:
@@ -58,7 +72,9 @@ class Run:
         self._enter: Stepwise[Method] | None = enter
         self._waiting, self._running = deque(sequences), list[Sequence]()
         self._reading: Iterator[list[Piece] | None] | None = None
-        self._rounds: Rounds | None = None
+        self._company: Company | None = None
+        # What others' rounds gave that was not asked for yet, and of how many of them.
+        self._unread, self._lead = list[Chunk](), 0
         self._ticket: Ticket | None = None
         self._failure: str | None = None
         self.stopped = False
@@ -67,6 +83,23 @@ class Run:
     def over(self) -> bool:
         """Whether everything has been given back."""
         return self._shared is None
+
+    @property
+    def running(self) -> list[Sequence]:
+        """The sequences whose prompts are read, or being read; they have not ended."""
+        return self._running
+
+    @property
+    def rides(self) -> bool:
+        """Whether the round of another request may take its sequences along."""
+        return not self.stopped and self._reading is None and bool(self._running) and self._lead < MAX_LEAD
+
+    def receive(self, told: list[tuple[Sequence, list[Piece]]]) -> None:
+        """Keep what a round gave for whoever reads it, within a turn."""
+        self._unread += [_chunk(sequence, pieces) for sequence, pieces in told]
+        self._lead += 1
+        if (shared := self._shared) is not None:
+            self._release_finished(shared)
 
     def prepare(self) -> bool:
         """A turn of making the method ready; whether it is, or nothing is left to be done."""
@@ -84,8 +117,8 @@ class Run:
                 return False
             except StopIteration as end:
                 self.method, self._enter = end.value, None
-            if shared.graphs is not None:
-                self._rounds = Rounds(shared.graphs, shared.model, shared.admission.cache, self.method)
+            self._company = shared.company(self.method, self.sequences[0].params)
+            self._company.join(self)
         except BaseException:
             self._end()
             raise
@@ -102,6 +135,8 @@ class Run:
         shared = self._open()
         if shared is None:
             return None
+        if self._unread:
+            return self._taken()
         if self._is_patient():
             return self._ticket
         try:
@@ -155,8 +190,8 @@ class Run:
             return
         shared.turns.rest()
         with torch.inference_mode():
-            if self._rounds is not None:
-                self._rounds.close()
+            if self._company is not None:
+                self._company.leave(self)
             if self._enter is None:
                 self.events += self.method.tell()
             if self._ticket is not None:
@@ -166,7 +201,7 @@ class Run:
         shared.runs.discard(self)
         # Whoever was interrupted before this comes again, from the beginning.
         self._shared = None
-        self._enter = self._rounds = self._reading = self._ticket = None
+        self._enter = self._company = self._reading = self._ticket = None
         self._waiting.clear()
         self._running.clear()
 
@@ -180,7 +215,7 @@ class Run:
             elif not self._running:
                 return self._queue(shared, self._waiting[0].max_length, self._waiting[0].pages)
         if self._reading is None:
-            return self._round(shared)
+            return self._round()
         pieces = next(self._reading)
         if pieces is None:
             return []
@@ -205,17 +240,15 @@ class Run:
         shared.admission.ask(ticket)
         return ticket
 
-    def _round(self, shared: Shared) -> list[Chunk]:
-        model, cache, running = shared.model, shared.admission.cache, self._running
-        pieces = self._rounds.advance(running) if self._rounds is not None else None
-        if pieces is None:
-            with model.mark("round", len(running), len(running)):
-                if isinstance(self.method, Policy):
-                    pieces = decode(model, cache, running, self.method)
-                else:
-                    pieces = speculate(model, cache, running, self.method)
-        chunks = [_chunk(sequence, new) for sequence, new in zip(running, pieces, strict=True)]
-        self._release_finished(shared)
+    def _round(self) -> list[Chunk]:
+        assert self._company is not None
+        self._company.round(self)
+        return self._taken()
+
+    def _taken(self) -> list[Chunk]:
+        chunks, self._unread, self._lead = self._unread, [], 0
+        if not (self._waiting or self._running):
+            self._end()
         return chunks
 
     def _release_finished(self, shared: Shared) -> None:

@@ -127,8 +127,8 @@ def most_logprobs(sequences: list[Sequence]) -> int | None:
 
 
 def firsts(sequences: Iterable[Sequence]) -> list[Sequence]:
-    """The first sequence of each prompt: those that count the time of a round."""
+    """The first sequence of each prompt, of whatever request: those that count the time of a round."""
     found: dict[int, Sequence] = {}
     for sequence in sequences:
-        found.setdefault(sequence.index, sequence)
+        found.setdefault(id(sequence.prompt), sequence)
     return list(found.values())

@@ -185,7 +185,9 @@ def test_what_is_remembered_is_told_to_the_device_when_it_changes(
     assert len(next(stream).token_ids) == 1, "of the prompt"
     next(stream)
     assert [known.tolist() for known in told] == [[GAP] * 64]
-    answer = device.generate(PROMPTS[1], replace(params, max_tokens=10), method=method).token_ids
+    # One that is drawn, and so shares no rounds with the other.
+    drawn = replace(params, max_tokens=10, temperature=0.5, seed=1)
+    answer = device.generate(PROMPTS[1], drawn, method=method).token_ids
     assert len(told) == 2, "for the other"
     said = [token for chunk in stream for token in chunk.token_ids]
     assert len(said) > 50
@@ -346,7 +348,8 @@ def test_many_graphs_for_one_recipe_drive_no_other_out(
     monkeypatch.setattr(graphs, "SPARE", 6)
     host, params = synthetic("tiny", torch.float32, 0.1), SamplingParams(max_tokens=6, ignore_eos=True)
     with Engine(host.config, synthetic_weights(host.config, 0, torch.float32, 0.1), graphs=True) as engine:
-        streams = [engine.stream(PROMPTS[0], params, method=FIXED) for _ in range(6)]
+        # Methods of their own, which share no rounds.
+        streams = [engine.stream(PROMPTS[0], params, method=f"{FIXED},seed={seed}") for seed in range(6)]
         while any(chunks := [next(stream, None) for stream in streams]):
             assert len(chunks) == 6
         counts = list[int]()
@@ -359,7 +362,7 @@ def test_many_graphs_for_one_recipe_drive_no_other_out(
         assert counts == [9, 9, 9]
 
 
-def test_requests_at_the_same_time_have_graphs_of_their_own(device: Engine) -> None:
+def test_requests_at_the_same_time_have_the_tokens_they_have_alone(device: Engine) -> None:
     params = SamplingParams(max_tokens=16, ignore_eos=True)
     expected = [device.generate(prompt, params, method=FIXED).token_ids for prompt in PROMPTS]
     streams = [device.stream(prompt, params, method=FIXED) for prompt in PROMPTS]

@@ -1,0 +1,240 @@
+"""Requests at the same time: their rounds are one, their tokens those they have alone, and nobody's end is another's."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from skipjack import Engine, RequestError, SamplingParams
+from skipjack.loaders.config import ModelConfig
+from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
+from skipjack.runtime import company as company_module
+from skipjack.runtime.company import MAX_LEAD, Company
+from skipjack.runtime.methods.base import Method
+
+PROMPTS = [[5, 9, 11, 300], [7], list(range(20, 50)), [400, 3, 3, 17, 250, 8]]
+PARAMS = SamplingParams(max_tokens=20, ignore_eos=True)
+METHODS = [
+    "autoregressive",
+    "swift:skip_attention=2+3,num_draft_tokens=4,threshold=0.1",
+    "swift:skip_attention=2+3,tree=true,num_draft_tokens=4",
+    "lookup:choose=likeliest",
+    "layerskip:exit_layer=5",
+    "auto:search_budget=0",
+    "unified:speedup=2",
+    "skipdecode:length=9",
+    "calm:threshold=0.9,least=2",
+]
+
+
+def engine_of(graphs: bool, **options: Any) -> Engine:
+    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
+    return Engine(config, synthetic_weights(config, 0, torch.float32, 0.1), graphs=graphs, **options)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["host", "device"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return engine_of(request.param)
+
+
+@pytest.fixture
+def rounds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sequences of every round of a company."""
+    seen, advance = list[int](), Company._advance
+
+    def noted(company: Company, running: list[Any]) -> Any:
+        seen.append(len(running))
+        return advance(company, running)
+
+    monkeypatch.setattr(Company, "_advance", noted)
+    return seen
+
+
+def in_turn(streams: list[Any]) -> list[list[int]]:
+    """The tokens of streams that are read one after the other, a chunk each."""
+    found: list[list[int]] = [[] for _ in streams]
+    while any(chunks := [next(stream, None) for stream in streams]):
+        for tokens, chunk in zip(found, chunks, strict=True):
+            tokens += chunk.token_ids if chunk else []
+    return found
+
+
+@pytest.mark.parametrize("fields", [{}, {"temperature": 0.8, "seed": 5}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_are_those_of_each_request_alone(
+    engine: Engine, rounds: list[int], method: str, fields: dict[str, Any]
+) -> None:
+    params = [SamplingParams(max_tokens=12 + 4 * i, ignore_eos=True, **fields) for i in range(len(PROMPTS))]
+    alone = [engine.generate(*each, method=method).token_ids for each in zip(PROMPTS, params, strict=True)]
+    rounds.clear()
+    streams = [engine.stream(*each, method=method) for each in zip(PROMPTS, params, strict=True)]
+    assert in_turn(streams) == alone
+    assert max(rounds) == len(PROMPTS)
+    assert [list(stream.outputs[0].token_ids) for stream in streams] == alone
+    assert engine._loaded()[1].free_pages == engine._loaded()[1].total_pages
+
+
+def test_threads_share_passes(engine: Engine, rounds: list[int]) -> None:
+    alone = [engine.generate(prompt, PARAMS).token_ids for prompt in PROMPTS]
+    passes = len(rounds)
+    rounds.clear()
+    found: dict[int, Any] = {}
+    begun = threading.Barrier(len(PROMPTS))
+
+    def serve(i: int) -> None:
+        begun.wait()
+        found[i] = engine.generate(PROMPTS[i], PARAMS).token_ids
+
+    threads = [threading.Thread(target=serve, args=(i,)) for i in range(len(PROMPTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(len(PROMPTS))] == alone
+    assert len(rounds) < passes / 2
+
+
+def test_those_who_choose_in_other_ways_do_not_share(engine: Engine, rounds: list[int]) -> None:
+    asked = [{}, {"temperature": 0.7, "seed": 2}, {"logprobs": 2}, {"presence_penalty": 0.5}]
+    params = [SamplingParams(max_tokens=9, ignore_eos=True, **fields) for fields in asked]
+    alone = [engine.generate(PROMPTS[0], each).token_ids for each in params]
+    rounds.clear()
+    assert in_turn([engine.stream(PROMPTS[0], each) for each in params]) == alone
+    assert {*rounds} == {1}
+
+
+def test_fast_numerics_share_nothing(rounds: list[int]) -> None:
+    """A token may depend there on who is in its round."""
+    with engine_of(False, numerics="fast") as engine:
+        alone = [engine.generate(prompt, PARAMS).token_ids for prompt in PROMPTS]
+        assert in_turn([engine.stream(prompt, PARAMS) for prompt in PROMPTS]) == alone
+    assert {*rounds} == {1}
+
+
+def test_a_request_that_nobody_reads_is_taken_along_a_little(engine: Engine) -> None:
+    expected = engine.generate(PROMPTS[1], PARAMS).token_ids
+    unread = engine.stream(PROMPTS[1], PARAMS)
+    next(unread)
+    first = len(unread.outputs[0].token_ids)
+    engine.generate(PROMPTS[0], PARAMS)
+    ahead = len(unread.outputs[0].token_ids) - first
+    # What the device has under way when it is left behind comes too.
+    assert MAX_LEAD <= ahead < MAX_LEAD + 4
+    assert unread.outputs[0].token_ids == expected[: first + ahead]
+    assert [*expected[:1], *(token for chunk in unread for token in chunk.token_ids)] == expected
+
+
+def test_a_round_has_room_for_so_many(engine: Engine, rounds: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(company_module, "MAX_BATCH", 3)
+    several = SamplingParams(max_tokens=8, ignore_eos=True, temperature=1.0, seed=4, n=2)
+    alone = [[choice.token_ids for choice in engine.generate(prompt, several).choices] for prompt in PROMPTS]
+    rounds.clear()
+    streams = [engine.stream(prompt, several) for prompt in PROMPTS]
+    while any([next(stream, None) for stream in streams]):
+        pass
+    assert [[choice.token_ids for choice in stream.outputs[0].choices] for stream in streams] == alone
+    assert max(rounds) == 2, "two choices, and no room for two more"
+
+
+@pytest.mark.parametrize("leaves", [0, 1])
+def test_one_that_leaves_takes_nothing_from_the_others(engine: Engine, leaves: int) -> None:
+    expected = [engine.generate(prompt, PARAMS).token_ids for prompt in PROMPTS[:2]]
+    streams = [engine.stream(prompt, PARAMS) for prompt in PROMPTS[:2]]
+    got: list[list[int]] = [[], []]
+    for _ in range(6):
+        for tokens, stream in zip(got, streams, strict=True):
+            tokens += next(stream).token_ids
+    streams[leaves].close()
+    left = list(streams[leaves].outputs[0].token_ids)
+    stays = 1 - leaves
+    got[stays] += [token for chunk in streams[stays] for token in chunk.token_ids]
+    assert got[stays] == expected[stays]
+    assert streams[leaves].outputs[0].token_ids == left == expected[leaves][: len(left)]
+    assert streams[leaves].outputs[0].finish_reason == "abort"
+    assert engine._loaded()[1].free_pages == engine._loaded()[1].total_pages
+
+
+def test_a_round_that_fails_before_anything_has_come_is_one_requests_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with engine_of(False) as engine:
+        method = "swift:skip_attention=2,threshold=0"
+        expected = engine.generate(PROMPTS[1], PARAMS, method=method).token_ids
+        streams = [engine.stream(prompt, PARAMS, method=method) for prompt in PROMPTS[:2]]
+        first = [next(stream) for stream in streams]
+        own = engine._method(engine_spec(method))
+        with monkeypatch.context() as patch:
+            patch.setattr(own, "propose", failing)
+            with pytest.raises(ZeroDivisionError):
+                next(streams[0])
+        rest = [token for chunk in streams[1] for token in chunk.token_ids]
+        assert [*first[1].token_ids, *rest] == expected
+        assert next(streams[0], None) is None
+        assert engine._loaded()[1].free_pages == engine._loaded()[1].total_pages
+
+
+def test_who_has_got_half_of_a_round_that_failed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine_of(False) as engine:
+        method = "swift:skip_attention=2,threshold=0"
+        streams = [engine.stream(prompt, PARAMS, method=method) for prompt in PROMPTS[:2]]
+        for stream in streams:
+            next(stream)
+        monkeypatch.setattr(engine._method(engine_spec(method)), "observe", failing)
+        with pytest.raises(ZeroDivisionError):
+            next(streams[0])
+        with pytest.raises(RequestError, match="a round that it shared with another request has failed: of the round"):
+            next(streams[1])
+        assert engine._loaded()[1].free_pages == engine._loaded()[1].total_pages
+
+
+def test_a_round_of_the_device_that_fails_ends_all_it_ran_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine_of(True) as engine:
+        streams = [engine.stream(prompt, PARAMS) for prompt in PROMPTS[:2]]
+        for _ in range(2):
+            for stream in streams:
+                next(stream)
+        other = engine.stream(PROMPTS[2], SamplingParams(max_tokens=9, temperature=1.0, seed=1))
+        next(other)
+        with monkeypatch.context() as patch:
+            patch.setattr("skipjack.runtime.round_graph.RoundGraph.enqueue", failing)
+            with pytest.raises((ZeroDivisionError, RequestError)):
+                for _ in range(2 * MAX_LEAD):
+                    next(streams[0])
+        with pytest.raises((ZeroDivisionError, RequestError)):
+            for _ in range(2 * MAX_LEAD):
+                next(streams[1])
+        assert sum(len(chunk.token_ids) for chunk in other) == 8
+        assert engine.generate(PROMPTS[0], PARAMS).token_ids
+        assert engine._loaded()[1].free_pages == engine._loaded()[1].total_pages
+
+
+def test_a_closed_engine_ends_all_of_them(engine: Callable[..., Any]) -> None:
+    with engine_of(engine._open().graphs is not None) as own:
+        streams = [own.stream(prompt, PARAMS) for prompt in PROMPTS]
+        for stream in streams:
+            next(stream)
+            next(stream)
+    for stream in streams:
+        with pytest.raises(RequestError, match="closed"):
+            for _ in range(2 * MAX_LEAD):
+                next(stream)
+
+
+def failing(*_: Any, **__: Any) -> Any:
+    raise ZeroDivisionError("of the round")
+
+
+def engine_spec(method: str) -> Any:
+    from skipjack.runtime.methods import registry
+
+    return registry.parse(method)
+
+
+def test_a_method_may_refuse_company(engine: Engine, rounds: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Method, "admits", lambda self, running: not running)
+    alone = [engine.generate(prompt, PARAMS).token_ids for prompt in PROMPTS]
+    rounds.clear()
+    assert in_turn([engine.stream(prompt, PARAMS) for prompt in PROMPTS]) == alone
+    assert {*rounds} == {1}
