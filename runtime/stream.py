@@ -19,7 +19,7 @@ from .summary import summarise
 class Stream(Iterator[Chunk]):
     """The chunks of a request as they come. Closing it early, or dropping it, frees what the request holds.
 
-    It may be closed by any thread, also while another waits for its next chunk, which is then the last.
+    A `with` block closes it. Any thread may, also while another waits for its next chunk, which is then the last.
     """
 
     def __init__(self, run: Run, backend: str, numerics: str, seed: int) -> None:
@@ -34,6 +34,12 @@ class Stream(Iterator[Chunk]):
         """This stream, once its method is ready."""
         self._or_closed(self._prepared)
         return self
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __next__(self) -> Chunk:
         if self._run.stopped:

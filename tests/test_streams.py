@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -364,6 +364,18 @@ def test_a_stream_dropped_inside_a_turn_is_ended_after_it(engine: Engine) -> Non
     with engine._turn:
         del stream
         assert not free(engine)
+    assert free(engine)
+
+
+def test_a_stream_of_a_with_block_ends_with_it(engine: Engine) -> None:
+    with engine.stream([1], everything(engine)) as stream:
+        next(stream)
+        assert not free(engine)
+    assert free(engine)
+    assert stream.outputs[0].finish_reason == "abort"
+    with suppress(ConnectionResetError), engine.stream([1], everything(engine)) as stream:
+        next(stream)
+        raise ConnectionResetError
     assert free(engine)
 
 
