@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from ..kernels import environment, ops
@@ -59,6 +61,14 @@ def check_environment() -> None:
 def check_cache_tokens(tokens: int | None) -> int | None:
     """A number of cached tokens as Python's, or None; RequestError where it is neither."""
     return None if tokens is None else integer("cache_tokens", tokens, 1)
+
+
+def check_switches(graphs: bool | None, strict: bool) -> None:
+    """Refuse what is neither on nor off, with a RequestError: the text "false" would be on."""
+    if graphs is not None and not isinstance(cast(object, graphs), bool):
+        raise RequestError(f"graphs: expected True, False or None, got {graphs!r}")
+    if not isinstance(cast(object, strict), bool):
+        raise RequestError(f"strict: expected True or False, got {strict!r}")
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

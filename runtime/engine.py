@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..loaders.weights import Weights, load_weights
 from .admission import Admission
 from .cache import KVCache
 from .calibration import Encode
-from .choices import DTYPES, check_cache_tokens, dtype_of, one_of, place_of, table_of
+from .choices import DTYPES, check_cache_tokens, check_switches, dtype_of, one_of, place_of, table_of
 from .company import Alike, Company
 from .errors import RequestError
 from .forced import Forced, Scored
@@ -90,6 +89,7 @@ class Engine:
         """
         self.tokenizer, self.model_path, self.dtype = tokenizer, model_path, weights.embedding.dtype
         table = table_of(backend, weights.embedding.device, numerics)
+        check_switches(graphs, strict)
         self.numerics = numerics
         self._default = registry.parse(method)
         own = self._default.build(config)
@@ -151,6 +151,7 @@ class Engine:
         table_of(backend, place, numerics)
         told("preparing kernels", 1, 1)
         check_cache_tokens(cache_tokens)
+        check_switches(graphs, strict)
         folder = locate(model, progress)
         config = ModelConfig.load(folder)
         spec.build(config)
@@ -192,7 +193,7 @@ class Engine:
             TokenizerError: chat messages are malformed, or the model's template refuses them or is missing.
             CapacityError: it needs more cache than there is, or, a BusyError, than others leave for long.
         """
-        with closing(self.stream(prompt, params, method=method)) as stream:
+        with self.stream(prompt, params, method=method) as stream:
             for _ in stream:
                 pass
         return stream.outputs if is_many(prompt) else stream.outputs[0]
@@ -220,14 +221,16 @@ class Engine:
         spec = self._default if method is None else registry.parse(method)
         if not is_many(prompts):
             raise RequestError("score: expected a list of one prompt or more")
+        given = cast(object, continuations)
+        if not isinstance(given, Collection) or isinstance(given, (str, bytes, Mapping)):
+            raise RequestError(f"score: expected a list of continuations, got {type(continuations).__name__}")
         if len(prompts) != len(continuations):
             raise RequestError(f"score: expected {len(prompts)} continuations, got {len(continuations)}")
         prompt_ids = [to_ids(prompt, self.tokenizer, self.config) for prompt in prompts]
         forced = Forced.all(prompt_ids, continuations, self.config)
-        # The host replaces every token, so it steers the rounds.
-        with closing(
-            self._stream(replace(self._open(), graphs=None, companies=None), [*forced], spec, 0).begun()
-        ) as stream:
+        # The host replaces every token, so it steers the rounds, and nobody else's are among them.
+        alone = replace(self._open(), graphs=None, companies=None)
+        with self._stream(alone, [*forced], spec, 0).begun() as stream:
             if self._method(spec).lossless and spec.name != Autoregressive.name:
                 raise RequestError(f"score: expected a lossy method or {Autoregressive.name}, got {spec.name}")
             for _ in stream:
@@ -252,6 +255,8 @@ class Engine:
             RequestError: a method cannot run here, or there are never so many sequences or tokens.
             CapacityError: a method's search needs pages of the cache that requests hold.
         """
+        if not isinstance(cast(object, methods), Iterable):
+            raise RequestError(f"warm_up: methods: expected a method or several, got {methods!r}")
         shared = self._open()
         rehearsal = Rehearsal(shared.model, shared.admission.cache, shared.graphs, sequences, context)
         names = [methods] if isinstance(methods, str) else methods

@@ -13,14 +13,14 @@ from .batch import Batch, Draft
 from .cache import KVCache
 from .decode import decode, prefill
 from .depths import cuts
-from .errors import CompilationError, RequestError
+from .errors import CompilationError
 from .graphs import SEQUENCES, Graphs
 from .methods.base import Method, sampled
 from .methods.policy import Policy
 from .model import Model
 from .plan import LayerPlan
 from .prefill import prefill_chunk
-from .request import SamplingParams
+from .request import SamplingParams, integer
 from .sequence import Sequence
 from .speculate import speculate
 
@@ -80,8 +80,7 @@ class Rehearsal:
         longest = min(model.config.max_context, cache.total_pages * cache.page_size)
         context = longest if context is None else context
         for name, value, most in (("sequences", sequences, SEQUENCES[-1]), ("context", context, longest)):
-            if not 1 <= value <= most:
-                raise RequestError(f"warm_up: {name}: expected 1 to {most}, got {value}")
+            integer(f"warm_up: {name}", value, 1, most)
         self._model, self._cache, self._graphs = model, cache, graphs
         self._counts = [size for size in SEQUENCES if size < 2 * sequences]
         self._context, self._pages = context, cache.pages_for(context)

@@ -14,7 +14,7 @@ import torch
 from skipjack import ConfigError, Engine, RequestError, SamplingParams
 from skipjack.kernels import environment
 from skipjack.loaders.config import ModelConfig
-from skipjack.loaders.synthetic import synthetic_config
+from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime.commands import cli
 from skipjack.runtime.commands.options import read_prompt
 from skipjack.runtime.methods import registry
@@ -121,6 +121,11 @@ def test_every_token_may_end_a_text(synthetic: Callable[..., Engine]) -> None:
         ([[5]], [], "score: expected 1 continuations, got 0"),
         ([[5]], [" is blue"], r"continuations\[0\]: expected token ids, got text"),
         ([[5], [6]], [[1], []], r"continuations\[1\]: expected at least one token, got none"),
+        ([[5]], None, "score: expected a list of continuations, got NoneType"),
+        ([[5]], 7, "score: expected a list of continuations, got int"),
+        ([[5]], ([6] for _ in range(1)), "score: expected a list of continuations, got generator"),
+        ([[5]], "a", "score: expected a list of continuations, got str"),
+        ([[5]], {0: [1]}, "score: expected a list of continuations, got dict"),
         ([[5]], [[10**6]], r"continuations\[0\]: token 1000000 at place 0 is outside the vocabulary"),
     ],
 )
@@ -180,11 +185,38 @@ def test_a_model_of_another_type_is_refused(model: object) -> None:
         ({"device": None}, "^device"),
         ({"dtype": 5}, "^dtype"),
         ({"backend": []}, "^backend"),
+        ({"strict": "no"}, "^strict: expected True or False, got 'no'"),
+        ({"graphs": "no"}, "^graphs: expected True, False or None, got 'no'"),
     ],
 )
 def test_arguments_are_refused_before_a_model_is_looked_for(options: dict[str, object], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         Engine.load("nowhere", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sequences": "3"}, "warm_up: sequences: expected an integer from 1 to 16, got '3'"),
+        ({"sequences": 2.5}, "warm_up: sequences: expected an integer from 1 to 16, got 2.5"),
+        ({"context": "3"}, "warm_up: context: expected an integer from 1 to 1024, got '3'"),
+        ({"methods": 5}, "warm_up: methods: expected a method or several, got 5"),
+        ({"methods": [5]}, "method: expected a name and options as text, got 5"),
+    ],
+)
+def test_a_warm_up_of_another_type_is_refused(
+    synthetic: Callable[..., Engine], options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RequestError, match=f"^{message}"):
+        synthetic("tiny").warm_up(**options)
+
+
+def test_switches_of_an_engine_that_are_none_are_refused(synthetic: Callable[..., Engine]) -> None:
+    engine = synthetic("tiny")
+    weights = synthetic_weights(engine.config, 0, torch.float32)
+    for name in ("strict", "graphs"):
+        with pytest.raises(RequestError, match=f"^{name}: expected True"):
+            Engine(engine.config, weights, **{name: 1})
 
 
 def test_a_method_of_another_type_is_refused(synthetic: Callable[..., Engine]) -> None:
@@ -197,7 +229,7 @@ def test_a_method_of_another_type_is_refused(synthetic: Callable[..., Engine]) -
     [
         (
             "medusa",
-            "unknown method 'medusa', expected one of auto, autoregressive, clasp, conflayers, del",
+            "unknown method 'medusa', expected one of auto, autoregressive, calm, clasp, conflayers",
         ),
         ("swift:depth=3", "unknown option 'depth'"),
         ("lookup:method=3", "unknown option 'method', known options: num_draft_tokens, max_ngram"),

@@ -383,10 +383,10 @@ def test_where_nothing_is_compiled_round_graphs_are_made_ready() -> None:
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        ({"sequences": 0}, "sequences: expected 1 to 16, got 0"),
-        ({"sequences": 17}, "sequences: expected 1 to 16, got 17"),
-        ({"context": 0}, "context: expected 1 to 1024, got 0"),
-        ({"context": 1025}, "context: expected 1 to 1024, got 1025"),
+        ({"sequences": 0}, "sequences: expected an integer from 1 to 16, got 0"),
+        ({"sequences": 17}, "sequences: expected an integer from 1 to 16, got 17"),
+        ({"context": 0}, "context: expected an integer from 1 to 1024, got 0"),
+        ({"context": 1025}, "context: expected an integer from 1 to 1024, got 1025"),
         ({"methods": ["nonsense"]}, "unknown method 'nonsense'"),
     ],
 )
