@@ -15,27 +15,54 @@ if TYPE_CHECKING:
         SkipjackError,
         TokenizerError,
     )
+    from .runtime.forced import Scored
     from .runtime.plan import LayerPlan
-    from .runtime.request import SamplingParams
+    from .runtime.request import Choice, Chunk, Output, Piece, SamplingParams, Stats, TokenLogprob
+    from .runtime.stream import AsyncStream, Stream
+    from .runtime.warm_up import WarmUp
 
 if TYPE_CHECKING:
     __version__: str
 __all__ = [
+    "AsyncStream",
     "BusyError",
     "CapacityError",
     "CheckpointError",
+    "Choice",
+    "Chunk",
     "CompilationError",
     "ConfigError",
     "Engine",
     "LayerPlan",
+    "Output",
+    "Piece",
     "RequestError",
     "SamplingParams",
+    "Scored",
     "SkipjackError",
+    "Stats",
+    "Stream",
+    "TokenLogprob",
     "TokenizerError",
+    "WarmUp",
     "__version__",
 ]
 
-_HOMES = {"Engine": "engine", "LayerPlan": "plan", "SamplingParams": "request"}
+_HOMES = {
+    "AsyncStream": "stream",
+    "Choice": "request",
+    "Chunk": "request",
+    "Engine": "engine",
+    "LayerPlan": "plan",
+    "Output": "request",
+    "Piece": "request",
+    "SamplingParams": "request",
+    "Scored": "forced",
+    "Stats": "request",
+    "Stream": "stream",
+    "TokenLogprob": "request",
+    "WarmUp": "warm_up",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,13 @@ import json
 import os
 import subprocess
 import sys
+import typing
+from dataclasses import is_dataclass
 
 import pytest
+
+import skipjack
+from skipjack import Engine
 
 WATCH = """
 import json, logging, os, sys, threading
@@ -21,6 +26,10 @@ print(json.dumps({{
 }}))
 """
 HEAVY = {"torch", "numpy", "triton", "typer", "rich", "tokenizers", "safetensors", "jinja2", "transformers", "click"}
+
+
+def type_of(function: typing.Any) -> typing.Any:
+    return eval(function.__annotations__["return"], vars(sys.modules[function.__module__]))
 
 
 def watch(statement: str) -> dict:
@@ -43,6 +52,7 @@ def test_import_loads_nothing_but_the_face() -> None:
         "from skipjack import SamplingParams; SamplingParams()",
         "from skipjack import LayerPlan; LayerPlan.full(4)",
         "from skipjack import SkipjackError, RequestError",
+        "from skipjack import Choice, Chunk, Output, Piece, Stats, TokenLogprob",
     ],
 )
 def test_requests_and_plans_need_no_torch(statement: str) -> None:
@@ -66,6 +76,23 @@ def test_import_leaves_the_process_as_it_was(statement: str) -> None:
 def test_importing_the_engine_starts_no_cuda() -> None:
     statement = "from skipjack import Engine; import torch; assert not torch.cuda.is_initialized()"
     assert "skipjack.runtime.engine" in watch(statement)["modules"]
+
+
+def test_what_the_engine_gives_back_has_a_public_name() -> None:
+    found = list(map(type_of, (Engine.generate, Engine.stream, Engine.astream, Engine.score, Engine.warm_up)))
+    parts = [type(None)]
+    while found:
+        if isinstance(kind := found.pop(), type) and kind not in parts:
+            parts.append(kind)
+            hints = typing.get_type_hints(kind) if is_dataclass(kind) else {}
+            shown = [one.fget for one in vars(kind).values() if isinstance(one, property)]
+            found += [*hints.values(), *map(type_of, shown)]
+            found += [type_of(vars(kind)[name]) for name in ("__next__", "__anext__") if name in vars(kind)]
+        found += typing.get_args(kind)
+    own = {kind.__name__ for kind in parts if kind.__module__.startswith("skipjack.")}
+    assert len(own) == 10
+    assert own <= set(skipjack.__all__)
+    assert all(getattr(skipjack, name).__name__ == name for name in own)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
