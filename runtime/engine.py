@@ -58,9 +58,10 @@ class Engine:
     those that need pages which others hold wait for them in the order they came, as long as anything moves; 30 seconds
     after nothing has, it is a BusyError. A forked process may use a copy of an engine that is on the CPU, had no
     request under way, and whose process had not computed with threads of PyTorch's own. `model_path` is where the
-    weights lie, `backend` the op table in use, `numerics` "exact" or "fast", `config` the model's shape, `cache_tokens`
-    what requests can hold together, `cache_note` why that is less than the model's context, `load_s` the seconds `load`
-    took and `warmed_up` what the latest `warm_up` did.
+    weights lie, `tokenizer` None where no tokenizer.json lies there, `dtype` the type computed in, `backend` the op
+    table in use and the path its products take, `numerics` "exact" or "fast", `config` the model's shape,
+    `cache_tokens` what requests can hold together, `cache_note` why that is less than the model's context, else None,
+    `load_s` the seconds `load` took, 0 for an engine made without it, and `warmed_up` what the latest `warm_up` did.
     """
 
     load_s = 0.0
@@ -216,7 +217,7 @@ class Engine:
         that goes into the next pass is the given one. A lossless method other than plain decoding has nothing to score.
 
         Raises:
-            RequestError, CapacityError: as `generate`, or the method is one of those.
+            RequestError, TokenizerError, CapacityError: as `generate`, or the method is one of those.
         """
         spec = self._default if method is None else registry.parse(method)
         if not is_many(prompts):

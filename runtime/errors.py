@@ -4,11 +4,11 @@ from ..loaders.errors import CheckpointError, ConfigError, SkipjackError, Tokeni
 
 
 class RequestError(SkipjackError):
-    """The request asks for something that cannot be served."""
+    """The request asks for something that cannot be served; or the engine is closed."""
 
 
 class CapacityError(SkipjackError):
-    """The request is valid but does not fit into the memory there is."""
+    """The request, or the model, is valid but does not fit into the memory there is."""
 
 
 class BusyError(CapacityError):

@@ -18,7 +18,7 @@ class Scored:
     """What a method made of a given continuation, an entry a token.
 
     `chosen` are the tokens it would have taken, `logprobs` its natural-log probabilities of the given ones,
-    `layers_per_token` the layers' worth of sub-layers that ran for them where a method decides token by token.
+    `layers_per_token` the layers' worth of sub-layers that ran for them, empty for plain decoding and layerskip.
     """
 
     chosen: tuple[int, ...]

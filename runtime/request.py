@@ -88,6 +88,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """Whether the most likely token is taken, which no seed and no filter changes."""
         return self.temperature == 0.0
 
     @property
@@ -113,7 +114,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Choice:
-    """One continuation. `token_ids` are the generated tokens only, the one that ended it included."""
+    """One continuation.
+
+    `token_ids` are the generated tokens only, those that ended it included; `text` is without special tokens and ends
+    before a stop string, and None without a tokenizer. `logprobs` has an entry a token, and is None unless asked for.
+    """
 
     text: str | None
     token_ids: list[int]
@@ -123,7 +128,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Piece:
-    """One generated token of a stream: the text it added, and whether it was drafted and accepted."""
+    """One generated token of a stream: the text it added, and whether it was drafted and accepted.
+
+    `text` is empty while a character or what may be a stop string is held back, of special tokens, and without a
+    tokenizer.
+    """
 
     token_id: int
     text: str
@@ -150,8 +159,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Stats:
-    """What a request cost. Times are seconds of wall clock; a round that prompts share counts fully for each of them,
-    and once for the choices of one.
+    """What a prompt of a request cost, its choices together. Times are seconds of wall clock in its own steps, without
+    what it waited for others; a round that prompts share counts fully for each of them, and once for the choices of
+    one.
 
     acceptance rate = accepted / drafted; mean acceptance length = 1 + accepted / rounds. Every choice has one token
     from its prefill; with them, `accepted` and `bonus` (the full model's own choice at the end of a round) add up to
@@ -161,13 +171,14 @@ class Stats:
     `graph_rounds` of the rounds ran on the device alone, their draft and verification not timed apart.
     `drafted_per_position[i]` counts rounds whose draft reached depth i + 1, `accepted_per_position[i]` those in which a
     draft token of that depth was accepted. `layers_kept` is what a draft step runs, of `layers`, or what a decode step
-    of a lossy method ran on average; `layers_per_token` are the layers behind each token of the first choice, where a
-    method decides token by token, `layers_per_prompt_token` those each prompt token ran. `executed_skips` counts
-    sub-layers not run, once per row and pass. `weight_passes`: how often decoding read the model's weights, the LM
-    head's included, partial readings as their share; those a batch shares count fully for each member; 0 where the
-    method does not say. `weight_pass_bound`: the most tokens such a pass can give by the method and the model's shape.
-    `phases` are (name, first generated token); `events` are the method's own records of this request's rounds (for
-    SWIFT one per optimisation step); `notes` say in words what a reader of the figures must know.
+    of a lossy method ran on average; `layers_per_token` are the layers behind each token of the first choice, by a
+    lossy method but layerskip, `layers_per_prompt_token` those each prompt token ran, by FlexiDepth. `executed_skips`
+    counts sub-layers not run, once per row and pass, of prompts by FlexiDepth alone. `weight_passes`: how often
+    decoding read the model's weights, the LM head's included, partial readings as their share; those a batch shares
+    count fully for each member; 0 where the method does not say, as lossless ones do not. `weight_pass_bound`: the most
+    tokens such a pass can give by the method and the model's shape. `phases` are (name, first generated token);
+    `events` are the method's own records of this request's rounds (for SWIFT one per optimisation step); `notes` say in
+    words what a reader of the figures must know.
     """
 
     method: str
@@ -210,12 +221,12 @@ class Stats:
 
     @property
     def tokens_per_weight_pass(self) -> float | None:
-        """Decoded tokens per reading of all weights: plain decoding has 1."""
+        """Decoded tokens per reading of all weights, 1 where nothing is skipped; None where `weight_passes` is 0."""
         return self.rounds / self.weight_passes if self.weight_passes else None
 
     @property
     def other_s(self) -> float:
-        """Decoding time in neither draft, verification nor search."""
+        """Decoding time in neither draft, verification nor search; rounds the device ran alone are in it whole."""
         return max(0.0, self.decode_s - self.draft_s - self.verify_s - self.search_s)
 
     @property
@@ -243,8 +254,8 @@ class Output:
 
     @property
     def finish_reason(self) -> str:
-        """ "stop" (end of text, stop token or stop string), "length" (max_tokens or the context limit) or, when the
-        stream was closed before its end, "abort".
+        """Of the first choice: "stop" (end of text, stop token or stop string), "length" (max_tokens or the context
+        limit) or, while it has not ended or when the stream was closed before that, "abort".
         """
         return self.choices[0].finish_reason
 
