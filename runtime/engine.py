@@ -136,7 +136,7 @@ class Engine:
         `device` auto is the GPU where there is one; `backend` auto is "triton" on a GPU and "torch" on the CPU. `dtype`
         auto is the checkpoint's own. `numerics` "fast" lets sums follow the number of rows if that is faster; a token
         may then depend on drafts and neighbours. `cache_tokens` bounds the tokens all running requests hold together,
-        by default a context, or 16 times 2048 tokens if that is more, as far as four fifths of the free memory go.
+        by default a context, or 16 of at most 2048 tokens if that is more, as far as four fifths of the free memory go.
         `progress` is called with a label, what is done and what there is to do; `check` with the model's config and its
         tokenizer or None, before any weight is read: what it raises ends the loading.
 
