@@ -23,7 +23,7 @@ DEFINITIONS = (
     "between two arrivals, spread over the tokens of the second, which a round of speculation delivers together. "
     "Pause: the time between two arrivals as a reader sees it.",
     f"Loop delay: how late a task that sleeps {BEAT_S * 1e3:g} ms on the same event loop woke up.",
-    "Requests that share an engine take turns round by round: they are not batched.",
+    "Requests at the same time by one method share its rounds.",
 )
 
 

@@ -26,7 +26,7 @@ from .cache import KVCache
 from .calibration import Encode
 from .choices import DTYPES, check_cache_tokens, check_switches, dtype_of, one_of, place_of, table_of
 from .company import Alike, Company
-from .errors import RequestError
+from .errors import AbortedError, RequestError
 from .forced import Forced, Scored
 from .graphs import Graphs
 from .memory import cache_size, loading
@@ -204,7 +204,7 @@ class Engine:
     ) -> Stream:
         """As `generate`, yielding what every round adds; `Stream.outputs` holds the results when it is exhausted.
 
-        Any thread may close it. When the engine is closed, the next chunk is a RequestError.
+        Any thread may close it. When the engine is closed, the next chunk is an AbortedError.
         """
         return self._asked(prompt, params, method).begun()
 
@@ -289,7 +289,7 @@ class Engine:
     def close(self) -> None:
         """Give back the weights and the cache, after the turn under way.
 
-        Streams that have not ended do so with a RequestError. A closed engine refuses requests.
+        Streams that have not ended do so with an AbortedError. A closed engine refuses requests.
         """
         shared = self._shared
         if self._process == os.getpid() or not self._turn.taken:
@@ -323,7 +323,7 @@ class Engine:
 
     def _open(self) -> Shared:
         if self._shared is None:
-            raise RequestError(CLOSED)
+            raise AbortedError(CLOSED)
         if self._process != os.getpid():
             self._adopt(self._shared)
         return self._shared

@@ -4,7 +4,11 @@ from ..loaders.errors import CheckpointError, ConfigError, SkipjackError, Tokeni
 
 
 class RequestError(SkipjackError):
-    """The request asks for something that cannot be served; or the engine is closed."""
+    """The request asks for something that cannot be served."""
+
+
+class AbortedError(RequestError):
+    """Not the request's fault: the engine is closed, or a round that it shared with another request failed."""
 
 
 class CapacityError(SkipjackError):
@@ -20,6 +24,7 @@ class CompilationError(SkipjackError):
 
 
 __all__ = [
+    "AbortedError",
     "BusyError",
     "CapacityError",
     "CheckpointError",

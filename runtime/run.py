@@ -14,7 +14,7 @@ from ..kernels.compilation import Watch
 from .admission import Admission, Ticket
 from .company import MAX_BATCH, MAX_LEAD, Alike, Company
 from .decode import reading
-from .errors import RequestError
+from .errors import AbortedError
 from .graphs import Graphs
 from .methods.base import Method
 from .model import Model
@@ -171,13 +171,13 @@ class Run:
             self._turns.after(self._end)
 
     def fail(self, message: str) -> None:
-        """End within a turn: whoever asks for more gets a RequestError."""
+        """End within a turn: whoever asks for more gets an AbortedError."""
         self._failure, self.stopped = message, True
         self._end()
 
     def _open(self) -> Shared | None:
         if self._failure is not None:
-            raise RequestError(self._failure)
+            raise AbortedError(self._failure)
         return None if self.stopped else self._shared
 
     def _is_patient(self) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .runtime.engine import Engine
     from .runtime.errors import (
+        AbortedError,
         BusyError,
         CapacityError,
         CheckpointError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     __version__: str
 __all__ = [
+    "AbortedError",
     "AsyncStream",
     "BusyError",
     "CapacityError",
