@@ -26,7 +26,7 @@ class Options(Checked, method="calm"):
 
     `measure` state: the cosine of the residual streams before and after the layer; softmax: how far the most likely
     token is ahead of the next, by the final norm and the LM head, which costs reading the head. With `decay` τ above 0
-    the threshold λ of generated token t is 0.9·λ + 0.1·exp(−τ·t/N), N being `length` (§3.2).
+    the threshold λ of generated token t is 0.9·λ + 0.1·exp(−τ·t/N), N being `length`.
     """
 
     threshold: Share = 0.99
@@ -51,7 +51,7 @@ class Exits(Steps):
     def leave(self, model: Model, cache: KVCache, batch: Batch, *, watched: bool) -> tuple[Tensor, Tensor]:
         """The residual stream [S, H] each token left with and how many sub-layers it ran, int64 [S].
 
-        The keys and values of the layers it did not run are filled with those of that stream (state propagation, §3.1).
+        The keys and values of the layers it did not run are filled with those of that stream (state propagation).
         `watched` by the host, the pass ends with the last token, and has no mask as long as none has left.
         """
         laid, count, layers = model.lay(batch.newest(), cache), len(batch), self.plan.num_layers
