@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -14,7 +14,8 @@ from .plan import LayerPlan
 from .rows import Rows, one_sequence
 from .sequence import Sequence
 
-PREFILL_CHUNK, CPU_CHUNK = 1024, 512
+# Rows of a prompt that are read in one turn: on a GPU, on a CPU, and there while others wait for their next token.
+PREFILL_CHUNK, CPU_CHUNK, SHARED_CHUNK = 1024, 512, 128
 Result = TypeVar("Result")
 # Between its parts, of each of which it first tells the rows, others take their turns.
 Reading: TypeAlias = Generator[int, None, Result]
@@ -32,14 +33,20 @@ def read(model: Model, cache: KVCache, sequence: Sequence, plan: LayerPlan) -> R
     return hidden[-1:]
 
 
-def prefill_chunk(device: torch.device) -> int:
-    """Rows of a prompt that are read in one turn; of smaller parts a CPU makes as much in all, and others wait less."""
-    return min(PREFILL_CHUNK, CPU_CHUNK) if device.type == "cpu" else PREFILL_CHUNK
+def prefill_chunk(device: torch.device, *, shared: bool = False) -> int:
+    """Rows of a prompt that are read in one turn; of smaller parts a CPU makes nearly as much, and others wait less."""
+    if device.type != "cpu":
+        return PREFILL_CHUNK
+    return min(PREFILL_CHUNK, SHARED_CHUNK if shared else CPU_CHUNK)
 
 
-def prompt_rows(model: Model, sequence: Sequence) -> list[Rows]:
-    """The rows of a sequence's prompt, in chunks."""
-    return text_rows(model, sequence.prompt, len(sequence.prompt), sequence.pages)
+def prompt_rows(model: Model, sequence: Sequence) -> Iterator[Rows]:
+    """The rows of a sequence's prompt, in chunks as long as its turns may be when they come."""
+    at, length, tile = 0, len(sequence.prompt), model.ops.prefill_tile
+    while at < length:
+        part = sequence.prompt[at : at + prefill_chunk(model.device, shared=sequence.shares)]
+        yield one_sequence(part, at, sequence.pages, tile, model.device, prompt=length)
+        at += len(part)
 
 
 def text_rows(model: Model, text: list[int], prompt: int, pages: list[int], *, as_decoded: bool = False) -> list[Rows]:

@@ -216,6 +216,7 @@ class Run:
                 return self._queue(shared, self._waiting[0].max_length, self._waiting[0].pages)
         if self._reading is None:
             return self._round()
+        self._running[-1].shares = any(run.rides for run in shared.runs)
         pieces = next(self._reading)
         if pieces is None:
             return []

@@ -60,6 +60,8 @@ class Sequence:
     layers_used: list[float] = field(default_factory=list[float])
     prompt_layers: list[float] = field(default_factory=list[float])
     memory: Any = None
+    # Whether others wait for their next token while its prompt is read.
+    shares: bool = False
     finish_reason: str | None = None
     # The residual stream [1, H] its first token was chosen after: other choices of the prompt begin with it.
     entered: Tensor | None = None

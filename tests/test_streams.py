@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from skipjack import BusyError, Engine, LayerPlan, RequestError, SamplingParams
+from skipjack import BusyError, Chunk, Engine, LayerPlan, RequestError, SamplingParams
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import prefill as prefill_module
@@ -256,6 +256,32 @@ def test_a_lossy_method_reads_a_prompt_in_parts_between_which_others_go_on(
                 stream.advance()
         assert turns == parts
         assert [stream.outputs[0].token_ids for stream in streams] == alone
+
+
+@pytest.mark.parametrize(("others", "parts"), [(True, [128, 128, 44]), (False, [300])])
+def test_a_prompt_is_read_in_short_parts_while_others_wait_for_tokens(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, others: bool, parts: list[int]
+) -> None:
+    prompt = [(7 * i) % 250 + 3 for i in range(300)]
+    expected = engine.generate(prompt, SHORT).token_ids
+    other = engine.stream([4], SamplingParams(max_tokens=40, ignore_eos=True))
+    if others:
+        next(other)
+    model, read = engine._loaded()[0], list[int]()
+    forward = model.forward
+
+    def noted(rows: Any, *args: Any, **options: Any) -> Any:
+        read.append(len(rows))
+        return forward(rows, *args, **options)
+
+    monkeypatch.setattr(model, "forward", noted)
+    stream, got = engine.stream(prompt, SHORT), list[Chunk]()
+    while not got:
+        got += stream.advance() or []
+        if others:
+            assert len(next(other).token_ids) == 1
+    assert [rows for rows in read if rows > 2] == parts
+    assert [token for chunk in [*got, *stream] for token in chunk.token_ids] == expected
 
 
 def test_a_request_cancelled_twice_gives_its_pages_back(engine: Engine) -> None:

@@ -65,7 +65,7 @@ class MindSkip(Policy):
         """Layer by layer over the whole prompt, for a router sees the mean of all its tokens; nothing waits for the
         decisions.
         """
-        chunks, layers = prompt_rows(model, sequence), range(model.config.num_layers)
+        chunks, layers = [*prompt_rows(model, sequence)], range(model.config.num_layers)
         active, logits = torch.ones(2 * len(layers), dtype=torch.bool, device=model.device), list[Tensor]()
         passes = [_shared(model.lay(rows, cache), active) for rows in chunks]
         streams = [model.embed(laid) for laid in passes]
