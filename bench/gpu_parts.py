@@ -23,6 +23,7 @@ from ..runtime.errors import SkipjackError
 from ..runtime.methods.autoregressive import Autoregressive
 from ..runtime.request import SamplingParams
 from ..runtime.rows import one_sequence
+from ..runtime.stream import Stream
 from . import gpu_bits
 from .gpu_setting import Finding, Setting
 from .op_cases import CASES, Side
@@ -126,26 +127,40 @@ def demo(setting: Setting) -> Iterator[Finding]:
 
 
 def graphs(setting: Setting) -> Iterator[Finding]:
-    """Rounds captured as graphs give the tokens of those the host steers; a dry run captures nothing."""
+    """Rounds captured as graphs give the tokens of those the host steers, also where requests share them.
+
+    A dry run captures nothing.
+    """
     for shape, method in setting.captured:
         config = ModelConfig.parse(synthetic_config(shape), shape)
         weights = synthetic_weights(config, 1, setting.dtypes[0], device=setting.device)
         backend = "torch" if setting.dry else "triton"
         host, device = (Engine(config, weights, method=method, backend=backend, graphs=on) for on in (False, True))
-        different = rounds = captured = 0
+        different = shared = rounds = captured = 0
         with host, device:
             for fields in CHOICES:
                 params = SamplingParams(max_tokens=90, seed=5, ignore_eos=True, **fields)
                 prompts = [[(7 * i + j) % 500 + 3 for j in range(4 + 5 * i)] for i in range(3)]
-                for expected, output in zip(
-                    host.generate(prompts, params), device.generate(prompts, params), strict=True
-                ):
+                outputs = host.generate(prompts, params)
+                for expected, output in zip(outputs, device.generate(prompts, params), strict=True):
                     different += output.choices != expected.choices
                     rounds += output.stats.rounds
                     captured += output.stats.graph_rounds
-        detail = f"{captured} of {rounds} rounds alone, {different} continuations differ"
+                if "rejection" not in method:
+                    expected = [output.token_ids for output in outputs]
+                    shared += _in_turn([device.stream(prompt, params) for prompt in prompts]) != expected
+        detail = f"{captured} of {rounds} rounds alone, {different} continuations differ, {shared} shared runs do"
         alone = captured > 0 if method.startswith(RECORDING) else captured == rounds
-        yield Finding("graphs", f"{shape} {method}", different == 0 and alone, detail)
+        yield Finding("graphs", f"{shape} {method}", different == shared == 0 and alone, detail)
+
+
+def _in_turn(streams: list[Stream]) -> list[list[int]]:
+    """The tokens of streams that are read one after the other, a chunk each."""
+    found = [list[int]() for _ in streams]
+    while any(chunks := [next(stream, None) for stream in streams]):
+        for tokens, chunk in zip(found, chunks, strict=True):
+            tokens.extend(chunk.token_ids if chunk else ())
+    return found
 
 
 def races(setting: Setting) -> Iterator[Finding]:
