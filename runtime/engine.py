@@ -54,14 +54,15 @@ Progress = Callable[[str, int, int], None]
 class Engine:
     """A model in memory and everything needed to generate with it.
 
-    Threads and event loops may share an engine: their requests take turns, a round or a part of a prompt at a time, and
-    those that need pages which others hold wait for them in the order they came, as long as anything moves; 30 seconds
-    after nothing has, it is a BusyError. A forked process may use a copy of an engine that is on the CPU, had no
-    request under way, and whose process had not computed with threads of PyTorch's own. `model_path` is where the
-    weights lie, `tokenizer` None where no tokenizer.json lies there, `dtype` the type computed in, `backend` the op
-    table in use and the path its products take, `numerics` "exact" or "fast", `config` the model's shape,
-    `cache_tokens` what requests can hold together, `cache_note` why that is less than the model's context, else None,
-    `load_s` the seconds `load` took, 0 for an engine made without it, and `warmed_up` what the latest `warm_up` did.
+    Threads and event loops may share an engine: their requests take turns, a round or a part of a prompt at a time,
+    and share rounds where they are alike. Those that need pages which others hold wait for them in the order they
+    came, as long as anything moves; 30 seconds after nothing has, it is a BusyError. A forked process may use a
+    copy of an engine that is on the CPU, had no request under way, and whose process had not computed with threads
+    of PyTorch's own. `model_path` is where the weights lie, `tokenizer` None where no tokenizer.json lies there,
+    `dtype` the type computed in, `backend` the op table in use and the path its products take, `numerics` "exact"
+    or "fast", `config` the model's shape, `cache_tokens` what requests can hold together, `cache_note` why that is
+    less than the model's context, else None, `load_s` the seconds `load` took, 0 for an engine made without it, and
+    `warmed_up` what the latest `warm_up` did.
     """
 
     load_s = 0.0
@@ -106,9 +107,9 @@ class Engine:
         rounds = Graphs(model, cache, self._watch) if on_device else None
         roster = Roster(model, self._encode, self._watch, self._default)
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "skipjack-engine")
-        # What goes when the engine is closed.
         # With fast numerics a token may depend on who is in its round.
         companies = None if numerics == "fast" else WeakValueDictionary[Alike, Company]()
+        # What goes when the engine is closed.
         self._shared: Shared | None = Shared(
             model, Admission(cache), self._turn, self._watch, rounds, roster, set(), companies
         )

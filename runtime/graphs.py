@@ -35,9 +35,9 @@ SPARE = 64
 
 
 class Graphs:
-    """The round graphs of an engine. A request takes one for itself and gives it back.
+    """The round graphs of an engine. A company of requests takes one for itself and gives it back.
 
-    What was prepared stays; of the others at most SPARE wait for a request, those that were used last.
+    What was prepared stays; of the others at most SPARE wait to be taken, those that were used last.
     """
 
     def __init__(self, model: Model, cache: KVCache, watch: Watch | None = None) -> None:
