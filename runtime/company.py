@@ -40,17 +40,17 @@ class Company:
         self._members.append(run)
 
     def round(self, leader: Run) -> None:
-        """A round for the sequences of the leader and of those who can be taken along; each is given its tokens."""
-        party = self._party(leader)
-        running = [sequence for run in party for sequence in run.running]
-        before = [len(sequence.tokens) for sequence in running]
+        """A round for the sequences of the leader and of those who can be taken along; each is given its tokens.
+
+        It may first have to read rounds that the device has under way for others.
+        """
+        before = self._standing()
         try:
-            pieces = self._advance(running)
+            while leader.running and not leader.lead:
+                self._deliver(self._advance(self._party(leader)))
         except BaseException as error:
-            changed = {id(s) for s, length in zip(running, before, strict=True) if len(s.tokens) != length}
-            self._break(leader, changed, error)
+            self._break(leader, before, error)
             raise
-        self._deliver(pieces)
 
     def leave(self, run: Run) -> None:
         """End a request's part, once more if that was interrupted; what the device has for others is theirs."""
@@ -60,24 +60,28 @@ class Company:
             if self._members == [run]:
                 self._rounds.close()
             elif self._rounds.serves(run.running):
+                before = self._standing()
                 for sequence in run.running:
                     sequence.finish_reason = sequence.finish_reason or "abort"
                 try:
                     self._deliver(self._rounds.drain(), but=run)
                 except BaseException as error:
-                    self._break(run, set(), error)
+                    self._break(run, before, error)
                     raise
         self._members.remove(run)
 
-    def _party(self, leader: Run) -> list[Run]:
-        """The leader and others, in the order in which they came, as many as a round has room for."""
-        party, room = {id(leader)}, MAX_BATCH - len(leader.running)
-        for run in self._members:
+    def _party(self, leader: Run) -> list[Sequence]:
+        """The sequences, in the order of their requests, of the leader and of as many others as there is room for.
+
+        Those who have least that they have not read come first.
+        """
+        party, room = {leader}, MAX_BATCH - len(leader.running)
+        for run in sorted(self._members, key=lambda run: run.lead):
             fits = run is not leader and run.rides and len(run.running) <= room
             if fits and self._method.admits(leader.running) and self._method.admits(run.running):
-                party.add(id(run))
+                party.add(run)
                 room -= len(run.running)
-        return [run for run in self._members if id(run) in party]
+        return [sequence for run in self._members if run in party for sequence in run.running]
 
     def _advance(self, running: list[Sequence]) -> dict[int, list[Piece]]:
         """The tokens of each sequence, by its id, that has got some."""
@@ -97,11 +101,19 @@ class Company:
             if own:
                 run.receive(own)
 
-    def _break(self, leader: Run, changed: set[int], error: BaseException) -> None:
+    def _standing(self) -> list[tuple[Run, Sequence, int]]:
+        """The sequences of all members, and how many tokens each has."""
+        return [(run, sequence, len(sequence.tokens)) for run in self._members for sequence in run.running]
+
+    def _break(self, leader: Run, before: list[tuple[Run, Sequence, int]], error: BaseException) -> None:
         """What the device had is lost, and so are those it ran for and those that have got half of a round."""
-        served = list(self._members) if self._rounds is not None else []
-        if self._rounds is not None:
-            self._rounds.close()
-        for run in [run for run in self._members if run is not leader]:
-            if run in served or any(id(sequence) in changed for sequence in run.running):
-                run.fail(FAILED.format(str(error) or type(error).__name__))
+        rounds = self._rounds
+        lost = {
+            run
+            for run, sequence, tokens in before
+            if len(sequence.tokens) != tokens or (rounds is not None and rounds.serves([sequence]))
+        }
+        if rounds is not None:
+            rounds.close()
+        for run in lost - {leader}:
+            run.fail(FAILED.format(str(error) or type(error).__name__))

@@ -73,8 +73,8 @@ class Run:
         self._waiting, self._running = deque(sequences), list[Sequence]()
         self._reading: Iterator[list[Piece] | None] | None = None
         self._company: Company | None = None
-        # What others' rounds gave that was not asked for yet, and of how many of them.
-        self._unread, self._lead = list[Chunk](), 0
+        # What rounds gave that was not asked for yet, and of how many of them.
+        self._unread, self.lead = list[Chunk](), 0
         self._ticket: Ticket | None = None
         self._failure: str | None = None
         self.stopped = False
@@ -92,12 +92,12 @@ class Run:
     @property
     def rides(self) -> bool:
         """Whether the round of another request may take its sequences along."""
-        return not self.stopped and self._reading is None and bool(self._running) and self._lead < MAX_LEAD
+        return not self.stopped and self._reading is None and bool(self._running) and self.lead < MAX_LEAD
 
     def receive(self, told: list[tuple[Sequence, list[Piece]]]) -> None:
         """Keep what a round gave for whoever reads it, within a turn."""
         self._unread += [_chunk(sequence, pieces) for sequence, pieces in told]
-        self._lead += 1
+        self.lead += 1
         if (shared := self._shared) is not None:
             self._release_finished(shared)
 
@@ -247,7 +247,7 @@ class Run:
         return self._taken()
 
     def _taken(self) -> list[Chunk]:
-        chunks, self._unread, self._lead = self._unread, [], 0
+        chunks, self._unread, self.lead = self._unread, [], 0
         if not (self._waiting or self._running):
             self._end()
         return chunks

@@ -1,21 +1,26 @@
 """Requests at the same time: their rounds are one, their tokens those they have alone, and one's end is no other's."""
 
+import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from skipjack import Engine, RequestError, SamplingParams
+from skipjack import AbortedError, Engine, RequestError, SamplingParams
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import company as company_module
 from skipjack.runtime.company import MAX_LEAD, Company
+from skipjack.runtime.graphs import Graphs, Rounds
 from skipjack.runtime.methods.base import Method
+from skipjack.runtime.round_graph import RoundGraph
+from skipjack.runtime.run import Run
 
 PROMPTS = [[5, 9, 11, 300], [7], list(range(20, 50)), [400, 3, 3, 17, 250, 8]]
 PARAMS = SamplingParams(max_tokens=20, ignore_eos=True)
+SHORT = SamplingParams(max_tokens=8, ignore_eos=True)
 METHODS = [
     "autoregressive",
     "swift:skip_attention=2+3,num_draft_tokens=4,threshold=0.1",
@@ -235,3 +240,72 @@ def test_a_method_may_refuse_company(engine: Engine, rounds: list[int], monkeypa
     rounds.clear()
     assert in_turn([engine.stream(prompt, PARAMS) for prompt in PROMPTS]) == alone
     assert {*rounds} == {1}
+
+
+def test_nobody_is_passed_over_where_not_all_have_room(engine: Engine) -> None:
+    """On the device a round for others than before reads first what is under way for those."""
+    several = SamplingParams(max_tokens=60, ignore_eos=True, n=16)
+    streams = [engine.stream(prompt, several) for prompt in PROMPTS[:3]]
+    for _ in range(16 + 9):
+        assert all(isinstance(stream.advance(), list) for stream in streams)
+    least, *_, most = sorted(len(stream.outputs[0].choices[0].token_ids) for stream in streams)
+    assert most <= least + MAX_LEAD + 3
+    assert least > 5
+    for stream in streams:
+        stream.close()
+
+
+def test_those_whom_a_round_has_no_room_for_get_as_much_as_the_others(engine: Engine) -> None:
+    streams = [engine.stream([5 + i], SamplingParams(max_tokens=99, ignore_eos=True)) for i in range(20)]
+    for _ in range(12):
+        for stream in streams:
+            stream.advance()
+    came = [len(stream.outputs[0].token_ids) for stream in streams]
+    assert min(came) > 0.5 * max(came)
+    for stream in streams:
+        stream.close()
+
+
+def test_who_is_interrupted_anywhere_in_a_shared_round_costs_nobody_a_token_unseen(
+    engine: Engine, interrupted: Callable[..., Iterator[None]]
+) -> None:
+    """The other request has all of its tokens, or is told."""
+    expected = engine.generate(PROMPTS[1], SHORT).token_ids
+    other, got = engine.stream(PROMPTS[1], SHORT), list[int]()
+    got.extend(next(other).token_ids)
+
+    def work() -> None:
+        engine.generate(PROMPTS[0], SHORT)
+
+    for _ in interrupted(
+        work,
+        *(Company.round, Company.leave, Company._party, Company._advance, Company._deliver),
+        *(Run.receive, Run._release_finished, Rounds.advance, Rounds.drain, Rounds.close, Rounds._read),
+        *(Rounds._speculated, Graphs.give, RoundGraph.unload),
+    ):
+        try:
+            got += [token for chunk in other for token in chunk.token_ids]
+            assert got == expected
+        except AbortedError:
+            assert got == expected[: len(got)]
+        assert engine._loaded()[1].free_pages == engine._loaded()[1].total_pages
+        assert not engine._open().runs
+        other, got = engine.stream(PROMPTS[1], SHORT), []
+        got.extend(next(other).token_ids)
+    other.close()
+    gc.collect()
+    assert not engine._open().companies
+
+
+def test_a_graph_that_cannot_be_made_is_one_requests_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is under way on the device by then."""
+    with engine_of(True) as engine:
+        expected = engine.generate(PROMPTS[1], PARAMS).token_ids
+        streams = [engine.stream(prompt, PARAMS) for prompt in PROMPTS[:2]]
+        got = list(next(streams[1]).token_ids)
+        next(streams[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(Graphs, "take", failing)
+            with pytest.raises(ZeroDivisionError):
+                next(streams[0])
+        assert [*got, *(token for chunk in streams[1] for token in chunk.token_ids)] == expected
