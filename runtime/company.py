@@ -78,7 +78,7 @@ class Company:
         party, room = {leader}, MAX_BATCH - len(leader.running)
         for run in sorted(self._members, key=lambda run: run.lead):
             fits = run is not leader and run.rides and len(run.running) <= room
-            if fits and self._method.admits(leader.running) and self._method.admits(run.running):
+            if fits and self._method.unites([*leader.running, *run.running]):
                 party.add(run)
                 room -= len(run.running)
         return [sequence for run in self._members if run in party for sequence in run.running]

@@ -34,8 +34,8 @@ METHODS = [
 ]
 
 
-def engine_of(graphs: bool, **options: Any) -> Engine:
-    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
+def engine_of(graphs: bool, shape: str = "tiny", **options: Any) -> Engine:
+    config = ModelConfig.parse(synthetic_config(shape), shape)
     return Engine(config, synthetic_weights(config, 0, torch.float32, 0.1), graphs=graphs, **options)
 
 
@@ -235,7 +235,7 @@ def engine_spec(method: str) -> Any:
 
 
 def test_a_method_may_refuse_company(engine: Engine, rounds: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Method, "admits", lambda self, running: not running)
+    monkeypatch.setattr(Method, "unites", lambda self, sequences: False)
     alone = [engine.generate(prompt, PARAMS).token_ids for prompt in PROMPTS]
     rounds.clear()
     assert in_turn([engine.stream(prompt, PARAMS) for prompt in PROMPTS]) == alone
@@ -309,3 +309,25 @@ def test_a_graph_that_cannot_be_made_is_one_requests_failure(monkeypatch: pytest
             with pytest.raises(ZeroDivisionError):
                 next(streams[0])
         assert [*got, *(token for chunk in streams[1] for token in chunk.token_ids)] == expected
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize("phase", ["prompt", "absolute"])
+def test_cycles_that_are_as_far_share_every_round(graphs: bool, phase: str, rounds: list[int]) -> None:
+    with engine_of(graphs, "tiny-dmtd", method=f"dmtd:phase={phase}") as engine:
+        alone = [engine.generate(prompt, PARAMS).token_ids for prompt in PROMPTS]
+        rounds.clear()
+        assert in_turn([engine.stream(prompt, PARAMS) for prompt in PROMPTS]) == alone
+    assert {*rounds} == {len(PROMPTS)}
+
+
+def test_a_cycle_that_is_not_as_far_has_rounds_of_its_own(rounds: list[int]) -> None:
+    with engine_of(False, "tiny-dmtd", method="dmtd") as engine:
+        alone = [engine.generate(prompt, PARAMS).token_ids for prompt in PROMPTS[:2]]
+        first = engine.stream(PROMPTS[0], PARAMS)
+        got = [list(next(first).token_ids) + list(next(first).token_ids), list[int]()]
+        rounds.clear()
+        for tokens, more in zip(got, in_turn([first, engine.stream(PROMPTS[1], PARAMS)]), strict=True):
+            tokens += more
+    assert got == alone
+    assert {*rounds} == {1}

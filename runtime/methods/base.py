@@ -97,6 +97,10 @@ class Method:
         """Whether a new sequence may join those `running` now; a method may hold it back for a few rounds."""
         return True
 
+    def unites(self, sequences: list[Sequence]) -> bool:
+        """Whether these sequences, of several requests, may share the next round."""
+        return True
+
     def edit(
         self, config: ModelConfig, weights: Weights, build: Build, encode: Encode | None
     ) -> tuple[ModelConfig, Weights]:

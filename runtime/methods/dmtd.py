@@ -168,6 +168,10 @@ class DirectMultiToken(Policy):
         """At heads only, where cycles start with a prompt's end: sequences whose heads coincide share their passes."""
         return self._options.phase == "absolute" or all(self._is_head(sequence) for sequence in running)
 
+    def unites(self, sequences: list[Sequence]) -> bool:
+        """As `admits`: where all are at the same place of their cycles."""
+        return self._options.phase == "absolute" or len({self._place(sequence) for sequence in sequences}) == 1
+
     def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Reading[Step]:
         shape = (self.horizon, model.config.hidden_size)
         sequence.memory = torch.zeros(shape, dtype=model.dtype, device=model.device)
@@ -186,8 +190,12 @@ class DirectMultiToken(Policy):
 
     def _is_head(self, sequence: Sequence) -> bool:
         """Whether the sequence's newest token, the next to be read, starts a cycle."""
+        return self._place(sequence) == 0
+
+    def _place(self, sequence: Sequence) -> int:
+        """Where the sequence's newest token stands in its cycle."""
         start = len(sequence.prompt) if self._options.phase == "prompt" else 0
-        return (sequence.cached - start) % self.horizon == 0
+        return (sequence.cached - start) % self.horizon
 
     def _late_prompt(self, laid: Pass, e: Tensor, t: Tensor) -> Tensor:
         """The late input of prompt rows [R, H]."""
