@@ -57,7 +57,7 @@ class Company:
         if run not in self._members:
             return
         if self._rounds is not None:
-            if self._members == [run]:
+            if all(other is run or other.stopped for other in self._members):
                 self._rounds.close()
             elif self._rounds.serves(run.running):
                 before = self._standing()

@@ -303,7 +303,10 @@ class Engine:
 
     def _close(self) -> None:
         shared = self._shared
-        for run in list(shared.runs) if shared else ():
+        runs = list(shared.runs) if shared else []
+        for run in runs:
+            run.doom(CLOSED)
+        for run in runs:
             run.fail(CLOSED)
         self._shared = self._pool = None
         # Memory that `shared` still has goes back when nothing works with it.

@@ -170,9 +170,13 @@ class Run:
             self.stop()
             self._turns.after(self._end)
 
+    def doom(self, message: str) -> None:
+        """Within a turn: whoever asks for more gets an AbortedError; to be failed in any case."""
+        self._failure, self.stopped = message, True
+
     def fail(self, message: str) -> None:
         """End within a turn: whoever asks for more gets an AbortedError."""
-        self._failure, self.stopped = message, True
+        self.doom(message)
         self._end()
 
     def _open(self) -> Shared | None:

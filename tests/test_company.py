@@ -325,9 +325,21 @@ def test_a_cycle_that_is_not_as_far_has_rounds_of_its_own(rounds: list[int]) -> 
     with engine_of(False, "tiny-dmtd", method="dmtd") as engine:
         alone = [engine.generate(prompt, PARAMS).token_ids for prompt in PROMPTS[:2]]
         first = engine.stream(PROMPTS[0], PARAMS)
-        got = [list(next(first).token_ids) + list(next(first).token_ids), list[int]()]
+        begun = [*next(first).token_ids, *next(first).token_ids]
         rounds.clear()
-        for tokens, more in zip(got, in_turn([first, engine.stream(PROMPTS[1], PARAMS)]), strict=True):
-            tokens += more
-    assert got == alone
+        rest, second = in_turn([first, engine.stream(PROMPTS[1], PARAMS)])
+    assert [begun + rest, second] == alone
     assert {*rounds} == {1}
+
+
+def test_to_close_an_engine_reads_nothing_that_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be what has failed."""
+    engine = engine_of(True)
+    streams = [engine.stream(prompt, PARAMS) for prompt in PROMPTS[:2]]
+    for stream in (*streams, *streams):
+        next(stream)
+    monkeypatch.setattr(RoundGraph, "report", failing)
+    engine.close()
+    for stream in streams:
+        with pytest.raises(AbortedError, match="closed"):
+            list(stream)
