@@ -343,3 +343,27 @@ def test_to_close_an_engine_reads_nothing_that_the_device_has(monkeypatch: pytes
     for stream in streams:
         with pytest.raises(AbortedError, match="closed"):
             list(stream)
+
+
+def test_each_chooses_by_its_own_parameters(engine: Engine, rounds: list[int]) -> None:
+    asked: list[dict[str, Any]] = [
+        {"temperature": 0.6, "top_p": 0.9, "seed": 1, "logit_bias": {7: 3.0}},
+        {"temperature": 1.5, "top_k": 20, "seed": 2**64 - 1, "min_tokens": 6, "stop_token_ids": list(range(3, 200))},
+        {"temperature": 1.0, "min_p": 0.05, "seed": 3, "presence_penalty": 1.0, "n": 2},
+        {"temperature": 0.9, "seed": 3, "repetition_penalty": 1.3, "logit_bias": {2: 4.0}},
+    ]
+    params = [SamplingParams(max_tokens=14, logprobs=2, **fields) for fields in asked]
+    alone = [engine.generate(*each).choices for each in zip(PROMPTS, params, strict=True)]
+    rounds.clear()
+    streams = [engine.stream(*each) for each in zip(PROMPTS, params, strict=True)]
+    in_turn(streams)
+    assert max(rounds) > len(PROMPTS) - 1
+    for stream, expected in zip(streams, alone, strict=True):
+        for choice, own in zip(stream.outputs[0].choices, expected, strict=True):
+            assert (choice.token_ids, choice.finish_reason) == (own.token_ids, own.finish_reason)
+            assert [told.logprob for told in choice.logprobs or ()] == pytest.approx(
+                [told.logprob for told in own.logprobs or ()], abs=1e-5
+            )
+        stats = stream.outputs[0].stats
+        assert len(expected) + stats.accepted + stats.bonus == stats.completion_tokens
+        assert stats.decode_s > 0
