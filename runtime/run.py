@@ -136,6 +136,7 @@ class Run:
         if shared is None:
             return None
         if self._unread:
+            shared.admission.move()
             return self._taken()
         if self._is_patient():
             return self._ticket
