@@ -345,6 +345,28 @@ class TestEndings:
         done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
         assert (done.returncode, done.stderr) == (code, b"")
 
+    @pytest.mark.parametrize("module", ["torch.torch_version", "numba.core.lowering"])
+    def test_ctrl_c_while_pytorch_or_numba_is_imported_raises_nothing_there(self, module: str) -> None:
+        """PyTorch's libraries end the process when an exception comes through them, and Python makes others of some."""
+        pytest.importorskip(module.partition(".")[0])
+        script = f"""if True:
+            import os, signal, sys
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            class Finder:
+                def find_spec(self, name, *_):
+                    if name == "{module}":
+                        try:
+                            os.kill(os.getpid(), signal.SIGINT)
+                        except KeyboardInterrupt:
+                            sys.stderr.write("raised")
+                            raise
+            sys.meta_path.insert(0, Finder())
+            from skipjack.runtime.commands.entry import main
+            sys.argv[1:] = ["doctor"]
+            main()"""
+        done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
+        assert (done.returncode, done.stderr) == (130, b"")
+
     @pytest.mark.parametrize("arguments", ["['doctor', '--json']", "['doctor']"])
     def test_a_reader_that_left_is_no_error(self, arguments: str) -> None:
         script = f"import sys; from skipjack.runtime.commands.cli import main; sys.argv[1:] = {arguments}; main()"
