@@ -60,7 +60,7 @@ def compare(
         RequestError: the model has no more than `skipped` layers, a checkpoint has another vocabulary, or a method
             cannot be scored.
     """
-    with load(model, dtype, check=able((), prompts)) as engine:
+    with load(model, dtype, check=able(methods, prompts)) as engine:
         about = header("baselines", engine, model)
         layers, vocabulary = engine.config.num_layers, engine.config.vocab_size
         if not methods and max(skipped) >= layers:

@@ -38,6 +38,9 @@ def baselines(
 
     chosen, counts = options.chosen(prompts, per_category), skipped or [4, 8]
     folders = dict(_checkpoint(entry) for entry in checkpoint or ())
+    for option, given in (("--skipped", skipped), ("--checkpoint", checkpoint)):
+        if method and given:
+            raise RequestError(f"{option}: expected without --method, whose methods say what they skip, got both")
     about, lines = compare(model, dtype, chosen, max_tokens, counts, folders, options.notes(), method or ())
     result = {**about, "checkpoints": folders, "max_tokens": max_tokens, "lines": [asdict(line) for line in lines]}
     deliver(result, sheets.baselines, output, as_json)

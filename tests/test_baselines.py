@@ -59,6 +59,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     lines = [line for line in json.loads(capsys.readouterr().out)["lines"] if line["category"] == "all"]
     assert [line["method"] for line in lines] == ["autoregressive", *(name[len("--method=") :] for name in own)]
     assert [line["skipped"] for line in lines[:2]] == [0, 1.5], "of two tokens the first is the prompt's"
+    assert cli.run(["bench", "baselines", shape, *own, "--skipped", "2", *small]) == 2
+    assert "--skipped: expected without --method" in capsys.readouterr().err
     assert cli.run(["bench", "baselines", shape, "--method", "lookup", *small]) == 2
     assert "expected a lossy method or autoregressive, got lookup" in capsys.readouterr().err
     assert cli.run(["bench", "baselines", shape, "--skipped", "8", *small]) == 2

@@ -114,7 +114,7 @@ def test_one_token_and_stop_strings(demo: Engine) -> None:
     [
         ("layerskip:exit_layer=8", "exit_layer expects 1 to 7, got 8"),
         ("layerskip:exit_layer=0", "exit_layer expects 1 to 512, got 0"),
-        ("layerskip:exit_layer=one", "exit_layer expects int, got 'one'"),
+        ("layerskip:exit_layer=one", "exit_layer expects an integer, got 'one'"),
         ("layerskip:num_draft_tokens=0", "num_draft_tokens expects 1 to 64"),
         ("layerskip:reuse=maybe", "reuse expects true or false, got 'maybe'"),
     ],

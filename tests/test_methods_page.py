@@ -106,11 +106,20 @@ def test_the_command_line_knows_it(capsys: pytest.CaptureFixture[str]) -> None:
         ("import nothing_of_that_name", "broken:Own", "broken:Own does not load: No module named"),
         ("1 / 0", "broken:Own", "broken:Own does not load: division by zero"),
         ("", "broken:Own", "broken:Own does not load: .* has no attribute"),
-        ("Own = 3", "broken:Own", "expected a subclass of Method of that name at broken:Own, got 3"),
+        (
+            "Own = 3",
+            "broken:Own",
+            "expected a subclass of Method with that name and a dataclass of options at broken:Own",
+        ),
+        (
+            "from skipjack.runtime.methods.base import Method\nclass Own(Method):\n    name = 'own'",
+            "broken:Own",
+            "with that name and a dataclass of options at broken:Own",
+        ),
         (
             "from skipjack.runtime.methods.swift import Swift as Own",
             "broken:Own",
-            "expected a subclass of Method of that",
+            "expected a subclass of Method with that",
         ),
     ],
 )

@@ -233,7 +233,7 @@ def test_a_method_of_another_type_is_refused(synthetic: Callable[..., Engine]) -
         ),
         ("swift:depth=3", "unknown option 'depth'"),
         ("lookup:method=3", "unknown option 'method', known options: num_draft_tokens, max_ngram"),
-        ("swift:window=x", "option window expects int"),
+        ("swift:window=x", "option window expects an integer, got 'x'"),
         ("swift:skip_mlp=1+b", "integers joined with"),
         ("swift:skip_attention=2+2", r"different integers joined with \+, got '2\+2'"),
         ("swift:num_draft_tokens=65", "expects 0 to 64"),

@@ -6,19 +6,10 @@ import inspect
 import sys
 import typing
 from dataclasses import MISSING, fields
-from types import UnionType
 from typing import Any
 
 from ..methods import registry
 from ..methods.base import Method
-
-_KINDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    tuple[int, ...]: "numbers joined with +",
-}
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -83,11 +74,11 @@ def _about(method: type[Method]) -> str:
 
 
 def _options(options: type) -> dict[str, dict[str, str]]:
-    hints = typing.get_type_hints(options, include_extras=True)
+    expected = registry.expected(options)
     return {
         field.name: {
             "default": "" if field.default is MISSING else _written(field.default),
-            "expects": _expects(hints[field.name]),
+            "expects": expected[field.name],
         }
         for field in fields(options)
     }
@@ -98,12 +89,3 @@ def _written(value: object) -> str:
     if isinstance(value, tuple):
         return "+".join(map(str, typing.cast("tuple[int, ...]", value)))
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _expects(kind: Any) -> str:
-    said = [str(limit) for limit in getattr(kind, "__metadata__", ())]
-    kind = typing.get_args(kind)[0] if said else kind
-    if isinstance(kind, UnionType):
-        inner = typing.get_args(kind)[0]
-        return _expects(inner)
-    return " and ".join(said) or _KINDS.get(kind, getattr(kind, "__name__", str(kind)))

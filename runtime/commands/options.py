@@ -58,7 +58,7 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help='A model folder, "demo", or org/name of the hub.', show_default=False)
 ]
 Method = Annotated[
-    str, typer.Option(metavar="NAME[:key=value,…]", help="Decoding method, as `inspect` lists them; lists join with +.")
+    str, typer.Option(metavar="NAME[:key=value,…]", help="Decoding method, as `methods` lists them; lists join with +.")
 ]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]

@@ -49,7 +49,7 @@ class Checked:
         cls.method = method
 
     def __post_init__(self) -> None:
-        for option, allowed in _bounds(type(self)):
+        for option, allowed in bounds(type(self)):
             self.expect(option, allowed)
 
     def expect(self, option: str, allowed: Within | OneOf) -> None:
@@ -60,7 +60,7 @@ class Checked:
 
 
 @cache
-def _bounds(options: type[Checked]) -> list[tuple[str, Within | OneOf]]:
+def bounds(options: type) -> list[tuple[str, Within | OneOf]]:
     """What the annotations of the fields allow: every request builds its options, and to read annotations is slow."""
     kinds = get_type_hints(options, include_extras=True)
     return [(option, allowed) for option, kind in kinds.items() for allowed in getattr(kind, "__metadata__", ())]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from types import UnionType
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from ...loaders.config import ModelConfig
 from ..errors import RequestError
@@ -32,6 +32,7 @@ from . import (
     unified,
 )
 from .base import Method
+from .checked import bounds
 
 _METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -60,7 +61,13 @@ _METHODS: dict[str, type[Method]] = {
 GROUP = "skipjack.methods"
 
 _BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
-_EXPECTED: dict[Any, str] = {bool: "true or false", tuple[int, ...]: "different integers joined with +"}
+_EXPECTED: dict[Any, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    tuple[int, ...]: "different integers joined with +",
+}
 
 
 @dataclass(frozen=True)
@@ -105,9 +112,16 @@ def find(name: str) -> type[Method]:
         method = others[name].load()
     except Exception as error:
         raise RequestError(f"method {name}: {place} does not load: {error}") from error
-    if not (isinstance(method, type) and issubclass(method, Method)) or vars(method).get("name") != name:
-        raise RequestError(f"method {name}: expected a subclass of Method of that name at {place}, got {method!r}")
+    if not _is_method(method, name):
+        expected = "a subclass of Method with that name and a dataclass of options"
+        raise RequestError(f"method {name}: expected {expected} at {place}, got {method!r}")
     return method
+
+
+def _is_method(found: Any, name: str) -> TypeGuard[type[Method]]:
+    if not isinstance(found, type) or not issubclass(found, Method):
+        return False
+    return vars(found).get("name") == name and is_dataclass(getattr(found, "options", None))
 
 
 def outside() -> dict[str, EntryPoint]:
@@ -148,6 +162,16 @@ def parse(text: str) -> MethodSpec:
     return MethodSpec(name, options(**values))
 
 
+def expected(options: type) -> dict[str, str]:
+    """What each option's value may be, for people."""
+    limits = {option: str(allowed) for option, allowed in bounds(options)}
+    return {option: limits.get(option) or _told(kind) for option, kind in _types(options).items()}
+
+
+def _told(kind: Any) -> str:
+    return _EXPECTED.get(kind) or kind.__name__
+
+
 @cache
 def _types(options: type) -> dict[str, Any]:
     """The type a value of each option has; None, where it is the default, stands for no value."""
@@ -176,5 +200,4 @@ def _convert(method: str, key: str, value: str, kind: Any) -> object:
             return numbers
         return _BOOLEANS[value.lower()] if kind is bool else kind(value)
     except (ValueError, KeyError):
-        expected = _EXPECTED.get(kind, kind.__name__)
-        raise RequestError(f"method {method}: option {key} expects {expected}, got {value!r}") from None
+        raise RequestError(f"method {method}: option {key} expects {_told(kind)}, got {value!r}") from None
