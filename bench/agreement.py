@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..runtime.engine import MAX_BATCH, Engine
+from ..runtime.engine import Engine
 from ..runtime.prompts import Prompt as Source
 from ..runtime.request import SamplingParams
 from .prompts import Prompt, source
@@ -66,8 +66,8 @@ def compare(
     Continuations end with the full model's end of text or after `max_tokens` tokens.
     """
     rows: list[Row] = []
-    for first in range(0, len(prompts), MAX_BATCH):
-        some = prompts[first : first + MAX_BATCH]
+    for first in range(0, len(prompts), engine.max_sequences):
+        some = prompts[first : first + engine.max_sequences]
         given = continuations(engine, some, max_tokens)
         for method in methods:
             for row in score(engine, method, some, given):

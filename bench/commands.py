@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..runtime.errors import RequestError
+from ..runtime.request import MOST_SEQUENCES, SEQUENCES
 from . import options
 
 
@@ -120,7 +121,9 @@ def serve(
     model: options.Model = "demo",
     prompts: options.Prompts = None,
     method: options.Methods = None,
-    concurrency: Annotated[list[int] | None, typer.Option(min=1, max=16, help="Repeatable; default: 1 and 4.")] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(min=1, max=MOST_SEQUENCES, help="Repeatable; default: 1 and 4.")
+    ] = None,
     requests: Annotated[int, typer.Option(min=1, max=10000, help="Requests of each run.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each request.")] = 64,
     dtype: options.Dtype = "auto",
@@ -142,7 +145,14 @@ def serve(
     params, check = SamplingParams(max_tokens=max_tokens, ignore_eos=True), options.able(names, chosen)
     with (
         folder_of(model) as folder,
-        Engine.load(folder, device=device, dtype=dtype, cache_tokens=cache_tokens, check=check) as engine,
+        Engine.load(
+            folder,
+            device=device,
+            dtype=dtype,
+            cache_tokens=cache_tokens,
+            max_sequences=max(SEQUENCES, *concurrencies),
+            check=check,
+        ) as engine,
     ):
         sources = [source(chosen[i % len(chosen)], engine.tokenizer, engine.config) for i in range(requests)]
         rows = measure(

@@ -9,7 +9,7 @@ import torch
 from ..kernels import environment, ops
 from ..loaders.config import ModelConfig
 from .errors import RequestError
-from .request import integer
+from .request import MOST_SEQUENCES, integer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,6 +61,11 @@ def check_environment() -> None:
 def check_cache_tokens(tokens: int | None) -> int | None:
     """A number of cached tokens as Python's, or None; RequestError where it is neither."""
     return None if tokens is None else integer("cache_tokens", tokens, 1)
+
+
+def check_max_sequences(sequences: int) -> int:
+    """How many sequences run together at most, as Python's; RequestError where it is none of 1 to MOST_SEQUENCES."""
+    return integer("max_sequences", sequences, 1, MOST_SEQUENCES)
 
 
 def check_switches(graphs: bool | None, strict: bool) -> None:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # A method, and what sequences ask of a round that chooses alike for all of them.
 Alike: TypeAlias = tuple[Method, tuple[bool, bool, int | None]]
-# Sequences of a round, and the rounds that others run for a request before its reader has come.
-MAX_BATCH, MAX_LEAD = 16, 4
+# Rounds that others run for a request before its reader has come.
+MAX_LEAD = 4
 FAILED = "request: a round that it shared with another request has failed: {}"
 
 
@@ -31,8 +31,9 @@ class Company:
     and runs none. Everything here is called within a turn.
     """
 
-    def __init__(self, model: Model, cache: KVCache, graphs: Graphs | None, method: Method) -> None:
-        self._model, self._cache, self._method = model, cache, method
+    def __init__(self, model: Model, cache: KVCache, graphs: Graphs | None, method: Method, sequences: int) -> None:
+        """`sequences` is how many run together at most."""
+        self._model, self._cache, self._method, self._most = model, cache, method, sequences
         self._rounds = None if graphs is None else Rounds(graphs, model, cache, method)
         self._members: list[Run] = []
 
@@ -73,15 +74,20 @@ class Company:
     def _party(self, leader: Run) -> list[Sequence]:
         """The sequences, in the order of their requests, of the leader and of as many others as there is room for.
 
-        Those who have least that they have not read come first.
+        Those whose rounds the device has under way come first if the leader is one of them, or it would have to begin
+        anew; then those who have least that they have not read.
         """
-        party, room = {leader}, MAX_BATCH - len(leader.running)
-        for run in sorted(self._members, key=lambda run: run.lead):
+        party, room = {leader}, self._most - len(leader.running)
+        for run in sorted(self._members, key=lambda run: (not self._goes_on(leader, run), run.lead)):
             fits = run is not leader and run.rides and len(run.running) <= room
             if fits and self._method.unites([*leader.running, *run.running]):
                 party.add(run)
                 room -= len(run.running)
         return [sequence for run in self._members if run in party for sequence in run.running]
+
+    def _goes_on(self, leader: Run, run: Run) -> bool:
+        rounds = self._rounds
+        return rounds is not None and rounds.serves(leader.running) and rounds.serves(run.running)
 
     def _advance(self, running: list[Sequence]) -> dict[int, list[Piece]]:
         """The tokens of each sequence, by its id, that has got some."""

@@ -24,7 +24,16 @@ from ..loaders.weights import Weights, load_weights
 from .admission import Admission
 from .cache import KVCache
 from .calibration import Encode
-from .choices import DTYPES, check_cache_tokens, check_switches, dtype_of, one_of, place_of, table_of
+from .choices import (
+    DTYPES,
+    check_cache_tokens,
+    check_max_sequences,
+    check_switches,
+    dtype_of,
+    one_of,
+    place_of,
+    table_of,
+)
 from .company import Alike, Company
 from .errors import AbortedError, RequestError
 from .forced import Forced, Scored
@@ -36,9 +45,9 @@ from .methods.base import Method
 from .model import Model
 from .prompts import Check, Prompt, Prompts, TokenIds, check_params, is_many, to_ids
 from .ranges import marks
-from .request import Output, SamplingParams
+from .request import SEQUENCES, Output, SamplingParams
 from .roster import Roster
-from .run import MAX_BATCH, Run, Shared
+from .run import Run, Shared
 from .sequence import Sequence
 from .stepwise import Stepwise
 from .stream import AsyncStream, Stream
@@ -60,9 +69,9 @@ class Engine:
     copy of an engine that is on the CPU, had no request under way, and whose process had not computed with threads
     of PyTorch's own. `model_path` is where the weights lie, `tokenizer` None where no tokenizer.json lies there,
     `dtype` the type computed in, `backend` the op table in use and the path its products take, `numerics` "exact"
-    or "fast", `config` the model's shape, `cache_tokens` what requests can hold together, `cache_note` why that is
-    less than the model's context, else None, `load_s` the seconds `load` took, 0 for an engine made without it, and
-    `warmed_up` what the latest `warm_up` did.
+    or "fast", `config` the model's shape, `cache_tokens` what requests can hold together, `max_sequences` how many run
+    together, `cache_note` why the cache is smaller than the model's context, else None, `load_s` the seconds `load`
+    took, 0 for an engine made without it, and `warmed_up` what the latest `warm_up` did.
     """
 
     load_s = 0.0
@@ -79,6 +88,7 @@ class Engine:
         backend: str = "auto",
         numerics: str = "exact",
         cache_tokens: int | None = None,
+        max_sequences: int = SEQUENCES,
         graphs: bool | None = None,
         ranges: str | None = None,
         strict: bool = False,
@@ -92,7 +102,7 @@ class Engine:
         self.tokenizer, self.model_path, self.dtype = tokenizer, model_path, weights.embedding.dtype
         table = table_of(backend, weights.embedding.device, numerics)
         check_switches(graphs, strict)
-        self.numerics = numerics
+        self.numerics, self.max_sequences = numerics, check_max_sequences(max_sequences)
         self._default = registry.parse(method)
         own = self._default.build(config)
         config, weights = own.edit(config, weights, lambda c, w: Model(c, w, table), self._encode)
@@ -101,7 +111,7 @@ class Engine:
         self._strict, self._watch = strict, Watch(enabled=table.name == "triton")
         model = Model(config, weights, table, marks(ranges))
         self.backend = model.backend
-        self.cache_tokens, self.cache_note = cache_size(model, MAX_BATCH, cache_tokens)
+        self.cache_tokens, self.cache_note = cache_size(model, self.max_sequences, cache_tokens)
         cache = model.new_cache(-(-self.cache_tokens // table.page_size) + SPARE_PAGES)
         on_device = model.device.type == "cuda" if graphs is None else graphs
         rounds = Graphs(model, cache, self._watch) if on_device else None
@@ -111,7 +121,7 @@ class Engine:
         companies = None if numerics == "fast" else WeakValueDictionary[Alike, Company]()
         # What goes when the engine is closed.
         self._shared: Shared | None = Shared(
-            model, Admission(cache), self._turn, self._watch, rounds, roster, set(), companies
+            model, Admission(cache), self._turn, self._watch, rounds, roster, set(), companies, self.max_sequences
         )
         self._turn.rest()
         self._turn.take(partial(roster.add, self._default, own))
@@ -126,6 +136,7 @@ class Engine:
         backend: str = "auto",
         numerics: str = "exact",
         cache_tokens: int | None = None,
+        max_sequences: int = SEQUENCES,
         graphs: bool | None = None,
         ranges: str | None = None,
         strict: bool = False,
@@ -137,7 +148,8 @@ class Engine:
         `device` auto is the GPU where there is one; `backend` auto is "triton" on a GPU and "torch" on the CPU. `dtype`
         auto is the checkpoint's own. `numerics` "fast" lets sums follow the number of rows if that is faster; a token
         may then depend on drafts and neighbours. `cache_tokens` bounds the tokens all running requests hold together,
-        by default a context, or 16 of at most 2048 tokens if that is more, as far as four fifths of the free memory go.
+        by default a context, or `max_sequences` of at most 2048 tokens if that is more, as far as four fifths of the
+        free memory go; `max_sequences`, 1 to 64, bounds how many run together.
         `progress` is called with a label, what is done and what there is to do; `check` with the model's config and its
         tokenizer or None, before any weight is read: what it raises ends the loading.
 
@@ -153,6 +165,7 @@ class Engine:
         table_of(backend, place, numerics)
         told("preparing kernels", 1, 1)
         check_cache_tokens(cache_tokens)
+        check_max_sequences(max_sequences)
         check_switches(graphs, strict)
         folder = locate(model, progress)
         config = ModelConfig.load(folder)
@@ -171,6 +184,7 @@ class Engine:
                 backend=backend,
                 numerics=numerics,
                 cache_tokens=cache_tokens,
+                max_sequences=max_sequences,
                 graphs=graphs,
                 ranges=ranges,
                 strict=strict,
@@ -245,13 +259,14 @@ class Engine:
         return self._watch.count
 
     def warm_up(
-        self, methods: str | Iterable[str] = (), *, sequences: int = MAX_BATCH, context: int | None = None
+        self, methods: str | Iterable[str] = (), *, sequences: int | None = None, context: int | None = None
     ) -> WarmUp:
         """Compile every kernel, and capture every round graph, that requests can reach: later ones wait for neither.
 
-        That is requests of `methods`, by default the engine's own, and of plain decoding, of up to `sequences` prompts
-        times choices with up to `context` tokens each, by default as many as the cache holds; greedy or sampled, with
-        penalties and logprobs; graphs with either, or of a skip set not yet found, are captured when they are needed.
+        That is requests of `methods`, by default the engine's own, and of plain decoding, of up to `sequences` that
+        run together, by default `max_sequences`, with up to `context` tokens each, by default what the cache holds;
+        greedy or sampled, with penalties and logprobs; graphs with either, or of a skip set not yet found, are captured
+        when they are needed.
 
         Raises:
             RequestError: a method cannot run here, or there are never so many sequences or tokens.
@@ -260,7 +275,9 @@ class Engine:
         if not isinstance(cast(object, methods), Iterable):
             raise RequestError(f"warm_up: methods: expected a method or several, got {methods!r}")
         shared = self._open()
-        rehearsal = Rehearsal(shared.model, shared.admission.cache, shared.graphs, sequences, context)
+        rehearsal = Rehearsal(
+            shared.model, shared.admission.cache, shared.graphs, self.max_sequences, sequences, context
+        )
         names = [methods] if isinstance(methods, str) else methods
         specs = [registry.parse(name) for name in names] or [self._default]
         if Autoregressive.name in registry.names(self.config.model_type) and not self._default.edits:

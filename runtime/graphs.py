@@ -23,13 +23,13 @@ from .methods.base import Method
 from .model import Model
 from .plan import LayerPlan
 from .recipe import Recipe, Steps
-from .request import Piece
+from .request import MOST_SEQUENCES, Piece
 from .round_graph import AHEAD, Key, RoundGraph
 from .sampling import note
 from .sequence import Sequence, firsts
 from .speculate import commit
 
-SEQUENCES = (1, 2, 4, 8, 16)
+SIZES = tuple(1 << power for power in range(MOST_SEQUENCES.bit_length()))
 # Graphs kept beside those that were prepared: every skip set that a search settles on has some of its own.
 SPARE = 64
 
@@ -57,7 +57,7 @@ class Graphs:
         return self._take(self.key(recipe, sequences))
 
     def prepare(self, recipe: Recipe, sequences: int, pages: int) -> None:
-        """Have a graph for that recipe, number of sequences, one of SEQUENCES, and number of pages, a power of two."""
+        """Have a graph for that recipe, number of sequences, one of SIZES, and number of pages, a power of two."""
         graph = self._take((recipe, sequences, pages))
         self._prepared.add(graph.key)
         graph.enqueue()
@@ -327,4 +327,4 @@ def _tell(held: Tensor, values: Tensor) -> None:
 
 def graph_size(sequences: int) -> int:
     """The number of sequences of the graph that serves so many."""
-    return next(size for size in SEQUENCES if size >= sequences)
+    return next(size for size in SIZES if size >= sequences)

@@ -11,6 +11,8 @@ from typing import Any, cast
 from .errors import RequestError
 
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 64, 1024
+# Sequences that run together at most, unless an engine is told, and the most that it can be told.
+SEQUENCES, MOST_SEQUENCES = 16, 64
 # Logits divided or multiplied by it must stay within float32.
 REPETITION_PENALTIES = 1e-6, 1e6
 

@@ -12,7 +12,7 @@ import torch
 
 from ..kernels.compilation import Watch
 from .admission import Admission, Ticket
-from .company import MAX_BATCH, MAX_LEAD, Alike, Company
+from .company import MAX_LEAD, Alike, Company
 from .decode import reading
 from .errors import AbortedError
 from .graphs import Graphs
@@ -31,7 +31,8 @@ MAX_EVENTS = 4096
 class Shared:
     """What the requests of an engine share, `runs` being those under way.
 
-    `companies` are of those that may run rounds together, by method and by what they ask of it; None where none may.
+    At most `max_sequences` run together. `companies` are of those that may run rounds together, by method and by what
+    they ask of it; None where none may.
     """
 
     model: Model
@@ -42,20 +43,21 @@ class Shared:
     roster: Roster
     runs: set[Run]
     companies: WeakValueDictionary[Alike, Company] | None
+    max_sequences: int
 
     def company(self, method: Method, params: SamplingParams) -> Company:
         """Whom a request runs its rounds with."""
         alike = method, (params.greedy, params.reshapes_logits, params.logprobs)
         found = None if self.companies is None else self.companies.get(alike)
         if found is None:
-            found = Company(self.model, self.admission.cache, self.graphs, method)
+            found = Company(self.model, self.admission.cache, self.graphs, method, self.max_sequences)
             if self.companies is not None:
                 self.companies[alike] = found
         return found
 
 
 class Run:
-    """The sequences of one request, up to `MAX_BATCH` of them running at a time.
+    """The sequences of one request, as many of them running at a time as run together at most.
 
     Any thread may take the next step, and any thread may end it: both happen in turns. `events` are what the method
     told of its rounds; the oldest are forgotten where there are too many.
@@ -236,7 +238,7 @@ class Run:
             shared.admission.redeem(self._ticket)
             self._ticket = None
             return True
-        if self._waiting and len(self._running) < MAX_BATCH and self.method.admits(self._running):
+        if self._waiting and len(self._running) < shared.max_sequences and self.method.admits(self._running):
             return shared.admission.take(self._waiting[0].max_length, self._waiting[0].pages)
         return False
 

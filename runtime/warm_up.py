@@ -14,7 +14,7 @@ from .cache import KVCache
 from .decode import decode, prefill
 from .depths import cuts
 from .errors import CompilationError
-from .graphs import SEQUENCES, Graphs
+from .graphs import SIZES, Graphs
 from .methods.base import Method, sampled
 from .methods.policy import Policy
 from .model import Model
@@ -75,14 +75,21 @@ class Rehearsal:
     """
 
     def __init__(
-        self, model: Model, cache: KVCache, graphs: Graphs | None, sequences: int, context: int | None
+        self,
+        model: Model,
+        cache: KVCache,
+        graphs: Graphs | None,
+        most: int,
+        sequences: int | None,
+        context: int | None,
     ) -> None:
+        """`most` is how many sequences may run together, which `sequences` is unless it is given."""
         longest = min(model.config.max_context, cache.total_pages * cache.page_size)
-        context = longest if context is None else context
-        for name, value, most in (("sequences", sequences, SEQUENCES[-1]), ("context", context, longest)):
-            integer(f"warm_up: {name}", value, 1, most)
+        sequences, context = most if sequences is None else sequences, longest if context is None else context
+        integer("warm_up: sequences", sequences, 1, most)
+        integer("warm_up: context", context, 1, longest)
         self._model, self._cache, self._graphs = model, cache, graphs
-        self._counts = [size for size in SEQUENCES if size < 2 * sequences]
+        self._counts = [size for size in SIZES if size < 2 * sequences]
         self._context, self._pages = context, cache.pages_for(context)
 
     def run(self, methods: Iterable[Method], watch: Watch) -> WarmUp:

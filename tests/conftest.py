@@ -83,15 +83,19 @@ def prompts_file() -> Path:
 
 @pytest.fixture(scope="session")
 def synthetic() -> Callable[..., Engine]:
-    """Engines over small random models, one per (shape, dtype, late_scale), shared by the tests."""
+    """Engines over small random models, one for each choice of the arguments, shared by the tests."""
 
     @cache
     def engine(
-        shape: str = "tiny", dtype: torch.dtype = torch.float32, late_scale: float = 0.3, vocab: int | None = None
+        shape: str = "tiny",
+        dtype: torch.dtype = torch.float32,
+        late_scale: float = 0.3,
+        vocab: int | None = None,
+        **options: Any,
     ) -> Engine:
         fields = synthetic_config(shape) | ({"vocab_size": vocab} if vocab else {})
         config = ModelConfig.parse(fields, shape)
-        return Engine(config, synthetic_weights(config, 0, dtype, late_scale))
+        return Engine(config, synthetic_weights(config, 0, dtype, late_scale), **options)
 
     return engine
 

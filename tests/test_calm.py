@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from skipjack import Engine, SamplingParams
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights, write_synthetic
-from skipjack.runtime import run as run_module
 from skipjack.runtime.errors import RequestError
 from skipjack.runtime.request import Output
 
@@ -101,14 +100,9 @@ def test_exits_and_scores_are_those_of_transformers(tmp_path: Path, method: str)
 @pytest.mark.parametrize("fields", [{}, {"temperature": 0.8, "seed": 5}], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("method", METHODS)
 def test_batches_are_their_members_alone(
-    synthetic: Callable[..., Engine],
-    monkeypatch: pytest.MonkeyPatch,
-    method: str,
-    dtype: torch.dtype,
-    fields: dict[str, Any],
+    synthetic: Callable[..., Engine], method: str, dtype: torch.dtype, fields: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(run_module, "MAX_BATCH", 3)
-    engine = synthetic("tiny-llama", dtype)
+    engine = synthetic("tiny-llama", dtype, max_sequences=3)
     params = SamplingParams(max_tokens=16, stop_token_ids=range(0, 512, 9), **fields)
     together = engine.generate(PROMPTS, params, method=method)
     alone = [engine.generate(prompt, params, method=method) for prompt in PROMPTS]

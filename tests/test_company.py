@@ -11,7 +11,6 @@ import torch
 from skipjack import AbortedError, Engine, RequestError, SamplingParams
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
-from skipjack.runtime import company as company_module
 from skipjack.runtime.company import MAX_LEAD, Company
 from skipjack.runtime.graphs import Graphs, Rounds
 from skipjack.runtime.methods.base import Method
@@ -131,8 +130,9 @@ def test_a_request_that_nobody_reads_is_taken_along_a_little(engine: Engine) -> 
     assert [*expected[:1], *(token for chunk in unread for token in chunk.token_ids)] == expected
 
 
-def test_a_round_has_room_for_so_many(engine: Engine, rounds: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(company_module, "MAX_BATCH", 3)
+@pytest.mark.parametrize("graphs", [False, True], ids=["host", "device"])
+def test_a_round_has_room_for_so_many(graphs: bool, rounds: list[int]) -> None:
+    engine = engine_of(graphs, max_sequences=3)
     several = SamplingParams(max_tokens=8, ignore_eos=True, temperature=1.0, seed=4, n=2)
     alone = [[choice.token_ids for choice in engine.generate(prompt, several).choices] for prompt in PROMPTS]
     rounds.clear()

@@ -21,7 +21,6 @@ from skipjack.loaders.config import Cycle, ModelConfig
 from skipjack.loaders.save import save_checkpoint
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.loaders.weights import checkpoint_tensors
-from skipjack.runtime import run as run_module
 from skipjack.runtime.batch import Batch
 from skipjack.runtime.cache import KVCache
 from skipjack.runtime.commands import cli
@@ -44,10 +43,10 @@ def parsed(encoding: int = 0, **fields: object) -> ModelConfig:
 
 
 @cache
-def engine(encoding: int = 0, dtype: torch.dtype = torch.float32) -> Engine:
+def engine(encoding: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Engine:
     """Eight layers, the last two of which decode."""
     config = parsed(encoding)
-    return Engine(config, synthetic_weights(config, 0, dtype, 1.0), method="dmtd")
+    return Engine(config, synthetic_weights(config, 0, dtype, 1.0), method="dmtd", **options)
 
 
 class Teacher:
@@ -216,10 +215,9 @@ def test_a_batch_of_encoded_prompts_gives_what_each_gives_alone() -> None:
         assert together == [engine(2).generate(prompt, params, method=method).token_ids for prompt in PROMPTS]
 
 
-def test_who_joins_late_waits_for_a_head(audit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_joins_late_waits_for_a_head(audit: Callable[..., Any]) -> None:
     """Cycles that coincide are what makes a batch gain: one thinking pass serves all of its heads."""
-    monkeypatch.setattr(run_module, "MAX_BATCH", 2)
-    shared = engine()
+    shared = engine(max_sequences=2)
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     known = shared.generate(PROMPTS[0], params).token_ids
     stop = next(token for at, token in enumerate(known) if at > 1 and at % 4 and token not in known[:at])

@@ -258,9 +258,10 @@ def test_a_request_took_the_time_of_the_rounds_it_was_in(
         monkeypatch.setattr(f"skipjack.runtime.{module}.perf_counter", lambda: seconds)
     for place, name in ((Method, "propose"), (Static, "step"), (RoundGraph, "report")):
         monkeypatch.setattr(place, name, timed(getattr(place, name)))
-    monkeypatch.setattr("skipjack.runtime.run.MAX_BATCH", 2)
     config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
-    with Engine(config, synthetic_weights(config, 0, torch.float32), method=method, graphs=graphs) as engine:
+    with Engine(
+        config, synthetic_weights(config, 0, torch.float32), method=method, graphs=graphs, max_sequences=2
+    ) as engine:
         params = SamplingParams(max_tokens=4, ignore_eos=True)
         five, alone = (engine.generate(PROMPTS[0], replace(params, n=n)) for n in (5, 1))
         waves = 3 * alone.stats.decode_s

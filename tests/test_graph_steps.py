@@ -16,7 +16,6 @@ from skipjack.kernels.ops import select
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import round_graph
-from skipjack.runtime import run as run_module
 from skipjack.runtime.methods import registry
 from skipjack.runtime.methods.dmtd import Cycles
 from skipjack.runtime.model import Model
@@ -42,12 +41,12 @@ def of_cycles(encoding: int) -> ModelConfig:
 
 
 @cache
-def pair(shape: str, encoding: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Engine, Engine]:
+def pair(shape: str, encoding: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Engine, Engine]:
     """The same model with rounds the host steers and with rounds of the device."""
     method = {"tiny-dmtd": "dmtd", "tiny-mindskip": "mindskip", "routed-tiny": "flexidepth"}[shape]
     config = of_cycles(encoding) if method == "dmtd" else ModelConfig.parse(synthetic_config(shape), shape)
     weights = synthetic_weights(config, 1, dtype, 1.0 if method == "dmtd" else 0.3)
-    host, device = (Engine(config, weights, method=method, graphs=alone) for alone in (False, True))
+    host, device = (Engine(config, weights, method=method, graphs=alone, **options) for alone in (False, True))
     return host, device
 
 
@@ -104,11 +103,8 @@ def test_a_sequence_ends_anywhere_in_a_cycle(told: Told) -> None:
 
 
 @pytest.mark.parametrize("method", ["dmtd", "dmtd:phase=absolute,horizon=3", "dmtd:history=shadow"])
-def test_sequences_join_and_leave_between_cycles(
-    told: Told, audit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    monkeypatch.setattr(run_module, "MAX_BATCH", 2)
-    host, device = pair("tiny-dmtd", 0, torch.bfloat16)
+def test_sequences_join_and_leave_between_cycles(told: Told, audit: Callable[..., Any], method: str) -> None:
+    host, device = pair("tiny-dmtd", 0, torch.bfloat16, max_sequences=2)
     audit(device)
     for fields in ({}, {"temperature": 1.0, "seed": 11, "n": 2}):
         params = SamplingParams(max_tokens=13, ignore_eos=True, stop_token_ids=range(0, 512, 9), **fields)
@@ -178,15 +174,13 @@ def test_decisions_of_a_prompt_hold_on_the_device(told: Told, audit: Callable[..
 
 
 @pytest.mark.parametrize("kv", ["own", "none"])
-def test_layers_that_decide_for_themselves_decide_on_the_device(
-    told: Told, monkeypatch: pytest.MonkeyPatch, kv: str
-) -> None:
+def test_layers_that_decide_for_themselves_decide_on_the_device(told: Told, kv: str) -> None:
     host, device = pair("routed-tiny")
     greedy = SamplingParams(max_tokens=12, ignore_eos=True)
     outputs = check(told, host, device, greedy, f"flexidepth:kv={kv}")
     assert len(set(outputs[0].stats.layers_per_token)) > 1
     ends = [outputs[0].token_ids[5], outputs[2].token_ids[8]]
-    monkeypatch.setattr(run_module, "MAX_BATCH", 3)
+    host, device = pair("routed-tiny", max_sequences=3)
     check(told, host, device, replace(greedy, stop_token_ids=ends), f"flexidepth:kv={kv}")
 
 

@@ -13,7 +13,6 @@ import torch
 from skipjack import Engine, SamplingParams
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights, write_synthetic
-from skipjack.runtime import run as run_module
 from skipjack.runtime.errors import RequestError
 from skipjack.runtime.methods.skipdecode import Decay
 from skipjack.runtime.request import Output
@@ -77,11 +76,10 @@ def test_scores_are_those_of_transformers_without_the_layers(tmp_path: Path, opt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fields", [{}, {"temperature": 0.8, "seed": 5}], ids=["greedy", "sampled"])
 def test_batches_are_their_members_alone_wherever_they_are(
-    synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, fields: dict[str, Any]
+    synthetic: Callable[..., Engine], dtype: torch.dtype, fields: dict[str, Any]
 ) -> None:
     """Two at a time, of which some end early: those that run together are at different places of their texts."""
-    monkeypatch.setattr(run_module, "MAX_BATCH", 2)
-    engine = synthetic("tiny-llama", dtype)
+    engine = synthetic("tiny-llama", dtype, max_sequences=2)
     params = SamplingParams(max_tokens=16, stop_token_ids=range(0, 512, 9), **fields)
     together = engine.generate(PROMPTS, params, method=METHOD)
     alone = [engine.generate(prompt, params, method=METHOD) for prompt in PROMPTS]
@@ -113,17 +111,12 @@ def test_layers_that_are_left_out_do_not_run_and_no_hole_is_read(
 @pytest.mark.parametrize("fields", [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("most", [2, 8], ids=["apart", "together"])
 def test_rounds_of_the_device_are_those_of_the_host(
-    told: Callable[[Output], Any],
-    audit: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    fields: dict[str, Any],
-    most: int,
+    told: Callable[[Output], Any], audit: Callable[..., Any], fields: dict[str, Any], most: int
 ) -> None:
     """Also of sequences that came later: who shares a pass with whom then differs, and what it reads a token."""
-    monkeypatch.setattr(run_module, "MAX_BATCH", most)
     config = ModelConfig.parse(synthetic_config("tiny-llama"), "tiny-llama")
     weights = synthetic_weights(config, 0, torch.float32, 0.3)
-    host, device = (Engine(config, weights, graphs=alone) for alone in (False, True))
+    host, device = (Engine(config, weights, graphs=alone, max_sequences=most) for alone in (False, True))
     audit(device)
     params = SamplingParams(max_tokens=14, stop_token_ids=range(0, 512, 13), **fields)
     for one, other in zip(*(engine.generate(PROMPTS, params, method=METHOD) for engine in (device, host)), strict=True):
