@@ -13,8 +13,8 @@ from ..runtime.request import SamplingParams
 from .prompts import Prompt, source
 from .record import Sheet, summarise, title
 
-# Plain decoding drafts nothing, and what auto drafts follows the machine's speed.
-METHODS = tuple(name for name in registry.lossless() if name not in ("autoregressive", "auto"))
+# Plain decoding drafts nothing, what auto drafts follows the machine's speed, and kangaroo needs the model's adapter.
+METHODS = tuple(name for name in registry.lossless() if name not in ("autoregressive", "auto", "kangaroo"))
 SHOWN_DEPTHS = 6
 DEFINITIONS = (
     "acceptance rate = accepted ÷ drafted tokens; mean length = 1 + accepted ÷ rounds; at depth i: of the rounds whose "

@@ -26,6 +26,8 @@ CAPTURED = {
         "swift:skip_attention=2+3,tree=true,acceptance=rejection",
         "swift:window=8,search_budget=1,max_opt_iter=2,restart_drop=0,num_draft_tokens=3,threshold=0",
         "layerskip:exit_layer=5",
+        "kangaroo:adapter=untrained,exit_layer=5,threshold=0.1",
+        "kangaroo:adapter=untrained,exit_layer=5,acceptance=rejection",
         "lookup",
         "lookup:choose=likeliest,acceptance=rejection",
         "lookup:choose=likeliest,tree=true,num_draft_tokens=12",

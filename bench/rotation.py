@@ -26,6 +26,7 @@ _FACTORS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "draft": ("choose=newest", "choose=likeliest,remember=1000", "choose=likeliest,tree=true"),
     },
     "layerskip": _THRESHOLD | {"exit": ("1/4", "1/2", "1/1"), "reuse": ("true", "false")},
+    "kangaroo": {"threshold": ("0.0", "0.2", "0.6"), "exit": ("1/4", "1/2", "1/1")},
     "del": {"reuse": ("true", "false"), "search_budget": ("0.1", "1.0")},
     "clasp": _THRESHOLD | {"keep_outer": ("false", "true")},
     "conflayers": _THRESHOLD | {"tree": ("false", "true"), "spread": ("0.25", "1.0")},
@@ -34,6 +35,7 @@ _FACTORS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 _ALWAYS = {
     "swift search": "search_budget=0.2,skip_ratio=0.15",
+    "kangaroo": "adapter=untrained",
     "clasp": "interval=8,search_budget=1.0",
     "conflayers": "interval=8,search_budget=1.0,window=8",
     "knapspec": "interval=8,search_budget=1.0",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Final
@@ -95,8 +95,7 @@ def load_weights(
             source = checkpoint.read(piece.name)
             if interleaved and piece.field in ("qkv", "qkv_bias"):
                 source = split_heads(source, config.num_heads)
-            target = place(fused, piece).copy_(source)
-            _check_finite(target, checkpoint, piece.name)
+            fill(fused, piece, source, checkpoint)
             done += checkpoint.size(piece.name)
             if progress is not None:
                 progress(done, total)
@@ -117,12 +116,14 @@ def _check_tied(checkpoint: Checkpoint, config: ModelConfig, plan: list[Piece]) 
         )
 
 
-def _check_finite(tensor: Tensor, checkpoint: Checkpoint, name: str) -> None:
-    low, high = (float(end) for end in torch.aminmax(tensor))
+def fill(tensors: Mapping[str, Tensor], piece: Piece, source: Tensor, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's tensor to where it belongs. Raises CheckpointError where a number is not finite there."""
+    target = place(tensors, piece).copy_(source)
+    low, high = (float(end) for end in torch.aminmax(target))
     if not (math.isfinite(low) and math.isfinite(high)):
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = str(target.dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"{checkpoint.file(name)}: {name}: expected finite numbers in {dtype}, found {low} to {high}"
+            f"{checkpoint.file(piece.name)}: {piece.name}: expected finite numbers in {dtype}, found {low} to {high}"
         )
 
 
@@ -166,6 +167,18 @@ def checked_plan(folder: Path, checkpoint: Checkpoint, config: ModelConfig) -> l
     if head := _spare_head(config, present):
         # Of two names of one tensor some writers keep the first by the alphabet.
         plan = [replace(p, name=head) if p.field == "embedding" and p.name not in present else p for p in plan]
+    ignored = {name for name in present if name == head or table.ignorable.fullmatch(name)}
+    check_pieces(folder, checkpoint, plan, ignored, f"a {config.model_type} model of this config.json")
+    return plan
+
+
+def check_pieces(folder: Path, checkpoint: Checkpoint, plan: Sequence[Piece], ignored: set[str], kind: str) -> None:
+    """Compare the tensors of a checkpoint of a `kind` with those of a plan.
+
+    Raises:
+        CheckpointError: one is missing, misshapen, or left over and not `ignored`.
+    """
+    present = checkpoint.names()
     for piece in plan:
         if piece.name not in present:
             raise CheckpointError(f"{folder}: {piece.name}: expected shape {list(piece.shape)}, found no such tensor")
@@ -176,15 +189,13 @@ def checked_plan(folder: Path, checkpoint: Checkpoint, config: ModelConfig) -> l
                 f"found {list(found)}"
             )
         checkpoint.check_dtype(piece.name)
-    known = {piece.name for piece in plan} | {head}
-    left_over = sorted(name for name in present - known if not table.ignorable.fullmatch(name))
+    left_over = sorted(present - {piece.name for piece in plan} - ignored)
     if left_over:
         more = f" and {len(left_over) - 1} more" if len(left_over) > 1 else ""
         raise CheckpointError(
-            f"{checkpoint.file(left_over[0])}: {shown(left_over[0])}: expected no such tensor in a {config.model_type} "
-            f"model of this config.json, found shape {list(checkpoint.shape(left_over[0]))}{more}"
+            f"{checkpoint.file(left_over[0])}: {shown(left_over[0])}: expected no such tensor in {kind}, "
+            f"found shape {list(checkpoint.shape(left_over[0]))}{more}"
         )
-    return plan
 
 
 def _spare_head(config: ModelConfig, present: set[str]) -> str | None:

@@ -14,14 +14,19 @@ from .rows import Chains, Lineage
 from .sequence import Sequence
 
 if TYPE_CHECKING:
+    from .adapter import Adapter
     from .recipe import Recipe
 
 
 class Exit(NamedTuple):
-    """The residual streams after the first `layer` layers of the rows drafted from, [S, k, H] (LayerSkip §4.3)."""
+    """The residual streams after the first `layer` layers of the rows drafted from, [S, k, H] (LayerSkip §4.3).
+
+    With an `adapter` that drafted after them, it has keys and values of these rows.
+    """
 
     layer: int
     hidden: Tensor
+    adapter: Adapter | None = None
 
 
 class Draft(NamedTuple):

@@ -6,8 +6,10 @@ import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from itertools import repeat, starmap
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from .errors import CapacityError
 
@@ -43,6 +45,7 @@ class KVCache:
             ) from error
         # Of each layer, kept because a pass of few rows would feel how long it takes to look at a part of a tensor.
         self.by_layer = [(self.keys[i], self.values[i]) for i in range(layers)]
+        self._annexes = WeakKeyDictionary[object, tuple[Tensor, Tensor]]()
         self._zero([0])
         self.page_size = page_size
         self.total_pages = pages
@@ -55,6 +58,30 @@ class KVCache:
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` slots."""
         return -(-tokens // self.page_size)
+
+    def annex(self, owner: object, layers: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each of an owner's own `layers`, in the slots of the same pages for as long as it lives.
+
+        Raises:
+            CapacityError: there is no memory for them.
+        """
+        if owner not in self._annexes:
+            shape = (layers, *self.keys.shape[1:])
+            try:
+                keys, values = (self.keys.new_zeros(shape) for _ in range(2))
+            except RuntimeError as error:
+                gib = 2 * math.prod(shape) * self.keys.dtype.itemsize / 2**30
+                raise CapacityError(
+                    f"{layers} more layers in a KV cache of {self.total_pages * self.page_size} tokens need {gib:.1f} "
+                    "GiB, more than there is: set a lower cache_tokens (--cache-tokens)"
+                ) from error
+            self._annexes[owner] = keys, values
+        return list(zip(*self._annexes[owner], strict=True))
+
+    @property
+    def _parts(self) -> list[Tensor]:
+        """All that has slots in the pages: [layers, pages, kv_heads, page_size, head_dim] each."""
+        return [self.keys, self.values, *(part for annex in self._annexes.values() for part in annex)]
 
     def reserve(self, tokens: int, into: list[int] | None = None) -> list[int]:
         """Take zeroed pages for `tokens` slots; `into` is the list that is to hold them.
@@ -98,22 +125,22 @@ class KVCache:
         full = length // self.page_size
         with self.lent(tokens - full * self.page_size) as own:
             if length % self.page_size:
-                self.keys[:, own[0]].copy_(self.keys[:, pages[full]])
-                self.values[:, own[0]].copy_(self.values[:, pages[full]])
+                for part in self._parts:
+                    part[:, own[0]].copy_(part[:, pages[full]])
             yield pages[:full] + own
 
     def copy(self, source: list[int], target: list[int], tokens: int) -> None:
         """Copy the pages of `source` that hold its first `tokens` slots to those of `target`."""
         count = self.pages_for(tokens)
         places = torch.tensor([source[:count], target[:count]], device=self.keys.device)
-        for cached in (self.keys, self.values):
+        for cached in self._parts:
             cached.index_copy_(1, places[1], cached.index_select(1, places[0]))
 
     def _zero(self, pages: list[int]) -> None:
         """Whatever an earlier holder left, NaN included, must not reach a masked sum."""
         index = torch.tensor(pages, dtype=torch.int64, device=self.keys.device)
-        self.keys.index_fill_(1, index, 0.0)
-        self.values.index_fill_(1, index, 0.0)
+        for part in self._parts:
+            part.index_fill_(1, index, 0.0)
 
 
 def _move(count: int, source: list[int], target: list[int]) -> None:

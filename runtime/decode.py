@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from time import perf_counter
 
 from torch import Tensor
@@ -71,7 +72,7 @@ def _parts(
         cache.copy(sibling.pages, sequence.pages, len(sequence.prompt))
         return sibling.entered
     if not isinstance(method, Policy):
-        return (yield from read(model, cache, sequence, method.prompt))
+        return (yield from read(model, sequence, partial(method.prompt_pass, model, cache)))
     step = yield from method.read(model, cache, sequence)
     sequence.layers_used += step.used
     return step.hidden

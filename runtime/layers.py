@@ -107,6 +107,11 @@ def matrices(layers: list[Layer], routed: dict[int, Routed]) -> list[Matrix]:
     return found
 
 
+def no_matrix(like: Tensor) -> Matrix:
+    """A matrix without rows, of the type of `like`: what is told ahead where it is not known what comes."""
+    return Matrix(like.new_empty(0, 0), rows=0, columns=0, packed=False)
+
+
 def alibi_slopes(heads: int) -> Tensor:
     """The slope of each head, float32 [heads] (Press et al., arXiv 2108.12409).
 

@@ -21,6 +21,7 @@ from .layers import (
     Vocabulary,
     alibi_slopes,
     matrices,
+    no_matrix,
     prepare_attention_routers,
     prepare_fill,
     prepare_layer,
@@ -59,9 +60,9 @@ class Model:
         self.routed = routed_layers(weights, config, ops)
         self._fill = prepare_fill(weights, config, qkv) if isinstance(qkv, Stack) else None
         self.attention_routers = prepare_attention_routers(weights, config)
-        self._norm = Norm(weights.norm, weights.norm_bias, config.norm_eps)
+        self.norm = Norm(weights.norm, weights.norm_bias, config.norm_eps)
         self._head = ops.prepare(weights.head)
-        self._unknown = Matrix(weights.embedding.new_empty(0, 0), rows=0, columns=0, packed=False)
+        self._unknown = no_matrix(weights.embedding)
         self._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
         self._rotary = RotaryTable(config, self.device) if any(config.rope_layers) else None
         self._slopes = alibi_slopes(config.num_heads).to(self.device) if config.alibi else None
@@ -258,19 +259,19 @@ class Model:
 
     def normalised(self, x: Tensor) -> Tensor:
         """The residual stream [R, H] after the final norm."""
-        return self.ops.normalise(x, self._norm)
+        return self.ops.normalise(x, self.norm)
 
-    def logits(self, x: Tensor, vocabulary: int = 0, active: Tensor | None = None) -> Tensor:
-        """Final norm and LM head: [R, H] → [R, V], anything for rows that are not `active` bool [R].
+    def logits(self, x: Tensor, vocabulary: int = 0, active: Tensor | None = None, norm: Norm | None = None) -> Tensor:
+        """Final norm, or another `norm`, and LM head: [R, H] → [R, V], anything for rows not `active` bool [R].
 
         Outside the first `vocabulary` tokens, 0 being all of them, logits are −∞.
         """
-        tile = self.tile(len(x))
+        tile, norm = self.tile(len(x)), norm or self.norm
         if not self.reduces(vocabulary):
-            return self.ops.logits(x, self._norm, self._head, tile=tile, active=active)
+            return self.ops.logits(x, norm, self._head, tile=tile, active=active)
         head, ids = self.vocabulary(vocabulary)
         scores = x.new_full((x.shape[0], self.config.vocab_size), -torch.inf)
-        return scores.index_copy_(1, ids, self.ops.logits(x, self._norm, head, tile=tile, active=active))
+        return scores.index_copy_(1, ids, self.ops.logits(x, norm, head, tile=tile, active=active))
 
     def reduces(self, vocabulary: int) -> bool:
         """Whether a vocabulary of this size leaves anything out."""
@@ -293,15 +294,16 @@ class Model:
         tile: int | None = None,
         active: Tensor | None = None,
         vocabulary: int = 0,
+        norm: Norm | None = None,
     ) -> Prediction:
         """The most likely token, or the `top_k` most likely, of each row of the residual stream [R, H].
 
         `tile` is that of decoding without one; another may round differently, which is for scoring only. Rows that are
-        not `active` bool [R] get anything. `vocabulary` as in `logits`.
+        not `active` bool [R] get anything. `vocabulary` and `norm` as in `logits`.
         """
         head, ids = self.vocabulary(vocabulary) if self.reduces(vocabulary) else (self._head, None)
         tile = tile or self.tile(len(x))
-        return self.ops.head(x, self._norm, head, tile=tile, top_k=top_k, ids=ids, active=active)
+        return self.ops.head(x, norm or self.norm, head, tile=tile, top_k=top_k, ids=ids, active=active)
 
     def _index(
         self, rows: Rows, cache: KVCache, tile: int | None, width: int | None = None, arrivals: Tensor | None = None

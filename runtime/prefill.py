@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from .cache import KVCache
 from .model import Model
-from .plan import LayerPlan
 from .rows import Rows, one_sequence
 from .sequence import Sequence
 
@@ -21,15 +19,15 @@ Result = TypeVar("Result")
 Reading: TypeAlias = Generator[int, None, Result]
 
 
-def read(model: Model, cache: KVCache, sequence: Sequence, plan: LayerPlan) -> Reading[Tensor]:
-    """Cache a prompt: the residual stream [1, H] of its last token.
+def read(model: Model, sequence: Sequence, forward: Callable[[Rows], Tensor]) -> Reading[Tensor]:
+    """Cache a prompt by `forward` over parts of it: the residual stream [1, H] of its last token.
 
     The prompt has tiles of its own, of the same size for every prompt and batch: its neighbours cannot change it.
     """
     hidden = torch.empty(0, device=model.device)
     for rows in prompt_rows(model, sequence):
         yield len(rows)
-        hidden = model.forward(rows, cache, plan)
+        hidden = forward(rows)
     return hidden[-1:]
 
 

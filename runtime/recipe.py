@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .adapter import Adapter
 from .batch import Batch
 from .cache import KVCache
 from .model import Model
@@ -60,10 +61,10 @@ class Recipe:
     The draft has `num_draft_tokens` steps of `plan`. Where the skip set will not stay (`masked`), the plan is the whole
     model and the set lies in `State.mask`, so that changing it changes no launch; where the draft's length will not
     (`limited`), it is `State.limit` tokens at most, and the steps beyond launch and exit. `confident`: a draft ends
-    with the first token less probable than `State.threshold`. `reuse`: verification goes on from the
-    streams of the draft, whose plan is an early exit. `rejection`: drafts are sampled, with noise of their own, and
-    accepted by rejection sampling. Drafts come from the first `vocabulary` tokens, 0 being all. With `max_nodes` they
-    are trees of up to so many tokens, a depth a step; 0 are chains.
+    with the first token less probable than `State.threshold`. `reuse`: verification goes on from the streams of the
+    draft, whose plan is an early exit; with an `adapter` tokens are drafted after it. `rejection`: drafts are sampled,
+    with noise of their own, and accepted by rejection sampling. Drafts come from the first `vocabulary` tokens, 0 being
+    all. With `max_nodes` they are trees of up to so many tokens, a depth a step; 0 are chains.
     With `ngrams` the draft comes from the text so far and no pass is run for it; with `steps` nothing is drafted: they
     are a lossy policy's.
 
@@ -84,6 +85,7 @@ class Recipe:
     max_nodes: int = 0
     ngrams: Ngrams | None = None
     steps: Steps | None = None
+    adapter: Adapter | None = None
     reshaped: bool = False
     logprobs: int | None = None
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..kernels.values import Grown, Logprobs, Progress, Reshaping, Verdict
+from .adapter import drafted as drafted_pass
 from .batch import Batch, Draft, Exit, Sampling
 from .cache import KVCache
 from .methods.drafting import FIRST_DRAFT_STREAM, WIDTHS, siblings
@@ -210,7 +211,7 @@ def _chain(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Rec
     draft = Draft(drafted, count, scores=torch.stack(scores, dim=1) if scores else None)
     if not recipe.reuse:
         return draft
-    return draft._replace(exit=Exit(recipe.plan.span[1] // 2, torch.stack(streams, dim=1)))
+    return draft._replace(exit=Exit(recipe.plan.span[1] // 2, torch.stack(streams, dim=1), recipe.adapter))
 
 
 def _tree(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Recipe) -> tuple[Draft, Lineage]:
@@ -245,7 +246,7 @@ def _step(
     rows = batch.drafted(
         tokens[-1], step, going, gated=recipe.confident or tree, mask=state.mask if recipe.masked else None
     )
-    hidden = model.forward(rows, cache, recipe.plan)
+    stream, hidden, norm = drafted_pass(model, cache, rows, recipe.plan, recipe.adapter)
     rule, position = (state.sampling, batch.length + step + 1) if recipe.sampled else (None, None)
     drawn = draw(
         model,
@@ -258,8 +259,9 @@ def _step(
         count=siblings(model, recipe.vocabulary) if tree else None,
         reshape=_reshape(model, state, batch, torch.stack(tokens, dim=1), newest=True) if recipe.reshaped else None,
         confidence=recipe.confident or tree,
+        norm=norm,
     )
-    return hidden, drawn
+    return stream, drawn
 
 
 def _noise(state: State, batch: Batch, width: int, lineage: Lineage | None) -> tuple[Sampling, Tensor]:

@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..kernels.values import Logprobs
+from ..kernels.values import Logprobs, Norm
 from .batch import Batch, Sampling
 from .model import Model
 from .request import Piece, TokenLogprob
@@ -53,13 +53,14 @@ def choose(
     stream: int = 0,
     vocabulary: int = 0,
     confidence: bool = False,
+    norm: Norm | None = None,
 ) -> Drawn:
     """The token after each of the last n columns of `path`, or the `count` best ones there; all of it [S, n, …].
 
     path int64 [S, J] starts with each sequence's newest token and goes on with its draft, as a chain or, with
     `lineage`, as a tree, of which n is all rows; hidden [S·n, H] is the residual stream of its last n columns. `stream`
     other than 0 draws with noise that the full model's own choices do not share. Drafts may choose from the first
-    `vocabulary` tokens only; 0 is all of them.
+    `vocabulary` tokens only, 0 is all of them, and after a final `norm` of their own.
     """
     sequences, width = path.shape
     n = hidden.shape[0] // sequences
@@ -86,6 +87,7 @@ def choose(
         count=count,
         reshape=reshape,
         confidence=confidence,
+        norm=norm,
     )
 
     def by_sequence(part: Tensor) -> Tensor:
@@ -106,16 +108,17 @@ def draw(
     count: int | None = None,
     reshape: Callable[[Tensor], Tensor] | None = None,
     confidence: bool = False,
+    norm: Norm | None = None,
 ) -> Drawn:
     """The token after each row of hidden [R, H], or the `count` best, and with `confidence` what its probability is of.
 
     `rule` and `position` int64 [R] have one entry a row; without a rule tokens are the most likely ones. `reshape`
-    makes of the logits [R, V] what is drawn from. Rows not `active` bool [R] get anything.
+    makes of the logits [R, V] what is drawn from. `norm` as in `Model.logits`. Rows not `active` bool [R] get anything.
     """
     if rule is None or position is None:
-        token, value, log_sum_exp = model.predict(hidden, top_k=count, active=active, vocabulary=vocabulary)
+        token, value, log_sum_exp = model.predict(hidden, top_k=count, active=active, vocabulary=vocabulary, norm=norm)
         return Drawn(token, value if count is None else value[:, 0], log_sum_exp, None, None)
-    logits = model.logits(hidden, vocabulary, active)
+    logits = model.logits(hidden, vocabulary, active, norm)
     scores = logits if reshape is None else reshape(logits)
     token = model.ops.sample(scores, *rule, position, stream=stream, count=count)
     if not confidence:

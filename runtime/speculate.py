@@ -92,13 +92,16 @@ def verify_pass(
     rows = batch.drafts(draft, lineage)
     if draft.exit is None:
         return model.forward(rows, cache, target, streams=streams)
-    layer, known = draft.exit
+    layer, known, adapter = draft.exit
     path, one = torch.cat([batch.last[:, None], draft.tokens], dim=1), torch.ones_like(draft.length)
     newest = path.gather(1, draft.length[:, None])
     last = batch.rows(newest, batch.length + draft.length, one)
     hidden = functional.pad(known, (0, 0, 0, 1))
     each = torch.arange(len(batch), device=batch.device)
-    hidden[each, draft.length] = model.forward(last, cache, target.early_exit(layer))
+    early = target.early_exit(layer)
+    # Of an adapter's keys and values only the newest token's are missing, which the next draft may come after.
+    newly = model.forward(last, cache, early) if adapter is None else adapter.exit(model, cache, last, early)
+    hidden[each, draft.length] = newly
     return model.forward(rows, cache, target.resume(layer), hidden.flatten(0, 1))
 
 

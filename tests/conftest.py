@@ -166,6 +166,8 @@ class Audit:
         model, kv = engine._loaded()
         self.ran: list[tuple[int, int]] = []
         self.reads = 0
+        # The layers of those that have slots in the cache's pages beside the model.
+        self.annexes: list[int] = []
         self.written = torch.zeros(kv.keys.shape[0], kv.keys.shape[1], kv.page_size, dtype=torch.bool)
         self._size = kv.page_size
         self._table, self._reserve, self._fork = model.ops, kv.reserve, kv.forked
@@ -179,6 +181,14 @@ class Audit:
         monkeypatch.setattr(model, "joined", None)
         monkeypatch.setattr(kv, "reserve", self._reserved)
         monkeypatch.setattr(kv, "forked", self._forked)
+
+    def _layer(self, keys: Any) -> int:
+        """The number of a layer by its keys; those of an annex come after the model's own."""
+        layer = self._layers.setdefault(keys.data_ptr(), len(self.written))
+        if layer == len(self.written):
+            self.annexes.append(layer)
+            self.written = torch.cat([self.written, torch.zeros_like(self.written[:1])])
+        return layer
 
     def _watch(self, name: str) -> Callable[..., Any]:
         op, note = getattr(self._table, name), getattr(self, f"_{name}")
@@ -200,7 +210,7 @@ class Audit:
         return laid
 
     def _qkv_rope_append(self, keys: Any, slots: Any, active: Any, write: Any, **_: Any) -> None:
-        layer, rows = self._layers[keys.data_ptr()], slice(None) if write is None else write
+        layer, rows = self._layer(keys), slice(None) if write is None else write
         self.written[layer, slots.page[rows], slots.offset[rows]] = True
         self._real = slots.page > 0
         self._note(2 * layer, active)
@@ -219,7 +229,7 @@ class Audit:
             self.written[first + layer, slots.page[row], slots.offset[row]] = True
 
     def _attend(self, keys: Any, index: Any, window: Any, active: Any, **_: Any) -> None:
-        layer, laid = self._layers[keys.data_ptr()], self._passes[index]
+        layer, laid = self._layer(keys), self._passes[index]
         tree, real = laid["tree"], laid["sequence"] >= 0
         for row in torch.nonzero(real if active is None else real & active).flatten().tolist():
             at = int(laid["position"][row])

@@ -26,6 +26,7 @@ METHODS = [
     "swift:skip_attention=2+3,tree=true,num_draft_tokens=4",
     "lookup:choose=likeliest",
     "layerskip:exit_layer=5",
+    "kangaroo:adapter=untrained,exit_layer=5,threshold=0.1",
     "auto:search_budget=0",
     "unified:speedup=2",
     "skipdecode:length=9",

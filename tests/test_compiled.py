@@ -499,7 +499,13 @@ def test_which_rows_share_a_pass_changes_no_bit_of_a_model(
     prompts = [[5, 6, 7], [9, 8] * 140, list(range(20, 90))]
     params = SamplingParams(max_tokens=24, ignore_eos=True)
     alone = [engine.generate(prompt, params).token_ids for prompt in prompts]
-    for method in ("autoregressive", "swift", "swift:tree=true", "layerskip"):
+    for method in (
+        "autoregressive",
+        "swift",
+        "swift:tree=true",
+        "layerskip",
+        "kangaroo:adapter=untrained,exit_layer=5",
+    ):
         assert [o.token_ids for o in engine.generate(prompts, params, method=method)] == alone, method
 
 

@@ -235,6 +235,7 @@ UNSURE = {
     "chains": "swift:skip_attention=2+3,num_draft_tokens=5,threshold=1",
     "trees": "swift:skip_attention=2+3,num_draft_tokens=5,threshold=1,tree=true",
     "streams used again": "layerskip:exit_layer=5,num_draft_tokens=5,threshold=1",
+    "an adapter": "kangaroo:adapter=untrained,exit_layer=5,num_draft_tokens=5,threshold=1",
     "a search": "swift:window=20,search_budget=1,max_opt_iter=2,restart_drop=0,num_draft_tokens=5,threshold=1",
 }
 

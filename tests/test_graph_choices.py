@@ -19,6 +19,7 @@ from skipjack.runtime.recipe import Recipe
 from skipjack.runtime.request import Output, TokenLogprob
 from skipjack.runtime.round import State, device_round, device_steps
 from skipjack.runtime.sequence import Sequence
+from skipjack.runtime.stepwise import at_once
 
 pytestmark = pytest.mark.usefixtures("whole_drafts")
 
@@ -33,11 +34,13 @@ LOSSLESS = [
     "layerskip:exit_layer=5",
     "layerskip:exit_layer=5,threshold=0.05",
     "layerskip:exit_layer=5,reuse=false",
+    "kangaroo:adapter=untrained,exit_layer=5,threshold=0.1",
 ]
 REJECTION = [
     f"{FIXED},threshold=0.1,acceptance=rejection",
     f"{FIXED},threshold=0.1,acceptance=rejection,tree=true,max_nodes=9",
     "layerskip:exit_layer=5,acceptance=rejection",
+    "kangaroo:adapter=untrained,exit_layer=5,threshold=0.1,acceptance=rejection",
 ]
 LOSSY = ["unified:speedup=2", "layerskip:exit_layer=3,verify=false"]
 PENALTIES = {"repetition_penalty": 1.4, "presence_penalty": 0.3, "frequency_penalty": 0.6}
@@ -240,6 +243,7 @@ def test_logprobs_of_a_stream_come_with_its_tokens() -> None:
     ("method", "choice"),
     [
         ("layerskip:exit_layer=1,num_draft_tokens=2", PENALTIES | {"min_tokens": 3, "logprobs": 3}),
+        ("kangaroo:adapter=untrained,exit_layer=1,num_draft_tokens=2,threshold=0.05", {"temperature": 0.8}),
         ("swift:skip_mlp=1,num_draft_tokens=2,threshold=0.05", PENALTIES | {"temperature": 0.8, "logprobs": 0}),
     ],
 )
@@ -274,6 +278,7 @@ def test_kernels_give_the_bits_of_the_host_and_the_tokens_of_the_torch_table(
         "swift:skip_mlp=1,num_draft_tokens=2,threshold=0.1",
         "layerskip:exit_layer=1,num_draft_tokens=2",
         "layerskip:exit_layer=1,num_draft_tokens=2,acceptance=rejection",
+        "kangaroo:adapter=untrained,exit_layer=1,num_draft_tokens=2,threshold=0.1",
         "unified:speedup=2",
     ],
 )
@@ -285,7 +290,9 @@ def test_a_round_asks_the_host_nothing(questions: Any, method: str, temperature:
     model = Model(config, synthetic_weights(config, 0, torch.float32, 0.1), select("triton"))
     params = SamplingParams(max_tokens=20, temperature=temperature, min_tokens=4, logprobs=3, **PENALTIES)
     sequence = Sequence(0, 0, [5], params, 0, frozenset([3]), 64, None)
-    recipe = registry.parse(method).build(config).recipe([sequence])
+    made = registry.parse(method).build(config)
+    at_once(made.prepare(model, None))
+    recipe = made.recipe([sequence])
     assert recipe is not None
     recipe, cache = recipe.choosing([sequence], config.vocab_size), model.new_cache(4)
     state = State.empty(model, recipe, 2, 1)

@@ -26,6 +26,7 @@ METHODS = (
     "swift:skip_attention=1+3,skip_mlp=2,num_draft_tokens=4,threshold=0",
     "swift:skip_attention=1,num_draft_tokens=6,tree=true",
     "layerskip:exit_layer=2",
+    "kangaroo:adapter=untrained,exit_layer=2,threshold=0.1",
     "clasp",
     "conflayers:window=4",
     "knapspec",

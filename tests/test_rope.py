@@ -181,6 +181,7 @@ def test_calibration_texts_turn_as_prompts(loaded: tuple[Engine, Any]) -> None:
         "swift:skip_attention=4+5,skip_mlp=5,threshold=0",
         "swift:skip_attention=4+5,tree=true",
         "layerskip:exit_layer=5",
+        "kangaroo:adapter=untrained,exit_layer=5",
         "unified:speedup=1",
     ],
 )

@@ -24,6 +24,7 @@ METHODS = (
     "swift:skip_attention=2+4,tree=true,num_draft_tokens=4",
     "swift:window=8,search_budget=1,max_opt_iter=3,num_draft_tokens=5",
     "layerskip:exit_layer=4",
+    "kangaroo:adapter=untrained,exit_layer=4,threshold=0.1",
     "lookup:choose=likeliest,max_ngram=2",
     "clasp:interval=6,search_budget=1",
     "conflayers:interval=6,search_budget=1,window=8,tree=true",

@@ -74,7 +74,12 @@ def test_greedy_rejection_is_greedy(synthetic: Callable[..., Engine]) -> None:
         assert engine.generate(PROMPTS[0], params, method=method).token_ids == plain
 
 
-@pytest.mark.parametrize("method", [TREE, TREE.replace("tree=true", "num_draft_tokens=2"), "layerskip", "lookup"])
+KANGAROO = "kangaroo:adapter=untrained,exit_layer=5,threshold=0.2"
+
+
+@pytest.mark.parametrize(
+    "method", [TREE, TREE.replace("tree=true", "num_draft_tokens=2"), "layerskip", "lookup", KANGAROO]
+)
 def test_rejection_draws_from_the_full_model(synthetic: Callable[..., Engine], method: str) -> None:
     """The second and third token after a prompt, all pairs, against their probability by the full model (G-test)."""
     vocab, temperature, top_k, prompt = 8, 1.3, 6, [5, 1, 5, 1, 5]
@@ -88,7 +93,7 @@ def test_rejection_draws_from_the_full_model(synthetic: Callable[..., Engine], m
         output = engine.generate(prompt, params, method=method)
         for choice in output.choices:
             counts[tuple(choice.token_ids[1:3])] += 1
-        if "swift" in method:
+        if "swift" in method or "kangaroo" in method:
             assert 0 < output.stats.accepted < output.stats.drafted
     expected = exact(engine, prompt, temperature, top_k).sum(axis=0) * counts.sum()
     assert (counts[expected == 0] == 0).all()

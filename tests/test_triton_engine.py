@@ -60,6 +60,20 @@ def test_fast_numerics_on_the_kernels_give_the_ids_of_torch(method: str) -> None
     assert {(output.stats.numerics, output.stats.lossless) for output in outputs} == {("fast", False)}
 
 
+@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-smollm3"])
+def test_drafts_of_an_adapter_give_the_ids_of_plain_decoding_and_the_drafts_of_torch(shape: str) -> None:
+    """Of a model that rotates as the adapter, and of one that does not."""
+    method, params = (
+        "kangaroo:adapter=untrained,exit_layer=2,threshold=0.02",
+        SamplingParams(max_tokens=6, ignore_eos=True),
+    )
+    mine, theirs = (engine(shape, name).generate(PROMPTS, params, method=method) for name in ("triton", "torch"))
+    assert [output.token_ids for output in mine] == ids(shape, "triton", PROMPTS, params)
+    counts = [(output.stats.drafted, output.stats.accepted) for output in mine]
+    assert counts == [(output.stats.drafted, output.stats.accepted) for output in theirs]
+    assert all(drafted > 0 for drafted, _ in counts)
+
+
 def test_sampled_speculation_gives_the_ids_of_plain_sampling_and_of_torch() -> None:
     params = SamplingParams(
         max_tokens=6, temperature=0.9, top_k=30, top_p=0.95, min_p=0.01, seed=2**63 + 5, ignore_eos=True

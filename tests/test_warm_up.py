@@ -30,6 +30,7 @@ from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 
 CHAIN = "swift:skip_attention=1,num_draft_tokens=4,threshold=0"
 EARLY = "swift:skip_attention=1,num_draft_tokens=5,threshold=1"
+ADAPTER = "kangaroo:adapter=untrained,exit_layer=1,num_draft_tokens=4,threshold=0.2"
 LONG = "layerskip:exit_layer=1,num_draft_tokens"
 VOTES = "lookup:choose=likeliest,acceptance=rejection"
 SEARCH = "swift:window=20,search_budget=1,max_opt_iter=3"
@@ -98,6 +99,10 @@ TRIALS = {
         "tiny-llama", methods=("clasp", "knapspec:search_budget=1"), fields=NARROW | {"num_hidden_layers": 3}
     ),
     "exits": Trial("tiny-qwen2", methods=("del:search_budget=1",), fields={"num_hidden_layers": 3}),
+    "adapters": Trial("tiny-llama", methods=(f"{ADAPTER},acceptance=rejection",), fields=SMALL),
+    "adapters that rotate otherwise": Trial(
+        "tiny-llama", methods=(ADAPTER,), fields=SMALL | {"rope_theta": 5e5}, sequences=2
+    ),
     "auto": Trial("tiny-llama", own="auto:max_loss=1", fields=SMALL),
     "biases": Trial("tiny-bloom", methods=(CHAIN,), fields={"n_layer": 2, "vocab_size": 203}, dtype=torch.float32),
     "filled layers": Trial("tiny-llama", methods=("static:skip=1,kv=fill",), fields=SMALL),

@@ -18,6 +18,7 @@ from ..merging import Build
 from ..model import Model
 from ..plan import LayerPlan
 from ..recipe import Recipe
+from ..rows import Rows
 from ..sequence import Sequence
 from ..stepwise import Stepwise
 
@@ -73,6 +74,10 @@ class Method:
     def prompt(self) -> LayerPlan:
         """The pass that reads a prompt."""
         return self.target
+
+    def prompt_pass(self, model: Model, cache: KVCache, rows: Rows) -> Tensor:
+        """The pass over rows of a prompt, which caches them: the residual stream [R, H] after it."""
+        return model.forward(rows, cache, self.prompt)
 
     @property
     def widest(self) -> int:

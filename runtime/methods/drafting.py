@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...kernels.values import Grown
+from ..adapter import Adapter, drafted
 from ..batch import Batch, Draft
 from ..cache import KVCache
 from ..model import Model
@@ -30,7 +31,8 @@ class Drafting:
     """How a draft grows: depth, the probability below which it ends, and whether it is a tree.
 
     Tokens come from the first `vocabulary` ones, 0 being all: a smaller LM head, and tokens outside are never drafted.
-    A `rejection` draft has noise of its own and keeps the scores its tokens were drawn with.
+    A `rejection` draft has noise of its own and keeps the scores its tokens were drawn with. An `adapter` runs after
+    the draft's layers.
     """
 
     num_draft_tokens: int
@@ -39,6 +41,7 @@ class Drafting:
     tree: bool = False
     max_nodes: int = 32
     vocabulary: int = 0
+    adapter: Adapter | None = None
 
 
 def by_set(
@@ -71,7 +74,7 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
     """Draft with `plan` until the model is unsure; the unsure token stays in the draft (SWIFT, arXiv 2410.06916, §4.2).
 
     In a tree every depth has siblings, more of them the less sure the model is, and the first one is expanded. Also
-    returns the residual streams [S, depth, H] the expanded rows were drafted from.
+    returns the residual streams [S, depth, H] of the expanded rows after `plan`.
     """
     limit = batch.room.clamp(min=0, max=how.max_nodes if how.tree else how.num_draft_tokens)
     steps, going = min(how.num_draft_tokens, int(limit.max())), limit > 0
@@ -84,16 +87,18 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
     for step in range(steps):
         with model.mark("draft", len(batch), len(batch), step):
             rows = batch.rows(expanded[:, -1:], batch.length + step, going.long())
-            states.append(model.forward(rows, cache, plan))
+            state, hidden, norm = drafted(model, cache, rows, plan, how.adapter)
+            states.append(state)
             chosen = choose(
                 model,
-                states[-1],
+                hidden,
                 batch,
                 expanded,
                 count=siblings(model, how.vocabulary) if how.tree else None,
                 stream=FIRST_DRAFT_STREAM + step if rejection else 0,
                 vocabulary=how.vocabulary,
                 confidence=how.tree or threshold is not None,
+                norm=norm,
             )
             token, value, log_sum_exp, _, warped = (None if part is None else part[:, 0] for part in chosen)
             assert token is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class Policy(Method):
 
     def read(self, model: Model, cache: KVCache, sequence: Sequence) -> Reading[Step]:
         """Cache the prompt of one sequence, by the plan `prompt`, whatever else runs; S = 1."""
-        hidden = yield from read(model, cache, sequence, self.prompt)
+        hidden = yield from read(model, sequence, partial(self.prompt_pass, model, cache))
         return Step(hidden, [self.prompt.layers_kept])
 
     @property
