@@ -24,7 +24,7 @@ UNTRAINED = "untrained"
 _LOADED: WeakKeyDictionary[Model, WeakValueDictionary[str, Adapter]] = WeakKeyDictionary()
 
 
-class Drafted(NamedTuple):
+class DraftPass(NamedTuple):
     """The residual streams [R, H] after a draft's layers, those its tokens are chosen from, and by which final norm."""
 
     stream: Tensor
@@ -85,12 +85,12 @@ class Adapter:
         self._run(model, cache, laid, x, cached=True)
         return stream[: len(rows)]
 
-    def draft(self, model: Model, cache: KVCache, rows: Rows | Chains, plan: LayerPlan) -> Drafted:
+    def draft(self, model: Model, cache: KVCache, rows: Rows | Chains, plan: LayerPlan) -> DraftPass:
         """The pass of a draft: `plan`, then the adapter."""
         laid, x = self._enter(model, cache, rows, plan)
         stream = x.clone()
         self._run(model, cache, laid, x, cached=False)
-        return Drafted(stream[: len(rows)], x[: len(rows)], self.norm)
+        return DraftPass(stream[: len(rows)], x[: len(rows)], self.norm)
 
     def _enter(self, model: Model, cache: KVCache, rows: Rows | Chains, plan: LayerPlan) -> tuple[Pass, Tensor]:
         laid = model.lay(rows, cache)
@@ -133,9 +133,11 @@ class Adapter:
             ops.linear(mixed, ahead, tile=tile, residual=x, active=active, settled=True, ahead=self._unknown)
 
 
-def drafted(model: Model, cache: KVCache, rows: Rows | Chains, plan: LayerPlan, adapter: Adapter | None) -> Drafted:
+def draft_pass(
+    model: Model, cache: KVCache, rows: Rows | Chains, plan: LayerPlan, adapter: Adapter | None
+) -> DraftPass:
     """The pass of a draft by `plan` and, where there is one, an `adapter`."""
     if adapter is not None:
         return adapter.draft(model, cache, rows, plan)
     hidden = model.forward(rows, cache, plan)
-    return Drafted(hidden, hidden, None)
+    return DraftPass(hidden, hidden, None)

@@ -68,7 +68,8 @@ class KVCache:
         if owner not in self._annexes:
             shape = (layers, *self.keys.shape[1:])
             try:
-                keys, values = (self.keys.new_zeros(shape) for _ in range(2))
+                with torch.inference_mode(False):
+                    keys, values = (self.keys.new_zeros(shape) for _ in range(2))
             except RuntimeError as error:
                 gib = 2 * math.prod(shape) * self.keys.dtype.itemsize / 2**30
                 raise CapacityError(

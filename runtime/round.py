@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..kernels.values import Grown, Logprobs, Progress, Reshaping, Verdict
-from .adapter import drafted as drafted_pass
+from .adapter import draft_pass
 from .batch import Batch, Draft, Exit, Sampling
 from .cache import KVCache
 from .methods.drafting import FIRST_DRAFT_STREAM, WIDTHS, siblings
@@ -246,7 +246,7 @@ def _step(
     rows = batch.drafted(
         tokens[-1], step, going, gated=recipe.confident or tree, mask=state.mask if recipe.masked else None
     )
-    stream, hidden, norm = drafted_pass(model, cache, rows, recipe.plan, recipe.adapter)
+    stream, hidden, norm = draft_pass(model, cache, rows, recipe.plan, recipe.adapter)
     rule, position = (state.sampling, batch.length + step + 1) if recipe.sampled else (None, None)
     drawn = draw(
         model,

@@ -1,5 +1,6 @@
 """Pages have one owner; nothing reads a slot that its layer never wrote."""
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -143,3 +144,49 @@ def test_the_audit_sees_a_slot_of_an_earlier_holder(
     read([1, 2, 3], 0)
     with pytest.raises(AssertionError, match="layer 0 reads slot 0, which was never written there"):
         read([4], 3)
+
+
+class Owner:
+    """Whoever has layers of its own."""
+
+
+@torch.inference_mode()
+def test_an_annex_goes_with_the_pages_and_its_owner() -> None:
+    cache, owner = small(), Owner()
+    ((keys, values),) = cache.annex(owner, 1)
+    assert keys.shape == values.shape == cache.keys.shape[1:]
+    pages = cache.reserve(20)
+    for number, part in enumerate((keys, values), start=1):
+        part[pages] = torch.arange(3.0)[:, None, None, None] + 10 * number
+    with cache.forked(pages, 12, 30) as child:
+        assert child[0] == pages[0]
+        for part in (keys, values):
+            assert torch.equal(part[child[1]], part[pages[1]])
+    other = cache.reserve(20)
+    cache.copy(pages, other, 13)
+    for part in (keys, values):
+        assert torch.equal(part[other[:2]], part[pages[:2]])
+        assert part[other[2]].eq(0).all()
+    again = cache.annex(owner, 1)[0]
+    assert (again[0].data_ptr(), again[1].data_ptr()) == (keys.data_ptr(), values.data_ptr())
+    cache.release(pages)
+    cache.release(other)
+    taken = cache.reserve(48)
+    assert keys[taken].eq(0).all()
+    assert values[taken].eq(0).all()
+    del owner
+    gc.collect()
+    assert len(cache._annexes) == 0
+
+
+def test_an_annex_that_was_made_within_a_request_is_zeroed_outside_of_one() -> None:
+    cache, owner = small(), Owner()
+    with torch.inference_mode():
+        ((keys, _),) = cache.annex(owner, 1)
+    assert keys[cache.reserve(8)].eq(0).all()
+
+
+def test_an_annex_that_does_not_fit_into_memory_is_refused() -> None:
+    cache = small()
+    with pytest.raises(CapacityError, match=r"10+ more layers in a KV cache of 48 tokens need .* cache_tokens"):
+        cache.annex(Owner(), 10**13)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...kernels.values import Grown
-from ..adapter import Adapter, drafted
+from ..adapter import Adapter, draft_pass
 from ..batch import Batch, Draft
 from ..cache import KVCache
 from ..model import Model
@@ -87,7 +87,7 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
     for step in range(steps):
         with model.mark("draft", len(batch), len(batch), step):
             rows = batch.rows(expanded[:, -1:], batch.length + step, going.long())
-            state, hidden, norm = drafted(model, cache, rows, plan, how.adapter)
+            state, hidden, norm = draft_pass(model, cache, rows, plan, how.adapter)
             states.append(state)
             chosen = choose(
                 model,
