@@ -42,6 +42,7 @@ from .memory import cache_size, loading
 from .methods import registry
 from .methods.autoregressive import Autoregressive
 from .methods.base import Method
+from .metrics import Ledger, Metrics
 from .model import Model
 from .prompts import Check, Prompt, Prompts, TokenIds, check_params, is_many, to_ids
 from .ranges import marks
@@ -121,7 +122,15 @@ class Engine:
         companies = None if numerics == "fast" else WeakValueDictionary[Alike, Company]()
         # What goes when the engine is closed.
         self._shared: Shared | None = Shared(
-            model, Admission(cache), self._turn, self._watch, rounds, roster, set(), companies, self.max_sequences
+            model,
+            Admission(cache),
+            self._turn,
+            self._watch,
+            rounds,
+            roster,
+            Ledger(cache),
+            companies,
+            self.max_sequences,
         )
         self._turn.rest()
         self._turn.take(partial(roster.add, self._default, own))
@@ -257,6 +266,15 @@ class Engine:
     def compilations(self) -> int:
         """Kernels compiled for the requests of this engine, since it was warmed up if it was."""
         return self._watch.count
+
+    def metrics(self) -> Metrics:
+        """What the engine has done and has under way, for any thread at any time; it waits for no turn.
+
+        Raises:
+            AbortedError: the engine is closed.
+        """
+        shared = self._open()
+        return shared.ledger.metrics(shared.graphs, self.compilations)
 
     def warm_up(
         self, methods: str | Iterable[str] = (), *, sequences: int | None = None, context: int | None = None

@@ -51,6 +51,8 @@ class Graphs:
         self._coming: dict[Key, Future[RoundGraph]] = {}
         self._builder: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "skipjack-graphs")
         self.captured = 0
+        # Those that have been captured and are still there, in use or kept for later.
+        self.held: WeakSet[RoundGraph] = WeakSet()
 
     def take(self, recipe: Recipe, sequences: list[Sequence]) -> RoundGraph:
         """A graph for these sequences: of the next larger number of them, and of pages, a power of two."""
@@ -112,6 +114,7 @@ class Graphs:
         if not graph.captured:
             self._capture(graph)
             self.captured += 1
+            self.held.add(graph)
         return graph
 
     def _capture(self, graph: RoundGraph) -> None:

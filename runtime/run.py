@@ -17,6 +17,7 @@ from .decode import reading
 from .errors import AbortedError
 from .graphs import Graphs
 from .methods.base import Method
+from .metrics import Ledger
 from .model import Model
 from .request import Chunk, Piece, SamplingParams
 from .roster import Roster
@@ -29,7 +30,7 @@ MAX_EVENTS = 4096
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """What the requests of an engine share, `runs` being those under way.
+    """What the requests of an engine share.
 
     At most `max_sequences` run together. `companies` are of those that may run rounds together, by method and by what
     they ask of it; None where none may.
@@ -41,9 +42,14 @@ class Shared:
     watch: Watch
     graphs: Graphs | None
     roster: Roster
-    runs: set[Run]
+    ledger: Ledger
     companies: WeakValueDictionary[Alike, Company] | None
     max_sequences: int
+
+    @property
+    def runs(self) -> frozenset[Run]:
+        """Those under way."""
+        return self.ledger.runs
 
     def company(self, method: Method, params: SamplingParams) -> Company:
         """Whom a request runs its rounds with."""
@@ -79,7 +85,7 @@ class Run:
         self._unread, self.lead = list[Chunk](), 0
         self._ticket: Ticket | None = None
         self._failure: str | None = None
-        self.stopped = False
+        self.stopped = self._failed = False
 
     @property
     def over(self) -> bool:
@@ -90,6 +96,21 @@ class Run:
     def running(self) -> list[Sequence]:
         """The sequences whose prompts are read, or being read; they have not ended."""
         return self._running
+
+    @property
+    def queued(self) -> int:
+        """How many sequences have not begun."""
+        return len(self._waiting)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for pages; to be asked by any thread."""
+        return (ticket := self._ticket) is not None and not ticket.done
+
+    @property
+    def granted(self) -> int:
+        """Pages that it has for a sequence that has not begun."""
+        return 0 if self._ticket is None else len(self._ticket.pages)
 
     @property
     def rides(self) -> bool:
@@ -111,7 +132,7 @@ class Run:
         shared = self._open()
         if shared is None or self._enter is None:
             return True
-        shared.runs.add(self)
+        shared.ledger.enter(self)
         try:
             shared.admission.move()
             try:
@@ -121,7 +142,8 @@ class Run:
                 self.method, self._enter = end.value, None
             self._company = shared.company(self.method, self.sequences[0].params)
             self._company.join(self)
-        except BaseException:
+        except BaseException as error:
+            self._failed = isinstance(error, Exception)
             self._end()
             raise
         return True
@@ -146,7 +168,8 @@ class Run:
             with shared.watch, torch.inference_mode():
                 done = self._step(shared)
                 self.events += self.method.tell()
-        except BaseException:
+        except BaseException as error:
+            self._failed = isinstance(error, Exception)
             self._end()
             raise
         if not isinstance(done, Ticket):
@@ -180,6 +203,7 @@ class Run:
     def fail(self, message: str) -> None:
         """End within a turn: whoever asks for more gets an AbortedError."""
         self.doom(message)
+        self._failed = True
         self._end()
 
     def _open(self) -> Shared | None:
@@ -205,7 +229,8 @@ class Run:
                 shared.admission.withdraw(self._ticket)
             for sequence in self.sequences:
                 shared.admission.release(sequence.pages)
-        shared.runs.discard(self)
+        whole = all(sequence.finish_reason not in (None, "abort") for sequence in self.sequences)
+        shared.ledger.leave(self, "finished" if whole else "failed" if self._failed else "aborted")
         # Whoever was interrupted before this comes again, from the beginning.
         self._shared = None
         self._enter = self._company = self._reading = self._ticket = None
@@ -216,6 +241,7 @@ class Run:
         if self._reading is None:
             if self._admits(shared):
                 sequence = self._waiting.popleft()
+                shared.ledger.begin(sequence)
                 self._running.append(sequence)
                 sibling = next((other for other in self._running[:-1] if other.index == sequence.index), None)
                 self._reading = reading(shared.model, shared.admission.cache, sequence, self.method, sibling)
@@ -260,9 +286,12 @@ class Run:
         return chunks
 
     def _release_finished(self, shared: Shared) -> None:
-        for sequence in self._running:
-            if sequence.finish_reason:
-                shared.admission.release(sequence.pages)
+        finished = [sequence for sequence in self._running if sequence.finish_reason]
+        if not finished:
+            return
+        for sequence in finished:
+            shared.admission.release(sequence.pages)
+        shared.ledger.end(finished)
         self._running = [sequence for sequence in self._running if not sequence.finish_reason]
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         TokenizerError,
     )
     from .runtime.forced import Scored
+    from .runtime.metrics import Metrics
     from .runtime.plan import LayerPlan
     from .runtime.request import Choice, Chunk, Output, Piece, SamplingParams, Stats, TokenLogprob
     from .runtime.stream import AsyncStream, Stream
@@ -36,6 +37,7 @@ __all__ = [
     "ConfigError",
     "Engine",
     "LayerPlan",
+    "Metrics",
     "Output",
     "Piece",
     "RequestError",
@@ -56,6 +58,7 @@ _HOMES = {
     "Chunk": "request",
     "Engine": "engine",
     "LayerPlan": "plan",
+    "Metrics": "metrics",
     "Output": "request",
     "Piece": "request",
     "SamplingParams": "request",

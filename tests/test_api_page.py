@@ -137,6 +137,7 @@ def test_what_an_engine_is_made_with(function: Callable[..., Any], place: str) -
         (Engine.score, "score"),
         (Engine.warm_up, "warm_up"),
         (Engine.close, "close"),
+        (Engine.metrics, "metrics"),
     ],
 )
 def test_what_methods_of_an_engine_take(function: Callable[..., Any], heading: str) -> None:
@@ -346,8 +347,8 @@ def run(example: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple
     return capsys.readouterr().out.splitlines(), space
 
 
-def test_there_are_three_examples() -> None:
-    assert len(EXAMPLES) == 3
+def test_there_are_four_examples() -> None:
+    assert len(EXAMPLES) == 4
 
 
 @pytest.mark.usefixtures("closed")
@@ -365,6 +366,23 @@ def test_the_example_of_a_stream(folder: Path, capsys: pytest.CaptureFixture[str
     assert line == f"abort {len(space['output'].token_ids)}"
     assert len(space["output"].token_ids) < 200
     assert space["text"] == space["output"].text
+
+
+@pytest.mark.usefixtures("closed")
+def test_the_example_of_an_exposition(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every field of `Metrics` once, with the kind the page says, by the grammar of the format."""
+    lines, _ = run("exposition", folder, capsys)
+    kinds = dict[str, str]()
+    for kind_line, sample in zip(lines[::2], lines[1::2], strict=True):
+        kind = re.fullmatch(r"# TYPE ([a-z_]+) (counter|gauge)", kind_line)
+        found = re.fullmatch(r"([a-z_]+) [0-9.e+-]+", sample)
+        assert kind is not None
+        assert found is not None
+        assert kind[1] == found[1]
+        assert kind[1].endswith("_total") == (kind[2] == "counter")
+        kinds[kind[1].removeprefix("skipjack_").removesuffix("_total")] = kind[2]
+    assert kinds == {name(row["field"]): row["kind"] for row in tables("Metrics")[0].rows if row["kind"]}
+    assert "skipjack_requests_finished_total 1" in lines
 
 
 @pytest.mark.usefixtures("closed")

@@ -750,3 +750,5 @@ def test_the_handler_of_the_documentation(engine: Engine, monkeypatch: pytest.Mo
         assert handle([5, 6])[0] == 503
     assert handle([5, 6])[0] == 200
     assert free(engine)
+    status, told = names["health"](engine)
+    assert (status, told["requests_finished"], told["pages_leaked"]) == (200, 3, 0)
