@@ -67,7 +67,7 @@ def exact(
     names = named(method)
     chosen, note = options.chosen(prompts, per_category), options.notes()
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
-    with load(model, dtype, cache_tokens=cache_tokens, check=options.able((), chosen)) as engine:
+    with load(model, dtype, cache_tokens=cache_tokens, check=options.able((), chosen, max_tokens)) as engine:
         note(f"{len(chosen)} prompts x {len(names)} methods, {engine.dtype}, {engine.backend}")
         total = sum(len(group) for name in names for _, group in groups(name, len(chosen), batch, cover))
         counted = options.counted(note, total, every=10)
@@ -132,7 +132,7 @@ def methods(
 
     chosen, note = options.chosen(prompts, per_category, category), options.notes()
     names = method or ["lookup", "auto"]
-    with load(model, dtype, cache_tokens=cache_tokens, check=options.able(names, chosen)) as engine:
+    with load(model, dtype, cache_tokens=cache_tokens, check=options.able(names, chosen, max_tokens)) as engine:
         note(f"{len(chosen)} prompts x {len(names)} methods, {engine.dtype}, {engine.backend}")
         progress = options.counted(note, len(chosen) * len(names))
         rows = compare(engine, names, chosen, SamplingParams(max_tokens=max_tokens), progress)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..runtime.errors import RequestError
 from ..runtime.request import MOST_SEQUENCES, SEQUENCES
 from . import options
+
+if TYPE_CHECKING:
+    from ..loaders.config import ModelConfig
+    from ..loaders.tokenizer import Tokenizer
 
 
 def peers(
@@ -35,19 +39,28 @@ def peers(
     as_json: options.AsJson = False,
 ) -> None:
     """Compare plain decoding with transformers, a compiled loop and llama.cpp: ids in float32 first, then speed."""
+    from ..runtime.choices import place_of
     from ..runtime.engine import Engine
-    from .peer_loops import PLAIN, Setting, versions
+    from .peer_loops import PLAIN, Setting, expect_peers, versions
     from .peers import Contest, folder_of, trusted
     from .record import deliver, header
     from .sheets import peers as sheet
 
     chosen, notes = options.chosen(prompts, per_category, category), options.notes()
-    libraries, check = versions(), options.able((), chosen)
+    libraries, roomy = versions(), options.able((), chosen, max_tokens)
+    tuned = "max-autotune" if place_of(device).type == "cuda" else "default"
+
+    def setting_of(config: ModelConfig) -> Setting:
+        layer = exit_layer or max(1, 2 * config.num_layers // 3)
+        return Setting(layer, num_draft_tokens, tuned if compile_mode == "auto" else compile_mode)
+
+    def check(config: ModelConfig, tokenizer: Tokenizer | None) -> int | None:
+        expect_peers(peer or (), setting_of(config), config.model_type)
+        return roomy(config, tokenizer)
+
     with folder_of(model) as folder:
         with Engine.load(folder, device=device, dtype="float32", cache_tokens=cache_tokens, check=check) as engine:
-            layers, on_gpu = engine.config.num_layers, "triton" in engine.backend
-            mode = compile_mode if compile_mode != "auto" else "max-autotune" if on_gpu else "default"
-            setting = Setting(exit_layer or max(1, 2 * layers // 3), num_draft_tokens, mode)
+            setting = setting_of(engine.config)
             untimed = replace(setting, timed=False)
             contest = Contest(folder, engine, chosen, untimed, max_tokens, peer or ())
             agreements = contest.agree(notes)
@@ -100,7 +113,8 @@ def accept(
 
     chosen, notes = options.chosen(prompts, per_category, category), options.notes()
     names = method or list(METHODS)
-    params, check = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0), options.able(names, chosen)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0)
+    check = options.able(names, chosen, max_tokens)
     with (
         folder_of(model) as folder,
         Engine.load(folder, device=device, dtype=dtype, cache_tokens=cache_tokens, check=check) as engine,
@@ -142,7 +156,7 @@ def serve(
 
     chosen, notes = options.chosen(prompts, requests, None), options.notes()
     names, concurrencies = method or ["autoregressive", "lookup", "auto"], concurrency or [1, 4]
-    params, check = SamplingParams(max_tokens=max_tokens, ignore_eos=True), options.able(names, chosen)
+    params, check = SamplingParams(max_tokens=max_tokens, ignore_eos=True), options.able(names, chosen, max_tokens)
     with (
         folder_of(model) as folder,
         Engine.load(
@@ -192,7 +206,7 @@ def numerics(
     from .record import deliver, header
 
     chosen, notes, names = options.chosen(prompts, per_category, category), options.notes(), method or list(METHODS)
-    check = options.able(names, chosen)
+    check = options.able(names, chosen, max_tokens)
     with (
         folder_of(model) as folder,
         Engine.load(folder, device=device, dtype=dtype, cache_tokens=cache_tokens, check=check) as exact,

@@ -25,8 +25,8 @@ class CompiledLoop:
     """
 
     def __init__(self, model: Any, max_context: int, compile_mode: str) -> None:
-        if model.config.model_type not in FAMILIES:
-            raise Unavailable(f"written for {', '.join(FAMILIES)}, not for {model.config.model_type}")
+        if reason := obstacle(model.config.model_type):
+            raise Unavailable(reason)
         self._decoder = _Decoder(model, max_context)
         self._step = _next
         if compile_mode != "eager":
@@ -44,6 +44,11 @@ class CompiledLoop:
                 made.append(token)
                 position = position + 1
             return [int(one) for one in torch.cat(made).cpu()]
+
+
+def obstacle(model_type: str) -> str | None:
+    """Why it cannot run a model of this type; None if it can."""
+    return None if model_type in FAMILIES else f"written for {', '.join(FAMILIES)}, not for {model_type}"
 
 
 def _next(decoder: _Decoder, token: Tensor, position: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .compiled_loop import Unavailable
+
+ABSENT = "{} is not installed (pip install llama-cpp-python gguf)"
 
 
 class LlamaCpp:
@@ -49,6 +52,14 @@ class LlamaCpp:
         self._llama.reset()
         made = self._llama.generate(prompt, temp=0.0, top_k=1, top_p=1.0, min_p=0.0)
         return [token for token, _ in zip(made, range(count), strict=False)]
+
+
+def obstacle(model_type: str) -> str | None:
+    """Why it cannot run, as far as that is known without the model; None if nothing is."""
+    absent = next((name for name in ("llama_cpp", "gguf") if find_spec(name) is None), None)
+    if absent is not None:
+        return ABSENT.format(absent)
+    return None if model_type == "llama" else f"written for llama, not for {model_type}"
 
 
 def write_gguf(model: Any, path: Path) -> None:
@@ -111,4 +122,4 @@ def _installed(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
-        raise Unavailable(f"{name} is not installed (pip install llama-cpp-python gguf)") from None
+        raise Unavailable(ABSENT.format(name)) from None

@@ -87,29 +87,34 @@ def chosen(path: Path | None, per_category: int, categories: Sequence[str] | Non
     return prompts
 
 
-def able(methods: Sequence[str], prompts: Sequence[Prompt] = ()) -> Check:
+def able(methods: Sequence[str], prompts: Sequence[Prompt] = (), max_tokens: int = 1) -> Check:
     """What refuses methods that a model cannot run, and prompts it has no room for, before its weights are read.
+
+    The cache has to hold the longest with `max_tokens` more.
 
     Raises:
         RequestError: there is no such method or option, or the method is one that an engine must be loaded with.
     """
     from ..runtime.methods import registry
-    from ..runtime.prompts import to_ids
+    from ..runtime.prompts import longest, to_ids
     from .prompts import source
 
     specs = [registry.parse(method) for method in methods]
     if edits := next((spec.name for spec in specs if spec.edits), None):
         raise RequestError(f"--method: expected methods that share an engine, got {edits}, which edits the weights")
 
-    def check(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    def check(config: ModelConfig, tokenizer: Tokenizer | None) -> int | None:
+        needed: int | None = None
         for spec in specs:
             spec.build(config)
         for prompt in prompts:
             try:
-                to_ids(source(prompt, tokenizer, config), tokenizer, config)
+                ids = to_ids(source(prompt, tokenizer, config), tokenizer, config)
             except RequestError as error:
                 told = str(error).removeprefix("prompt: ")
                 raise RequestError(f"--prompts: a prompt of category {prompt.category}: {told}") from None
+            needed = max(needed or 0, longest(ids, max_tokens, config))
+        return needed
 
     return check
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError
@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from ..runtime.errors import SkipjackError
+from ..runtime.errors import RequestError, SkipjackError
+from . import compiled_loop, llama_cpp
 from .compiled_loop import CompiledLoop, Unavailable
 from .llama_cpp import LlamaCpp
 
 Generate = Callable[[list[int], int], list[int]]
-PLAIN = "transformers generate"
+PLAIN, LOOP, LLAMA_CPP = "transformers generate", "torch.compile loop", "llama.cpp"
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,30 @@ def peers(model: Any, setting: Setting, max_context: int) -> dict[str, Callable[
         "transformers static cache + compile": lambda: _generate(model, static, _compile_config(model)),
         f"transformers {early}": lambda: _generate(model, {"assistant_early_exit": setting.exit_layer}),
         f"transformers {lookup}": lambda: _generate(model, {"prompt_lookup_num_tokens": setting.num_draft_tokens}),
-        f"torch.compile loop ({setting.compile_mode})": lambda: CompiledLoop(model, max_context, setting.loop_mode),
-        "llama.cpp": lambda: LlamaCpp(model, max_context),
+        f"{LOOP} ({setting.compile_mode})": lambda: CompiledLoop(model, max_context, setting.loop_mode),
+        LLAMA_CPP: lambda: LlamaCpp(model, max_context),
     }
+
+
+def expect_peers(parts: Sequence[str], setting: Setting, model_type: str) -> None:
+    """Refuse parts of peers' names that select nothing, or only what cannot run a model of this type here.
+
+    Raises:
+        RequestError: one of `parts` is of no name, or of one that cannot run.
+    """
+    names = list(peers(None, setting, 0))
+    if unknown := [part for part in parts if not any(part in name for name in names)]:
+        raise RequestError(f"--peer: expected a part of one of {', '.join(names)}, got {', '.join(unknown)}")
+    for part in parts:
+        found = {name: _obstacle(name, model_type) for name in names if part in name}
+        if all(found.values()):
+            raise RequestError("--peer: " + "; ".join(f"{name} cannot run: {why}" for name, why in found.items()))
+
+
+def _obstacle(name: str, model_type: str) -> str | None:
+    if name == LLAMA_CPP:
+        return llama_cpp.obstacle(model_type)
+    return compiled_loop.obstacle(model_type) if name.startswith(LOOP) else None
 
 
 def _transformers() -> Any:

@@ -15,7 +15,6 @@ import torch
 from ..loaders.demo import demo_folder
 from ..loaders.synthetic import write_synthetic
 from ..runtime.engine import Engine
-from ..runtime.errors import RequestError
 from ..runtime.request import SamplingParams
 from .methods import synthetic
 from .peer_loops import PLAIN, Generate, Setting, load_model, peers
@@ -96,9 +95,6 @@ class Contest:
     """The peers of one loaded model, readied one by one; one that breaks is noted with its reason.
 
     Only those whose names contain one of `only` are measured, all without any; `PLAIN` has to agree in any case.
-
-    Raises:
-        RequestError: one of `only` is part of no name.
     """
 
     def __init__(
@@ -110,9 +106,6 @@ class Contest:
         count: int,
         only: Sequence[str] = (),
     ) -> None:
-        names = list(peers(None, setting, 0))
-        if unknown := [part for part in only if not any(part in name for name in names)]:
-            raise RequestError(f"--peer: expected a part of one of {', '.join(names)}, got {', '.join(unknown)}")
         self._engine, self._count, self._only = engine, count, only
         self._categories, self._prompts = [prompt.category for prompt in prompts], [_ids(engine, p) for p in prompts]
         self._model = load_model(folder, engine.dtype, engine._loaded()[0].device)

@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import TypeVar
 
-from .cache import KVCache
+from .cache import KVCache, expect_room
 from .errors import BusyError, CapacityError
 
 ADMISSION_WAIT_S = 30.0
@@ -78,12 +78,7 @@ class Admission:
 
     def expect_room(self, tokens: int) -> None:
         """Refuse, with a CapacityError, more slots than there are."""
-        if self.cache.pages_for(tokens) > self.cache.total_pages:
-            most = self.cache.total_pages * self.cache.page_size
-            raise CapacityError(
-                f"the request may grow to {tokens} tokens and the KV cache holds {most}: "
-                "lower max_tokens or raise cache_tokens (--cache-tokens)"
-            )
+        expect_room(tokens, self.cache.total_pages, self.cache.page_size)
 
     def take(self, tokens: int, pages: list[int]) -> bool:
         """Reserve `pages` for `tokens` slots; False where too few are free or others were first."""

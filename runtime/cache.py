@@ -13,6 +13,23 @@ from torch import Tensor
 
 from .errors import CapacityError
 
+# Pages that a cache has beyond the tokens asked for: searches borrow them.
+SPARE_PAGES = 4
+
+
+def pages_of(tokens: int, page_size: int) -> int:
+    """The pages of a cache that is asked to hold `tokens`."""
+    return -(-tokens // page_size) + SPARE_PAGES
+
+
+def expect_room(tokens: int, pages: int, page_size: int) -> None:
+    """Refuse, with a CapacityError, more slots than a cache has."""
+    if tokens > pages * page_size:
+        raise CapacityError(
+            f"the request may grow to {tokens} tokens and the KV cache holds {pages * page_size}: "
+            "lower max_tokens or raise cache_tokens (--cache-tokens)"
+        )
+
 
 class KVCache:
     """Keys and values [layers, pages, kv_heads, page_size, head_dim] of every sequence.

@@ -22,7 +22,7 @@ from ..loaders.locate import locate
 from ..loaders.tokenizer import Tokenizer
 from ..loaders.weights import Weights, load_weights
 from .admission import Admission
-from .cache import KVCache
+from .cache import KVCache, expect_room, pages_of
 from .calibration import Encode
 from .choices import (
     DTYPES,
@@ -56,7 +56,6 @@ from .text import TextStream
 from .turns import Turns
 from .warm_up import Rehearsal, WarmUp, refuse
 
-SPARE_PAGES = 4
 CLOSED = "engine: it is closed"
 Progress = Callable[[str, int, int], None]
 
@@ -113,7 +112,7 @@ class Engine:
         model = Model(config, weights, table, marks(ranges))
         self.backend = model.backend
         self.cache_tokens, self.cache_note = cache_size(model, self.max_sequences, cache_tokens)
-        cache = model.new_cache(-(-self.cache_tokens // table.page_size) + SPARE_PAGES)
+        cache = model.new_cache(pages_of(self.cache_tokens, table.page_size))
         on_device = model.device.type == "cuda" if graphs is None else graphs
         rounds = Graphs(model, cache, self._watch) if on_device else None
         roster = Roster(model, self._encode, self._watch, self._default)
@@ -160,7 +159,8 @@ class Engine:
         by default a context, or `max_sequences` of at most 2048 tokens if that is more, as far as four fifths of the
         free memory go; `max_sequences`, 1 to 64, bounds how many run together.
         `progress` is called with a label, what is done and what there is to do; `check` with the model's config and its
-        tokenizer or None, before any weight is read: what it raises ends the loading.
+        tokenizer or None, before any weight is read: what it raises ends the loading, and so do more tokens than
+        `cache_tokens` hold, where it returns how many a request will need.
 
         Raises:
             ConfigError, CheckpointError, TokenizerError: there is no such model, or this version does not run it.
@@ -171,7 +171,7 @@ class Engine:
         one_of("dtype", dtype, ("auto", *DTYPES))
         told: Progress = progress or (lambda label, done, total: None)
         told("preparing kernels", 0, 1)
-        table_of(backend, place, numerics)
+        table = table_of(backend, place, numerics)
         told("preparing kernels", 1, 1)
         check_cache_tokens(cache_tokens)
         check_max_sequences(max_sequences)
@@ -180,8 +180,9 @@ class Engine:
         config = ModelConfig.load(folder)
         spec.build(config)
         tokenizer = Tokenizer.load(folder, config)
-        if check is not None:
-            check(config, tokenizer)
+        needed = None if check is None else check(config, tokenizer)
+        if needed is not None and cache_tokens is not None:
+            expect_room(needed, pages_of(cache_tokens, table.page_size), table.page_size)
         kind = dtype_of(dtype, config)
         with loading(folder, config, kind, place):
             engine = Engine(

@@ -17,7 +17,8 @@ Message: TypeAlias = Mapping[str, str]
 TokenIds: TypeAlias = "Sequence[int] | np.ndarray[Any, Any]"
 Prompt: TypeAlias = "str | TokenIds | Sequence[Message]"
 Prompts: TypeAlias = "Sequence[Prompt]"
-Check: TypeAlias = "Callable[[ModelConfig, Tokenizer | None], None]"
+# What refuses to load a model, and tells how many tokens the cache will have to hold at once, or None.
+Check: TypeAlias = "Callable[[ModelConfig, Tokenizer | None], int | None]"
 
 
 def is_many(prompt: Prompt | Prompts) -> bool:
@@ -63,6 +64,11 @@ def to_ids(prompt: Prompt, tokenizer: Tokenizer | None, config: ModelConfig) -> 
     return checked_ids("prompt", prompt, config.vocab_size)
 
 
+def longest(ids: list[int], max_tokens: int, config: ModelConfig) -> int:
+    """Tokens of a sequence when it has grown as far as it may."""
+    return min(config.max_context, len(ids) + max_tokens)
+
+
 def _check_room(tokens: int, config: ModelConfig) -> None:
     if not tokens:
         raise RequestError("prompt: expected at least one token, got none")
@@ -87,9 +93,9 @@ def check_params(params: SamplingParams, tokenizer: Tokenizer | None, config: Mo
 def request_check(prompt: Prompt, params: SamplingParams) -> Check:
     """What refuses a request that a model cannot serve, by all that can be known without its weights."""
 
-    def check(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    def check(config: ModelConfig, tokenizer: Tokenizer | None) -> int:
         check_params(params, tokenizer, config)
-        to_ids(prompt, tokenizer, config)
+        return longest(to_ids(prompt, tokenizer, config), params.max_tokens, config)
 
     return check
 

@@ -125,6 +125,11 @@ def test_a_prompt_the_model_cannot_take_is_refused(folder, capsys, prompt, named
         (["bench", "methods", "MODEL", "--method", "laco"], "laco"),
         (["bench", "accept", "MODEL", "--method", "swift:skip_attention=99"], "99"),
         (["bench", "accept", "MODEL", "--prompts", "LONG"], "--prompts: a prompt of category long: "),
+        (["bench", "peers", "MODEL", "--peer", "vllm"], "--peer: expected a part of one of transformers generate, "),
+        (["generate", "MODEL", "hello", "--max-tokens", "2000", "--cache-tokens", "9"], "and the KV cache holds 1280"),
+        (["chat", "MODEL", "--max-tokens", "2000", "--cache-tokens", "9"], "and the KV cache holds 1280"),
+        (["tune", "MODEL", "-o", "x.json", "--window", "700", "--cache-tokens", "9"], "and the KV cache holds 1280"),
+        (["bench", "methods", "MODEL", "--max-tokens", "2000", "--cache-tokens", "9"], "and the KV cache holds 1280"),
     ],
 )
 def test_what_needs_no_weights_is_told_before_they_are_read(

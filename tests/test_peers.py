@@ -11,7 +11,7 @@ import torch
 from skipjack import Engine
 from skipjack.bench import peers, sheets
 from skipjack.bench.compiled_loop import CompiledLoop
-from skipjack.bench.peer_loops import PLAIN, Setting, load_model
+from skipjack.bench.peer_loops import PLAIN, Setting, expect_peers, load_model
 from skipjack.bench.peer_loops import peers as loop_peers
 from skipjack.bench.prompts import Prompt
 from skipjack.loaders.synthetic import write_synthetic
@@ -97,8 +97,24 @@ def test_only_the_peers_asked_for_are_measured(folder: Path, engine: Engine) -> 
     agreements = contest.agree(lambda _: None)
     assert [agreement.peer for agreement in agreements] == [PLAIN, lookup, loop]
     assert [line.peer for line in contest.measure(agreements, lambda _: None)[1]] == [lookup, loop]
+
+
+def test_peers_that_cannot_run_are_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match=r"--peer: expected a part of one of transformers generate, .*, got vllm"):
-        peers.Contest(folder, engine, PROMPTS[:1], EAGER, 4, ["lookup", "vllm"])
+        expect_peers(["lookup", "vllm"], EAGER, "llama")
+    expect_peers(["lookup", "torch.compile loop", "assistant_early_exit=4"], EAGER, "llama")
+    with pytest.raises(RequestError, match=r"^--peer: torch\.compile loop \(eager\) cannot run: written for llama, "):
+        expect_peers(["lookup", "loop"], EAGER, "bloom")
+    absent: str | None = None
+    monkeypatch.setattr("skipjack.bench.llama_cpp.find_spec", lambda name: None if name == absent else name)
+    expect_peers(["llama"], EAGER, "llama")
+    with pytest.raises(RequestError, match=r"^--peer: llama\.cpp cannot run: written for llama, not for qwen3$"):
+        expect_peers(["llama"], EAGER, "qwen3")
+    absent = "gguf"
+    with pytest.raises(RequestError, match=r"^--peer: llama\.cpp cannot run: gguf is not installed \(pip install"):
+        expect_peers(["llama"], EAGER, "llama")
+    # One that can run is enough for a part of several names.
+    expect_peers(["l"], EAGER, "bloom")
 
 
 def test_a_peer_with_other_tokens_gets_no_speed(folder: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

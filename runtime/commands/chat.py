@@ -26,10 +26,10 @@ def chat_check(system: str | None, params: SamplingParams) -> Check:
     """What refuses a conversation before its first message: a model without chats, instructions it cannot take."""
     short = request_check([*_opening(system), {"role": "user", "content": "Hello"}], params)
 
-    def check(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    def check(config: ModelConfig, tokenizer: Tokenizer | None) -> int | None:
         if tokenizer is None:
             raise TokenizerError("MODEL: expected a folder with tokenizer.json, which chat needs, found none")
-        short(config, tokenizer)
+        return short(config, tokenizer)
 
     return check
 

@@ -12,7 +12,7 @@ from ...loaders.config import ModelConfig
 from ...loaders.tokenizer import Tokenizer
 from ..engine import Engine
 from ..errors import RequestError, TokenizerError
-from ..prompts import to_ids
+from ..prompts import longest, to_ids
 from ..skip_sets import SkipSet
 from ..tune import tune_knapspec, tune_swift
 from .report import print_json
@@ -53,9 +53,12 @@ class Tuning:
         if (output.exists() and not output.is_file()) or not os.access(output.parent, os.W_OK):
             raise RequestError(f"--output: expected a file that can be written, got {output}")
 
-    def check(self, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
-        """Refuse a model without a tokenizer, and a text that it cannot take."""
-        self._ids(config, tokenizer)
+    def check(self, config: ModelConfig, tokenizer: Tokenizer | None) -> int:
+        """Refuse a model without a tokenizer, and a text that it cannot take; the tokens that it will hold at once."""
+        ids = self._ids(config, tokenizer)
+        if self.method == "knapspec":
+            return max(longest(one, 4 * self.window, config) for one in ids)
+        return sum(longest(one, self.window + 1, config) for one in ids)
 
     def run(self, engine: Engine, *, as_json: bool) -> None:
         """Search until it ends or Ctrl-C ends it, write the best set and say what it is."""
