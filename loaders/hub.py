@@ -21,6 +21,7 @@ _OPTIONAL: Final = (
     "chat_template.jinja",
 )
 
+ANSWER_S: Final = 10.0
 _WEIGHTS: Final = (SINGLE_FILE, INDEX_FILE)
 
 Progress = Callable[[str, int, int], None]
@@ -42,7 +43,9 @@ def hub_folder(model: str, progress: Progress | None = None) -> Path:
             is gated, or it has no safetensors.
     """
     repo, _, revision = model.partition("@")
-    config = _fetch(repo, "config.json", revision or "main", progress)
+    revision = revision or "main"
+    _expect_answer(repo, "config.json", revision)
+    config = _fetch(repo, "config.json", revision, progress)
     if config is None:
         raise CheckpointError(f"hub: {model}: expected config.json, found none")
     commit = config.parent.name
@@ -76,6 +79,30 @@ def _cached(repo: str, name: str, commit: str) -> Path | bool:
     return Path(found) if isinstance(found, str) else found is not None
 
 
+def _expect_answer(repo: str, name: str, revision: str) -> None:
+    """Ask once for a file that is not cached: where nobody answers, the client would go on asking for half a minute.
+
+    Raises:
+        CheckpointError: nobody answers, within ten seconds.
+    """
+    client: Any = import_module("huggingface_hub")
+    errors: Any = import_module("huggingface_hub.errors")
+    if _cached(repo, name, revision):
+        return
+    try:
+        client.get_hf_file_metadata(client.hf_hub_url(repo, name, revision=revision), timeout=ANSWER_S)
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled):
+        return  # An answer, or nobody is to be asked: the client has its own words for both.
+    except Exception as problem:  # The errors of its transports have no base in common.
+        raise _unreachable(repo, name, problem) from problem
+
+
+def _unreachable(repo: str, name: str, problem: BaseException | None) -> _UnreachableError:
+    return _UnreachableError(
+        f"hub: {repo}: the hub cannot be reached and {name} is not in its cache ({_first_line(problem)})"
+    )
+
+
 def _fetch(repo: str, name: str, revision: str, progress: Progress | None) -> Path | None:
     """A file, in the client's cache; None where the repository has none of that name.
 
@@ -88,9 +115,7 @@ def _fetch(repo: str, name: str, revision: str, progress: Progress | None) -> Pa
     try:
         return Path(client.hf_hub_download(repo, name, revision=revision, tqdm_class=_bar(progress)))
     except errors.LocalEntryNotFoundError as problem:
-        raise _UnreachableError(
-            f"hub: {repo}: the hub cannot be reached and {name} is not in its cache ({_first_line(problem.__cause__)})"
-        ) from problem
+        raise _unreachable(repo, name, problem.__cause__) from problem
     except errors.EntryNotFoundError:
         return None
     except errors.GatedRepoError as problem:

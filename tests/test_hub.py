@@ -219,6 +219,22 @@ def test_an_unreachable_hub_is_said_to_be_one(tmp_path: Path, monkeypatch: pytes
         locate.locate("org/single")
 
 
+def test_an_unreachable_hub_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client would wait 1, 2, 4, 8 and 8 seconds between its questions; a hub that says nothing is not one."""
+    direct(monkeypatch, closed_port(), tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
+    with pytest.raises(CheckpointError, match=r"cannot be reached .*refused"):
+        locate.locate("org/single")
+    monkeypatch.setattr("skipjack.loaders.hub.ANSWER_S", 0.2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        direct(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path / "cache")
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
+        with pytest.raises(CheckpointError, match=r"cannot be reached .*timed out"):
+            locate.locate("org/single")
+
+
 def test_without_the_client_a_hub_id_says_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
