@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias
 
 from .cache import KVCache
-from .decode import decode
+from .decode import decode, read_together
+from .errors import AbortedError, RequestError
 from .graphs import Graphs, Rounds
 from .methods.base import Method
 from .methods.policy import Policy
@@ -53,6 +54,37 @@ class Company:
             self._break(leader, before, error)
             raise
 
+    def read(self, leader: Run, sequence: Sequence, rows: int) -> bool:
+        """Read the leader's prompt and those of others who wait for it in one pass over at most so many rows.
+
+        False where none can be read with it: nothing was read then.
+        """
+        begun = [(leader, sequence)]
+        try:
+            self._gather(begun, rows - len(sequence.prompt))
+            if len(begun) == 1:
+                return False
+            found = read_together(self._model, self._cache, [one for _, one in begun], self._method)
+            firsts = [(run, one, first) for (run, one), first in zip(begun, found, strict=True)]
+            # The leader last: what is wrong with his own prompt is raised, and must cost the others nothing.
+            for run in reversed(dict.fromkeys(run for run, _ in begun)):
+                own = [(one, first) for each, one, first in firsts if each is run]
+                error = next((first for _, first in own if isinstance(first, RequestError)), None)
+                run.receive([(one, first) for one, first in own if not isinstance(first, RequestError)])
+                if error is not None and run is leader:
+                    raise error
+                if error is not None:
+                    run.fail(error)
+                begun = [(each, one) for each, one in begun if each is not run]
+            return True
+        except BaseException as error:
+            for run, one in begun:
+                if one.generated and run is not leader:
+                    run.fail(_failed(error))
+            for run in self._members:
+                run.retreat()
+            raise
+
     def leave(self, run: Run) -> None:
         """End a request's part, once more if that was interrupted; what the device has for others is theirs."""
         if run not in self._members:
@@ -70,6 +102,18 @@ class Company:
                     self._break(run, before, error)
                     raise
         self._members.remove(run)
+
+    def _gather(self, begun: list[tuple[Run, Sequence]], rows: int) -> None:
+        """Add to those that begin whoever else has a prompt that the rows left are enough for, one of each in turn."""
+        found = True
+        while found and len(begun) < self._most:
+            found = False
+            for run in self._members:
+                asks = run.asked or run is begun[0][0]
+                if asks and len(begun) < self._most and (sequence := run.admit(rows)) is not None:
+                    begun.append((run, sequence))
+                    rows -= len(sequence.prompt)
+                    found = True
 
     def _party(self, leader: Run) -> list[Sequence]:
         """The sequences, in the order of their requests, of the leader and of as many others as there is room for.
@@ -122,4 +166,8 @@ class Company:
         if rounds is not None:
             rounds.close()
         for run in lost - {leader}:
-            run.fail(FAILED.format(str(error) or type(error).__name__))
+            run.fail(_failed(error))
+
+
+def _failed(error: BaseException) -> AbortedError:
+    return AbortedError(FAILED.format(str(error) or type(error).__name__))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from time import perf_counter
+from typing import cast
 
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from .errors import RequestError
 from .methods.base import Method
 from .methods.policy import Policy
 from .model import Model
-from .prefill import Reading, read
+from .prefill import Reading, read, whole_prompts
 from .request import Piece
 from .sampling import choose, tell
 from .sequence import Sequence, firsts
@@ -47,20 +48,57 @@ def reading(
                 rows = next(parts)
             except StopIteration as end:
                 hidden: Tensor = end.value
-                batch = Batch.of([sequence], model.ops.decode_tile, model.device)
                 if sequence.params.n > 1 and not isinstance(method, Policy):
                     sequence.entered = hidden.clone()
-                chosen = choose(model, hidden, batch, batch.last[:, None])
-                if not hidden.isfinite().all():
-                    dtype = str(model.dtype).removeprefix("torch.")
-                    raise RequestError(
-                        f"prompt: the model's activations leave the range of {dtype}: expected finite ones, as another "
-                        "dtype (--dtype) may give"
-                    ) from None
-                pieces = sequence.extend(ints(chosen.token[0]), 0)
-                tell(model, [sequence], [pieces], chosen.logits)
+                first = _first(model, hidden, [sequence])[0]
+                if isinstance(first, RequestError):
+                    raise first from None
+                pieces = first
         sequence.counters.prefill_s += perf_counter() - start
         yield pieces
+
+
+def read_together(
+    model: Model, cache: KVCache, sequences: list[Sequence], method: Method
+) -> list[list[Piece] | RequestError]:
+    """Cache the prompts of several sequences in one pass, and choose the first token of each.
+
+    An error for each whose activations overflow the dtype. The method's prompts are plain, and none is stretched.
+    """
+    start = perf_counter()
+    rows, last = whole_prompts(model, sequences)
+    with model.mark("prefill", len(sequences), len(rows)):
+        hidden = method.prompt_pass(model, cache, rows)[last]
+        found = _first(model, hidden, sequences)
+    spent = perf_counter() - start
+    for sequence in sequences:
+        sequence.counters.prefill_s += spent
+        if isinstance(method, Policy):
+            sequence.layers_used = [method.prompt.layers_kept]
+    return found
+
+
+def _first(model: Model, hidden: Tensor, sequences: list[Sequence]) -> list[list[Piece] | RequestError]:
+    """The first token of each sequence, after the residual stream hidden [S, H] of its prompt's last."""
+    batch = Batch.of(sequences, model.ops.decode_tile, model.device)
+    chosen = choose(model, hidden, batch, batch.last[:, None])
+    finite = hidden.isfinite().all(dim=1).tolist()
+    found: list[list[Piece] | RequestError] = []
+    for sequence, token, good in zip(sequences, ints(chosen.token[:, 0]), finite, strict=True):
+        if not good:
+            dtype = str(model.dtype).removeprefix("torch.")
+            found.append(
+                RequestError(
+                    f"prompt: the model's activations leave the range of {dtype}: expected finite ones, as another "
+                    "dtype (--dtype) may give"
+                )
+            )
+        else:
+            found.append(sequence.extend([token], 0))
+    kept = [row for row, pieces in enumerate(found) if not isinstance(pieces, RequestError)]
+    logits = chosen.logits if chosen.logits is None or len(kept) == len(found) else chosen.logits[kept]
+    tell(model, [sequences[row] for row in kept], [cast(list[Piece], found[row]) for row in kept], logits)
+    return found
 
 
 def _parts(

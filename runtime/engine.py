@@ -341,9 +341,9 @@ class Engine:
         shared = self._shared
         runs = list(shared.runs) if shared else []
         for run in runs:
-            run.doom(CLOSED)
+            run.doom(AbortedError(CLOSED))
         for run in runs:
-            run.fail(CLOSED)
+            run.fail(AbortedError(CLOSED))
         self._shared = self._pool = None
         # Memory that `shared` still has goes back when nothing works with it.
         self._turn.settle()

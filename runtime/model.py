@@ -257,6 +257,10 @@ class Model:
         longest = rows.longest(cache.page_size)
         return self._rotary.rows(position, longest, rows.prompt) if self._rotary else None
 
+    def stretched(self, prompt: int) -> bool:
+        """Whether a prompt of that length has rotations of its own, which a pass has for one prompt only."""
+        return self._rotary is not None and self._rotary.stretched(prompt)
+
     def normalised(self, x: Tensor) -> Tensor:
         """The residual stream [R, H] after the final norm."""
         return self.ops.normalise(x, self.norm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from itertools import accumulate
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -45,6 +46,21 @@ def prompt_rows(model: Model, sequence: Sequence) -> Iterator[Rows]:
         part = sequence.prompt[at : at + prefill_chunk(model.device, shared=sequence.shares)]
         yield one_sequence(part, at, sequence.pages, tile, model.device, prompt=length)
         at += len(part)
+
+
+def whole_prompts(model: Model, sequences: list[Sequence]) -> tuple[Rows, Tensor]:
+    """The rows of the prompts of several sequences, none of them `Model.stretched`, and which are the last of each."""
+    device, lengths = model.device, [len(sequence.prompt) for sequence in sequences]
+    width = max(len(sequence.pages) for sequence in sequences)
+    rows = Rows(
+        torch.tensor([token for sequence in sequences for token in sequence.prompt], device=device),
+        torch.tensor([position for length in lengths for position in range(length)], device=device),
+        torch.tensor([number for number, length in enumerate(lengths) for _ in range(length)], device=device),
+        torch.tensor([s.pages + [0] * (width - len(s.pages)) for s in sequences], device=device),
+        model.ops.prefill_tile,
+        prompt=max(lengths),
+    )
+    return rows, torch.tensor(list(accumulate(lengths)), device=device) - 1
 
 
 def text_rows(model: Model, text: list[int], prompt: int, pages: list[int], *, as_decoded: bool = False) -> list[Rows]:

@@ -57,12 +57,16 @@ class RotaryTable:
 
         `prompt` is the length of the prompt the rows are of; None for generated tokens.
         """
-        if prompt is not None and self._scaling.kind == "dynamic" and prompt > self._scaling.original_max_position:
+        if prompt is not None and self.stretched(prompt):
             if len(self._prompt.cos) != prompt:
                 self._prompt = self._table(prompt, torch.tensor([prompt], device="cpu"))
             return Rope(self._prompt.cos[position], self._prompt.sin[position])
         table = self.table(longest)
         return Rope(table.cos[position], table.sin[position])
+
+    def stretched(self, prompt: int) -> bool:
+        """Whether the tokens of a prompt of that length turn otherwise than those of shorter ones."""
+        return self._scaling.kind == "dynamic" and prompt > self._scaling.original_max_position
 
     def table(self, longest: int) -> Rope:
         """The rotations of generated tokens at every position up to `longest` and beyond."""

@@ -14,11 +14,12 @@ from ..kernels.compilation import Watch
 from .admission import Admission, Ticket
 from .company import MAX_LEAD, Alike, Company
 from .decode import reading
-from .errors import AbortedError
+from .errors import RequestError
 from .graphs import Graphs
 from .methods.base import Method
 from .metrics import Ledger
 from .model import Model
+from .prefill import prefill_chunk
 from .request import Chunk, Piece, SamplingParams
 from .roster import Roster
 from .sequence import Sequence
@@ -84,8 +85,10 @@ class Run:
         # What rounds gave that was not asked for yet, and of how many of them.
         self._unread, self.lead = list[Chunk](), 0
         self._ticket: Ticket | None = None
-        self._failure: str | None = None
+        self._failure: RequestError | None = None
         self.stopped = self._failed = False
+        # Whether its reader waits for the next chunk.
+        self.asked = False
 
     @property
     def over(self) -> bool:
@@ -124,6 +127,27 @@ class Run:
         if (shared := self._shared) is not None:
             self._release_finished(shared)
 
+    def admit(self, rows: int) -> Sequence | None:
+        """The sequence that is next, if a pass over so many rows can read its whole prompt and it need not wait."""
+        shared = self._shared
+        if shared is None or self.stopped or self._reading is not None or self._ticket is not None or not self._waiting:
+            return None
+        if not self._is_whole(self._waiting[0], rows) or not self._admits(shared):
+            return None
+        return self._begin(shared)
+
+    def retreat(self) -> None:
+        """Have sequences wait again that were to be read with others, where that was interrupted."""
+        shared = self._shared
+        if shared is None or self._reading is not None or self._ticket is not None:
+            return
+        unread = [sequence for sequence in self.sequences if not sequence.generated]
+        self._running = [sequence for sequence in self._running if sequence.generated]
+        self._waiting = deque(unread)
+        shared.ledger.end(unread)
+        for sequence in unread:
+            shared.admission.release(sequence.pages)
+
     def prepare(self) -> bool:
         """A turn of making the method ready; whether it is, or nothing is left to be done."""
         return self._turns.take(self._prepare)
@@ -153,9 +177,15 @@ class Run:
 
         Or the ticket to wait for before this is called again, where nothing can run without more pages.
         """
+        self.ask()
         return self._turns.take(self._advance)
 
+    def ask(self) -> None:
+        """Its reader waits: until his turn comes, another may read its prompts with his own."""
+        self.asked = True
+
     def _advance(self) -> list[Chunk] | Ticket | None:
+        self.asked = False
         shared = self._open()
         if shared is None:
             return None
@@ -196,19 +226,20 @@ class Run:
             self.stop()
             self._turns.after(self._end)
 
-    def doom(self, message: str) -> None:
-        """Within a turn: whoever asks for more gets an AbortedError; to be failed in any case."""
-        self._failure, self.stopped = message, True
+    def doom(self, error: RequestError) -> None:
+        """Within a turn: whoever asks for more gets this error; to be failed in any case."""
+        self._failure, self.stopped = error, True
 
-    def fail(self, message: str) -> None:
-        """End within a turn: whoever asks for more gets an AbortedError."""
-        self.doom(message)
+    def fail(self, error: RequestError) -> None:
+        """End within a turn: whoever asks for more gets this error."""
+        self.doom(error)
         self._failed = True
         self._end()
 
     def _open(self) -> Shared | None:
         if self._failure is not None:
-            raise AbortedError(self._failure)
+            # A new one each time, for one that is raised keeps the frames it comes through.
+            raise type(self._failure)(*self._failure.args)
         return None if self.stopped else self._shared
 
     def _is_patient(self) -> bool:
@@ -240,16 +271,20 @@ class Run:
     def _step(self, shared: Shared) -> list[Chunk] | Ticket:
         if self._reading is None:
             if self._admits(shared):
-                sequence = self._waiting.popleft()
-                shared.ledger.begin(sequence)
-                self._running.append(sequence)
+                sequence, rows = (
+                    self._begin(shared),
+                    prefill_chunk(shared.model.device, shared=self._has_company(shared)),
+                )
+                assert self._company is not None
+                if self._is_whole(sequence, rows) and self._company.read(self, sequence, rows):
+                    return self._taken()
                 sibling = next((other for other in self._running[:-1] if other.index == sequence.index), None)
                 self._reading = reading(shared.model, shared.admission.cache, sequence, self.method, sibling)
             elif not self._running:
                 return self._queue(shared, self._waiting[0].max_length, self._waiting[0].pages)
         if self._reading is None:
             return self._round()
-        self._running[-1].shares = any(run.rides for run in shared.runs)
+        self._running[-1].shares = self._has_company(shared)
         pieces = next(self._reading)
         if pieces is None:
             return []
@@ -267,6 +302,22 @@ class Run:
         if self._waiting and len(self._running) < shared.max_sequences and self.method.admits(self._running):
             return shared.admission.take(self._waiting[0].max_length, self._waiting[0].pages)
         return False
+
+    def _begin(self, shared: Shared) -> Sequence:
+        sequence = self._waiting.popleft()
+        shared.ledger.begin(sequence)
+        self._running.append(sequence)
+        return sequence
+
+    def _is_whole(self, sequence: Sequence, rows: int) -> bool:
+        """Whether a pass over so many rows, of other prompts too, can read all of this one."""
+        length, shared = len(sequence.prompt), self._shared
+        plain = self.method.plain_prompts and sequence.params.n == 1
+        return plain and length <= rows and shared is not None and not shared.model.stretched(length)
+
+    def _has_company(self, shared: Shared) -> bool:
+        """Whether others wait for their next token while this one's prompt is read."""
+        return any(run.rides for run in shared.runs if run is not self)
 
     def _queue(self, shared: Shared, tokens: int, pages: list[int]) -> Ticket:
         # Ours before it stands in the line: an interrupt in between must not leave one there that nobody withdraws.

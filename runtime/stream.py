@@ -56,6 +56,10 @@ class Stream(Iterator[Chunk]):
         """What one turn adds, None at the end; or the ticket to wait for before this is called again."""
         return self._run.advance()
 
+    def ask(self) -> None:
+        """Say that `advance` will be called, as soon as it is this stream's turn."""
+        self._run.ask()
+
     def __del__(self) -> None:
         self._run.abandon()
 
@@ -158,7 +162,10 @@ class _Request:
 async def _chunks(request: _Request) -> AsyncGenerator[Chunk]:
     stream = await request.begun()
     try:
-        while (chunks := await eventually(stream.advance, request.turn)) is not None:
+        while True:
+            stream.ask()
+            if (chunks := await eventually(stream.advance, request.turn)) is None:
+                return
             for chunk in chunks:
                 yield chunk
     finally:

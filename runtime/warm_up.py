@@ -11,7 +11,7 @@ import torch
 from ..kernels.compilation import Watch
 from .batch import Batch, Draft
 from .cache import KVCache
-from .decode import decode, prefill
+from .decode import decode, prefill, read_together
 from .depths import cuts
 from .errors import CompilationError
 from .graphs import SIZES, Graphs
@@ -118,6 +118,10 @@ class Rehearsal:
         self._rounds(method, self._prefilled(method, [0], longest, self._counts[-1], CHOICES[0]))
         for length in self._prompts():
             self._prefilled(method, [0] * length, longest, 1, CHOICES[0])
+            for count in {2, self._counts[-1]} if method.plain_prompts and self._counts[-1] > 1 else ():
+                prompt = [0] * max(1, length // count)
+                made = self._sequences(prompt, self._cache.pages_for(len(prompt)), count, CHOICES[0])
+                read_together(self._model, self._cache, made, method)
         method.rehearse(self._model, self._cache)
 
     def _prompts(self) -> Iterable[int]:
@@ -128,11 +132,14 @@ class Rehearsal:
     def _prefilled(
         self, method: Method, prompt: list[int], pages: int, count: int, params: SamplingParams
     ) -> list[Sequence]:
-        length = pages * self._cache.page_size
-        made = [Sequence(i, 0, prompt, params, i, frozenset(), length, None, pages=[0] * pages) for i in range(count)]
+        made = self._sequences(prompt, pages, count, params)
         for sequence in made:
             prefill(self._model, self._cache, sequence, method)
         return made
+
+    def _sequences(self, prompt: list[int], pages: int, count: int, params: SamplingParams) -> list[Sequence]:
+        length = pages * self._cache.page_size
+        return [Sequence(i, 0, prompt, params, i, frozenset(), length, None, pages=[0] * pages) for i in range(count)]
 
     def _rounds(self, method: Method, sequences: list[Sequence]) -> None:
         model, cache = self._model, self._cache

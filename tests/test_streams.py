@@ -315,14 +315,16 @@ def test_a_request_cancelled_twice_gives_its_pages_back(engine: Engine) -> None:
 
 
 def test_the_first_token_of_a_prompt_does_not_wait_for_the_other_prompts(engine: Engine) -> None:
-    stream = engine.stream([[5, 6], [7], [8, 9]], SHORT)
+    """Beyond those that are read in the same pass."""
+    prompts = [[5, 6], [7], [3] * 513, [8, 9]]
+    stream = engine.stream(prompts, SHORT)
     next(stream)
-    assert [len(output.token_ids) for output in stream.outputs] == [1, 0, 0]
+    assert [len(output.token_ids) for output in stream.outputs] == [1, 1, 0, 0]
     list(stream)
-    assert [o.token_ids for o in stream.outputs] == [engine.generate(p, SHORT).token_ids for p in ([5, 6], [7], [8, 9])]
+    assert [o.token_ids for o in stream.outputs] == [engine.generate(prompt, SHORT).token_ids for prompt in prompts]
 
 
-@pytest.mark.parametrize("prompts", [[[5, 6], [7], [8, 9]], [list(range(3, 203))]], ids=["many", "long"])
+@pytest.mark.parametrize("prompts", [[[5] * 40, [7] * 40, [8, 9]], [list(range(3, 203))]], ids=["many", "long"])
 def test_prompts_take_turns_with_other_requests(
     engine: Engine, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,7 +340,7 @@ def test_prompts_take_turns_with_other_requests(
 
     monkeypatch.setattr(model, "forward", noted)
     got: dict[str, list[Output]] = {}
-    streams = {"first": engine.stream(prompts, SHORT), "second": engine.stream([[4]], SHORT)}
+    streams = {"first": engine.stream(prompts, SHORT), "second": engine.stream([[4] * 30], SHORT)}
 
     def work(name: str) -> None:
         list(streams[name])

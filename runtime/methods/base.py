@@ -80,6 +80,11 @@ class Method:
         return model.forward(rows, cache, self.prompt)
 
     @property
+    def plain_prompts(self) -> bool:
+        """Whether `prompt_pass` is all that a prompt needs: then one may be over the prompts of several sequences."""
+        return True
+
+    @property
     def widest(self) -> int:
         """Draft tokens a sequence has in a round at most, those of a tree all counted."""
         return 0

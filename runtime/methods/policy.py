@@ -48,6 +48,10 @@ class Policy(Method):
         return Step(hidden, [self.prompt.layers_kept])
 
     @property
+    def plain_prompts(self) -> bool:
+        return type(self).read is Policy.read
+
+    @property
     def steps(self) -> Steps:
         """The passes over each sequence's newest token, which write what later passes will read of it."""
         raise NotImplementedError
