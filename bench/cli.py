@@ -127,21 +127,25 @@ def methods(
     """Compare methods, by default lookup and auto, with plain decoding: speed in pairs, acceptance, what is missing."""
     from ..runtime.request import SamplingParams
     from . import sheets
-    from .methods import compare, load, summary
-    from .record import deliver, header, title
+    from .methods import Row, compare, load, summary
+    from .record import deliver, header, title, write
 
     chosen, note = options.chosen(prompts, per_category, category), options.notes()
     names = method or ["lookup", "auto"]
     with load(model, dtype, cache_tokens=cache_tokens, check=options.able(names, chosen, max_tokens)) as engine:
         note(f"{len(chosen)} prompts x {len(names)} methods, {engine.dtype}, {engine.backend}")
-        progress = options.counted(note, len(chosen) * len(names))
-        rows = compare(engine, names, chosen, SamplingParams(max_tokens=max_tokens), progress)
-        result = {
-            **header("methods", engine, model),
-            "max_tokens": max_tokens,
-            "summary": [asdict(line) for line in summary(rows)],
-            "rows": [asdict(row) for row in rows],
-        }
+        progress, rows = options.counted(note, len(chosen) * len(names)), list[Row]()
+        result = {**header("methods", engine, model), "max_tokens": max_tokens}
+
+        def keep(row: Row) -> None:
+            rows.append(row)
+            result["summary"] = [asdict(line) for line in summary(rows)]
+            result["rows"] = [asdict(row) for row in rows]
+            if output:
+                write(result, output)
+            progress(row)
+
+        compare(engine, names, chosen, SamplingParams(max_tokens=max_tokens), keep)
     if not all(row.identical for row in rows):
         options.alarm("NOT IDENTICAL to plain decoding: no speed is reported")
         raise typer.Exit(1)

@@ -43,7 +43,7 @@ def peers(
     from ..runtime.engine import Engine
     from .peer_loops import PLAIN, Setting, expect_peers, versions
     from .peers import Contest, folder_of, trusted
-    from .record import deliver, header
+    from .record import deliver, header, write
     from .sheets import peers as sheet
 
     chosen, notes = options.chosen(prompts, per_category, category), options.notes()
@@ -75,15 +75,13 @@ def peers(
             raise typer.Exit(1)
         with Engine.load(folder, device=device, dtype=dtype, cache_tokens=cache_tokens) as engine:
             contest = Contest(folder, engine, chosen, setting, max_tokens, peer or ())
-            rows, lines = contest.measure(agreements, notes)
-            result |= header("peers", engine, model)
-    result |= {
-        **libraries,
-        "max_tokens": max_tokens,
-        "only": peer or [],
-        "summary": [asdict(line) for line in lines],
-        "rows": [asdict(row) for row in rows],
-    }
+            result |= header("peers", engine, model) | libraries | {"max_tokens": max_tokens, "only": peer or []}
+            result |= {"summary": [], "rows": []}
+            for rows, line in contest.measure(agreements, notes):
+                result["summary"].append(asdict(line))
+                result["rows"] += [asdict(row) for row in rows]
+                if output:
+                    write(result, output)
     deliver(result, sheet, output, as_json)
 
 

@@ -132,27 +132,29 @@ def real(setting: Setting) -> Iterator[Finding | Figure]:
 
 
 def of_methods(result: Result, problem: str) -> Iterator[Finding | Figure]:
-    """Each method in each category; one that is not run at all where there is no result."""
-    if not result:
-        yield Finding("real", "methods", None, problem)
+    """Each method in each category, no speed beside texts that differ; and why there is not all, if there is not."""
     for line in result.get("summary", ()):
         name, same = f"{line['method']} {line['category']}", line["identical"] == line["prompts"]
         texts = f"{line['identical']} of {line['prompts']} texts are plain decoding's"
         speed = f"speed ÷ plain {line['speed']:.2f} ({line['speed_p10']:.2f}–{line['speed_p90']:.2f})"
         yield Finding("real", name, same, texts, line["tokens"])
         note = f"{speed}, {line['mean_acceptance_length']:.2f} tokens a round"
-        yield Figure(name, result["model"], 0, None, None, None, 0, 0, None, note)
+        if same:
+            yield Figure(name, result["model"], 0, None, None, None, 0, 0, None, note)
+    if problem:
+        yield Finding("real", "methods", None, problem)
 
 
 def _bench(arguments: list[str], seconds: int) -> tuple[Result, str]:
-    """The result file of a `skipjack bench` command, {} without one, and why there is none."""
+    """The result file of a `skipjack bench` command, as far as it came, and why it came no further."""
     with TemporaryDirectory(prefix="skipjack-") as folder:
         output = Path(folder) / "result.json"
         command = [sys.executable, "-c", SKIPJACK, "bench", *arguments, "--output", str(output)]
+        problem = ""
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+            if done.returncode or not output.is_file():
+                problem = f"bench {arguments[0]}: {' '.join(done.stderr.split())[-300:] or 'no result'}"
         except subprocess.TimeoutExpired:
-            return {}, f"bench {arguments[0]}: no answer in {seconds} s"
-        if done.returncode or not output.is_file():
-            return {}, f"bench {arguments[0]}: {' '.join(done.stderr.split())[-300:] or 'no result'}"
-        return json.loads(output.read_text(encoding="utf-8")), ""
+            problem = f"bench {arguments[0]}: no answer in {seconds} s"
+        return json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}, problem

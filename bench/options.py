@@ -49,7 +49,8 @@ def writable(param: typer.CallbackParam, path: Path | None) -> Path | None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise RequestError(f"{param.opts[0]}: cannot write {path}: {problem.strerror}") from None
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    places = [path] if path.exists() and not path.is_file() else [path.parent, *([path] if path.exists() else [])]
+    if path.is_dir() or not all(os.access(place, os.W_OK) for place in places):
         raise RequestError(f"{param.opts[0]}: cannot write {path}: expected a file that may be written")
     return path
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,10 +136,10 @@ class Contest:
             found.append(Agreement(name, len(self._prompts), identical, tied, reason))
         return found
 
-    def measure(self, agreements: Sequence[Agreement], progress: Callable[[str], None]) -> tuple[list[Row], list[Line]]:
-        """Speeds of the peers whose ids agreed; the others keep their reason."""
-        rows: list[Row] = []
-        lines: list[Line] = []
+    def measure(
+        self, agreements: Sequence[Agreement], progress: Callable[[str], None]
+    ) -> Iterator[tuple[list[Row], Line]]:
+        """Peer by peer: the speeds of those whose ids agreed; the others keep their reason."""
         for agreement in filter(lambda agreement: self._wanted(agreement.peer), agreements):
             own: list[Row] = []
             reason = agreement.reason
@@ -150,9 +150,7 @@ class Contest:
                     for number, theirs in enumerate(made):
                         progress(f"{agreement.peer}: prompt {number + 1} of {len(made)}")
                         own.append(self._pair(agreement.peer, run, number, theirs))
-            rows += own
-            lines.append(_line(agreement, reason, own))
-        return rows, lines
+            yield own, _line(agreement, reason, own)
 
     def _wanted(self, name: str) -> bool:
         return not self._only or any(part in name for part in self._only)

@@ -102,14 +102,20 @@ def title(result: Mapping[str, Any]) -> str:
 
 
 def write(result: Mapping[str, Any], path: Path) -> None:
-    """Write a result file, with the folders above it.
+    """Write a result file, with the folders above it; whoever is ended meanwhile leaves the file of before whole.
 
     Raises:
         RequestError: it cannot be written.
     """
+    text = json.dumps(result, indent=1) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if path.exists() and not path.is_file():  # A terminal, or nothing at all.
+            path.write_text(text, encoding="utf-8")
+            return
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
     except OSError as problem:
         raise RequestError(f"--output: cannot write {path}: {problem.strerror}") from None
 

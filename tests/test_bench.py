@@ -5,13 +5,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
 from skipjack import Engine, RequestError, SamplingParams, SkipjackError
 from skipjack.bench import exact, methods, options, rotation
 from skipjack.bench.prompts import load
+from skipjack.bench.record import write
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config
 from skipjack.runtime import costs
@@ -163,6 +164,50 @@ def test_methods_are_compared_and_drawn(
     line = result["summary"][-1]
     assert (line["category"], line["prompts"], line["identical"]) == ("all", 10, 10)
     assert "<svg" in (tmp_path / "m.svg").read_text()
+
+
+def test_whoever_is_ended_while_a_result_is_written_leaves_that_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, whole = tmp_path / "deep" / "m.json", Path.write_text
+    write({"bench": "gpu-check", "findings": [1]}, path)
+
+    def half(self: Path, text: str, **how: Any) -> None:
+        whole(self, text[: len(text) // 2], **how)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        write({"bench": "gpu-check", "findings": [1, 2]}, path)
+    assert json.loads(path.read_text())["findings"] == [1]
+    monkeypatch.undo()
+    write({"bench": "gpu-check"}, Path("/dev/null"))
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_comparison_that_breaks_keeps_its_rows_and_a_text_that_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SKIPJACK_PROMPTS", raising=False)
+    honest, path, count = methods._row, tmp_path / "m.json", 0
+
+    def run(*given: Any) -> methods.Row:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise RequestError("the device is gone")
+        return replace(honest(*given), identical=count % 3 > 0)
+
+    monkeypatch.setattr(methods, "_row", run)
+    arguments = ["--method", "lookup", "--per-category", "1", "--max-tokens", "4", "--output", str(path)]
+    assert cli.run(["bench", "methods", "synthetic:tiny:0.1", *arguments]) == 2
+    assert [row["identical"] for row in json.loads(path.read_text())["rows"]] == [True, True, False]
+    count = 4
+    assert cli.run(["bench", "methods", "synthetic:tiny:0.1", *arguments]) == 1
+    shown, result = capsys.readouterr(), json.loads(path.read_text())
+    assert "NOT IDENTICAL" in shown.err
+    assert not shown.out, "no speed is shown"
+    assert (result["summary"][-1]["identical"], result["summary"][-1]["prompts"]) == (7, 10)
 
 
 def test_a_timeline_is_drawn(tmp_path: Path) -> None:

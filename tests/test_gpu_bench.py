@@ -20,6 +20,7 @@ from skipjack.bench import (
     gpu,
     gpu_bits,
     gpu_check,
+    gpu_methods,
     gpu_parts,
     gpu_rounds,
     gpu_speed,
@@ -144,7 +145,7 @@ def test_methods_on_real_weights_are_checked_before_their_speed_is_told() -> Non
     line = {"method": "lookup", "category": "rag", "prompts": 3, "identical": 3, "tokens": 384, "speed": 1.5}
     line |= {"speed_p10": 1.25, "speed_p90": 1.75, "mean_acceptance_length": 1.64}
     found = list(of_methods({"model": "demo", "summary": [line, line | {"identical": 2}]}, ""))
-    same, speed, other, _ = found
+    same, speed, other = found
     assert isinstance(same, Finding)
     assert isinstance(other, Finding)
     assert isinstance(speed, Figure)
@@ -152,6 +153,29 @@ def test_methods_on_real_weights_are_checked_before_their_speed_is_told() -> Non
     assert speed.note == "speed ÷ plain 1.50 (1.25–1.75), 1.64 tokens a round"
     (missing,) = of_methods({}, "no weights")
     assert (missing.passed, missing.detail) == (None, "no weights")
+    *kept, late = of_methods({"model": "demo", "summary": [line]}, "no answer in 400 s")
+    assert len(kept) == 2
+    assert isinstance(late, Finding)
+    assert (late.passed, late.detail) == (None, "no answer in 400 s")
+
+
+def test_no_speed_beside_a_text_that_differs() -> None:
+    line = {"method": "auto", "category": "all", "prompts": 3, "tokens": 384, "identical": 2, "speed": 1.5}
+    spread = {"speed_p10": 1.25, "speed_p90": 1.75, "mean_acceptance_length": 1.64}
+    (found, why) = of_methods({"model": "demo", "summary": [line | spread]}, "bench methods: NOT IDENTICAL")
+    assert (found.passed, found.detail) == (False, "2 of 3 texts are plain decoding's")
+    assert why.detail == "bench methods: NOT IDENTICAL"
+
+
+@pytest.mark.parametrize(("ends", "told"), [("sys.exit(1)", "wrong"), ("time.sleep(60)", "no answer in 20 s")])
+def test_what_a_bench_had_found_is_read_though_it_broke_off(
+    ends: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes = "import json, pathlib, sys, time; pathlib.Path(sys.argv[-1]).write_text(json.dumps({'rows': 3}))"
+    monkeypatch.setattr(gpu_methods, "SKIPJACK", f"{writes}; print('wrong', file=sys.stderr); {ends}")
+    result, problem = gpu_methods._bench(["methods"], 20 if "sleep" in ends else 60)
+    assert result == {"rows": 3}
+    assert told in problem
 
 
 def _part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: object, *, checked: bool = False) -> tuple[int, dict]:

@@ -67,7 +67,8 @@ def test_a_peer_that_cannot_run_says_why_and_the_others_run(
     assert (plain.identical, plain.reason) == (2, None)
     assert agreements["transformers assistant_early_exit=4"].identical == 2
 
-    rows, lines = contest.measure([plain, agreements["torch.compile loop (default)"]], lambda _: None)
+    measured = [*contest.measure([plain, agreements["torch.compile loop (default)"]], lambda _: None)]
+    rows, lines = [row for own, _ in measured for row in own], [line for _, line in measured]
     assert [row.peer for row in rows] == [PLAIN] * 2
     for row in rows:
         assert row.tokens == 4
@@ -96,7 +97,7 @@ def test_only_the_peers_asked_for_are_measured(folder: Path, engine: Engine) -> 
     lookup, loop = (name for name in contest.names if name != PLAIN)
     agreements = contest.agree(lambda _: None)
     assert [agreement.peer for agreement in agreements] == [PLAIN, lookup, loop]
-    assert [line.peer for line in contest.measure(agreements, lambda _: None)[1]] == [lookup, loop]
+    assert [line.peer for _, line in contest.measure(agreements, lambda _: None)] == [lookup, loop]
 
 
 def test_peers_that_cannot_run_are_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +127,8 @@ def test_a_peer_with_other_tokens_gets_no_speed(folder: Path, engine: Engine, mo
     assert agreement.identical == agreement.tied == 0
     assert "from token 2" in (agreement.reason or "")
     assert not peers.trusted([agreement])
-    assert contest.measure([agreement], lambda _: None)[0] == []
+    ((rows, _),) = contest.measure([agreement], lambda _: None)
+    assert rows == []
 
     monkeypatch.setattr(peers, "TIE", 1e9)
     (agreement,) = contest.agree(lambda _: None)
