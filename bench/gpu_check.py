@@ -31,6 +31,8 @@ from .record import show, write
 # Of a process that checks beside others, and how many of these share a GPU's memory.
 THREADS = 2
 PROCESSES = 8
+# What takes longest begins first, or the others would have ended long before it.
+LONG = ("race", "compile")
 
 app = typer.Typer(add_completion=False)
 
@@ -61,7 +63,8 @@ def check(
 
 def run(setting: Setting, names: Iterable[str]) -> Iterator[Finding]:
     """The findings of these parts, of which a GPU makes several at once: no time among them is a speed."""
-    jobs = [(name, own) for name in names for own in ([setting] if setting.dry else setting.split(name))]
+    in_order = sorted(names, key=lambda name: name not in LONG)
+    jobs = [(name, own) for name in in_order for own in ([setting] if setting.dry else setting.split(name))]
     notes = Console(stderr=True, highlight=False)
     start = perf_counter()
     for name, findings in together(jobs) if len(jobs) > 1 and not setting.dry else one_by_one(jobs):

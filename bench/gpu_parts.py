@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -164,29 +166,28 @@ def _in_turn(streams: list[Stream]) -> list[list[int]]:
 
 
 def races(setting: Setting) -> Iterator[Finding]:
-    """The tokens of a long greedy run with dependent launch and without."""
-    shape = setting.shapes[0]
-    runs: list[list[int]] = []
-    for dependent in ("1", "0"):
-        command = [sys.executable, "-m", "skipjack.bench.gpu_check", "tokens", shape, str(setting.long_run)]
-        command += ["--dry-run"] if setting.dry else []
-        environment = os.environ | {"SKIPJACK_PDL": dependent}
-        try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-        except subprocess.TimeoutExpired:
-            yield Finding("race", shape, False, f"no answer in 300 s with SKIPJACK_PDL={dependent}")
-            return
-        if done.returncode:
-            yield Finding("race", shape, False, done.stderr.strip()[-300:])
-            return
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
-    same = runs[0] == runs[1]
-    yield Finding(
-        "race",
-        f"{shape} {setting.long_run} tokens",
-        same,
-        "dependent launch on and off: " + ("equal" if same else "DIFFERENT"),
-    )
+    """The tokens of a long greedy run with dependent launch and without, one beside the other."""
+    name = f"{setting.shapes[0]} {setting.long_run} tokens"
+    with ThreadPoolExecutor(2) as both:
+        on, off = both.map(partial(_long_run, setting), ("1", "0"))
+    wrong = [f"SKIPJACK_PDL={dependent}: {problem}" for dependent, (_, problem) in (("1", on), ("0", off)) if problem]
+    same = on[0] == off[0]
+    detail = "; ".join(wrong) or f"dependent launch on and off: {'equal' if same else 'DIFFERENT'}"
+    yield Finding("race", name, same and not wrong, detail)
+
+
+def _long_run(setting: Setting, dependent: str) -> tuple[list[int], str]:
+    """The tokens of `long_run` in a process with SKIPJACK_PDL, or why there are none."""
+    command = [sys.executable, "-m", "skipjack.bench.gpu_check", "tokens", setting.shapes[0], str(setting.long_run)]
+    command += ["--dry-run"] if setting.dry else []
+    environment = os.environ | {"SKIPJACK_PDL": dependent}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    except subprocess.TimeoutExpired:
+        return [], "no answer in 300 s"
+    if done.returncode:
+        return [], done.stderr.strip()[-300:] or "it failed"
+    return json.loads(done.stdout.splitlines()[-1]), ""
 
 
 def compilations(setting: Setting) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
@@ -334,6 +335,38 @@ def test_parts_run_in_processes_of_their_own_and_one_that_breaks_fails_alone() -
     (name, findings), (other, lost) = sorted(gpu_check.together([("compile", DRY), ("rows", nowhere)]))
     assert (name, [finding.detail for finding in findings]) == ("compile", ["the interpreter compiles nothing"])
     assert (other, [finding.passed for finding in lost]) == ("rows", [False])
+
+
+def test_what_takes_longest_begins_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(gpu_check, "together", lambda jobs: [(begun.append(name), ()) for name, _ in jobs])
+    assert not list(gpu_check.run(replace(DRY, dry=False), gpu_parts.PARTS))
+    assert begun[:2] == ["race", "compile"]
+    assert set(begun) == set(gpu_parts.PARTS)
+
+
+@pytest.mark.parametrize(
+    ("on", "off", "passed", "told"),
+    [
+        ("[1, 2]", "[1, 2]", True, "dependent launch on and off: equal"),
+        ("[1, 2]", "[1, 3]", False, "dependent launch on and off: DIFFERENT"),
+        ("", "[1]", False, "SKIPJACK_PDL=1: lost the device"),
+        ("", "", False, "SKIPJACK_PDL=1: lost the device; SKIPJACK_PDL=0: lost the device"),
+    ],
+)
+def test_long_runs_with_and_without_dependent_launch_are_beside_each_other(
+    on: str, off: str, passed: bool, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = Barrier(2)
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> SimpleNamespace:
+        both.wait(timeout=20)
+        tokens = on if env["SKIPJACK_PDL"] == "1" else off
+        return SimpleNamespace(returncode=int(not tokens), stdout=f"\n{tokens}\n", stderr="lost the device")
+
+    monkeypatch.setattr(gpu_parts.subprocess, "run", run)
+    (found,) = gpu_parts.races(DRY)
+    assert (found.passed, found.detail) == (passed, told)
 
 
 def test_a_process_that_dies_takes_no_other_with_it() -> None:
