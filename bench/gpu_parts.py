@@ -51,11 +51,14 @@ CHOICES: tuple[dict[str, Any], ...] = (
 RECORDING = ("clasp", "knapspec", "del")
 WARMED = ("autoregressive", "swift:skip_attention=2,num_draft_tokens=4,threshold=0")
 SEARCH = "swift:window=20,search_budget=1,max_opt_iter=3"
-# Drafts of a skip set, drafts whose rows a mask and a threshold stop, trees; and masks that kernels write in a pass.
+# Drafts of a skip set, drafts whose rows a mask and a threshold stop, trees; tokens that leave early, and layers that
+# are filled for them; and masks that kernels write in a pass.
 LONG_RUN = (
     (None, "swift:skip_attention=2+3,num_draft_tokens=5,threshold=0"),
     (None, "swift:num_draft_tokens=5,threshold=1e-9,search_budget=1e-9"),
     (None, "lookup:choose=likeliest,tree=true,num_draft_tokens=12"),
+    (None, "skipdecode:length=200"),
+    (None, "calm:threshold=0.9,least=1"),
     ("routed-tiny", "flexidepth"),
     ("routed-tiny", "flexidepth:kv=none"),
     ("tiny-mindskip", "mindskip"),
