@@ -126,6 +126,29 @@ def test_later_layers_do_not_run_and_no_hole_is_read(
     assert watched.reads > 100
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_no_head_is_read_for_a_token_that_has_left(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig.parse(synthetic_config("tiny-llama"), "tiny-llama")
+    with Engine(config, synthetic_weights(config, 0, torch.float32, 0.3), graphs=graphs) as engine:
+        model, asked = engine._loaded()[0], 0
+        predict = model.predict
+
+        def watched(x: Tensor, top_k: int | None = None, **options: Any) -> Any:
+            nonlocal asked
+            active = options.get("active")
+            asked += top_k == 2 and (len(x) if active is None else int(active.sum()))
+            return predict(x, top_k, **options)
+
+        monkeypatch.setattr(model, "predict", watched)
+        params = SamplingParams(max_tokens=18, ignore_eos=True)
+        output = engine.generate(PROMPTS[2], params, method="calm:threshold=0.05,measure=softmax,least=1")
+    ran = layers(output)[1:]
+    assert len({*ran}) > 1
+    expected = sum(min(count, LAYERS - 1) for count in ran)
+    # The device asks the first layer of everyone, also of those whom it runs beyond their last token.
+    assert expected <= asked <= expected + (len(ran) if graphs else 0)
+
+
 @pytest.mark.parametrize("fields", [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("method", METHODS)
 def test_rounds_of_the_device_are_those_of_the_host(

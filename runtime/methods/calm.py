@@ -67,7 +67,8 @@ class Exits(Steps):
             model.run(own, cache, self.plan.between(asked - 1, asked), x)
             if asked == layers:
                 break
-            sure = self._confidence(model, entered, x[:count]) >= threshold
+            going = None if staying is None else staying[:count]
+            sure = self._confidence(model, entered, x[:count], going) >= threshold
             ran[:count] = torch.where(sure & (ran[:count] == layers), asked, ran[:count])
             staying = laid.real & (ran == layers)
             if watched:
@@ -87,16 +88,13 @@ class Exits(Steps):
         decayed = torch.exp(-self.options.decay * token.double() / self.options.length)
         return (0.9 * threshold + 0.1 * decayed).clamp(0, 1)
 
-    def _confidence(self, model: Model, entered: Tensor, x: Tensor) -> Tensor:
-        """How sure a layer is that x [S, H] left and `entered` [S, H] did, float64 [S].
-
-        In float64, so that how a sum is ordered, which differs with the number of rows, does not decide.
-        """
+    def _confidence(self, model: Model, entered: Tensor, x: Tensor, going: Tensor | None) -> Tensor:
+        """How sure a layer is that x [S, H] left and `entered` [S, H] did, float64 [S]; anything where not `going`."""
         if self.options.measure == "state":
+            # In float64, so that how a sum is ordered, which differs with the number of rows, does not decide.
             return torch.cosine_similarity(entered.double(), x.double(), dim=-1)
-        logits = model.logits(x).double()
-        most = logits.topk(2, dim=-1).values
-        first, second = torch.exp(most - logits.logsumexp(-1, keepdim=True)).unbind(-1)
+        _, most, total = model.predict(x, top_k=2, active=going)
+        first, second = torch.exp(most.double() - total.double()[:, None]).unbind(-1)
         return first - second
 
 
