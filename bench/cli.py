@@ -140,7 +140,7 @@ def methods(
         def keep(row: Row) -> None:
             rows.append(row)
             result["summary"] = [asdict(line) for line in summary(rows)]
-            result["rows"] = [asdict(row) for row in rows]
+            result["rows"] = [asdict(one) for one in rows]
             if output:
                 write(result, output)
             progress(row)
