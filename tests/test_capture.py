@@ -34,10 +34,12 @@ from skipjack.runtime import model as model_module
 from skipjack.runtime.cache import KVCache
 from skipjack.runtime.depths import cuts
 from skipjack.runtime.methods import registry
+from skipjack.runtime.methods.kangaroo import Kangaroo
 from skipjack.runtime.model import Model
 from skipjack.runtime.recipe import Recipe
 from skipjack.runtime.round import State, device_round, device_steps
 from skipjack.runtime.sequence import Sequence
+from skipjack.runtime.stepwise import at_once
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are taken for launched in the interpreter")
 
@@ -130,13 +132,16 @@ def weights_of(shape: str) -> Any:
     return replace(made, **{name: part.to(NOWHERE) for name, part in parts.items() if isinstance(part, Tensor)})
 
 
-def recipes_of(shape: str, method: str) -> Iterator[Recipe]:
+def recipes_of(model: Model, method: str) -> Iterator[Recipe]:
     """Every recipe that the rounds of a method may have, however tokens are chosen, and those of masks."""
-    config = config_of(shape)
+    config = model.config
+    made = registry.parse(method).build(config)
+    if isinstance(made, Kangaroo):
+        at_once(made.prepare(model, None))  # Its recipes have the adapter.
     for fields_ in CHOICES:
         params = SamplingParams(max_tokens=20, **fields_)
         sequence = Sequence(0, 0, [5], params, 0, frozenset([3]), 64, None)
-        for recipe in registry.parse(method).build(config).recipes([sequence]):
+        for recipe in made.recipes([sequence]):
             for cut in cuts(recipe):
                 chosen = cut.choosing([sequence], config.vocab_size)
                 yield chosen
@@ -154,7 +159,7 @@ def run(model: Model, cache: KVCache, state: State, recipe: Recipe) -> None:
 @pytest.mark.parametrize(("shape", "method"), CASES)
 def test_a_round_of_the_device_can_be_captured(shape: str, method: str, unlaunched: list[Tensor]) -> None:
     model = Model(config_of(shape), weights_of(shape), select("triton"))
-    cache, recipes = model.new_cache(4), {*recipes_of(shape, method)}
+    cache, recipes = model.new_cache(4), {*recipes_of(model, method)}
     assert recipes
     for recipe, sequences in product(recipes, (1, 4)):
         state = State.empty(model, recipe, sequences, 2)
