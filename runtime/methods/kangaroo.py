@@ -25,7 +25,9 @@ from .base import Method, expect_layers, sampled
 from .checked import Acceptance, Checked, DraftTokens, Share, Vocabulary, Within
 from .drafting import Drafting, grow
 
-NO_TRAINING = "the adapter is untrained, drawn at random: its drafts are worth nothing but measurements"
+NO_TRAINING = (
+    "the adapter is untrained, drawn at random: it serves tests and measurements, and its drafts are worth little"
+)
 
 
 @dataclass(frozen=True)
