@@ -48,6 +48,9 @@ def adapter_config(folder: Path, model: ModelConfig) -> ModelConfig:
         CheckpointError: model.safetensors is missing or malformed, or a tensor is missing, left over or misshapen.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise ConfigError(f"{folder}: expected the folder of an adapter, found {found}")
     config, source = ModelConfig.load(folder), folder / "config.json"
     if config.model_type != "llama":
         raise ConfigError(f"{source}: model_type: expected 'llama', found {shown(config.model_type)}")

@@ -400,7 +400,7 @@ def test_what_is_not_there_or_pickled_is_refused_before_weights_are_read(
         raise AssertionError("weights were read")
 
     monkeypatch.setattr("skipjack.runtime.engine.load_weights", refuse)
-    with pytest.raises(ConfigError, match="nowhere: expected a model folder, found nothing"):
+    with pytest.raises(ConfigError, match="nowhere: expected the folder of an adapter, found nothing"):
         Engine.load(target, method=f"kangaroo:adapter={tmp_path / 'nowhere'}")
     folder = write_adapter(tmp_path / "a", target)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
