@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 
 from ..kernels.ops import obstacle
-from . import machine
+from . import interpreter, machine
 from .gpu_parts import PARTS, long_run
 from .gpu_setting import DRY, GPU, Finding, Setting
 from .gpu_sheets import sheets
@@ -128,6 +128,7 @@ def setting_of(dry: bool) -> Setting:
         problem = obstacle("triton", DRY.device)
         if problem:
             raise typer.BadParameter(f"{problem}", param_hint="--dry-run")
+        interpreter.mend()
         return DRY
     if not torch.cuda.is_available():
         raise typer.BadParameter("no GPU that torch can use; --dry-run walks the code without one")

@@ -28,8 +28,8 @@ STREAMED_ROWS = 64
 PRODUCT_REGISTERS = 255
 
 
-class NormRule(NamedTuple):
-    """Parameters of a kernel that holds one whole row."""
+class BlockRule(NamedTuple):
+    """Parameters of a kernel that holds a row, or walks through it: elements at once, and launch."""
 
     block: int
     warps: int
@@ -53,16 +53,16 @@ def tile_of(rows: int, tile: int | None) -> int:
     return tile or (DECODE_TILE if rows <= STREAMED_ROWS else 64)
 
 
-def norm_rule(columns: int) -> NormRule:
+def norm_rule(columns: int) -> BlockRule:
     """One power of two over the row, about sixteen elements a thread."""
     block = 1 << (columns - 1).bit_length()
-    return NormRule(block, warps=min(16, max(1, block // 512)))
+    return BlockRule(block, warps=min(16, max(1, block // 512)))
 
 
-def vocabulary_rule(size: int) -> NormRule:
+def vocabulary_rule(size: int) -> BlockRule:
     """Blocks that a row of scores is walked in, sixteen elements a thread."""
     block = max(16, min(8192, 1 << (size - 1).bit_length()))
-    return NormRule(block, warps=max(1, block // 512))
+    return BlockRule(block, warps=max(1, block // 512))
 
 
 def merge_rule(blocks: int, kept: int, arch: int) -> MergeRule:

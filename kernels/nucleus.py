@@ -7,10 +7,10 @@ between which two of them the nucleus ends; only the scores there are looked at 
 import triton
 import triton.language as tl
 
+from .ranking import ordered
 from .warping import (
     PIVOTS,
     highest_reaching,
-    key_of,
     listed,
     mass_of,
     score_of,
@@ -124,8 +124,8 @@ def nucleus_of_kept(
     PARTS: tl.constexpr = counts.shape[0]
     SHARE: tl.constexpr = TILE // PARTS
     most = tl.max(counts, axis=0)
-    end = (key_of(tl.minimum(highest, high)) >> UNUSED).to(tl.int64) + 1
-    begin = tl.minimum((key_of(low) >> UNUSED).to(tl.int64), end - 1)
+    end = (ordered(tl.minimum(highest, high)) >> UNUSED).to(tl.int64) + 1
+    begin = tl.minimum((ordered(low) >> UNUSED).to(tl.int64), end - 1)
     while end - begin > 1:
         step = (end - begin + PIVOTS - 1) // PIVOTS
         pivots = (begin + tl.arange(0, PIVOTS) * step).to(tl.int32)
@@ -133,7 +133,7 @@ def nucleus_of_kept(
         for start in range(0, most, SHARE):
             x = _kept(kept_ptr, counts, start, ROOM, TILE)
             weight = weight_of(x, highest, temperature, low, False)
-            acc += tl.where((key_of(x) >> UNUSED)[None, :] >= pivots[:, None], weight[None, :], 0.0)
+            acc += tl.where((ordered(x) >> UNUSED)[None, :] >= pivots[:, None], weight[None, :], 0.0)
         reached = (above + tl.sum(acc, axis=1) >= goal) & (tl.arange(0, PIVOTS) > 0)
         begin = tl.minimum(begin + step * tl.sum(reached.to(tl.int32), axis=0), end - 1)
         end = tl.minimum(end, begin + step)

@@ -9,16 +9,23 @@ LAST_ID: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
+def ordered(value):
+    """An int32 ordered as float32 values are that are no NaN; −0 comes before 0."""
+    bits = value.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
 def key_of(value):
-    """An int32 ordered as float32 values are, above LOWEST; −0 counts as 0, NaN as the highest value."""
-    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, key)
+    """`ordered`, but above LOWEST; −0 counts as 0, NaN as the highest value."""
+    nan = (value.to(tl.int32, bitcast=True) & 0x7FFFFFFF) > 0x7F800000
+    return tl.where(nan, 0x7FFFFFFF, ordered(tl.where(value == 0.0, 0.0, value)))
 
 
 @triton.jit
 def value_of_key(key):
-    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+    """The value of which `ordered` made the key."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

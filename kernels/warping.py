@@ -7,6 +7,8 @@ where few ids are likely, and all of them where they must be. What a row adds up
 import triton
 import triton.language as tl
 
+from .ranking import ordered, value_of_key
+
 PIVOTS: tl.constexpr = tl.constexpr(8)
 COARSE: tl.constexpr = tl.constexpr(16)
 
@@ -210,19 +212,19 @@ def _highest_peak_reaching(peaks, highest, threshold, goal):
     What the peaks reach, the row reaches: what is looked for is not below, and a segment with a lower peak holds
     nothing that is above. Only the highest 16 bits are looked at.
     """
-    key = key_of(peaks) >> COARSE
-    bottom = key_of(threshold)
-    first = key_of(tl.min(tl.where(peaks > float("-inf"), peaks, float("inf")), axis=0))
+    key = ordered(peaks) >> COARSE
+    bottom = ordered(threshold)
+    first = ordered(tl.min(tl.where(peaks > float("-inf"), peaks, float("inf")), axis=0))
     first = tl.maximum(bottom, first) >> COARSE
-    low = tl.minimum(first, key_of(highest) >> COARSE)
-    high = (key_of(highest) >> COARSE) + 1
+    low = tl.minimum(first, ordered(highest) >> COARSE)
+    high = (ordered(highest) >> COARSE) + 1
     while high - low > 1:
         step = (high - low + PIVOTS - 1) // PIVOTS
         pivots = low + tl.arange(0, PIVOTS) * step
         sums = tl.sum(tl.where(key[None, :] >= pivots[:, None], 1.0, 0.0), axis=1)
         low = tl.minimum(low + step * _reached(sums, goal), high - 1)
         high = tl.minimum(high, low + step)
-    return _value(tl.where(low > first, tl.maximum(bottom, low << COARSE), bottom))
+    return value_of_key(tl.where(low > first, tl.maximum(bottom, low << COARSE), bottom))
 
 
 @triton.jit
@@ -247,8 +249,8 @@ def highest_reaching(
     of which float16 and bfloat16 do not use the lowest bits.
     """
     UNUSED: tl.constexpr = unused_bits(row_ptr.dtype.element_ty)
-    high = (key_of(highest) >> UNUSED).to(tl.int64) + 1
-    low = tl.minimum((key_of(bottom) >> UNUSED).to(tl.int64), high - 1)
+    high = (ordered(highest) >> UNUSED).to(tl.int64) + 1
+    low = tl.minimum((ordered(bottom) >> UNUSED).to(tl.int64), high - 1)
     while high - low > 1:
         step = (high - low + PIVOTS - 1) // PIVOTS
         pivots = (low + tl.arange(0, PIVOTS) * step).to(tl.int32)
@@ -258,7 +260,7 @@ def highest_reaching(
             following = scores_of(row_ptr, list_ptr, start + TILE // SEGMENT, count, V, SEGMENT, TILE)
             flat = tl.reshape(x, (TILE,))
             weight = weight_of(flat, highest, temperature, threshold, COUNT)
-            acc += tl.where((key_of(flat) >> UNUSED)[None, :] >= pivots[:, None], weight[None, :], 0.0)
+            acc += tl.where((ordered(flat) >> UNUSED)[None, :] >= pivots[:, None], weight[None, :], 0.0)
             x = following
         low = tl.minimum(low + step * _reached(tl.sum(acc, axis=1), goal), high - 1)
         high = tl.minimum(high, low + step)
@@ -273,11 +275,11 @@ def unused_bits(dtype):
 
 @triton.jit
 def score_of(key, UNUSED: tl.constexpr):
-    """The score whose `key_of` begins with the bits of key, without UNUSED ones."""
+    """The score whose `ordered` begins with the bits of key, without UNUSED ones."""
     key = key << UNUSED
     if UNUSED > 0:
         key = tl.where(key < 0, key | ((1 << UNUSED) - 1), key)
-    return _value(key)
+    return value_of_key(key)
 
 
 @triton.jit
@@ -321,15 +323,3 @@ def scores_of(
     segment = tl.load(list_ptr + offs_s, mask=offs_s < count, other=0)
     ids = segment[:, None] * SEGMENT + tl.arange(0, SEGMENT)[None, :]
     return known(tl.load(row_ptr + ids, mask=(offs_s < count)[:, None] & (ids < V), other=float("-inf")))
-
-
-@triton.jit
-def key_of(x):
-    """int32 in the order of float32."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _value(key):
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)

@@ -8,11 +8,10 @@ from dataclasses import replace
 from functools import cache
 from inspect import signature
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,43 +22,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from skipjack import Engine
+from skipjack.bench import interpreter
 from skipjack.kernels.ops import TORCH, Ops
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import depths
 from skipjack.runtime.request import Output
 
-
-def _mend_the_interpreter() -> None:
-    """Let the interpreter's dot sum in float64, and spare it work that has no effect.
-
-    It calls NumPy's float32 product, which on some processors rounds a row by the shape of the whole block: a property
-    of that library that a matrix instruction does not have, and that tests of row invariance would report.
-
-    It puts its functions into triton.language for every function that a kernel calls, not once a launch, and computes
-    whether integers overflow, for an assertion that is off.
-    """
-    try:
-        from triton.runtime import interpreter
-    except ImportError:
-        return
-
-    def create_dot(self: object, a: Any, b: Any, d: Any, *_: object) -> object:
-        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)).astype(d.data.dtype)
-        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
-
-    language, patch, compiled = interpreter.tl, interpreter._patch_lang, interpreter.tl.range
-    both = SimpleNamespace(__globals__={"tl": language, "core": language.core})
-
-    def patch_once(function: object) -> Any:
-        return patch(both) if language.range is compiled else interpreter._LangPatchScope()
-
-    interpreter.InterpreterBuilder.create_dot = create_dot
-    interpreter._patch_lang = patch_once
-    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
-
-
-_mend_the_interpreter()
+interpreter.mend()
 
 
 def _from_environment(variable: str) -> Path:

@@ -1,8 +1,8 @@
 """The number of captured draft steps follows the drafts: up and down, not to and fro, and no text changes by it."""
 
+import itertools
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -14,7 +14,7 @@ import torch
 from skipjack import Engine, SamplingParams
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
-from skipjack.runtime import depths, graphs, round_graph
+from skipjack.runtime import depths, graphs, round_graph, speculate
 from skipjack.runtime.batch import Tally
 from skipjack.runtime.cache import KVCache
 from skipjack.runtime.depths import KEPT, LONGEST_WAIT, WINDOW, Depth, Depths, cuts, lengths
@@ -190,17 +190,24 @@ def test_a_length_the_method_chooses_is_the_most_and_learnt_about_anew() -> None
 
 
 def test_a_method_may_give_up_drafting_while_rounds_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths_chosen = list[int]()
+    """By a clock that goes on by one whenever it is asked, a choice takes several rounds of the device."""
+    lengths_chosen, ticks = list[int](), itertools.count()
+
+    def clock() -> float:
+        return float(next(ticks))
 
     def choose(model: Model, *given: object) -> Iterator[None]:
         for _ in range(6):
-            time.sleep(0.005)
+            clock()
             yield
         lengths_chosen.append(3 if not lengths_chosen or lengths_chosen[-1] == 0 else 0)
         plan = model.full.without(attention=(2,)) if lengths_chosen[-1] else model.full
         return knapspec.Choice(plan, lengths_chosen[-1], 1.2, 0.9, (1, 1))
 
     monkeypatch.setattr(knapspec, "choose_set", choose)
+    monkeypatch.setattr(knapspec.KnapSpec.__init__, "__defaults__", (clock,))
+    for module in (speculate, graphs):
+        monkeypatch.setattr(module, "perf_counter", clock)
     name = "knapspec:interval=4,threshold=0.05,window_rounds=2,search_budget=1"
     params = SamplingParams(max_tokens=220, ignore_eos=True)
     with engine(graphs=False) as host:

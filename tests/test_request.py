@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from time import perf_counter
+from time import process_time
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,9 +103,9 @@ def test_a_numpy_truth_is_no_number() -> None:
 
 def test_every_token_may_end_a_text(synthetic: Callable[..., Engine]) -> None:
     """What is looked up for every token, or for every stop token, does not go through all of them."""
-    start = perf_counter()
+    start = process_time()
     params = SamplingParams(max_tokens=4, stop_token_ids=range(50_000))
-    assert perf_counter() - start < 2
+    assert process_time() - start < 2
     with pytest.raises(RequestError, match=r"^stop_token_ids: token 512 is outside the vocabulary"):
         synthetic("tiny", vocab=512).generate([1], params)
     every = SamplingParams(max_tokens=4, stop_token_ids=range(512))
