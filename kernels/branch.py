@@ -73,8 +73,8 @@ def _branch_kernel(
 
     drawn_ptr += pid_s * stride_token
     mask = (offs < SIBLINGS) & (offs < width) & (count + offs < limit)
-    drawn = tl.load(drawn_ptr + offs, mask=mask, other=0)
-    mask = mask & ((offs == 0) | (drawn != tl.load(drawn_ptr)))
+    drawn = tl.maximum(tl.load(drawn_ptr + offs, mask=mask, other=0), 0)
+    mask = mask & ((offs == 0) | (drawn != tl.maximum(tl.load(drawn_ptr), 0)))
     deeper = tl.load(depth_ptr + spine) + 1
     node = count + offs
     tl.store(token_ptr + pid_s * nodes + node, drawn, mask=mask)

@@ -97,7 +97,8 @@ def _chain_kernel(
     tl.store(candidate_ptr + BLOCKS + pid_block, best_of(race, ids, V))
     if is_last(arrivals_ptr + pid_s, BLOCKS):
         first = best_of_blocks(candidate_ptr, BLOCKS)
-        token = token_of(tl.where(value_of(first) > 0.0, first, best_of_blocks(candidate_ptr + BLOCKS, BLOCKS)))
+        best = tl.where(value_of(first) > 0.0, first, best_of_blocks(candidate_ptr + BLOCKS, BLOCKS))
+        token = tl.where(value_of(best) > 0.0, token_of(best), -1)
         tl.store(path_ptr + pid_s * (k + 1) + offs_r, tl.minimum(offs_r, accepted), mask=offs_r <= k)
         tl.store(accepted_ptr + pid_s, accepted)
         tl.store(token_ptr + pid_s, token)

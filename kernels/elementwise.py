@@ -1,4 +1,4 @@
-"""Transcendental functions that give an element the same bits wherever it lies.
+"""Functions of single elements. Transcendental ones give an element the same bits wherever it lies.
 
 PyTorch computes the main part of a range with vector code and its tail with scalar code, whose last bits differ, and
 several threads each have a tail. Ranges of whole vectors, no longer than the span one thread takes, have none.
@@ -26,3 +26,8 @@ def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     else:
         result = torch.cat([function(flat[i : i + ONE_THREAD]) for i in range(0, flat.numel(), ONE_THREAD)])
     return (result[: x.numel()] if padding else result).view(x.shape)
+
+
+def known(x: Tensor) -> Tensor:
+    """x, with −∞ for NaN."""
+    return torch.where(x > -torch.inf, x, -torch.inf)

@@ -10,6 +10,7 @@ from .primitives import ordered_sum, wait_for_producers
 from .products import row_product, statistics_first, weighed, weight_tile
 from .ranking import LAST_ID, LOWEST, NONE, candidate_of_key, key_of, token_of, value_of, value_of_key
 from .values import Matrix, Norm, Prediction
+from .warping import known
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def _head_kernel(
         CHUNK,
         ROWS,
     )
-    y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
+    y = known(y.to(x_ptr.dtype.element_ty))
     keys = tl.where(mask_w[:, None], key_of(y), LOWEST)
     best = tl.max(keys, axis=0)
     peak = _finite(value_of_key(best))
@@ -150,10 +151,10 @@ def _merge_kernel(
     for j in range(TOP_K):
         best = tl.max(lanes, axis=0)
         token = token_of(best)
+        told = token.to(tl.int64)
         if ids_ptr is not None:
-            tl.store(token_ptr + pid_row * TOP_K + j, tl.load(ids_ptr + token))
-        else:
-            tl.store(token_ptr + pid_row * TOP_K + j, token)
+            told = tl.load(ids_ptr + token)
+        tl.store(token_ptr + pid_row * TOP_K + j, tl.where(value_of(best) > float("-inf"), told, -1))
         tl.store(value_ptr + pid_row * TOP_K + j, value_of(best).to(value_ptr.dtype.element_ty))
         if j + 1 < TOP_K:
             lane = (token // BLOCK_N) % LANES
@@ -176,7 +177,7 @@ def head(
     """argmax, or the `top_k` highest, of norm(x)·Wᵀ with their logits and the log-sum-exp; ties go to the lowest id.
 
     ids int64 [V'], ascending: the tokens the rows of a reduced vocabulary's W [V', H] stand for. The results of rows
-    that are not `active` bool [R] are undefined.
+    that are not `active` bool [R] are undefined. A NaN counts as −∞, and where nothing is above that the token is −1.
     """
     rows, vocabulary = x.shape[0], weight.rows
     x = launch.rows_of(x)

@@ -46,7 +46,7 @@ def _warping_kernel(  # noqa: PLR0915
     scores [S, n, V]; temperature, top_k, top_p, min_p [S]; segment, peak, total, edge as in `Partials`; list int32
     [S, n, segments]; kept [S, n, PROGRAMS, ROOM] and count int32 [S, n, PROGRAMS]: what each program found of where a
     nucleus ends; found int32 [S, n], zero before: how many have; warping float32 [S, n, 3]; best int32 [S, n]: the
-    argmax at temperature 0, else −1; arrivals int32 [S]: zeroed, for a kernel after this one.
+    argmax at temperature 0, V if there is none, else −1; arrivals int32 [S]: zeroed, for a kernel after this one.
     """
     SEGMENTS: tl.constexpr = BLOCKS * BLOCK // SEGMENT
     SHARE: tl.constexpr = triton.next_power_of_2(SEGMENTS) // PROGRAMS
@@ -121,7 +121,7 @@ def _warping_kernel(  # noqa: PLR0915
     elif telling:
         start = lowest_of_best(peaks, tl.arange(0, peaks.shape[0])) * BLOCK
         x = known(tl.load(row_ptr + start + offs, mask=start + offs < V, other=float("-inf")))
-        tl.store(best_ptr + row, lowest_of_best(x, start + offs))
+        tl.store(best_ptr + row, tl.where(highest > float("-inf"), lowest_of_best(x, start + offs), V))
 
 
 def warping_of(scores: Tensor, rules: list[Tensor], arrivals: Tensor) -> tuple[Tensor, Tensor]:

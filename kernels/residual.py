@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import launch, noise
 from .primitives import is_last, wait_for_producers
-from .ranking import NONE, candidate, token_of
+from .ranking import NONE, candidate, token_of, value_of
 from .sampling_rule import sampling_rule
 from .values import Verdict
 from .warping import log, uniform
@@ -178,7 +178,8 @@ def _draw_kernel(
     candidate_ptr += pid_s * BLOCKS
     tl.store(candidate_ptr + pid_block, best_of(race, ids, V))
     if is_last(arrivals_ptr + pid_s, BLOCKS):
-        tl.store(token_ptr + pid_s, token_of(best_of_blocks(candidate_ptr, BLOCKS)))
+        best = best_of_blocks(candidate_ptr, BLOCKS)
+        tl.store(token_ptr + pid_s, tl.where(value_of(best) > 0.0, token_of(best), -1))
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def _extend_kernel(
     count = going.to(tl.int64)
     if count_ptr is not None:
         count += tl.load(count_ptr + offs, mask=mask, other=0)
-    token = tl.load(token_ptr + offs, mask=mask, other=0)
+    token = tl.maximum(tl.load(token_ptr + offs, mask=mask, other=0), 0)
     goes_on = going & (count < tl.load(room_ptr + offs, mask=mask, other=0))
     if threshold_ptr is not None:
         value = tl.load(value_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -169,6 +169,7 @@ def _commit_kernel(
     tl.store(report_ptr + 1, count)
     tl.store(report_ptr + 2, deepest)
     tl.store(report_ptr + 3, token)
+    token = tl.maximum(token, 0)
     draft = row * 0
     if draft_ptr is not None:
         draft = tl.load(draft_ptr + pid_s * stride_draft + row - 1, mask=mask & (row > 0), other=0)

@@ -79,14 +79,14 @@ def _sample_kernel(  # noqa: PLR0915
         total = total_of_blocks(total_ptr + pid_row * BLOCKS, peaks, highest, temperature, BLOCKS)
 
     threshold = tl.full((), float("-inf"), tl.float32)
-    unlimited = (temperature <= 0.0) | (limits(top_k, top_p, min_p, V) == 0)
+    unlimited = (temperature <= 0.0) | (limits(top_k, top_p, min_p, V) == 0) | (tl.abs(highest) == float("inf"))
     drawing = tl.full((), 1, tl.int1)
     while drawing:
         bounds = tl.where(peaks >= threshold, ceilings, float("-inf"))
         last = tl.full((), float("inf"), tl.float32)
         last_id = tl.full((), -1, tl.int32)
         lowest = last
-        first = last_id + 1
+        first = last_id
         for column in range(COUNT):
             best = tl.full((), float("-inf"), tl.float32)
             best_id = tl.full((), 2147483647, tl.int32)
@@ -114,7 +114,7 @@ def _sample_kernel(  # noqa: PLR0915
                 block = lowest_of_best(unseen, offs_b)
             token = tl.where(best > float("-inf"), best_id, first)
             first = tl.where(column == 0, token, first)
-            lowest = tl.minimum(lowest, known(tl.load(row_ptr + token)))
+            lowest = tl.minimum(lowest, known(tl.load(row_ptr + token, mask=token >= 0, other=float("-inf"))))
             last = best
             last_id = best_id
             tl.store(token_ptr + column, token.to(tl.int64))

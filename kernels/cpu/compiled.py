@@ -243,8 +243,9 @@ def head(
         openmp.team(),
         small_ops.choose_some.address,
     )
-    value = scores.gather(1, token[:, None])[:, 0]
-    return Prediction(token if ids is None else ids[token], value, log_sum_exp)
+    place = token.clamp(min=0)
+    value = scores.gather(1, place[:, None])[:, 0]
+    return Prediction(token if ids is None else torch.where(token < 0, -1, ids[place]), value, log_sum_exp)
 
 
 def sample(

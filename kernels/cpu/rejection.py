@@ -27,8 +27,8 @@ from .lanes import (
     whole,
     write,
 )
-from .sample import IDS, NEVER, limited, uniforms
-from .small_ops import first_of
+from .sample import IDS, limited, uniforms
+from .small_ops import NEVER, first_of
 from .team import dealt, taken, worker
 
 _FIELDS = 21
@@ -51,18 +51,24 @@ def _divided(x, width, mass):
 
 @part
 def _probability(scores, half, rule, p, z, width):
-    """softmax of the warped row to p, one-hot at its first greatest at temperature 0; z has room for a row."""
+    """softmax of the warped row to p, one-hot at its first greatest at temperature 0; z has room for a row.
+
+    Nothing where there is nothing to draw, as `reference.verify.sample` says.
+    """
     temperature, top_k, top_p, min_p = rule
-    peaks = read(scores, 0, half)
-    for i in range(WIDTH, width, WIDTH):
+    peaks = splat(NEVER)
+    for i in range(0, width, WIDTH):
         peaks = greater(read(scores, i, half), peaks)
     peak = greatest(peaks)
+    if peak == NEVER or (temperature > 0 and peak == -NEVER):
+        _clear(p, width)
+        return
     if temperature <= 0:
         _clear(p, width)
         put_number(p + 4 * first_of(scores, peak, width, half), np.float32(1.0))
         return
     for i in range(0, width, WIDTH):
-        x = (read(scores, i, half) - splat(peak)) / splat(temperature)
+        x = (greater(read(scores, i, half), splat(NEVER)) - splat(peak)) / splat(temperature)
         write(z, i, x, False)
         write(p, i, exp(x), False)
     bound, mass = splat(max(limited(z, p, width, top_k, top_p, min_p, NEVER), _LEAST)), splat(0.0)
@@ -112,7 +118,7 @@ def _noise(seed, position, stream, i, room):
 
 @part
 def _drawn(p, sums, seed, position, width):
-    """The place of the first greatest p ÷ exponential noise; p and sums have room for IDS more numbers."""
+    """The place of the first greatest p ÷ exponential noise, −1 if p is 0; p, sums have room for IDS more numbers."""
     peaks = splat(NEVER)
     for i in range(0, width, IDS):
         for n, u in enumerate(uniforms(seed, position, DRAW_STREAM, i)):
@@ -121,7 +127,8 @@ def _drawn(p, sums, seed, position, width):
                 race = read(p, at, False) / (splat(0.0) - log(u))
                 peaks = greater(race, peaks)
                 write(sums, at, race, False)
-    return first_of(sums, greatest(peaks), width, False)
+    peak = greatest(peaks)
+    return first_of(sums, peak, width, False) if peak > 0 else -1
 
 
 @worker

@@ -34,12 +34,12 @@ from .lanes import (
     whole,
     write,
 )
-from .small_ops import first_of
+from .small_ops import NEVER, first_of
 from .team import dealt, taken, worker
 
 # Ids whose noise is made at once: a block of the generator gives four.
 IDS = 4 * WIDTH
-NEVER, LOWEST = np.float32(-np.inf), np.finfo(np.float32).min
+LOWEST = np.finfo(np.float32).min
 
 
 @intrinsic
@@ -105,17 +105,20 @@ def _race(z, sums, width, seed, position, stream):
 def _pick(sums, width, token, values, count):
     """The places of the `count` highest sums, in order, to `token`, and those sums to `values`; −∞ is left there.
 
-    Where only −∞ is left the first place is repeated.
+    Where only −∞ is left the first place is repeated, −1 if there is none.
     """
     for n in range(count):
         peaks = splat(NEVER)
         for i in range(0, width, WIDTH):
             peaks = greater(read(sums, i, False), peaks)
         peak = greatest(peaks)
-        place = first_of(sums, peak, width, False) if n == 0 or peak > NEVER else whole(token)
+        place = -1 if n == 0 else whole(token)
+        if peak > NEVER:
+            place = first_of(sums, peak, width, False)
         values[n] = peak
         put_whole(token + 8 * n, place)
-        put_number(sums + 4 * place, NEVER)
+        if place >= 0:
+            put_number(sums + 4 * place, NEVER)
 
 
 @part
@@ -190,12 +193,14 @@ def _draw(scores, half, rule, seed, position, stream, token, count, width, z, e,
         _pick(sums, width, token, values, count)
         return
     for i in range(0, width, WIDTH):
-        x = (read(scores, i, half) - peak) / scale
+        x = (greater(read(scores, i, half), splat(NEVER)) - peak) / scale
         write(z, i, x, False)
         if top_p < 1:
             write(e, i, exp(x), False)
     _race(z, sums, width, seed, position, stream)
     _pick(sums, width, token, values, count)
+    if whole(token) < 0:
+        return
     if min_p > 0 or 0 < top_k < width or top_p < 1:
         lowest = np.float32(0.0)
         for n in range(count):
@@ -242,7 +247,7 @@ def sample(
 ):  # fmt: skip
     """token int64 [rows, count] as `reference.verify.sample` draws them: scores [rows, width], the others [rows].
 
-    Scores are finite or −∞. Masses are added up in float32, so that an id at the very end of a nucleus may be taken
+    NaN counts as −∞. Masses are added up in float32, so that an id at the very end of a nucleus may be taken
     that the reference, which adds in float64, leaves, or the other way round.
 
     With a `team` (`openmp.team`) that many threads run `some`, the address of `sample_some`.

@@ -25,6 +25,8 @@ from .lanes import (
 )
 from .team import dealt, taken, worker
 
+NEVER = np.float32(-np.inf)
+
 
 @part
 def _inverse_root(mean, eps):
@@ -99,10 +101,10 @@ def silu_gate(x, out, rows, width, half):
 
 @part
 def first_of(x, value, width, half):
-    """The first place of the greatest of x [width], which is `value`; 0 where that is no number."""
+    """The first place of the greatest of x [width] that are numbers, which is `value`; 0 where that is none."""
     first, i = width, 0
     while i < width and first == width:
-        found = read(x, i, half)
+        found = greater(read(x, i, half), splat(NEVER))
         if greatest(found) == value:
             for j in range(WIDTH - 1, -1, -1):
                 first = i + j if lane(found, j) == value else first
@@ -118,20 +120,20 @@ def choose_some(address):
     row = taken(block.ctypes.data)
     while row < rows:
         source = scores + row * width * (2 if half else 4)
-        peaks, masses = read(source, 0, half), splat(0.0)
-        for i in range(WIDTH, width, WIDTH):
+        peaks, masses = splat(NEVER), splat(0.0)
+        for i in range(0, width, WIDTH):
             peaks = greater(read(source, i, half), peaks)
         peak = greatest(peaks)
         for i in range(0, width, WIDTH):
-            masses = masses + exp(read(source, i, half) - splat(peak))
-        put_whole(token + 8 * row, first_of(source, peak, width, half))
+            masses = masses + exp(greater(read(source, i, half), splat(NEVER)) - splat(peak))
+        put_whole(token + 8 * row, first_of(source, peak, width, half) if peak > NEVER else -1)
         put_number(log_sum_exp + 4 * row, np.float32(peak + np.float32(math.log(total(masses)))))
         row = taken(block.ctypes.data)
 
 
 @kernel("void(int64, int64, int64, int64, int64, boolean, int64, int64, int64)")
 def choose(scores, token, log_sum_exp, rows, width, half, threads, team, some):
-    """The first greatest of each row of scores [rows, width], int64, and log Σ exp of the row, float32.
+    """The first greatest of each row of scores [rows, width], int64, −1 if none is above −∞, and log Σ exp, float32.
 
     On `threads` of `team`, which run `some`, the address of `choose_some`.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..attention_index import AttentionIndex, Block, Index
-from ..elementwise import steady
+from ..elementwise import known, steady
 from ..values import Matrix, Norm, Prediction, Rope, Slots, Split, Stack
 from . import packed
 
@@ -269,20 +269,21 @@ def head(
     """argmax, or the `top_k` highest, of norm(x)·Wᵀ with their logits and the log-sum-exp; ties go to the lowest id.
 
     ids int64 [V'], ascending: the tokens the rows of a reduced vocabulary's W [V', H] stand for. The results of rows
-    that are not `active` bool [R] are undefined.
+    that are not `active` bool [R] are undefined. A NaN counts as −∞, and where nothing is above that the token is −1.
     """
     return predict(linear(x, weight, tile=tile, norm=norm, active=active), top_k, ids)
 
 
 def predict(scores: Tensor, top_k: int | None, ids: Tensor | None) -> Prediction:
     """`head` of logits [R, V]."""
+    scores = known(scores)
     if top_k is None:
         value, token = scores.max(dim=-1)
     else:
         token = scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
         value = scores.gather(1, token)
     log_sum_exp = scores.float().logsumexp(dim=-1)
-    return Prediction(token if ids is None else ids[token], value, log_sum_exp)
+    return Prediction(torch.where(value > -torch.inf, token if ids is None else ids[token], -1), value, log_sum_exp)
 
 
 def _width(weight: Matrix, activation: str | None) -> int:

@@ -78,7 +78,7 @@ def extend(
     goes_on = going & (count < room)
     if threshold is not None and value is not None and log_sum_exp is not None:
         goes_on = goes_on & ((value.float() - log_sum_exp.float()).exp() >= threshold)
-    out.copy_(torch.where(going, token, 0))
+    out.copy_(torch.where(going, token.clamp(min=0), 0))
     return Drafted(count, goes_on)
 
 
@@ -117,6 +117,7 @@ def commit(
         draft = torch.where(path > 0, draft.gather(1, (path - 1).clamp(min=0)), 0)[:, 1:]
     told = torch.cat([torch.stack([accepted, count, deepest, token], dim=1), draft[:, : report.shape[2] - 4]], dim=1)
     report[commits % report.shape[0], torch.arange(len(token), device=token.device)] = told
+    token = token.clamp(min=0)
     last.copy_(torch.where(left > 0, token, last))
     if text is not None:
         new = torch.cat([draft, token[:, None]], dim=1).scatter(1, accepted.clamp(min=0)[:, None], token[:, None])
@@ -153,6 +154,7 @@ def branch(
     on while it has fewer than that and than fit, and p ≥ threshold float32 [], if there is one.
     """
     nodes, entries = tree.token.shape[1], tree.path.shape[2]
+    token = token.clamp(min=0)
     place, limit = torch.arange(token.shape[1], device=token.device), room.clamp(max=nodes)
     sure = (value.float() - log_sum_exp.float()).exp()
     width = torch.full_like(tree.count, token.shape[1])

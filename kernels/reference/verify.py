@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..elementwise import steady
+from ..elementwise import known, steady
 from ..noise import ACCEPT_STREAM, DRAW_STREAM, gumbel, uniform
 from ..values import Verdict
 
@@ -35,16 +35,18 @@ def sample(
 
     count (≤ 32): the tokens of the `count` highest sums, in order, ties to the lowest id: a draw without replacement
     (Gumbel top-k; Kool et al., arXiv 1903.06059); → int64 [R, count], of which column 0 is the one token. Where fewer
-    ids are possible, the columns left repeat column 0: a repeated sibling is an absent one.
+    ids are possible, the columns left repeat column 0: a repeated sibling is an absent one. A NaN counts as −∞, and
+    where nothing is above that, or there is a +∞ to draw from, the token is −1.
     """
     columns = 1 if count is None else count
+    scores = known(scores)
     token = _best(scores, columns)
     size = scores.shape[1]
     rule = Rule(temperature, top_k, top_p, min_p)
     for rows in torch.split(torch.nonzero(temperature > 0).flatten(), max(1, _CHUNK // size)):
         if len(rows) > 0:
             warped = warp(scores[rows].float(), rule.rows(rows))
-            token[rows] = _best(warped + gumbel(seed[rows], position[rows], size, stream), columns)
+            token[rows] = _best(known(warped + gumbel(seed[rows], position[rows], size, stream)), columns)
     return token[:, 0] if count is None else token
 
 
@@ -98,7 +100,8 @@ def verify_rejection(
 
     From row 0: a child x is accepted with probability min(1, p(x)/q(x)), which moves on to its row; a rejected one
     leaves p ← norm(max(p − q, 0)) and q ← q without x, renormalised. The token after the last accepted row is drawn
-    from p as it is left. A token that q cannot give counts as certain; a residual that rounds to zero leaves p.
+    from p as it is left. A token that q cannot give counts as certain; a residual that rounds to zero leaves p. Where p
+    has nothing, as `sample` says, no draft is accepted and the token is −1.
     """
     sequences, k = draft.shape
     size = scores.shape[2]
@@ -143,9 +146,10 @@ def verify_rejection(
         q[stayed] = _normalised(others, otherwise=others)
 
     race = p / -steady(torch.log, uniform(seed, length + accepted + 1, size, DRAW_STREAM))
+    best, token = torch.where(race > 0, race, 0).max(dim=-1)
     later = torch.arange(k + 1, device=draft.device) > accepted[:, None]
     path = torch.where(later, row[:, None], path)
-    return Verdict(accepted, race.argmax(dim=-1), length + accepted + 1, path)
+    return Verdict(accepted, torch.where(best > 0, token, -1), length + accepted + 1, path)
 
 
 def compact(keys: Tensor, values: Tensor, block_table: Tensor, path: Tensor, accepted: Tensor, length: Tensor) -> None:
@@ -209,11 +213,12 @@ def _nucleus_threshold(warped: Tensor, top_p: Tensor, first: int = 1024) -> Tens
 
 
 def _best(values: Tensor, count: int) -> Tensor:
-    """The ids of the `count` highest values of each row [R, V] in order; the first again where only −∞ is left."""
-    first = values.argmax(dim=-1, keepdim=True)
+    """The ids of the `count` highest of each row [R, V] in order; the first again, or −1, where only −∞ is left."""
+    most, first = values.max(dim=-1, keepdim=True)
+    first = torch.where(most > -torch.inf, first, -1)
     columns = [first]
     for _ in range(1, count):
-        values = values.scatter(1, columns[-1], -torch.inf)
+        values = values.scatter(1, columns[-1].clamp(min=0), -torch.inf)
         best, token = values.max(dim=-1, keepdim=True)
         columns.append(torch.where(best > -torch.inf, token, first))
     return torch.cat(columns, dim=1)
@@ -221,10 +226,10 @@ def _best(values: Tensor, count: int) -> Tensor:
 
 def _probability(scores: Tensor, rule: Rule) -> Tensor:
     """softmax of the warped rows, one-hot at the argmax where the temperature is 0: float32 [R, V]."""
-    greedy = rule.temperature <= 0
+    greedy, scores = rule.temperature <= 0, known(scores)
     p = warp(scores.float(), rule._replace(temperature=torch.where(greedy, 1.0, rule.temperature))).softmax(dim=-1)
     best = functional.one_hot(scores.argmax(dim=-1), scores.shape[1]).to(p.dtype)
-    return torch.where(greedy[:, None], best, p)
+    return torch.where(greedy[:, None], best * (scores.amax(dim=-1, keepdim=True) > -torch.inf), p)
 
 
 def _normalised(weights: Tensor, otherwise: Tensor) -> Tensor:
