@@ -14,7 +14,7 @@ from ..loaders.config import ModelConfig
 from .batch import Batch
 from .cache import KVCache
 from .costs import weight_pass
-from .errors import RequestError
+from .errors import RequestError, out_of_range
 from .methods.base import Method
 from .methods.policy import Policy
 from .model import Model
@@ -86,13 +86,7 @@ def _first(model: Model, hidden: Tensor, sequences: list[Sequence]) -> list[list
     found: list[list[Piece] | RequestError] = []
     for sequence, token, good in zip(sequences, ints(chosen.token[:, 0]), finite, strict=True):
         if not good:
-            dtype = str(model.dtype).removeprefix("torch.")
-            found.append(
-                RequestError(
-                    f"prompt: the model's activations leave the range of {dtype}: expected finite ones, as another "
-                    "dtype (--dtype) may give"
-                )
-            )
+            found.append(out_of_range("prompt", model.dtype))
         else:
             found.append(sequence.extend([token], 0))
     kept = [row for row, pieces in enumerate(found) if not isinstance(pieces, RequestError)]
@@ -130,7 +124,8 @@ def decode(model: Model, cache: KVCache, sequences: list[Sequence], policy: Poli
     with model.mark("commit", len(batch), len(batch)):
         for row, (sequence, ran) in enumerate(zip(sequences, step.used, strict=True)):
             pieces.append(sequence.extend([tokens[row]], 0))
-            count(sequence, model.config, ran, step.layers_read)
+            if pieces[-1]:
+                count(sequence, model.config, ran, step.layers_read)
         tell(model, sequences, pieces, chosen.logits)
     spent = perf_counter() - start
     for sequence in firsts(sequences):

@@ -19,6 +19,15 @@ class BusyError(CapacityError):
     """The memory is held by other requests, none of which got on while this one waited; later it may fit."""
 
 
+def out_of_range(where: str, dtype: object) -> RequestError:
+    """What is said of activations that leave the range of a dtype of PyTorch: no token would mean anything."""
+    name = str(dtype).removeprefix("torch.")
+    return RequestError(
+        f"{where}: the model's activations leave the range of {name}: expected finite ones, as another dtype (--dtype) "
+        "may give"
+    )
+
+
 class CompilationError(SkipjackError):
     """A strict engine that was warmed up would have had to compile a kernel."""
 
@@ -33,4 +42,5 @@ __all__ = [
     "RequestError",
     "SkipjackError",
     "TokenizerError",
+    "out_of_range",
 ]

@@ -52,6 +52,9 @@ class Forced(Sequence):
         return [Forced.of(i, *pair) for i, pair in enumerate(zip(prompts, given_ids, strict=True))]
 
     def extend(self, tokens: list[int], drafted: int) -> list[Piece]:
+        if min(tokens) < 0:
+            self.lose()
+            return []
         first = self.generated
         self.chosen += tokens
         return super().extend(list(self.given[first : first + len(tokens)]), drafted)

@@ -291,7 +291,7 @@ class Rounds:
         for row, sequence in running:
             accepted, drafted, depth, token, *draft = ints(report[0, row])
             pieces[id(sequence)] = commit(sequence, [*draft[:accepted], token], drafted, depth)
-            told.append((sequence, drafted, depth, accepted, len(pieces[id(sequence)])))
+            told.append((sequence, drafted, depth, accepted, max(1, len(pieces[id(sequence)]))))
             counters = sequence.counters
             counters.rounds += 1
             counters.graph_rounds += 1
@@ -314,9 +314,11 @@ class Rounds:
             ]
             most = max((ran for _, (_, ran, _, _) in told), default=0) / 2
             for sequence, (_, ran, _, token) in told:
-                pieces[id(sequence)] += sequence.extend([token], 0)
-                count(sequence, self._model.config, ran / 2, most if steps.whole else None)
-                sequence.counters.graph_rounds += 1
+                new = sequence.extend([token], 0)
+                if new:
+                    count(sequence, self._model.config, ran / 2, most if steps.whole else None)
+                    sequence.counters.graph_rounds += 1
+                pieces[id(sequence)] += new
         return pieces
 
 

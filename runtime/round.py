@@ -224,7 +224,7 @@ def _tree(model: Model, cache: KVCache, batch: Batch, state: State, recipe: Reci
             if recipe.rejection and drawn.scores is not None:
                 scores.append(torch.where(tree.going[:, None], drawn.scores, 0))
             model.ops.branch(tree, batch.room, drawn.token, drawn.value, drawn.log_sum_exp, threshold, widths=WIDTHS)
-            tokens.append(drawn.token[:, 0])
+            tokens.append(drawn.token[:, 0].clamp(min=0))
     draft = Draft(tree.token, tree.count, parent=tree.parent, scores=torch.stack(scores, dim=1) if scores else None)
     return draft, Lineage(tree.depth, tree.path)
 
@@ -321,6 +321,6 @@ def _tell(model: Model, logits: Tensor | None, token: Tensor, given: Tensor, tol
     """Logprobs of token int64 [S, n] into `told` where it was `given` bool [S, n]; the logits [S·n, V] they came of."""
     top = told.ids.shape[2]
     if logits is not None:
-        found = model.ops.logprobs(logits, token.flatten(), given.flatten(), top=top)
+        found = model.ops.logprobs(logits, token.flatten().clamp(min=0), given.flatten(), top=top)
         for target, source in zip(told, found, strict=True):
             target.copy_(source.view(target.shape))

@@ -14,7 +14,7 @@ from ..kernels.compilation import Watch
 from .admission import Admission, Ticket
 from .company import MAX_LEAD, Alike, Company
 from .decode import reading
-from .errors import RequestError
+from .errors import RequestError, out_of_range
 from .graphs import Graphs
 from .methods.base import Method
 from .metrics import Ledger
@@ -86,7 +86,7 @@ class Run:
         self._unread, self.lead = list[Chunk](), 0
         self._ticket: Ticket | None = None
         self._failure: RequestError | None = None
-        self.stopped = self._failed = False
+        self.stopped = self._failed = self._lost = False
         # Whether its reader waits for the next chunk.
         self.asked = False
 
@@ -99,6 +99,10 @@ class Run:
     def running(self) -> list[Sequence]:
         """The sequences whose prompts are read, or being read; they have not ended."""
         return self._running
+
+    @property
+    def _complete(self) -> bool:
+        return not (self._waiting or self._running or self._lost)
 
     @property
     def queued(self) -> int:
@@ -118,11 +122,12 @@ class Run:
     @property
     def rides(self) -> bool:
         """Whether the round of another request may take its sequences along."""
-        return not self.stopped and self._reading is None and bool(self._running) and self.lead < MAX_LEAD
+        waits = self.stopped or self._lost or self._reading is not None
+        return not waits and bool(self._running) and self.lead < MAX_LEAD
 
     def receive(self, told: list[tuple[Sequence, list[Piece]]]) -> None:
         """Keep what a round gave for whoever reads it, within a turn."""
-        self._unread += [_chunk(sequence, pieces) for sequence, pieces in told]
+        self._unread += _chunks(told)
         self.lead += 1
         if (shared := self._shared) is not None:
             self._release_finished(shared)
@@ -141,7 +146,7 @@ class Run:
         shared = self._shared
         if shared is None or self._reading is not None or self._ticket is not None:
             return
-        unread = [sequence for sequence in self.sequences if not sequence.generated]
+        unread = [sequence for sequence in self.sequences if not sequence.generated and sequence.finish_reason is None]
         self._running = [sequence for sequence in self._running if sequence.generated]
         self._waiting = deque(unread)
         shared.ledger.end(unread)
@@ -196,6 +201,8 @@ class Run:
             return self._ticket
         try:
             with shared.watch, torch.inference_mode():
+                if self._lost:
+                    raise out_of_range("request", shared.model.dtype)
                 done = self._step(shared)
                 self.events += self.method.tell()
         except BaseException as error:
@@ -204,7 +211,7 @@ class Run:
             raise
         if not isinstance(done, Ticket):
             shared.admission.move()
-        if self.stopped or not (self._waiting or self._running):
+        if self.stopped or self._complete:
             self._end()
         return done
 
@@ -289,9 +296,9 @@ class Run:
         if pieces is None:
             return []
         self._reading = None
-        chunk = _chunk(self._running[-1], pieces)
+        chunks = _chunks([(self._running[-1], pieces)])
         self._release_finished(shared)
-        return [chunk]
+        return chunks
 
     def _admits(self, shared: Shared) -> bool:
         """Whether the next sequence has all the pages it may need, and need not wait."""
@@ -332,7 +339,7 @@ class Run:
 
     def _taken(self) -> list[Chunk]:
         chunks, self._unread, self.lead = self._unread, [], 0
-        if not (self._waiting or self._running):
+        if self._complete:
             self._end()
         return chunks
 
@@ -342,9 +349,15 @@ class Run:
             return
         for sequence in finished:
             shared.admission.release(sequence.pages)
+            self._lost = self._lost or sequence.lost
         shared.ledger.end(finished)
         self._running = [sequence for sequence in self._running if not sequence.finish_reason]
 
 
-def _chunk(sequence: Sequence, pieces: list[Piece]) -> Chunk:
-    return Chunk(sequence.index, sequence.choice, tuple(pieces), sequence.finish_reason)
+def _chunks(told: list[tuple[Sequence, list[Piece]]]) -> list[Chunk]:
+    """What a round gave; of one that is lost its last tokens, for the error comes after them."""
+    return [
+        Chunk(sequence.index, sequence.choice, tuple(pieces), None if sequence.lost else sequence.finish_reason)
+        for sequence, pieces in told
+        if pieces or not sequence.lost
+    ]

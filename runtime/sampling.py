@@ -25,6 +25,8 @@ from .sequence import Sequence, most_logprobs
 class Drawn(NamedTuple):
     """Tokens int64 [R] or [R, count], the logit of the (first) and the log-sum-exp of each row's, [R], or None.
 
+    A token of −1 says that nothing could be chosen: the logits are no numbers.
+
     If they were drawn: the logits [R, V], and the scores they became after penalties and bias, drawn from.
     """
 
@@ -124,7 +126,7 @@ def draw(
     if not confidence:
         return Drawn(token, None, None, logits, scores)
     first = token if count is None else token[:, 0]
-    known = first if active is None else torch.where(active, first, 0)
+    known = (first if active is None else torch.where(active, first, 0)).clamp(min=0)
     value, log_sum_exp = logits.float().gather(1, known[:, None])[:, 0], logits.float().logsumexp(dim=-1)
     return Drawn(token, value, log_sum_exp, logits, scores)
 
@@ -159,7 +161,7 @@ def tell(
     if path is not None:
         logits = logits[torch.arange(len(path), device=path.device)[:, None], path]
     count, n, _ = logits.shape
-    token = [piece.token_id for own in pieces for piece in [*own, *[own[-1]] * (n - len(own))]]
+    token = [token for own in pieces for token in [*(piece.token_id for piece in own), *[0] * (n - len(own))]]
     given = [i < len(own) for own in pieces for i in range(n)]
     known = (torch.tensor(each, device=logits.device) for each in (token, given))
     told = model.ops.logprobs(logits.flatten(0, 1), *known, top=top)

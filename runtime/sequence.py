@@ -63,6 +63,8 @@ class Sequence:
     # Whether others wait for their next token while its prompt is read.
     shares: bool = False
     finish_reason: str | None = None
+    # Whether no token could be chosen for it: its activations have left the range of the dtype.
+    lost: bool = False
     # The residual stream [1, H] its first token was chosen after: other choices of the prompt begin with it.
     entered: Tensor | None = None
     # Tokens that end it.
@@ -97,9 +99,15 @@ class Sequence:
             self.phases.append((phase, self.generated))
 
     def extend(self, tokens: list[int], drafted: int) -> list[Piece]:
-        """Append the tokens of a round, the first `drafted` of them accepted drafts, up to the first that ends it."""
+        """Append the tokens of a round, the first `drafted` of them accepted drafts, up to the first that ends it.
+
+        A token of −1 is none: nothing could be chosen, and the sequence is lost.
+        """
         pieces: list[Piece] = []
         for i, token in enumerate(tokens):
+            if token < 0:
+                self.lose()
+                break
             self.tokens.append(token)
             text = self.text.push(token, may_stop=self.generated >= self.params.min_tokens) if self.text else ""
             self.finish_reason = self._ends_with(token)
@@ -109,6 +117,10 @@ class Sequence:
             if self.finish_reason:
                 break
         return pieces
+
+    def lose(self) -> None:
+        """End it where no token could be chosen."""
+        self.finish_reason, self.lost = "abort", True
 
     def result(self) -> Choice:
         text = self.text.text if self.text else None

@@ -60,7 +60,8 @@ def speculate(model: Model, cache: KVCache, sequences: list[Sequence], method: M
             tokens = [*ints(path[row, rows[1:]]), int(verdict.token[row])]
             pieces.append(commit(sequence, tokens, counts[row], depth[row]))
         tell(model, sequences, pieces, target.logits, verdict.path)
-    emitted = [len(new) for new in pieces]
+    # One that is lost gets none and has ended; what a round gives, methods divide by.
+    emitted = [max(1, len(new)) for new in pieces]
     seconds = drafted - start, verified - drafted
     done = Round(batch, draft, path, target.token, verdict, depth, emitted, *seconds, streams)
     searched = method.observe(model, cache, done)

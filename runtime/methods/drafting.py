@@ -110,7 +110,7 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
             else:
                 model.ops.branch(tree, limit, token, value, log_sum_exp, threshold, widths=WIDTHS)
                 count, going = tree.count, tree.going
-            expanded = torch.cat([expanded, token.view(len(batch), -1)[:, :1]], dim=1)
+            expanded = torch.cat([expanded, token.view(len(batch), -1)[:, :1].clamp(min=0)], dim=1)
             if not bool(going.any()):
                 break
     if count is None:
@@ -139,7 +139,7 @@ def sift(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, guess: Dra
         chosen = choose(model, hidden, batch, path).token
         kept = model.ops.verify(chosen, guess.tokens, guess.length, batch.length)
     tokens = functional.pad(guess.tokens, (0, 1))
-    tokens.scatter_(1, kept.accepted[:, None], kept.token[:, None])
+    tokens.scatter_(1, kept.accepted[:, None], kept.token[:, None].clamp(min=0))
     return Draft(tokens, torch.minimum(kept.accepted + 1, batch.room.clamp(min=0)), rows=guess.length + 1)
 
 
