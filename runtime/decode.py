@@ -82,7 +82,7 @@ def _first(model: Model, hidden: Tensor, sequences: list[Sequence]) -> list[list
     """The first token of each sequence, after the residual stream hidden [S, H] of its prompt's last."""
     batch = Batch.of(sequences, model.ops.decode_tile, model.device)
     chosen = choose(model, hidden, batch, batch.last[:, None])
-    finite = hidden.isfinite().all(dim=1).tolist()
+    finite = map(bool, ints(hidden.isfinite().all(dim=1)))
     found: list[list[Piece] | RequestError] = []
     for sequence, token, good in zip(sequences, ints(chosen.token[:, 0]), finite, strict=True):
         if not good:

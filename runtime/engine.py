@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -21,22 +21,13 @@ from ..loaders.config import ModelConfig
 from ..loaders.locate import locate
 from ..loaders.tokenizer import Tokenizer
 from ..loaders.weights import Weights, load_weights
+from . import choices
 from .admission import Admission
 from .cache import KVCache, expect_room, pages_of
 from .calibration import Encode
-from .choices import (
-    DTYPES,
-    check_cache_tokens,
-    check_max_sequences,
-    check_switches,
-    dtype_of,
-    one_of,
-    place_of,
-    table_of,
-)
 from .company import Alike, Company
 from .errors import AbortedError, RequestError
-from .forced import Forced, Scored
+from .forced import Forced, Scored, expect_pairs
 from .graphs import Graphs
 from .memory import cache_size, loading
 from .methods import registry
@@ -100,9 +91,9 @@ class Engine:
         SKIPJACK_RANGES. `strict`: once warmed up, a kernel that would have to be compiled is a CompilationError.
         """
         self.tokenizer, self.model_path, self.dtype = tokenizer, model_path, weights.embedding.dtype
-        table = table_of(backend, weights.embedding.device, numerics)
-        check_switches(graphs, strict)
-        self.numerics, self.max_sequences = numerics, check_max_sequences(max_sequences)
+        table = choices.table_of(backend, weights.embedding.device, numerics)
+        choices.check_switches(graphs, strict)
+        self.numerics, self.max_sequences = numerics, choices.check_max_sequences(max_sequences)
         self._default = registry.parse(method)
         own = self._default.build(config)
         config, weights = own.edit(config, weights, lambda c, w: Model(c, w, table), self._encode)
@@ -167,15 +158,15 @@ class Engine:
             RequestError: an argument is not one of its choices.
             CapacityError: the weights, or the cache that was asked for, do not fit into the memory there is.
         """
-        start, spec, place = perf_counter(), registry.parse(method), place_of(device)
-        one_of("dtype", dtype, ("auto", *DTYPES))
+        start, spec, place = perf_counter(), registry.parse(method), choices.place_of(device)
+        choices.one_of("dtype", dtype, ("auto", *choices.DTYPES))
         told: Progress = progress or (lambda label, done, total: None)
         told("preparing kernels", 0, 1)
-        table = table_of(backend, place, numerics)
+        table = choices.table_of(backend, place, numerics)
         told("preparing kernels", 1, 1)
-        check_cache_tokens(cache_tokens)
-        check_max_sequences(max_sequences)
-        check_switches(graphs, strict)
+        choices.check_cache_tokens(cache_tokens)
+        choices.check_max_sequences(max_sequences)
+        choices.check_switches(graphs, strict)
         folder = locate(model, progress)
         config = ModelConfig.load(folder)
         spec.build(config)
@@ -183,7 +174,7 @@ class Engine:
         needed = None if check is None else check(config, tokenizer)
         if needed is not None and cache_tokens is not None:
             expect_room(needed, pages_of(cache_tokens, table.page_size), table.page_size)
-        kind = dtype_of(dtype, config)
+        kind = choices.dtype_of(dtype, config)
         with loading(folder, config, kind, place):
             engine = Engine(
                 config,
@@ -245,13 +236,7 @@ class Engine:
             RequestError, TokenizerError, CapacityError: as `generate`, or the method is one of those.
         """
         spec = self._default if method is None else registry.parse(method)
-        if not is_many(prompts):
-            raise RequestError("score: expected a list of one prompt or more")
-        given = cast(object, continuations)
-        if not isinstance(given, Collection) or isinstance(given, (str, bytes, Mapping)):
-            raise RequestError(f"score: expected a list of continuations, got {type(continuations).__name__}")
-        if len(prompts) != len(continuations):
-            raise RequestError(f"score: expected {len(prompts)} continuations, got {len(continuations)}")
+        expect_pairs(prompts, continuations)
         prompt_ids = [to_ids(prompt, self.tokenizer, self.config) for prompt in prompts]
         forced = Forced.all(prompt_ids, continuations, self.config)
         # The host replaces every token, so it steers the rounds, and nobody else's are among them.

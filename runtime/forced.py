@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
+from typing import cast
 
 from ..loaders.config import ModelConfig
 from .errors import RequestError
-from .prompts import TokenIds, checked_ids
+from .prompts import Prompts, TokenIds, checked_ids, is_many
 from .request import Piece, SamplingParams
 from .sequence import Sequence
 
@@ -24,6 +25,17 @@ class Scored:
     chosen: tuple[int, ...]
     logprobs: tuple[float, ...]
     layers_per_token: tuple[float, ...]
+
+
+def expect_pairs(prompts: Prompts, continuations: Collection[TokenIds]) -> None:
+    """Refuse, with a RequestError, what is no list of prompts with a continuation for each."""
+    if not is_many(prompts):
+        raise RequestError("score: expected a list of one prompt or more")
+    given = cast(object, continuations)
+    if not isinstance(given, Collection) or isinstance(given, (str, bytes, Mapping)):
+        raise RequestError(f"score: expected a list of continuations, got {type(continuations).__name__}")
+    if len(prompts) != len(continuations):
+        raise RequestError(f"score: expected {len(prompts)} continuations, got {len(continuations)}")
 
 
 @dataclass

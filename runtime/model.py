@@ -42,12 +42,9 @@ class Model:
     """A decoder-only transformer: weights prepared for one op table, and the pass over them."""
 
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, mark: Mark = unmarked) -> None:
-        self.config = config
-        self.ops = ops
-        self.mark = mark
+        self.config, self.ops, self.mark = config, ops, mark
         self.full = LayerPlan.full(config.num_layers)
-        self.dtype = weights.embedding.dtype
-        self.device = weights.embedding.device
+        self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
         self.fingerprint = fingerprint(weights)
         self._embedding = weights.embedding
         self._embedding_norm = (
@@ -76,11 +73,10 @@ class Model:
 
     def new_cache(self, pages: int) -> KVCache:
         """An empty cache of `pages` pages for this model."""
-        config = self.config
         return KVCache(
-            config.num_layers,
-            config.num_kv_heads,
-            config.head_dim,
+            self.config.num_layers,
+            self.config.num_kv_heads,
+            self.config.head_dim,
             pages=pages,
             page_size=self.ops.page_size,
             dtype=self.dtype,

@@ -278,10 +278,8 @@ class Run:
     def _step(self, shared: Shared) -> list[Chunk] | Ticket:
         if self._reading is None:
             if self._admits(shared):
-                sequence, rows = (
-                    self._begin(shared),
-                    prefill_chunk(shared.model.device, shared=self._has_company(shared)),
-                )
+                sequence = self._begin(shared)
+                rows = prefill_chunk(shared.model.device, shared=self._has_company(shared))
                 assert self._company is not None
                 if self._is_whole(sequence, rows) and self._company.read(self, sequence, rows):
                     return self._taken()
