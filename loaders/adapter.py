@@ -56,6 +56,9 @@ def adapter_config(folder: Path, model: ModelConfig) -> ModelConfig:
         raise ConfigError(f"{source}: model_type: expected 'llama', found {shown(config.model_type)}")
     if config.qkv_bias:
         raise ConfigError(f"{source}: attention_bias: expected false, as adapters have no biases, found true")
+    if config.rope_scaling.kind == "dynamic":
+        expected = "a scaling that does not follow a text's length"
+        raise ConfigError(f"{source}: rope_scaling: expected {expected}, found dynamic")
     for field, name in _SHARED:
         expected, found = getattr(model, name), getattr(config, name)
         if found != expected:

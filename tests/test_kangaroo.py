@@ -343,6 +343,10 @@ def test_options_are_checked(synthetic: Callable[..., Engine], method: str, mess
         ({"num_attention_heads": 8}, r"config\.json: num_attention_heads: expected the model's 4, found 8"),
         ({"num_key_value_heads": 1}, r"config\.json: num_key_value_heads: expected the model's \d, found 1"),
         ({"head_dim": 32}, r"config\.json: head_dim: expected the model's 16, found 32"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            r"config\.json: rope_scaling: expected a scaling that does not follow a text's length, found dynamic",
+        ),
         ({"attention_bias": True}, r"config\.json: attention_bias: expected false"),
         ({"model_type": "mistral", "architectures": None}, r"config\.json: model_type: expected 'llama'"),
         ({"num_hidden_layers": "1"}, r"config\.json: num_hidden_layers"),
