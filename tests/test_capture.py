@@ -50,6 +50,7 @@ MORE = [
     ("tiny-qwen3", "swift:skip_mlp=1,num_draft_tokens=3,draft_vocab=64"),
     ("tiny-bloom", "layerskip:exit_layer=1,num_draft_tokens=2,acceptance=rejection"),
     ("tiny-smollm3", "layerskip:exit_layer=1,verify=false"),
+    ("tiny-smollm3", "kangaroo:adapter=untrained,exit_layer=1,num_draft_tokens=3"),
     ("tiny-mistral", "calm:least=1,interval=2"),
     ("tiny-bloom", "skipdecode:warm_up=2,least=2"),
     ("tiny", "static:skip=1+2,kv=fill"),

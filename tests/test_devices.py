@@ -37,6 +37,7 @@ MORE = [
     ("tiny", "layerskip:exit_layer=3,verify=false"),
     ("tiny-mistral", "swift:skip_mlp=1,num_draft_tokens=3,draft_vocab=64,tree=true"),
     ("tiny-bloom", "swift:skip_mlp=1,num_draft_tokens=3"),
+    ("tiny-smollm3", "kangaroo:adapter=untrained,exit_layer=1,num_draft_tokens=3"),
 ]
 CHOICE: dict[str, Any] = {"temperature": 0.8, "repetition_penalty": 1.2, "min_tokens": 5, "logprobs": 3}
 
