@@ -26,7 +26,7 @@ from skipjack.bench.gpu_setting import CAPTURED
 from skipjack.kernels.ops import TORCH, Ops
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
-from skipjack.runtime import engine as engine_module
+from skipjack.runtime import choices
 from skipjack.runtime.graphs import Graphs
 
 DEVICE, HOST = torch.device("cpu", 0), torch.device("cpu")
@@ -149,7 +149,7 @@ def on_the_device(places: Places) -> Ops:
 def placed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Places]:
     places = Places()
     table = on_the_device(places)
-    monkeypatch.setattr(engine_module, "table_of", lambda *_: table)
+    monkeypatch.setattr(choices, "table_of", lambda *_: table)
     # Another thread would not be looked at.
     monkeypatch.setattr(Graphs, "expect", lambda *_: True)
     with Calls(places), Operators(places):
