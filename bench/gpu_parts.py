@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.host import ints
 from ..kernels.ops import TORCH, select
 from ..loaders.config import ModelConfig
 from ..loaders.demo import demo_folder
@@ -23,8 +24,10 @@ from ..loaders.synthetic import synthetic_config, synthetic_weights
 from ..runtime.engine import Engine
 from ..runtime.errors import SkipjackError
 from ..runtime.methods.autoregressive import Autoregressive
-from ..runtime.request import SamplingParams
+from ..runtime.prefill import whole_prompts
+from ..runtime.request import MOST_SEQUENCES, SEQUENCES, SamplingParams
 from ..runtime.rows import one_sequence
+from ..runtime.sequence import Sequence
 from ..runtime.stream import Stream
 from . import gpu_bits
 from .gpu_setting import Finding, Setting
@@ -49,6 +52,8 @@ CHOICES: tuple[dict[str, Any], ...] = (
 )
 # Those whose choices are made from rounds that the host steers.
 RECORDING = ("clasp", "knapspec", "del")
+# Those that are also tried with more sequences together than an engine runs that is not told.
+CROWDED = ("autoregressive", "swift:skip_attention=2+3,threshold=0.1,tree=true")
 WARMED = ("autoregressive", "swift:skip_attention=2,num_draft_tokens=4,threshold=0")
 SEARCH = "swift:window=20,search_budget=1,max_opt_iter=3"
 # Drafts of a skip set, drafts whose rows a mask and a threshold stop, trees; tokens that leave early, and layers that
@@ -103,12 +108,15 @@ def invariance(setting: Setting) -> Iterator[Finding]:
 
 
 def prompts(setting: Setting) -> Iterator[Finding]:
-    """A token of a prompt has the bits it has in a longer one, whose blocks are wider."""
+    """A token of a prompt has the bits it has in a longer one, whose blocks are wider, and beside other prompts."""
     for shape, dtype in setting.models():
         engine = engine_of(shape, dtype, setting)
         different = _prompts_that_differ(engine, setting.prompts)
         detail = f"prompt lengths that differ: {different or 'none'} of {setting.prompts}"
         yield Finding("prompts", f"{shape} {_name(dtype)}", not different, detail)
+        beside = _prompts_beside_others_that_differ(engine, setting.prompts)
+        detail = f"prompt lengths that differ in a pass of all: {beside or 'none'} of {setting.prompts}"
+        yield Finding("prompts", f"{shape} {_name(dtype)}, together", not beside, detail)
 
 
 def exactness(setting: Setting) -> Iterator[Finding]:
@@ -140,7 +148,10 @@ def graphs(setting: Setting) -> Iterator[Finding]:
         config = ModelConfig.parse(synthetic_config(shape), shape)
         weights = synthetic_weights(config, 1, setting.dtypes[0], device=setting.device)
         backend = "torch" if setting.dry else "triton"
-        host, device = (Engine(config, weights, method=method, backend=backend, graphs=on) for on in (False, True))
+        host, device = (
+            Engine(config, weights, method=method, backend=backend, graphs=on, max_sequences=most)
+            for on, most in ((False, SEQUENCES), (True, MOST_SEQUENCES))
+        )
         different = shared = rounds = captured = 0
         with host, device:
             for fields in CHOICES:
@@ -151,6 +162,11 @@ def graphs(setting: Setting) -> Iterator[Finding]:
                     different += output.choices != expected.choices
                     rounds += output.stats.rounds
                     captured += output.stats.graph_rounds
+                if method in CROWDED:
+                    crowd = [[(7 * i + j) % 500 + 3 for j in range(1 + i % 9)] for i in range(5 if setting.dry else 40)]
+                    few = replace(params, max_tokens=12)
+                    found = zip(device.generate(crowd, few), host.generate(crowd, few), strict=True)
+                    different += sum(one.token_ids != other.token_ids for one, other in found)
                 if "rejection" not in method:
                     expected = [output.token_ids for output in outputs]
                     shared += _in_turn([device.stream(prompt, params) for prompt in prompts]) != expected
@@ -299,6 +315,30 @@ def _prompts_that_differ(engine: Engine, lengths: tuple[int, ...]) -> list[int]:
             passes[length] = model.forward(rows, cache, model.full)[: min(lengths)]
         cache.release(pages)
     return [length for length, found in passes.items() if not torch.equal(found, passes[min(lengths)])]
+
+
+def _prompts_beside_others_that_differ(engine: Engine, lengths: tuple[int, ...]) -> list[int]:
+    """Those whose tokens have other residual streams in one pass with the others than alone."""
+    model, cache = engine._loaded()  # pyright: ignore[reportPrivateUsage]
+    differ: list[int] = []
+    with torch.inference_mode():
+        made = [
+            Sequence(
+                i, 0, [(11 * j + i) % 500 + 3 for j in range(length)], SamplingParams(), 0, frozenset(), length, None
+            )
+            for i, length in enumerate(lengths)
+        ]
+        for sequence in made:
+            cache.reserve(len(sequence.prompt), sequence.pages)
+        rows, last = whole_prompts(model, made)
+        together = model.forward(rows, cache, model.full)
+        for sequence, end in zip(made, ints(last), strict=True):
+            own, length = sequence.pages, len(sequence.prompt)
+            alone = one_sequence(sequence.prompt, 0, own, model.ops.prefill_tile, model.device)
+            if not torch.equal(together[end + 1 - length : end + 1], model.forward(alone, cache, model.full)):
+                differ.append(length)
+            cache.release(own)
+    return differ
 
 
 def _workload(engine: Engine, lengths: tuple[int, ...], batches: tuple[int, ...]) -> None:

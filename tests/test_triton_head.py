@@ -115,26 +115,23 @@ def test_rows_of_padding_are_never_chosen(vocabulary: int) -> None:
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
-def test_the_first_nan_is_chosen(top_k: int | None) -> None:
+def test_nan_is_no_logit(top_k: int | None) -> None:
     scores = [float(i) for i in range(150)]
-    scores[72] = scores[140] = math.nan
-    prediction = chosen(scores, top_k)
-    assert prediction.token.tolist() == ([72] if top_k is None else [[72, 140]])
-    assert prediction.value.isnan().all()
-    assert prediction.log_sum_exp.isnan().all()
+    scores[72] = scores[149] = math.nan
+    assert chosen(scores, top_k).token.tolist() == ([148] if top_k is None else [[148, 147]])
     prediction = chosen([math.nan] * 70, top_k)
-    assert prediction.token.tolist() == ([0] if top_k is None else [[0, 1]])
+    assert prediction.token.tolist() == ([-1] if top_k is None else [[-1, -1]])
 
 
 def test_infinite_logits() -> None:
     infinite = chosen([0.0, math.inf, 1.0])
     assert (infinite.token.item(), infinite.value.item(), infinite.log_sum_exp.item()) == (1, math.inf, math.inf)
     some = chosen([-math.inf] * 70 + [2.0, -math.inf], 2)
-    assert some.token.tolist() == [[70, 0]]
+    assert some.token.tolist() == [[70, -1]]
     assert some.value.tolist() == [[2.0, -math.inf]]
     assert some.log_sum_exp.item() == 2.0
     none = chosen([-math.inf] * 70)
-    assert (none.token.item(), none.log_sum_exp.item()) == (0, -math.inf)
+    assert (none.token.item(), none.log_sum_exp.item()) == (-1, -math.inf)
 
 
 def test_rows_do_not_depend_on_their_number_or_place() -> None:

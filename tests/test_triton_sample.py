@@ -152,7 +152,7 @@ def test_greedy_siblings_are_in_order_and_ids_that_cannot_occur_repeat_the_first
             assert sorted(token[0, :2].tolist()) == [7, 33]
             assert sorted(token[1, :2].tolist()) == [9, 40]
             assert token[1, 2:].eq(token[1, 0]).all()
-            assert token[2].eq(0).all()
+            assert token[2].eq(-1).all()
             if temperature == 0:
                 assert token[:2].tolist() == [[7, 33, 0, 1], [9, 40, 9, 9]]
 
@@ -174,13 +174,13 @@ def test_sample_takes_rows_of_wider_tensors() -> None:
     assert torch.equal(sample(wide.T.contiguous().T[:, 16:49], *rule, *seeds(4)), drawn)
 
 
-def test_greedy_ties_go_to_the_lowest_id_and_hopeless_rows_give_an_id() -> None:
+def test_greedy_ties_go_to_the_lowest_id_and_hopeless_rows_give_none() -> None:
     scores = torch.zeros(3, 50, device=DEVICE)
     scores[1] = -torch.inf
     scores[2, [7, 33]] = 4.0
     zero = torch.zeros(3, device=DEVICE)
     token = sample(scores, zero, zero.long(), zero + 1, zero, *seeds(3))
-    assert token.tolist() == [0, 0, 7]
+    assert token.tolist() == [0, -1, 7]
 
 
 def expected(scores: Tensor, rule: tuple[Tensor, ...], rows: int, **options: int) -> Tensor:
@@ -246,7 +246,7 @@ def test_more_siblings_than_are_left() -> None:
 
 
 def test_hopeless_rows_and_scores_that_are_no_numbers() -> None:
-    """NaN counts as −∞, and of a row without a possible id the first one is told."""
+    """NaN counts as −∞, and a row without a possible id has none."""
     scores = scores_of(8, 1100, torch.float32, 6)
     scores[2] = -torch.inf
     scores[3] = torch.nan
@@ -259,7 +259,7 @@ def test_hopeless_rows_and_scores_that_are_no_numbers() -> None:
             token = sample(scores, *rule, *seeds(8), count=count)
             hopeful = torch.tensor([0, 1, 4, 5, 6, 7], device=DEVICE)
             assert torch.equal(token[hopeful], expected(clean, rule, 8, count=count)[hopeful])
-            assert token[2:4].eq(0).all()
+            assert token[2:4].eq(-1).all()
 
 
 def test_a_large_row_draws_the_same_in_any_batch() -> None:
