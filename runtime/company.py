@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from .cache import KVCache
 from .decode import decode, read_together
-from .errors import AbortedError, RequestError
 from .graphs import Graphs, Rounds
 from .methods.base import Method
 from .methods.policy import Policy
@@ -60,26 +59,19 @@ class Company:
         False where none can be read with it: nothing was read then.
         """
         begun = [(leader, sequence)]
+        delivered: set[Run] = set()
         try:
             self._gather(begun, rows - len(sequence.prompt))
             if len(begun) == 1:
                 return False
             found = read_together(self._model, self._cache, [one for _, one in begun], self._method)
-            firsts = [(run, one, first) for (run, one), first in zip(begun, found, strict=True)]
-            # The leader last: what is wrong with his own prompt is raised, and must cost the others nothing.
-            for run in reversed(dict.fromkeys(run for run, _ in begun)):
-                own = [(one, first) for each, one, first in firsts if each is run]
-                error = next((first for _, first in own if isinstance(first, RequestError)), None)
-                run.receive([(one, first) for one, first in own if not isinstance(first, RequestError)])
-                if error is not None and run is leader:
-                    raise error
-                if error is not None:
-                    run.fail(error)
-                begun = [(each, one) for each, one in begun if each is not run]
+            for run in dict.fromkeys(run for run, _ in begun):
+                run.receive([(one, pieces) for (each, one), pieces in zip(begun, found, strict=True) if each is run])
+                delivered.add(run)
             return True
         except BaseException as error:
             for run, one in begun:
-                if one.generated and run is not leader:
+                if run is not leader and run not in delivered and (one.generated or one.lost):
                     run.fail(_failed(error))
             for run in self._members:
                 run.retreat()
@@ -122,16 +114,16 @@ class Company:
         anew; then those who have least that they have not read.
         """
         party, room = {leader}, self._most - len(leader.running)
-        for run in sorted(self._members, key=lambda run: (not self._goes_on(leader, run), run.lead)):
+        served = set[int]() if self._rounds is None else self._rounds.served
+        goes_on = not served.isdisjoint(map(id, leader.running))
+        for run in sorted(
+            self._members, key=lambda run: (goes_on and served.isdisjoint(map(id, run.running)), run.lead)
+        ):
             fits = run is not leader and run.rides and len(run.running) <= room
             if fits and self._method.unites([*leader.running, *run.running]):
                 party.add(run)
                 room -= len(run.running)
         return [sequence for run in self._members if run in party for sequence in run.running]
-
-    def _goes_on(self, leader: Run, run: Run) -> bool:
-        rounds = self._rounds
-        return rounds is not None and rounds.serves(leader.running) and rounds.serves(run.running)
 
     def _advance(self, running: list[Sequence]) -> dict[int, list[Piece]]:
         """The tokens of each sequence, by its id, that has got some."""
@@ -169,5 +161,5 @@ class Company:
             run.fail(_failed(error))
 
 
-def _failed(error: BaseException) -> AbortedError:
-    return AbortedError(FAILED.format(str(error) or type(error).__name__))
+def _failed(error: BaseException) -> str:
+    return FAILED.format(str(error) or type(error).__name__)

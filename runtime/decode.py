@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from time import perf_counter
-from typing import cast
 
 from torch import Tensor
 
@@ -14,7 +13,6 @@ from ..loaders.config import ModelConfig
 from .batch import Batch
 from .cache import KVCache
 from .costs import weight_pass
-from .errors import RequestError, out_of_range
 from .methods.base import Method
 from .methods.policy import Policy
 from .model import Model
@@ -35,9 +33,6 @@ def reading(
     """Cache a prompt, pass by pass: None after each but the last, which the first token is chosen after.
 
     A `sibling` that has read the same prompt and still has its pages leaves it to be copied.
-
-    Raises:
-        RequestError: its activations overflow the dtype, and no token would mean anything.
     """
     parts = _parts(model, cache, sequence, method, sibling)
     rows, pieces = next(parts), None
@@ -50,20 +45,15 @@ def reading(
                 hidden: Tensor = end.value
                 if sequence.params.n > 1 and not isinstance(method, Policy):
                     sequence.entered = hidden.clone()
-                first = _first(model, hidden, [sequence])[0]
-                if isinstance(first, RequestError):
-                    raise first from None
-                pieces = first
+                pieces = _first(model, hidden, [sequence])[0]
         sequence.counters.prefill_s += perf_counter() - start
         yield pieces
 
 
-def read_together(
-    model: Model, cache: KVCache, sequences: list[Sequence], method: Method
-) -> list[list[Piece] | RequestError]:
+def read_together(model: Model, cache: KVCache, sequences: list[Sequence], method: Method) -> list[list[Piece]]:
     """Cache the prompts of several sequences in one pass, and choose the first token of each.
 
-    An error for each whose activations overflow the dtype. The method's prompts are plain, and none is stretched.
+    The method's prompts are plain, and none is stretched.
     """
     start = perf_counter()
     rows, last = whole_prompts(model, sequences)
@@ -78,21 +68,14 @@ def read_together(
     return found
 
 
-def _first(model: Model, hidden: Tensor, sequences: list[Sequence]) -> list[list[Piece] | RequestError]:
+def _first(model: Model, hidden: Tensor, sequences: list[Sequence]) -> list[list[Piece]]:
     """The first token of each sequence, after the residual stream hidden [S, H] of its prompt's last."""
     batch = Batch.of(sequences, model.ops.decode_tile, model.device)
     chosen = choose(model, hidden, batch, batch.last[:, None])
-    finite = map(bool, ints(hidden.isfinite().all(dim=1)))
-    found: list[list[Piece] | RequestError] = []
-    for sequence, token, good in zip(sequences, ints(chosen.token[:, 0]), finite, strict=True):
-        if not good:
-            found.append(out_of_range("prompt", model.dtype))
-        else:
-            found.append(sequence.extend([token], 0))
-    kept = [row for row, pieces in enumerate(found) if not isinstance(pieces, RequestError)]
-    logits = chosen.logits if chosen.logits is None or len(kept) == len(found) else chosen.logits[kept]
-    tell(model, [sequences[row] for row in kept], [cast(list[Piece], found[row]) for row in kept], logits)
-    return found
+    tokens = ints(chosen.token[:, 0])
+    pieces = [sequence.extend([token], 0) for sequence, token in zip(sequences, tokens, strict=True)]
+    tell(model, sequences, pieces, chosen.logits)
+    return pieces
 
 
 def _parts(

@@ -326,9 +326,9 @@ class Engine:
         shared = self._shared
         runs = list(shared.runs) if shared else []
         for run in runs:
-            run.doom(AbortedError(CLOSED))
+            run.doom(CLOSED)
         for run in runs:
-            run.fail(AbortedError(CLOSED))
+            run.fail(CLOSED)
         self._shared = self._pool = None
         # Memory that `shared` still has goes back when nothing works with it.
         self._turn.settle()

@@ -169,9 +169,14 @@ class Rounds:
         # When the host began to wait, and what the method has learnt for since the round before: seconds.
         self._since = self._learnt = 0.0
 
+    @property
+    def served(self) -> set[int]:
+        """The ids of the sequences whose rounds are under way."""
+        return set(map(id, self._members))
+
     def serves(self, sequences: list[Sequence]) -> bool:
         """Whether rounds of any of these are under way."""
-        return any(own is other for own in self._members for other in sequences)
+        return not self.served.isdisjoint(map(id, sequences))
 
     def advance(self, running: list[Sequence]) -> dict[int, list[Piece]] | None:
         """What the oldest round under way adds to each sequence, by its id; all of them where their set has changed.

@@ -14,7 +14,7 @@ from ..kernels.compilation import Watch
 from .admission import Admission, Ticket
 from .company import MAX_LEAD, Alike, Company
 from .decode import reading
-from .errors import RequestError, out_of_range
+from .errors import AbortedError, out_of_range
 from .graphs import Graphs
 from .methods.base import Method
 from .metrics import Ledger
@@ -85,8 +85,10 @@ class Run:
         # What rounds gave that was not asked for yet, and of how many of them.
         self._unread, self.lead = list[Chunk](), 0
         self._ticket: Ticket | None = None
-        self._failure: RequestError | None = None
-        self.stopped = self._failed = self._lost = False
+        self._failure: str | None = None
+        self.stopped = self._failed = False
+        # Where a sequence was lost: in its prompt, or after it.
+        self._lost: str | None = None
         # Whether its reader waits for the next chunk.
         self.asked = False
 
@@ -102,7 +104,7 @@ class Run:
 
     @property
     def _complete(self) -> bool:
-        return not (self._waiting or self._running or self._lost)
+        return not (self._waiting or self._running) and self._lost is None
 
     @property
     def queued(self) -> int:
@@ -122,7 +124,7 @@ class Run:
     @property
     def rides(self) -> bool:
         """Whether the round of another request may take its sequences along."""
-        waits = self.stopped or self._lost or self._reading is not None
+        waits = self.stopped or self._lost is not None or self._reading is not None
         return not waits and bool(self._running) and self.lead < MAX_LEAD
 
     def receive(self, told: list[tuple[Sequence, list[Piece]]]) -> None:
@@ -137,7 +139,7 @@ class Run:
         shared = self._shared
         if shared is None or self.stopped or self._reading is not None or self._ticket is not None or not self._waiting:
             return None
-        if not self._is_whole(self._waiting[0], rows) or not self._admits(shared):
+        if not self._is_whole(shared, self._waiting[0], rows) or not self._admits(shared):
             return None
         return self._begin(shared)
 
@@ -201,8 +203,8 @@ class Run:
             return self._ticket
         try:
             with shared.watch, torch.inference_mode():
-                if self._lost:
-                    raise out_of_range("request", shared.model.dtype)
+                if self._lost is not None:
+                    raise out_of_range(self._lost, shared.model.dtype)
                 done = self._step(shared)
                 self.events += self.method.tell()
         except BaseException as error:
@@ -233,20 +235,19 @@ class Run:
             self.stop()
             self._turns.after(self._end)
 
-    def doom(self, error: RequestError) -> None:
-        """Within a turn: whoever asks for more gets this error; to be failed in any case."""
-        self._failure, self.stopped = error, True
+    def doom(self, message: str) -> None:
+        """Within a turn: whoever asks for more gets an AbortedError; to be failed in any case."""
+        self._failure, self.stopped = message, True
 
-    def fail(self, error: RequestError) -> None:
-        """End within a turn: whoever asks for more gets this error."""
-        self.doom(error)
+    def fail(self, message: str) -> None:
+        """End within a turn: whoever asks for more gets an AbortedError."""
+        self.doom(message)
         self._failed = True
         self._end()
 
     def _open(self) -> Shared | None:
         if self._failure is not None:
-            # A new one each time, for one that is raised keeps the frames it comes through.
-            raise type(self._failure)(*self._failure.args)
+            raise AbortedError(self._failure)
         return None if self.stopped else self._shared
 
     def _is_patient(self) -> bool:
@@ -281,7 +282,7 @@ class Run:
                 sequence = self._begin(shared)
                 rows = prefill_chunk(shared.model.device, shared=self._has_company(shared))
                 assert self._company is not None
-                if self._is_whole(sequence, rows) and self._company.read(self, sequence, rows):
+                if self._is_whole(shared, sequence, rows) and self._company.read(self, sequence, rows):
                     return self._taken()
                 sibling = next((other for other in self._running[:-1] if other.index == sequence.index), None)
                 self._reading = reading(shared.model, shared.admission.cache, sequence, self.method, sibling)
@@ -314,11 +315,10 @@ class Run:
         self._running.append(sequence)
         return sequence
 
-    def _is_whole(self, sequence: Sequence, rows: int) -> bool:
+    def _is_whole(self, shared: Shared, sequence: Sequence, rows: int) -> bool:
         """Whether a pass over so many rows, of other prompts too, can read all of this one."""
-        length, shared = len(sequence.prompt), self._shared
-        plain = self.method.plain_prompts and sequence.params.n == 1
-        return plain and length <= rows and shared is not None and not shared.model.stretched(length)
+        length, plain = len(sequence.prompt), self.method.plain_prompts and sequence.params.n == 1
+        return plain and length <= rows and not shared.model.stretched(length)
 
     def _has_company(self, shared: Shared) -> bool:
         """Whether others wait for their next token while this one's prompt is read."""
@@ -347,7 +347,8 @@ class Run:
             return
         for sequence in finished:
             shared.admission.release(sequence.pages)
-            self._lost = self._lost or sequence.lost
+            if sequence.lost:
+                self._lost = self._lost or ("request" if sequence.generated else "prompt")
         shared.ledger.end(finished)
         self._running = [sequence for sequence in self._running if not sequence.finish_reason]
 

@@ -1,5 +1,6 @@
 """As many sequences together as an engine can be told: tokens are still those of each alone."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,14 +28,9 @@ METHODS = [
 ]
 
 
-def engine_of(graphs: bool | None, **options: Any) -> Engine:
-    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
-    return Engine(config, synthetic_weights(config, 0, torch.float32, 0.1), graphs=graphs, **options)
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["host", "device"])
-def engine(request: pytest.FixtureRequest) -> Engine:
-    return engine_of(request.param, max_sequences=MOST_SEQUENCES)
+def engine(request: pytest.FixtureRequest, synthetic: Callable[..., Engine]) -> Engine:
+    return synthetic(late_scale=0.1, graphs=request.param, max_sequences=MOST_SEQUENCES)
 
 
 @pytest.mark.parametrize("fields", [{}, {"temperature": 0.8, "seed": 5}], ids=["greedy", "sampled"])
@@ -69,20 +65,20 @@ def test_the_kernels_take_as_many() -> None:
     assert seen[0] == seen[1]
 
 
-def test_no_more_run_together_than_was_said() -> None:
-    with engine_of(False, max_sequences=3) as engine:
-        stream = engine.stream(PROMPTS[:5], SamplingParams(max_tokens=3, ignore_eos=True))
-        begun = [next(stream).index for _ in range(4)]
-        assert sorted({*begun}) == [0, 1, 2]
-        assert engine.max_sequences == 3
-        with pytest.raises(RequestError, match="warm_up: sequences: expected an integer from 1 to 3, got 4"):
-            engine.warm_up(sequences=4)
+def test_no_more_run_together_than_was_said(synthetic: Callable[..., Engine]) -> None:
+    engine = synthetic(late_scale=0.1, graphs=False, max_sequences=3)
+    stream = engine.stream(PROMPTS[:5], SamplingParams(max_tokens=3, ignore_eos=True))
+    begun = [next(stream).index for _ in range(4)]
+    assert sorted({*begun}) == [0, 1, 2]
+    assert engine.max_sequences == 3
+    with pytest.raises(RequestError, match="warm_up: sequences: expected an integer from 1 to 3, got 4"):
+        engine.warm_up(sequences=4)
 
 
 @pytest.mark.parametrize("given", [0, MOST_SEQUENCES + 1, True, 2.0, "16", None])
-def test_other_numbers_are_refused(given: Any) -> None:
+def test_other_numbers_are_refused(synthetic: Callable[..., Engine], given: Any) -> None:
     with pytest.raises(RequestError, match=f"max_sequences: expected an integer from 1 to {MOST_SEQUENCES}, got "):
-        engine_of(False, max_sequences=given)
+        synthetic(max_sequences=given)
     with pytest.raises(RequestError, match="max_sequences: expected"):
         Engine.load("there is no such model", max_sequences=given)
 
@@ -91,7 +87,9 @@ def test_a_graph_for_every_number_of_sequences() -> None:
     assert (SIZES[0], SIZES[-1]) == (1, MOST_SEQUENCES)
 
 
-def test_rounds_under_way_go_on_while_those_who_lead_are_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_under_way_go_on_while_those_who_lead_are_among_them(
+    synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Five requests where three run together: to take others along would read every graph out after one round."""
     begun, take = list[int](), Graphs.take
 
@@ -100,15 +98,15 @@ def test_rounds_under_way_go_on_while_those_who_lead_are_among_them(monkeypatch:
         return take(graphs, recipe, sequences)
 
     monkeypatch.setattr(Graphs, "take", taken)
-    with engine_of(True, max_sequences=3) as engine:
-        params = SamplingParams(max_tokens=60, ignore_eos=True)
-        alone = [engine.generate(prompt, params).token_ids for prompt in PROMPTS[:5]]
-        begun.clear()
-        streams = [engine.stream(prompt, params) for prompt in PROMPTS[:5]]
-        found: list[list[int]] = [[] for _ in streams]
-        while any(chunks := [next(stream, None) for stream in streams]):
-            for tokens, chunk in zip(found, chunks, strict=True):
-                tokens.extend(chunk.token_ids if chunk else [])
-        assert found == alone
-        rounds = sum(stream.outputs[0].stats.graph_rounds for stream in streams)
-        assert len(begun) < rounds / 12
+    engine = synthetic(late_scale=0.1, graphs=True, max_sequences=3)
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    alone = [engine.generate(prompt, params).token_ids for prompt in PROMPTS[:5]]
+    begun.clear()
+    streams = [engine.stream(prompt, params) for prompt in PROMPTS[:5]]
+    found: list[list[int]] = [[] for _ in streams]
+    while any(chunks := [next(stream, None) for stream in streams]):
+        for tokens, chunk in zip(found, chunks, strict=True):
+            tokens.extend(chunk.token_ids if chunk else [])
+    assert found == alone
+    rounds = sum(stream.outputs[0].stats.graph_rounds for stream in streams)
+    assert len(begun) < rounds / 12
