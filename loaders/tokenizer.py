@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -99,6 +100,16 @@ class Tokenizer:
         """
         return self._decode(list(ids))
 
+    def token_text(self, token: int) -> str:
+        """What one token adds to a text, special tokens written out; bytes that are no whole character become U+FFFD.
+
+        Raises:
+            TokenizerError: the id is negative or too large.
+        """
+        # Twice, for a decoder may drop the space that a text begins with.
+        once, twice = (self._decode([token] * times, special=True) for times in (1, 2))
+        return twice[len(once) :]
+
     def stream(self) -> TokenStream:
         """A decoder that takes one id at a time."""
         return TokenStream(self._decode, self._silent)
@@ -129,8 +140,9 @@ class Tokenizer:
         """Whether `decode` leaves an id out: a special token, or one that the tokenizer does not have."""
         return token in self.special_ids or self._backend.id_to_token(token) is None
 
-    def _decode(self, ids: list[int]) -> str:
-        return _guarded(f"{self._source}: cannot decode", lambda: self._backend.decode(ids, skip_special_tokens=True))
+    def _decode(self, ids: list[int], *, special: bool = False) -> str:
+        decoded = partial(self._backend.decode, ids, skip_special_tokens=not special)
+        return _guarded(f"{self._source}: cannot decode", decoded)
 
 
 class TokenStream:

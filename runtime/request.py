@@ -143,12 +143,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one round added to continuation `choice` of prompt `index`; `finish_reason` is set in its last chunk."""
+    """What one round added to continuation `choice` of prompt `index`; `finish_reason` is set in its last chunk.
+
+    `logprobs` has an entry a piece, and is None unless asked for.
+    """
 
     index: int
     choice: int
     pieces: tuple[Piece, ...]
     finish_reason: str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     @property
     def text(self) -> str:

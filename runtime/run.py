@@ -355,8 +355,11 @@ class Run:
 
 def _chunks(told: list[tuple[Sequence, list[Piece]]]) -> list[Chunk]:
     """What a round gave; of one that is lost its last tokens, for the error comes after them."""
-    return [
-        Chunk(sequence.index, sequence.choice, tuple(pieces), None if sequence.lost else sequence.finish_reason)
-        for sequence, pieces in told
-        if pieces or not sequence.lost
-    ]
+    return [_chunk(sequence, pieces) for sequence, pieces in told if pieces or not sequence.lost]
+
+
+def _chunk(sequence: Sequence, pieces: list[Piece]) -> Chunk:
+    """The newest pieces of a sequence."""
+    ended = None if sequence.lost else sequence.finish_reason
+    newest = None if sequence.params.logprobs is None else tuple(sequence.logprobs[-len(pieces) :] if pieces else ())
+    return Chunk(sequence.index, sequence.choice, tuple(pieces), ended, newest)

@@ -19,6 +19,7 @@ from ..errors import SkipjackError
 from . import options
 from .demo import DEMO_METHOD, DEMO_QUESTION
 from .entry import EXIT_INTERRUPTED
+from .serve import serve
 
 EXIT_MISTAKE = 2
 EXIT_BROKEN_PIPE = 141
@@ -154,6 +155,9 @@ def chat(
             warm_up_for(engine)
         if not Chat(engine, params, system).run():
             raise typer.Exit(EXIT_MISTAKE)
+
+
+app.command()(serve)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from .terminal import notes, write
 if TYPE_CHECKING:
     from ..engine import Engine
     from ..request import Output, SamplingParams
+    from ..warm_up import WarmUp
 
 
 def answer(engine: Engine, prompt: str | list[int], params: SamplingParams, *, as_json: bool, as_stream: bool) -> None:
@@ -42,7 +43,11 @@ def warm_up_for(engine: Engine, prompt: str | list[int] | None = None, params: S
     if prompt is not None and params is not None:
         length = len(to_ids(prompt, engine.tokenizer, engine.config)) + params.max_tokens
         context = min(length, engine.config.max_context)
-    done = engine.warm_up(sequences=1, context=context)
+    say(engine.warm_up(sequences=1, context=context))
+
+
+def say(done: WarmUp) -> None:
+    """Say what a warm-up took."""
     took = f"{done.compilations} kernels compiled, {done.graphs} graphs captured, {done.seconds:.1f} s"
     notes().print(f"warm-up: {took}", markup=False)
 

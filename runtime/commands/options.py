@@ -13,7 +13,7 @@ import typer
 
 from ...loaders.locate import check_name
 from ..errors import RequestError
-from ..request import check_unicode
+from ..request import SEQUENCES, check_unicode
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -150,6 +150,7 @@ def load_engine(
     numerics: Numerics = Numerics.EXACT,
     cache_tokens: int | None = None,
     check: Check | None = None,
+    max_sequences: int = SEQUENCES,
 ) -> Generator[Engine, None, None]:
     """An engine for the time of a command, loaded behind a progress bar, after what `check` says of the model."""
     check_name(model)
@@ -165,6 +166,7 @@ def load_engine(
             backend=backend.value,
             numerics=numerics.value,
             cache_tokens=cache_tokens,
+            max_sequences=max_sequences,
             progress=progress,
             check=check,
         )

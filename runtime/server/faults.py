@@ -1,0 +1,77 @@
+"""Errors as clients see them: OpenAI's objects, with the statuses of HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from ..errors import AbortedError, BusyError, CapacityError, CompilationError, SkipjackError
+
+RETRY_AFTER = {"Retry-After": "1"}
+
+
+def fault(
+    status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Mapping[str, str] = {}
+) -> JSONResponse:
+    """A response that says what is wrong."""
+    return JSONResponse({"error": described(status, message, param, code)}, status, headers)
+
+
+def described(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"message": message, "type": kind, "param": param, "code": code}
+
+
+def status_of(error: SkipjackError) -> int:
+    """Whose fault it is, and whether a later try may succeed."""
+    if isinstance(error, (BusyError, AbortedError)):
+        return 503
+    if isinstance(error, CapacityError):
+        return 413
+    return 500 if isinstance(error, CompilationError) else 400
+
+
+async def skipjack_fault(request: Request, error: Exception) -> JSONResponse:
+    """What the engine refuses."""
+    assert isinstance(error, SkipjackError)
+    status = status_of(error)
+    field, colon, _ = str(error).partition(":")
+    return fault(status, str(error), param=field if colon else None, headers=RETRY_AFTER if status == 503 else {})
+
+
+async def invalid(request: Request, error: Exception) -> JSONResponse:
+    """A body that is not what it should be; of several mistakes the first."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return fault(400, f"body: expected JSON: {first['ctx']['error']}, at character {first['loc'][1]}")
+    place = _place(first["loc"])
+    said = "is not known here" if first["type"] == "extra_forbidden" else _sentence(first["msg"])
+    return fault(400, f"{place}: {said}", param=place)
+
+
+async def http_fault(request: Request, error: Exception) -> JSONResponse:
+    """An address or a way of asking that there is not."""
+    assert isinstance(error, HTTPException)
+    return fault(error.status_code, f"{request.method} {request.url.path}: {error.detail}", headers=error.headers or {})
+
+
+async def broken(request: Request, error: Exception) -> JSONResponse:
+    """What is nobody's fault but this program's or its machine's."""
+    return fault(500, f"{type(error).__name__}: {error}")
+
+
+def _place(location: Sequence[object]) -> str:
+    """`messages[0].content` from the path to it, whose first part is "body"."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location[1:]]
+    return "".join(parts).removeprefix(".") or "body"
+
+
+def _sentence(message: str) -> str:
+    return message[:1].lower() + message[1:]
