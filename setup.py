@@ -21,6 +21,7 @@ setup(
         "skipjack.runtime",
         "skipjack.runtime.commands",
         "skipjack.runtime.methods",
+        "skipjack.runtime.server",
         "skipjack.bench",
     ],
     package_dir={

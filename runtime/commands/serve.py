@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -117,6 +118,10 @@ def _ready(engine: Engine, methods: Sequence[str], *, warm_up: bool) -> None:
     notes().print(f"{engine.backend}, methods: {', '.join(methods)}", markup=False)
 
 
+def _ended(number: int, frame: FrameType | None) -> None:
+    """Nothing is left to end."""
+
+
 def _listen(
     engine: Engine,
     name: str,
@@ -148,5 +153,5 @@ def _listen(
             notes().print(f"serving {name} at http://{shown}:{port}/v1", markup=False)
 
     # The server ends by itself; then it sends itself the signal once more.
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGTERM, _ended)
     Server(config).run(sockets=[listener])

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from time import perf_counter, time
 from typing import Any, TypeVar
@@ -98,7 +99,7 @@ class Service:
 
         return app
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """What a seed's tokens depend on besides the request."""
         return f"skipjack-{version('skipjack')}-{self.engine.backend.split()[0]}-{self.engine.numerics}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict
 
@@ -68,15 +67,13 @@ class Body(Strict):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def _params(self, most: int, logprobs: int | None) -> SamplingParams:
-        own = {name: getattr(self, name) for name in COPIED}
-        given = {name: value for name, value in own.items() if value is not None}
+        values: dict[str, Any] = {"temperature": TEMPERATURE, "max_tokens": most, "logprobs": logprobs}
+        values |= {name: value for name in COPIED if (value := getattr(self, name)) is not None}
         if self.seed is not None:
             # OpenAI's are signed.
-            given["seed"] = self.seed % 2**64
-        bias = {_token(name): value for name, value in (self.logit_bias or {}).items()}
-        return SamplingParams(
-            **({"temperature": TEMPERATURE} | given), max_tokens=most, logprobs=logprobs, logit_bias=bias
-        )
+            values["seed"] = self.seed % 2**64
+        values["logit_bias"] = {_token(name): value for name, value in (self.logit_bias or {}).items()}
+        return SamplingParams(**values)
 
 
 # Fields that are the engine's own by name and meaning.
@@ -100,17 +97,15 @@ class CompletionBody(Body):
             RequestError: there is none, or one is neither text nor a list.
         """
         alone = isinstance(self.prompt, str) or (self.prompt != [] and isinstance(self.prompt[0], int))
-        prompts: Sequence[Any] = [self.prompt] if alone else self.prompt
+        prompts = cast("list[object]", [self.prompt] if alone else self.prompt)
         if not prompts:
             raise RequestError("prompt: expected at least one, got none")
-        for number, prompt in enumerate(prompts):
-            if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(_is_id(i) for i in prompt)):
-                raise RequestError(f"prompt[{number}]: expected text or token ids")
+        wrong = next((number for number, prompt in enumerate(prompts) if not _is_prompt(prompt)), None)
+        if wrong is not None:
+            raise RequestError(f"prompt[{wrong}]: expected text or token ids")
         if len(prompts) * (self.n or 1) > MAX_CHOICES:
-            raise RequestError(
-                f"prompt: expected at most {MAX_CHOICES} choices, prompts times n, got {len(prompts)} times"
-            )
-        return list(prompts)
+            raise RequestError(f"prompt: expected at most {MAX_CHOICES} choices, got {len(prompts)} prompts times n")
+        return cast("list[Prompt]", prompts)
 
     def params(self) -> SamplingParams:
         """How to choose tokens.
@@ -169,8 +164,9 @@ class ChatBody(Body):
         return self._params(most if asked is None else asked, (self.top_logprobs or 0) if self.logprobs else None)
 
 
-def _is_id(token: object) -> bool:
-    return isinstance(token, int) and not isinstance(token, bool)
+def _is_prompt(prompt: object) -> bool:
+    ids = cast("list[object]", prompt) if isinstance(prompt, list) else None
+    return isinstance(prompt, str) if ids is None else all(type(token) is int for token in ids)
 
 
 def _token(name: str) -> int:
