@@ -46,13 +46,15 @@ def test_imports_point_one_way(path: Path) -> None:
     assert set(imports(path)) <= ALLOWED[room] | {room}
 
 
-COMMANDS = ["skipjack", "runtime", "commands"]
+COMMANDS, SERVER = ["skipjack", "runtime", "commands"], ["skipjack", "runtime", "server"]
 LIBRARY = [path for path in FILES if path.parent.name != "commands" and path.relative_to(ROOT).parts[0] != "bench"]
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_library_does_not_know_the_command_line(path: Path) -> None:
-    assert COMMANDS not in [name[:3] for name in modules(path)]
+def test_the_library_knows_neither_the_command_line_nor_the_server(path: Path) -> None:
+    known = [name[:3] for name in modules(path)]
+    assert COMMANDS not in known
+    assert SERVER not in known or path.parent.name == "server"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -68,6 +70,8 @@ def test_every_folder_is_packaged() -> None:
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     for folder in {path.parent.relative_to(ROOT).as_posix() for path in FILES}:
         assert f'"{folder}"' in setup
+        name = folder if folder == "skipjack" else f"skipjack.{folder.replace('/', '.')}"
+        assert f'        "{name}",\n' in setup, f"{name} is not among the packages"
 
 
 def test_op_signatures_are_those_of_the_reference() -> None:

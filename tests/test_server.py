@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import http.client
 import importlib.util
 import json
 import random
+import re
 import runpy
 import threading
 import time
@@ -28,7 +30,9 @@ from skipjack.runtime.commands import cli
 from skipjack.runtime.commands import serve as command
 from skipjack.runtime.request import Output
 from skipjack.runtime.server.app import CHAT, COMPLETIONS, Service
+from skipjack.runtime.server.bodies import ChatBody, CompletionBody
 
+PAGE = (Path(__file__).parents[1] / "docs" / "server.md").read_text(encoding="utf-8")
 SERVING = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("serving.py"))))
 METHODS = ["lookup", "autoregressive", "unified:speedup=2"]
 MESSAGES: Any = [{"role": "system", "content": "the cat"}, {"role": "user", "content": "sat on the mat"}]
@@ -238,11 +242,11 @@ class TestRefusals:
 
     def test_a_body_that_is_too_long(self, address: str) -> None:
         def parts() -> Iterator[bytes]:
-            for _ in range(40):
+            for _ in range(10):
                 yield b" " * 2**19
 
         content: Any
-        for content in (b" " * (2**24 + 1), parts()):
+        for content in (b" " * (2**22 + 1), parts()):
             # The rest is not read: the client sees the answer or a closed connection.
             with contextlib.suppress(httpx.WriteError):
                 assert httpx.post(f"{address}{COMPLETIONS}", content=content, timeout=60).status_code == 413
@@ -385,6 +389,25 @@ class TestAround:
         assert (choice["text"], choice["token_ids"]) == ("", expected)
         assert choice["logprobs"]["tokens"] == [f"token_id:{token}" for token in expected]
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+
+
+class TestPage:
+    def test_names_every_field_and_address(self, address: str) -> None:
+        rows = re.findall(r"^\| ([^|]*`[^|]*) \| (completions|chat|both) \|", PAGE, re.MULTILINE)
+        told = {of: {name for cell, kind in rows if kind in (of, "both") for name in re.findall(r"`(\w+)`", cell)}
+                for of in ("completions", "chat")}  # fmt: skip
+        assert told == {"completions": set(CompletionBody.model_fields), "chat": set(ChatBody.model_fields)}
+        paths = set(httpx.get(f"{address}/openapi.json").json()["paths"])
+        assert paths == set(re.findall(r"`(?:GET|POST) (/\S+)`", PAGE)) - {"/docs"} | {"/v1/models/{name}"}
+
+    def test_examples_run(self, engine: Engine, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        client, own = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+        with SERVING.running(Service(engine, "demo", ["lookup", "autoregressive"], chat_tokens=5)) as address:
+            exec(client.replace("http://127.0.0.1:8000", address), {})
+        exec(own.replace('Engine.load("demo")', f"Engine.load({str(folder)!r})"), {})
+        *_, answered, routes = capsys.readouterr().out.splitlines()
+        assert answered.endswith(" True")
+        assert {COMPLETIONS, CHAT, "/v1/models"} < set(ast.literal_eval(routes))
 
 
 class TestCommand:
