@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Generator, Hashable
 from contextlib import contextmanager
-from itertools import repeat, starmap
+from itertools import islice, repeat, starmap
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from .errors import CapacityError
+from .prefixes import Prefixes
 
 # Pages that a cache has beyond the tokens asked for: searches borrow them.
 SPARE_PAGES = 4
+# Pages that are copied at a time: a copy of all at once would take as much memory again.
+COPIED_PAGES = 32
 
 
 def pages_of(tokens: int, page_size: int) -> int:
@@ -36,7 +40,8 @@ class KVCache:
 
     A sequence is a list of page numbers and a count of valid slots that its owner keeps; slots past the count are free
     for a round's draft, so rolling back is not advancing. Page 0 belongs to nobody: padding rows write there. Every
-    other page is free or in the list of its one owner.
+    other page is free or in the list of its one owner. With `prefixes` free pages that a prompt was read into are taken
+    last, the longest free first, and until then later prompts copy from them.
     """
 
     def __init__(
@@ -67,10 +72,13 @@ class KVCache:
         self.page_size = page_size
         self.total_pages = pages
         self._free = list(range(pages, 0, -1))
+        # Free ones that prompts lie in, the longest free last.
+        self._kept = deque[int]()
+        self.prefixes: Prefixes | None = None
 
     @property
     def free_pages(self) -> int:
-        return len(self._free)
+        return len(self._free) + len(self._kept)
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` slots."""
@@ -110,19 +118,40 @@ class KVCache:
             CapacityError: not enough pages are free; nothing is taken.
         """
         needed, pages = self.pages_for(tokens), [] if into is None else into
-        if needed > len(self._free):
+        if needed > self.free_pages:
             raise CapacityError(
-                f"the KV cache has {len(self._free)} of {self.total_pages} pages free and {tokens} tokens need "
+                f"the KV cache has {self.free_pages} of {self.total_pages} pages free and {tokens} tokens need "
                 f"{needed} of {self.page_size} slots each: shorten the request or raise cache_tokens"
             )
+        blank = min(needed, len(self._free))
+        taken = [*self._free[len(self._free) - blank :], *islice(reversed(self._kept), needed - blank)]
+        if self.prefixes is not None:
+            self.prefixes.forget(taken)
         # It takes a while, and they are nobody's yet.
-        self._zero(self._free[len(self._free) - needed :])
-        _move(needed, self._free, pages)
+        self._zero(taken)
+        _move(blank, self._free, pages)
+        _move(needed - blank, self._kept, pages)
         return pages
 
     def release(self, pages: list[int]) -> None:
         """Give pages back."""
-        _move(len(pages), pages, self._free)
+        known = 0 if self.prefixes is None else self.prefixes.known(pages)
+        _move(len(pages) - known, pages, self._free)
+        self._kept.extendleft(starmap(pages.pop, repeat((), len(pages))))
+
+    def remember(self, kind: Hashable, prompt: list[int], pages: list[int]) -> None:
+        """A prompt has been read into `pages`, as all of its `kind` are: later ones may begin like it."""
+        if self.prefixes is not None:
+            self.prefixes.add(kind, prompt, pages)
+
+    def recall(self, kind: Hashable, prompt: list[int], pages: list[int]) -> int:
+        """Copy into `pages` what a prompt has in common with one that lies somewhere, and return how many tokens.
+
+        Never all, for the last is what the first token is chosen after.
+        """
+        source, tokens = ([], 0) if self.prefixes is None else self.prefixes.longest(kind, prompt)
+        self.copy(source, pages, tokens)
+        return tokens
 
     @contextmanager
     def lent(self, tokens: int) -> Generator[list[int]]:
@@ -148,11 +177,16 @@ class KVCache:
             yield pages[:full] + own
 
     def copy(self, source: list[int], target: list[int], tokens: int) -> None:
-        """Copy the pages of `source` that hold its first `tokens` slots to those of `target`."""
-        count = self.pages_for(tokens)
-        places = torch.tensor([source[:count], target[:count]], device=self.keys.device)
-        for cached in self._parts:
-            cached.index_copy_(1, places[1], cached.index_select(1, places[0]))
+        """Copy the first `tokens` slots of `source` to those of `target`, whose others stay zero."""
+        count, part_of_last = self.pages_for(tokens), tokens % self.page_size
+        for first in range(0, count, COPIED_PAGES):
+            pages = [one[first : min(count, first + COPIED_PAGES)] for one in (source, target)]
+            places = torch.tensor(pages, device=self.keys.device)
+            for cached in self._parts:
+                cached.index_copy_(1, places[1], cached.index_select(1, places[0]))
+        if part_of_last:
+            for cached in self._parts:
+                cached[:, target[count - 1], :, part_of_last:] = 0.0
 
     def _zero(self, pages: list[int]) -> None:
         """Whatever an earlier holder left, NaN included, must not reach a masked sum."""
@@ -161,6 +195,6 @@ class KVCache:
             part.index_fill_(1, index, 0.0)
 
 
-def _move(count: int, source: list[int], target: list[int]) -> None:
+def _move(count: int, source: list[int] | deque[int], target: list[int]) -> None:
     """Move the last `count` in one step of the interpreter, before or after which a signal's handler may raise."""
     target.extend(starmap(source.pop, repeat((), count)))

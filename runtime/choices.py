@@ -68,12 +68,13 @@ def check_max_sequences(sequences: int) -> int:
     return integer("max_sequences", sequences, 1, MOST_SEQUENCES)
 
 
-def check_switches(graphs: bool | None, strict: bool) -> None:
+def check_switches(graphs: bool | None, strict: bool, prefix_caching: bool) -> None:
     """Refuse what is neither on nor off, with a RequestError: the text "false" would be on."""
     if graphs is not None and not isinstance(cast(object, graphs), bool):
         raise RequestError(f"graphs: expected True, False or None, got {graphs!r}")
-    if not isinstance(cast(object, strict), bool):
-        raise RequestError(f"strict: expected True or False, got {strict!r}")
+    for name, value in (("strict", strict), ("prefix_caching", prefix_caching)):
+        if not isinstance(cast(object, value), bool):
+            raise RequestError(f"{name}: expected True or False, got {value!r}")
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

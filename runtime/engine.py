@@ -35,6 +35,7 @@ from .methods.autoregressive import Autoregressive
 from .methods.base import Method
 from .metrics import Ledger, Metrics
 from .model import Model
+from .prefixes import Prefixes
 from .prompts import Check, Prompt, Prompts, TokenIds, check_params, is_many, to_ids
 from .ranges import marks
 from .request import SEQUENCES, Output, SamplingParams
@@ -83,6 +84,7 @@ class Engine:
         graphs: bool | None = None,
         ranges: str | None = None,
         strict: bool = False,
+        prefix_caching: bool = False,
     ) -> None:
         """An engine over weights that are already in memory, on their device; `load` reads them from a folder.
 
@@ -92,7 +94,7 @@ class Engine:
         """
         self.tokenizer, self.model_path, self.dtype = tokenizer, model_path, weights.embedding.dtype
         table = choices.table_of(backend, weights.embedding.device, numerics)
-        choices.check_switches(graphs, strict)
+        choices.check_switches(graphs, strict, prefix_caching)
         self.numerics, self.max_sequences = numerics, choices.check_max_sequences(max_sequences)
         self._default = registry.parse(method)
         own = self._default.build(config)
@@ -104,6 +106,7 @@ class Engine:
         self.backend = model.backend
         self.cache_tokens, self.cache_note = cache_size(model, self.max_sequences, cache_tokens)
         cache = model.new_cache(pages_of(self.cache_tokens, table.page_size))
+        cache.prefixes = Prefixes(cache.page_size) if prefix_caching else None
         on_device = model.device.type == "cuda" if graphs is None else graphs
         rounds = Graphs(model, cache, self._watch) if on_device else None
         roster = Roster(model, self._encode, self._watch, self._default)
@@ -111,17 +114,8 @@ class Engine:
         # With fast numerics a token may depend on who is in its round.
         companies = None if numerics == "fast" else WeakValueDictionary[Alike, Company]()
         # What goes when the engine is closed.
-        self._shared: Shared | None = Shared(
-            model,
-            Admission(cache),
-            self._turn,
-            self._watch,
-            rounds,
-            roster,
-            Ledger(cache),
-            companies,
-            self.max_sequences,
-        )
+        common = model, Admission(cache), self._turn, self._watch, rounds, roster, Ledger(cache), companies
+        self._shared: Shared | None = Shared(*common, self.max_sequences)
         self._turn.rest()
         self._turn.take(partial(roster.add, self._default, own))
 
@@ -139,6 +133,7 @@ class Engine:
         graphs: bool | None = None,
         ranges: str | None = None,
         strict: bool = False,
+        prefix_caching: bool = False,
         progress: Progress | None = None,
         check: Check | None = None,
     ) -> Engine:
@@ -148,7 +143,8 @@ class Engine:
         auto is the checkpoint's own. `numerics` "fast" lets sums follow the number of rows if that is faster; a token
         may then depend on drafts and neighbours. `cache_tokens` bounds the tokens all running requests hold together,
         by default a context, or `max_sequences` of at most 2048 tokens if that is more, as far as four fifths of the
-        free memory go; `max_sequences`, 1 to 64, bounds how many run together.
+        free memory go; `max_sequences`, 1 to 64, bounds how many run together. `prefix_caching`: what a prompt has in
+        common with an earlier one is copied, not read again.
         `progress` is called with a label, what is done and what there is to do; `check` with the model's config and its
         tokenizer or None, before any weight is read: what it raises ends the loading, and so do more tokens than
         `cache_tokens` hold, where it returns how many a request will need.
@@ -166,7 +162,7 @@ class Engine:
         told("preparing kernels", 1, 1)
         choices.check_cache_tokens(cache_tokens)
         choices.check_max_sequences(max_sequences)
-        choices.check_switches(graphs, strict)
+        choices.check_switches(graphs, strict, prefix_caching)
         folder = locate(model, progress)
         config = ModelConfig.load(folder)
         spec.build(config)
@@ -189,6 +185,7 @@ class Engine:
                 graphs=graphs,
                 ranges=ranges,
                 strict=strict,
+                prefix_caching=prefix_caching,
             )
         engine.load_s = perf_counter() - start
         return engine

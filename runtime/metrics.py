@@ -25,6 +25,7 @@ class Totals:
     requests_aborted: int = 0
     requests_failed: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     first_tokens: int = 0
     completion_tokens: int = 0
     rounds: int = 0
@@ -152,6 +153,7 @@ def _including(totals: Totals, sequences: Collection[Sequence]) -> Totals:
     added: dict[str, Any] = {name: sum(getattr(one, name) for one in counters) for name in SUMMED}
     added |= {name: sum(getattr(one, field) for one in counters) for name, field in SECONDS.items()}
     added["prompt_tokens"] = sum(len(sequence.prompt) for sequence in begun if sequence.choice == 0)
+    added["cached_tokens"] = sum(sequence.known for sequence in begun if sequence.choice == 0)
     added["first_tokens"] = len(begun)
     # Of one that a round extends meanwhile: the tokens that are counted, so that the sum holds.
     added["completion_tokens"] = len(begun) + added["accepted"] + added["bonus"]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from itertools import accumulate
-from typing import TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from .cache import KVCache
 from .model import Model
 from .rows import Rows, one_sequence
 from .sequence import Sequence
+
+if TYPE_CHECKING:
+    from .methods.base import Method
 
 # Rows of a prompt that are read in one turn: on a GPU, on a CPU, and there while others wait for their next token.
 PREFILL_CHUNK, CPU_CHUNK, SHARED_CHUNK = 1024, 512, 128
@@ -32,6 +36,23 @@ def read(model: Model, sequence: Sequence, forward: Callable[[Rows], Tensor]) ->
     return hidden[-1:]
 
 
+def recall(model: Model, cache: KVCache, sequence: Sequence, method: Method) -> None:
+    """Have the prefix cache fill as much of a prompt as it knows; the rest is to be read."""
+    plain = _is_plain(model, sequence, method)
+    sequence.known = cache.recall(method.prompt_kind, sequence.prompt, sequence.pages) if plain else 0
+
+
+def remember(model: Model, cache: KVCache, sequence: Sequence, method: Method) -> None:
+    """Let the prefix cache know of a prompt that has been read."""
+    if not sequence.lost and _is_plain(model, sequence, method):
+        cache.remember(method.prompt_kind, sequence.prompt, sequence.pages)
+
+
+def _is_plain(model: Model, sequence: Sequence, method: Method) -> bool:
+    """Whether nothing but a prompt's tokens and the method's pass decides its keys and values."""
+    return method.plain_prompts and not model.stretched(len(sequence.prompt))
+
+
 def prefill_chunk(device: torch.device, *, shared: bool = False) -> int:
     """Rows of a prompt that are read in one turn; of smaller parts a CPU makes nearly as much, and others wait less."""
     if device.type != "cpu":
@@ -41,7 +62,7 @@ def prefill_chunk(device: torch.device, *, shared: bool = False) -> int:
 
 def prompt_rows(model: Model, sequence: Sequence) -> Iterator[Rows]:
     """The rows of a sequence's prompt, in chunks as long as its turns may be when they come."""
-    at, length, tile = 0, len(sequence.prompt), model.ops.prefill_tile
+    at, length, tile = sequence.known, len(sequence.prompt), model.ops.prefill_tile
     while at < length:
         part = sequence.prompt[at : at + prefill_chunk(model.device, shared=sequence.shares)]
         yield one_sequence(part, at, sequence.pages, tile, model.device, prompt=length)
@@ -50,17 +71,17 @@ def prompt_rows(model: Model, sequence: Sequence) -> Iterator[Rows]:
 
 def whole_prompts(model: Model, sequences: list[Sequence]) -> tuple[Rows, Tensor]:
     """The rows of the prompts of several sequences, none of them `Model.stretched`, and which are the last of each."""
-    device, lengths = model.device, [len(sequence.prompt) for sequence in sequences]
+    device, spans = model.device, [range(sequence.known, len(sequence.prompt)) for sequence in sequences]
     width = max(len(sequence.pages) for sequence in sequences)
     rows = Rows(
-        torch.tensor([token for sequence in sequences for token in sequence.prompt], device=device),
-        torch.tensor([position for length in lengths for position in range(length)], device=device),
-        torch.tensor([number for number, length in enumerate(lengths) for _ in range(length)], device=device),
+        torch.tensor([token for sequence in sequences for token in sequence.prompt[sequence.known :]], device=device),
+        torch.tensor([position for span in spans for position in span], device=device),
+        torch.tensor([number for number, span in enumerate(spans) for _ in span], device=device),
         torch.tensor([s.pages + [0] * (width - len(s.pages)) for s in sequences], device=device),
         model.ops.prefill_tile,
-        prompt=max(lengths),
+        prompt=max(span.stop for span in spans),
     )
-    return rows, torch.tensor(list(accumulate(lengths)), device=device) - 1
+    return rows, torch.tensor(list(accumulate(map(len, spans))), device=device) - 1
 
 
 def text_rows(model: Model, text: list[int], prompt: int, pages: list[int], *, as_decoded: bool = False) -> list[Rows]:

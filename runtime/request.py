@@ -182,7 +182,8 @@ class Stats:
     counts sub-layers not run, once per row and pass, of prompts by FlexiDepth alone. `weight_passes`: how often
     decoding read the model's weights, the LM head's included, partial readings as their share; those a batch shares
     count fully for each member; 0 where the method does not say, as lossless ones do not. `weight_pass_bound`: the most
-    tokens such a pass can give by the method and the model's shape. `phases` are (name, first generated token);
+    tokens such a pass can give by the method and the model's shape. `cached_tokens` of the prompt were in the prefix
+    cache. `phases` are (name, first generated token);
     `events` are the method's own records of this request's rounds (for SWIFT one per optimisation step); `notes` say in
     words what a reader of the figures must know.
     """
@@ -216,6 +217,7 @@ class Stats:
     notes: tuple[str, ...] = ()
     phases: tuple[tuple[str, int], ...] = ()
     events: tuple[Mapping[str, Any], ...] = ()
+    cached_tokens: int = 0
 
     @property
     def acceptance_rate(self) -> float:

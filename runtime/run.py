@@ -19,7 +19,7 @@ from .graphs import Graphs
 from .methods.base import Method
 from .metrics import Ledger
 from .model import Model
-from .prefill import prefill_chunk
+from .prefill import prefill_chunk, recall
 from .request import Chunk, Piece, SamplingParams
 from .roster import Roster
 from .sequence import Sequence
@@ -284,8 +284,8 @@ class Run:
                 assert self._company is not None
                 if self._is_whole(shared, sequence, rows) and self._company.read(self, sequence, rows):
                     return self._taken()
-                sibling = next((other for other in self._running[:-1] if other.index == sequence.index), None)
-                self._reading = reading(shared.model, shared.admission.cache, sequence, self.method, sibling)
+                cache, sibling = shared.admission.cache, self._sibling(sequence)
+                self._reading = reading(shared.model, cache, sequence, self.method, sibling)
             elif not self._running:
                 return self._queue(shared, self._waiting[0].max_length, self._waiting[0].pages)
         if self._reading is None:
@@ -313,7 +313,13 @@ class Run:
         sequence = self._waiting.popleft()
         shared.ledger.begin(sequence)
         self._running.append(sequence)
+        if self._sibling(sequence) is None:
+            recall(shared.model, shared.admission.cache, sequence, self.method)
         return sequence
+
+    def _sibling(self, sequence: Sequence) -> Sequence | None:
+        """A sequence of the same prompt that has read it and still has its pages."""
+        return next((other for other in self._running[:-1] if other.index == sequence.index), None)
 
     def _is_whole(self, shared: Shared, sequence: Sequence, rows: int) -> bool:
         """Whether a pass over so many rows, of other prompts too, can read all of this one."""

@@ -60,6 +60,8 @@ class Sequence:
     layers_used: list[float] = field(default_factory=list[float])
     prompt_layers: list[float] = field(default_factory=list[float])
     memory: Any = None
+    # Tokens of its prompt that the prefix cache had.
+    known: int = 0
     # Whether others wait for their next token while its prompt is read.
     shares: bool = False
     finish_reason: str | None = None

@@ -61,5 +61,6 @@ def summarise(
         notes=(*method.notes(skips), *said),
         phases=tuple(first.phases),
         events=(*method.findings(first), *events),
+        cached_tokens=first.known,
     )
     return Output(first.prompt, tuple(sequence.result() for sequence in sequences), stats)

@@ -140,7 +140,7 @@ class Audit:
         self.annexes: list[int] = []
         self.written = torch.zeros(kv.keys.shape[0], kv.keys.shape[1], kv.page_size, dtype=torch.bool)
         self._size = kv.page_size
-        self._table, self._reserve, self._fork = model.ops, kv.reserve, kv.forked
+        self._table, self._reserve, self._fork, self._copy = model.ops, kv.reserve, kv.forked, kv.copy
         self._layers = {kv.keys[i].data_ptr(): i for i in range(len(kv.keys))}
         self._mlps = {id(layer.up): i for i, layer in enumerate(model.layers)}
         self._passes: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
@@ -151,6 +151,7 @@ class Audit:
         monkeypatch.setattr(model, "joined", None)
         monkeypatch.setattr(kv, "reserve", self._reserved)
         monkeypatch.setattr(kv, "forked", self._forked)
+        monkeypatch.setattr(kv, "copy", self._copied)
 
     def _layer(self, keys: Any) -> int:
         """The number of a layer by its keys; those of an annex come after the model's own."""
@@ -232,6 +233,12 @@ class Audit:
             if part:
                 self.written[:, child[full], :part] = self.written[:, pages[full], :part]
             yield child
+
+    def _copied(self, source: list[int], target: list[int], tokens: int) -> None:
+        self._copy(source, target, tokens)
+        for slot in range(tokens):
+            here, there = (pages[slot // self._size] for pages in (source, target))
+            self.written[:, there, slot % self._size] = self.written[:, here, slot % self._size]
 
 
 @pytest.fixture

@@ -150,7 +150,9 @@ def chat(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
     )
     check = chat_check(system, params)
-    with options.load_engine(model, method, device, dtype, backend, numerics, cache_tokens, check) as engine:
+    with options.load_engine(
+        model, method, device, dtype, backend, numerics, cache_tokens, check, prefix_caching=True
+    ) as engine:
         if warm_up:
             warm_up_for(engine)
         if not Chat(engine, params, system).run():

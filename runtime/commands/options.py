@@ -151,6 +151,8 @@ def load_engine(
     cache_tokens: int | None = None,
     check: Check | None = None,
     max_sequences: int = SEQUENCES,
+    *,
+    prefix_caching: bool = False,
 ) -> Generator[Engine, None, None]:
     """An engine for the time of a command, loaded behind a progress bar, after what `check` says of the model."""
     check_name(model)
@@ -167,6 +169,7 @@ def load_engine(
             numerics=numerics.value,
             cache_tokens=cache_tokens,
             max_sequences=max_sequences,
+            prefix_caching=prefix_caching,
             progress=progress,
             check=check,
         )

@@ -54,6 +54,9 @@ def serve(
     backend: options.BackendName = options.Backend.AUTO,
     numerics: options.NumericsName = options.Numerics.EXACT,
     cache_tokens: options.CacheTokens = None,
+    prefix_caching: Annotated[
+        bool, typer.Option(help="Copy what a prompt has in common with an earlier one instead of reading it again.")
+    ] = True,
     warm_up: Annotated[
         bool, typer.Option(help="Before listening compile every kernel and capture every graph that will be needed.")
     ] = True,
@@ -70,7 +73,16 @@ def serve(
     with (
         _bound(host, port) as listener,
         options.load_engine(
-            model, methods[0], device, dtype, backend, numerics, cache_tokens, _all_fit(methods), max_sequences
+            model,
+            methods[0],
+            device,
+            dtype,
+            backend,
+            numerics,
+            cache_tokens,
+            _all_fit(methods),
+            max_sequences,
+            prefix_caching=prefix_caching,
         ) as engine,
     ):
         _ready(engine, methods, warm_up=warm_up)

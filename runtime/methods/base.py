@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -83,6 +84,11 @@ class Method:
     def plain_prompts(self) -> bool:
         """Whether `prompt_pass` is all that a prompt needs: then one may be over the prompts of several sequences."""
         return True
+
+    @property
+    def prompt_kind(self) -> Hashable:
+        """What a prompt's keys and values depend on besides its tokens, where prompts are plain."""
+        return self.prompt if type(self).prompt_pass is Method.prompt_pass else ref(self)
 
     @property
     def widest(self) -> int:

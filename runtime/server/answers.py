@@ -145,11 +145,13 @@ class ChatAnswer(Answer):
         return {"token": text, "logprob": logprob, "bytes": None if text.startswith(NUMBERED) else list(text.encode())}
 
 
-def usage(outputs: Sequence[Output]) -> dict[str, int]:
-    """The tokens of all prompts and of all their choices."""
+def usage(outputs: Sequence[Output]) -> dict[str, Any]:
+    """The tokens of all prompts and of all their choices, and those of prompts that the prefix cache had."""
     prompt = sum(output.stats.prompt_tokens for output in outputs)
     completion = sum(output.stats.completion_tokens for output in outputs)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    cached = {"cached_tokens": sum(output.stats.cached_tokens for output in outputs)}
+    counted = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return counted | {"prompt_tokens_details": cached}
 
 
 def told(outputs: Sequence[Output]) -> dict[str, Any]:
