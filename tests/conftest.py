@@ -70,6 +70,23 @@ def synthetic() -> Callable[..., Engine]:
     return engine
 
 
+@pytest.fixture(scope="session")
+def engine_of() -> Callable[..., Engine]:
+    """A small engine of a test's own, with rounds of the host or, with `graphs`, of the device."""
+
+    def of(graphs: bool, shape: str = "tiny", dtype: torch.dtype = torch.float32, **options: Any) -> Engine:
+        config = ModelConfig.parse(synthetic_config(shape), shape)
+        return Engine(config, synthetic_weights(config, 0, dtype, 0.1), graphs=graphs, **options)
+
+    return of
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["host", "device"])
+def engine(request: pytest.FixtureRequest, engine_of: Callable[..., Engine]) -> Engine:
+    """An engine that the tests of a module share."""
+    return engine_of(request.param)
+
+
 @pytest.fixture(params=["torch", "compiled"])
 def table(request: pytest.FixtureRequest) -> Ops:
     """Either op table of the CPU; the compiled one where numba is installed."""

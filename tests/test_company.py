@@ -6,11 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from skipjack import AbortedError, Engine, RequestError, SamplingParams
-from skipjack.loaders.config import ModelConfig
-from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime.company import MAX_LEAD, Company
 from skipjack.runtime.graphs import Graphs, Rounds
 from skipjack.runtime.methods.base import Method
@@ -32,16 +29,6 @@ METHODS = [
     "skipdecode:length=9",
     "calm:threshold=0.9,least=2",
 ]
-
-
-def engine_of(graphs: bool, shape: str = "tiny", **options: Any) -> Engine:
-    config = ModelConfig.parse(synthetic_config(shape), shape)
-    return Engine(config, synthetic_weights(config, 0, torch.float32, 0.1), graphs=graphs, **options)
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["host", "device"])
-def engine(request: pytest.FixtureRequest) -> Engine:
-    return engine_of(request.param)
 
 
 @pytest.fixture
@@ -110,7 +97,7 @@ def test_those_who_choose_in_other_ways_do_not_share(engine: Engine, rounds: lis
     assert {*rounds} == {1}
 
 
-def test_fast_numerics_share_nothing(rounds: list[int]) -> None:
+def test_fast_numerics_share_nothing(engine_of: Callable[..., Engine], rounds: list[int]) -> None:
     """A token may depend there on who is in its round."""
     with engine_of(False, numerics="fast") as engine:
         alone = [engine.generate(prompt, PARAMS).token_ids for prompt in PROMPTS]
@@ -132,7 +119,7 @@ def test_a_request_that_nobody_reads_is_taken_along_a_little(engine: Engine) -> 
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["host", "device"])
-def test_a_round_has_room_for_so_many(graphs: bool, rounds: list[int]) -> None:
+def test_a_round_has_room_for_so_many(engine_of: Callable[..., Engine], graphs: bool, rounds: list[int]) -> None:
     engine = engine_of(graphs, max_sequences=3)
     several = SamplingParams(max_tokens=8, ignore_eos=True, temperature=1.0, seed=4, n=2)
     alone = [[choice.token_ids for choice in engine.generate(prompt, several).choices] for prompt in PROMPTS]
@@ -163,6 +150,7 @@ def test_one_that_leaves_takes_nothing_from_the_others(engine: Engine, leaves: i
 
 
 def test_a_round_that_fails_before_anything_has_come_is_one_requests_failure(
+    engine_of: Callable[..., Engine],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with engine_of(False) as engine:
@@ -181,7 +169,9 @@ def test_a_round_that_fails_before_anything_has_come_is_one_requests_failure(
         assert engine._loaded()[1].free_pages == engine._loaded()[1].total_pages
 
 
-def test_who_has_got_half_of_a_round_that_failed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_has_got_half_of_a_round_that_failed_is_told(
+    engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with engine_of(False) as engine:
         method = "swift:skip_attention=2,threshold=0"
         streams = [engine.stream(prompt, PARAMS, method=method) for prompt in PROMPTS[:2]]
@@ -195,7 +185,9 @@ def test_who_has_got_half_of_a_round_that_failed_is_told(monkeypatch: pytest.Mon
         assert engine._loaded()[1].free_pages == engine._loaded()[1].total_pages
 
 
-def test_a_round_of_the_device_that_fails_ends_all_it_ran_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_of_the_device_that_fails_ends_all_it_ran_for(
+    engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with engine_of(True) as engine:
         streams = [engine.stream(prompt, PARAMS) for prompt in PROMPTS[:2]]
         for _ in range(2):
@@ -214,7 +206,7 @@ def test_a_round_of_the_device_that_fails_ends_all_it_ran_for(monkeypatch: pytes
         assert engine._loaded()[1].free_pages == engine._loaded()[1].total_pages
 
 
-def test_a_closed_engine_ends_all_of_them(engine: Callable[..., Any]) -> None:
+def test_a_closed_engine_ends_all_of_them(engine_of: Callable[..., Engine], engine: Engine) -> None:
     with engine_of(engine._open().graphs is not None) as own:
         streams = [own.stream(prompt, PARAMS) for prompt in PROMPTS]
         for stream in streams:
@@ -298,7 +290,9 @@ def test_who_is_interrupted_anywhere_in_a_shared_round_costs_nobody_a_token_unse
     assert not engine._open().companies
 
 
-def test_a_graph_that_cannot_be_made_is_one_requests_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_cannot_be_made_is_one_requests_failure(
+    engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is under way on the device by then."""
     with engine_of(True) as engine:
         expected = engine.generate(PROMPTS[1], PARAMS).token_ids
@@ -314,7 +308,9 @@ def test_a_graph_that_cannot_be_made_is_one_requests_failure(monkeypatch: pytest
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["host", "device"])
 @pytest.mark.parametrize("phase", ["prompt", "absolute"])
-def test_cycles_that_are_as_far_share_every_round(graphs: bool, phase: str, rounds: list[int]) -> None:
+def test_cycles_that_are_as_far_share_every_round(
+    engine_of: Callable[..., Engine], graphs: bool, phase: str, rounds: list[int]
+) -> None:
     with engine_of(graphs, "tiny-dmtd", method=f"dmtd:phase={phase}") as engine:
         alone = [engine.generate(prompt, PARAMS).token_ids for prompt in PROMPTS]
         rounds.clear()
@@ -322,7 +318,7 @@ def test_cycles_that_are_as_far_share_every_round(graphs: bool, phase: str, roun
     assert {*rounds} == {len(PROMPTS)}
 
 
-def test_a_cycle_that_is_not_as_far_has_rounds_of_its_own(rounds: list[int]) -> None:
+def test_a_cycle_that_is_not_as_far_has_rounds_of_its_own(engine_of: Callable[..., Engine], rounds: list[int]) -> None:
     with engine_of(False, "tiny-dmtd", method="dmtd") as engine:
         alone = [engine.generate(prompt, PARAMS).token_ids for prompt in PROMPTS[:2]]
         first = engine.stream(PROMPTS[0], PARAMS)
@@ -333,7 +329,9 @@ def test_a_cycle_that_is_not_as_far_has_rounds_of_its_own(rounds: list[int]) -> 
     assert {*rounds} == {1}
 
 
-def test_to_close_an_engine_reads_nothing_that_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_to_close_an_engine_reads_nothing_that_the_device_has(
+    engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It may be what has failed."""
     engine = engine_of(True)
     streams = [engine.stream(prompt, PARAMS) for prompt in PROMPTS[:2]]

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from skipjack import Engine, SamplingParams
-from skipjack.loaders.config import ModelConfig
-from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import graphs, round_graph
 from skipjack.runtime.recipe import Recipe
 from skipjack.runtime.round import device_round
@@ -64,9 +62,8 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
 
 
 @pytest.fixture
-def device() -> Engine:
-    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
-    return Engine(config, synthetic_weights(config, 0, torch.float32, 0.1), graphs=True)
+def device(engine_of: Callable[..., Engine]) -> Engine:
+    return engine_of(True)
 
 
 def pool(engine: Engine) -> graphs.Graphs:

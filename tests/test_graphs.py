@@ -59,10 +59,9 @@ METHODS = [
 
 
 @pytest.fixture(scope="module")
-def device() -> Engine:
+def device(engine_of: Callable[..., Engine]) -> Engine:
     """The model of `synthetic("tiny", …, 0.1)` whose rounds run on the device alone."""
-    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
-    return Engine(config, synthetic_weights(config, 0, torch.float32, 0.1), graphs=True)
+    return engine_of(True)
 
 
 LOOKUPS = [
@@ -250,7 +249,9 @@ def test_a_stream_closed_early_leaves_its_graph_to_the_next(device: Engine) -> N
     assert pool.captured == captured
 
 
-def test_rounds_under_way_are_waited_for_when_an_engine_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_under_way_are_waited_for_when_an_engine_is_dropped(
+    engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nobody closes it, and the device writes reports into memory that would be another's."""
     begun, waited = list[int](), list[int]()
     forget = RoundGraph.forget
@@ -261,8 +262,7 @@ def test_rounds_under_way_are_waited_for_when_an_engine_is_dropped(monkeypatch: 
 
     monkeypatch.setattr(RoundGraph, "forget", forgotten)
     monkeypatch.setattr(RoundGraph, "settle", lambda graph: waited.append(graph._written))
-    config = ModelConfig.parse(synthetic_config("tiny"), "tiny")
-    engine = Engine(config, synthetic_weights(config, 0, torch.float32, 0.1), graphs=True)
+    engine = engine_of(True)
     engine.generate(PROMPTS[0], SamplingParams(max_tokens=8, ignore_eos=True))
     assert begun == [AHEAD]
     del engine
@@ -317,13 +317,13 @@ def test_a_graph_that_was_given_back_writes_to_nobodys_pages(device: Engine) -> 
 
 
 def test_graphs_of_sets_out_of_use_are_let_go_of(
-    synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    synthetic: Callable[..., Engine], engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A search that settles anew for days would fill the memory."""
     monkeypatch.setattr(graphs, "SPARE", 3)
     host, params = synthetic("tiny", torch.float32, 0.1), SamplingParams(max_tokens=6, ignore_eos=True)
     expected = host.generate(PROMPTS[0], params).token_ids
-    with Engine(host.config, synthetic_weights(host.config, 0, torch.float32, 0.1), graphs=True) as engine:
+    with engine_of(True) as engine:
         engine.warm_up(sequences=2, context=256)
         assert engine._open().graphs is not None
         waiting = engine._open().graphs._idle
@@ -345,12 +345,12 @@ def test_graphs_of_sets_out_of_use_are_let_go_of(
 
 
 def test_many_graphs_for_one_recipe_drive_no_other_out(
-    synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a burst of requests alike, those that are not used again are let go of first."""
     monkeypatch.setattr(graphs, "SPARE", 6)
-    host, params = synthetic("tiny", torch.float32, 0.1), SamplingParams(max_tokens=6, ignore_eos=True)
-    with Engine(host.config, synthetic_weights(host.config, 0, torch.float32, 0.1), graphs=True) as engine:
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    with engine_of(True) as engine:
         # Methods of their own, which share no rounds.
         streams = [engine.stream(PROMPTS[0], params, method=f"{FIXED},seed={seed}") for seed in range(6)]
         while any(chunks := [next(stream, None) for stream in streams]):

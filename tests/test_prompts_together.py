@@ -33,16 +33,6 @@ METHODS = [
 ]
 
 
-def engine_of(graphs: bool | None, shape: str = "tiny", dtype: torch.dtype = torch.float32, **options: Any) -> Engine:
-    config = ModelConfig.parse(synthetic_config(shape), shape)
-    return Engine(config, synthetic_weights(config, 0, dtype, 0.1), graphs=graphs, **options)
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["host", "device"])
-def engine(request: pytest.FixtureRequest) -> Engine:
-    return engine_of(request.param)
-
-
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sequences of every pass over prompts."""
@@ -76,7 +66,9 @@ def test_a_list_is_read_in_one_pass(engine: Engine, passes: list[int], method: s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", ["tiny-llama", "tiny-mistral", "tiny-qwen3", "tiny-bloom", "tiny-smollm3"])
-def test_keys_and_values_are_those_of_each_alone(shape: str, dtype: torch.dtype) -> None:
+def test_keys_and_values_are_those_of_each_alone(
+    engine_of: Callable[..., Engine], shape: str, dtype: torch.dtype
+) -> None:
     """Bit for bit, at every position of every layer."""
     with engine_of(False, shape, dtype) as engine:
         one = SamplingParams(max_tokens=2, ignore_eos=True)
@@ -137,7 +129,9 @@ def test_a_stream_that_nobody_reads_is_not_begun(engine: Engine, passes: list[in
     unread.close()
 
 
-def test_no_more_are_read_than_a_part_has_room_for(passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_are_read_than_a_part_has_room_for(
+    engine_of: Callable[..., Engine], passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_module, "prefill_chunk", lambda device, shared: 75)
     with engine_of(False) as engine:
         alone = [engine.generate(prompt, PARAMS).token_ids for prompt in PROMPTS]
@@ -146,7 +140,7 @@ def test_no_more_are_read_than_a_part_has_room_for(passes: list[int], monkeypatc
         assert passes == [3, 2], "4 + 1 + 70 rows, then 66 + 2"
 
 
-def test_as_many_as_there_are_pages_for() -> None:
+def test_as_many_as_there_are_pages_for(engine_of: Callable[..., Engine]) -> None:
     with engine_of(False, cache_tokens=3 * 256) as engine:
         params = SamplingParams(max_tokens=200, ignore_eos=True)
         alone = [engine.generate(prompt, params).token_ids for prompt in PROMPTS]
@@ -166,7 +160,9 @@ def test_long_texts_of_dynamic_rotations_are_read_alone(passes: list[int]) -> No
         assert passes == [2, 1]
 
 
-def test_who_waits_has_what_is_wrong_with_his_own_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_has_what_is_wrong_with_his_own_prompt(
+    engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also if another has read it."""
     with engine_of(False) as engine:
         alone = [engine.generate(prompt, PARAMS).token_ids for prompt in PROMPTS]
