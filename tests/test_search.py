@@ -121,11 +121,11 @@ def test_a_candidate_that_holds_its_own_stays(stood: int, trial: int) -> None:
 def test_an_interrupt_at_any_line_leaves_a_search_that_goes_on_and_ends(
     interrupted: Callable[..., Iterator[None]],
 ) -> None:
-    search = Search(8, 0.45, 0.95, 300, 80, seed=0)
+    search = Search(8, 0.45, 0.95, 300, 12, seed=0)
 
     def work() -> None:
         nonlocal search
-        search = Search(8, 0.45, 0.95, 300, 80, seed=0, bayes_interval=2)
+        search = Search(8, 0.45, 0.95, 300, 12, seed=0, bayes_interval=2)
         search.remeasure(0.1)
         search.record(search.suggest(), 0.2, 10)
         search.remeasure(0.2, 0.1)
