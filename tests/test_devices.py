@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -39,6 +38,8 @@ MORE = [
     ("tiny-bloom", "swift:skip_mlp=1,num_draft_tokens=3"),
     ("tiny-smollm3", "kangaroo:adapter=untrained,exit_layer=1,num_draft_tokens=3"),
 ]
+# What `Calls` does otherwise than PyTorch.
+CHANGED = {Tensor.device.__get__, torch.tensor, torch.as_tensor, Tensor.cpu, Tensor.to}
 CHOICE: dict[str, Any] = {"temperature": 0.8, "repetition_penalty": 1.2, "min_tokens": 5, "logprobs": 3}
 
 
@@ -102,6 +103,8 @@ class Calls(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function not in CHANGED:
+            return function(*args, **kwargs)
         if function == Tensor.device.__get__:
             return DEVICE if self._places.has(args[0]) else HOST
         if function in (torch.tensor, torch.as_tensor):
@@ -111,12 +114,10 @@ class Calls(TorchFunctionMode):
         if function == Tensor.cpu:
             return self._sent(args[0], HOST)
         given = (*args[1:], *kwargs.values())
-        if function == Tensor.to and (
-            place := next((one for one in given if isinstance(one, (torch.device, str))), None)
-        ):
-            dtype = next((one for one in given if isinstance(one, torch.dtype)), args[0].dtype)
-            return self._sent(args[0].to(dtype), torch.device(place))
-        return function(*args, **kwargs)
+        if (place := next((one for one in given if isinstance(one, (torch.device, str))), None)) is None:
+            return function(*args, **kwargs)
+        dtype = next((one for one in given if isinstance(one, torch.dtype)), args[0].dtype)
+        return self._sent(args[0].to(dtype), torch.device(place))
 
     def _sent(self, tensor: Tensor, place: torch.device) -> Tensor:
         made = tensor.clone()
@@ -125,7 +126,14 @@ class Calls(TorchFunctionMode):
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    """Those in tuples, lists and dictionaries; PyTorch's own walk takes longer than the operators."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for one in tree:
+            yield from tensors(one)
+    elif isinstance(tree, dict):
+        yield from tensors([*tree.values()])
 
 
 def on_the_device(places: Places) -> Ops:
