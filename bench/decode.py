@@ -121,8 +121,6 @@ def measure(
     Raises:
         RequestError: a method does not draft with some of the layers.
     """
-    for method in methods:
-        drafting(engine, method)
     passes = measure_passes(engine, setting, bandwidth, note)
     drafts = [one for one in passes if one.kind == "draft"]
     rounds = [measure_rounds(engine, method, rate, setting, note) for method in methods for rate in setting.rates]

@@ -44,7 +44,7 @@ def decode(
 ) -> None:
     """Measure passes and rounds against their bytes: verify(K), draft steps, glue, forced acceptance, prompts."""
     from .clock import bandwidth, denominator
-    from .decode import Setting, measure
+    from .decode import Setting, drafting, measure
     from .methods import load
     from .record import header, show, write
     from .tables import decode as sheets
@@ -79,6 +79,8 @@ def decode(
         place = engine._loaded()[0].device  # pyright: ignore[reportPrivateUsage]
         result = header("decode", engine, model)
         notes.print(f"{model}, {engine.dtype}, {engine.backend}")
+        for name in methods:
+            drafting(engine, name)
         measured = bandwidth(place, 1 << 20 if dry_run else None)
         result |= {
             "of": denominator(place),
