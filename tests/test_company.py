@@ -16,7 +16,8 @@ from skipjack.runtime.run import Run
 
 PROMPTS = [[5, 9, 11, 300], [7], list(range(20, 50)), [400, 3, 3, 17, 250, 8]]
 PARAMS = SamplingParams(max_tokens=20, ignore_eos=True)
-SHORT = SamplingParams(max_tokens=8, ignore_eos=True)
+# The first token, those that one who is not read is taken along for, and one more round.
+SHORT = SamplingParams(max_tokens=MAX_LEAD + 2, ignore_eos=True)
 METHODS = [
     "autoregressive",
     "swift:skip_attention=2+3,num_draft_tokens=4,threshold=0.1",

@@ -545,7 +545,7 @@ def run(code: str, **environment: str) -> str:
 
 
 def test_kernels_are_kept_on_disk_and_need_no_folder_to_keep_them(tmp_path: Path) -> None:
-    load = "from skipjack.kernels.cpu.small_ops import rms_norm as kernel; "
+    load = "from skipjack.kernels.cpu.enter import lay as kernel; "
     load += "print(len(kernel.stats.cache_hits), len(kernel.stats.cache_misses))"
     kept = str(tmp_path / "kept")
     assert run(load, NUMBA_CACHE_DIR=kept).split() == ["0", "1"]
