@@ -78,6 +78,7 @@ def compare(
                 ("layerskip", f"layerskip:exit_layer={left},verify=false"),
                 ("shortgpt", f"shortgpt:n={count}"),
                 ("skipdecode", f"skipdecode:most={left},least={left}"),
+                ("adaskip", f"adaskip:n={2 * count},online=0"),
             ):
                 progress(f"{name}, {count} layers skipped")
                 lines += _lines(engine, name, spec, count, prompts, given)

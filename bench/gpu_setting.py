@@ -37,6 +37,7 @@ CAPTURED = {
         "skipdecode:length=12",
         "calm:threshold=0.9,least=1",
         "calm:measure=softmax,threshold=0.05,decay=4,length=12",
+        "adaskip:n=5,online=4",
         "clasp:interval=9,search_budget=1,threshold=0.1",
         "conflayers:interval=6,search_budget=1,window=8,threshold=0.1",
         "conflayers:interval=6,search_budget=1,window=8,max_opt_iter=2,threshold=0.1,tree=true",

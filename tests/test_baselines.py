@@ -25,13 +25,13 @@ def test_rows_are_those_of_scoring_by_hand(tmp_path: Path) -> None:
     _, lines = baselines.compare(str(tmp_path / "m"), "auto", PROMPTS, 6, [2], routed, lambda text: None)
     overall = {line.method: line for line in lines if line.category == "all"}
     assert list(overall) == [
-        "autoregressive", "layerskip", "shortgpt", "skipdecode", "laco paper", "laco code",
+        "autoregressive", "layerskip", "shortgpt", "skipdecode", "adaskip", "laco paper", "laco code",
         "calm state", "calm softmax", "mindskip", "flexidepth",
     ]  # fmt: skip
     assert (overall["autoregressive"].agreement, overall["autoregressive"].skipped) == (1, 0)
     # The first token comes of the prompt, which SkipDecode reads with all layers.
-    skipped = [2, 2, pytest.approx(2 * 5 / 6), 2, 2]
-    assert [overall[name].skipped for name in list(overall)[1:6]] == skipped
+    skipped = [2, 2, pytest.approx(2 * 5 / 6), 2, 2, 2]
+    assert [overall[name].skipped for name in list(overall)[1:7]] == skipped
     assert overall["flexidepth"].note == "no routers"
     assert overall["flexidepth"].agreement is None
     with Engine.load(tmp_path / "m") as engine, Engine.load(tmp_path / "routed", method="mindskip") as other:

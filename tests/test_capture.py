@@ -33,7 +33,9 @@ from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import model as model_module
 from skipjack.runtime.cache import KVCache
 from skipjack.runtime.depths import cuts
+from skipjack.runtime.influence import Change
 from skipjack.runtime.methods import registry
+from skipjack.runtime.methods.adaskip import AdaSkip
 from skipjack.runtime.methods.kangaroo import Kangaroo
 from skipjack.runtime.model import Model
 from skipjack.runtime.recipe import Recipe
@@ -53,6 +55,7 @@ MORE = [
     ("tiny-smollm3", "kangaroo:adapter=untrained,exit_layer=1,num_draft_tokens=3"),
     ("tiny-mistral", "calm:least=1,interval=2"),
     ("tiny-bloom", "skipdecode:warm_up=2,least=2"),
+    ("tiny-bloom", "adaskip:n=5,phase=decode"),
     ("tiny", "static:skip=1+2,kv=fill"),
     ("tiny-dmtd", "dmtd:prefill=cyclic,horizon=3,phase=absolute,history=shadow"),
 ]
@@ -139,6 +142,8 @@ def recipes_of(model: Model, method: str) -> Iterator[Recipe]:
     made = registry.parse(method).build(config)
     if isinstance(made, Kangaroo):
         at_once(made.prepare(model, None))  # Its recipes have the adapter.
+    if isinstance(made, AdaSkip):
+        made.learn(Change(torch.linspace(0, 1, 2 * config.num_layers), torch.ones(2 * config.num_layers)), NOWHERE)
     for fields_ in CHOICES:
         params = SamplingParams(max_tokens=20, **fields_)
         sequence = Sequence(0, 0, [5], params, 0, frozenset([3]), 64, None)

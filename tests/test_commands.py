@@ -234,4 +234,4 @@ def test_methods_tells_the_options_of_one(capsys: pytest.CaptureFixture[str]) ->
     assert cli.run(["methods", "autoregressive"]) == 0
     assert "It has no options." in capsys.readouterr().out
     assert cli.run(["methods", "nothing"]) == 2
-    assert "unknown method 'nothing', expected one of auto, " in capsys.readouterr().err
+    assert "unknown method 'nothing', expected one of adaskip, auto, " in capsys.readouterr().err

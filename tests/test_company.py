@@ -29,6 +29,7 @@ METHODS = [
     "unified:speedup=2",
     "skipdecode:length=9",
     "calm:threshold=0.9,least=2",
+    "adaskip:n=5,online=3",
 ]
 
 

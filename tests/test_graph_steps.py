@@ -16,7 +16,9 @@ from skipjack.kernels.ops import select
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import round_graph
+from skipjack.runtime.influence import Change
 from skipjack.runtime.methods import registry
+from skipjack.runtime.methods.adaskip import AdaSkip
 from skipjack.runtime.methods.dmtd import Cycles
 from skipjack.runtime.model import Model
 from skipjack.runtime.request import Output
@@ -206,6 +208,8 @@ def test_a_cycle_asks_the_host_nothing(questions: Any, method: str, sampled: boo
         ("tiny", "skipdecode"),
         ("tiny", "calm:decay=2"),
         ("tiny", "calm:measure=softmax,interval=2"),
+        ("tiny", "adaskip:n=5,online=2"),
+        ("tiny", "adaskip:n=5,online=2,phase=decode"),
     ],
 )
 @torch.inference_mode()
@@ -218,12 +222,14 @@ def test_a_step_asks_the_host_nothing(questions: Any, shape: str, method: str) -
 
 def ask_nothing(questions: Any, model: Model, method: str, sampled: bool, numbers: list[int]) -> None:
     """A round for a sequence that ends in it or not, and for a place that no sequence has."""
-    recipe = registry.parse(method).build(model.config).recipe([])
-    assert recipe is not None
-    steps = recipe.steps
-    assert steps is not None
+    made = registry.parse(method).build(model.config)
+    if isinstance(made, AdaSkip):
+        sublayers = 2 * model.config.num_layers
+        made.learn(Change(torch.linspace(0, 1, sublayers), torch.linspace(1, 2, sublayers)), model.device)
     cache = model.new_cache(4)
-    for left in numbers:
+    for recipe, left in product(made.recipes([]), numbers):
+        steps = recipe.steps
+        assert steps is not None
         state = State.empty(model, recipe, 2, 1)
         state.allow(torch.tensor([left - 2, 0]))
         state.block_table[0, 0] = 1

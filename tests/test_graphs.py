@@ -54,6 +54,8 @@ METHODS = [
     "unified:speedup=2",
     "skipdecode:length=6",
     "calm:threshold=0.9,least=1",
+    "adaskip:n=5,online=4",
+    "adaskip:n=3,online=9,phase=decode",
     "static:skip=2+5,kv=fill",
 ]
 

@@ -131,7 +131,7 @@ def test_a_method_that_does_not_load_is_an_error_that_says_where(
     monkeypatch.delitem(sys.modules, "broken", raising=False)
     with pytest.raises(RequestError, match=f"method own: .*{named}"):
         registry.parse("own")
-    with pytest.raises(RequestError, match=r"unknown method 'other', expected one of auto, .*unified, own$"):
+    with pytest.raises(RequestError, match=r"unknown method 'other', expected one of adaskip, .*unified, own$"):
         registry.parse("other")
     assert registry.parse("swift").build(CONFIG).lossless
     with pytest.raises(RequestError, match=named):

@@ -13,6 +13,7 @@ from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import run as run_module
 from skipjack.runtime.company import Company
+from skipjack.runtime.methods.adaskip import AdaSkip
 from skipjack.runtime.methods.base import Method
 from skipjack.runtime.run import Run
 
@@ -30,6 +31,7 @@ METHODS = [
     "static:skip=2+3,phase=prefill,kv=fill",
     "skipdecode:length=9",
     "calm:threshold=0.9,least=2",
+    "adaskip:n=5,online=3",
 ]
 
 
@@ -43,6 +45,13 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return forward(method, model, cache, rows)
 
     monkeypatch.setattr(Method, "prompt_pass", noted)
+    compensated = AdaSkip.prompt_pass
+
+    def noted_too(method: AdaSkip, model: Any, cache: Any, rows: Any) -> Any:
+        seen.append(len(rows.block_table))
+        return compensated(method, model, cache, rows)
+
+    monkeypatch.setattr(AdaSkip, "prompt_pass", noted_too)
     return seen
 
 

@@ -229,7 +229,7 @@ def test_a_method_of_another_type_is_refused(synthetic: Callable[..., Engine]) -
     [
         (
             "medusa",
-            "unknown method 'medusa', expected one of auto, autoregressive, calm, clasp, conflayers",
+            "unknown method 'medusa', expected one of adaskip, auto, autoregressive, calm, clasp, conflayers",
         ),
         ("swift:depth=3", "unknown option 'depth'"),
         ("lookup:method=3", "unknown option 'method', known options: num_draft_tokens, max_ngram"),

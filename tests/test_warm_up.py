@@ -35,7 +35,12 @@ LONG = "layerskip:exit_layer=1,num_draft_tokens"
 VOTES = "lookup:choose=likeliest,acceptance=rejection"
 SEARCH = "swift:window=20,search_budget=1,max_opt_iter=3"
 CYCLES = {"num_hidden_layers": 3, "num_thinking_layers": 2, "num_decoding_layers": 1}
-FEWER = ("skipdecode:length=8,least=1", "calm:threshold=0.9,least=1", "calm:measure=softmax,threshold=0.05,interval=2")
+FEWER = (
+    "skipdecode:length=8,least=1",
+    "calm:threshold=0.9,least=1",
+    "calm:measure=softmax,threshold=0.05,interval=2",
+    "adaskip:n=2,online=3,window=16",
+)
 FLEXIDEPTH = ("flexidepth", "flexidepth:kv=none")
 ROUTED = {"num_hidden_layers": 4, "routing_layers": [2, 3]}
 MINDSKIP = {"num_hidden_layers": 3, "is_mindskip": [False, True, True]}

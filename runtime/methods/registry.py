@@ -12,6 +12,7 @@ from typing import Any, TypeGuard, cast
 from ...loaders.config import ModelConfig
 from ..errors import RequestError
 from . import (
+    adaskip,
     auto,
     autoregressive,
     calm,
@@ -38,6 +39,7 @@ from .checked import bounds
 _METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
+        adaskip.AdaSkip,
         auto.Auto,
         autoregressive.Autoregressive,
         calm.Calm,
