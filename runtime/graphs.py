@@ -224,6 +224,8 @@ class Rounds:
         here = graph.recipe if graph and graph.key == self._graphs.key(graph.recipe, running) else None
         if here == recipe:
             return recipe
+        if here and here.steps and recipe.steps and not here.steps.serves(recipe.steps):
+            return recipe
         others = recipe.any_set, here, replace(recipe, num_draft_tokens=given.num_draft_tokens)
         ready = (one for one in others if one and one != recipe and (one == here or self._graphs.has(one, running)))
         other = next(ready, None)

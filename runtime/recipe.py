@@ -34,6 +34,10 @@ class Steps:
         """Room for what the method's `memory` keeps of each of S `sequences`, [S, …]."""
         return torch.empty(sequences, 0, device=model.device)
 
+    def serves(self, wanted: Steps) -> bool:
+        """Whether they do for the `wanted` ones too, while the graph of those is still to be built."""
+        return self == wanted
+
     def step(self, model: Model, cache: KVCache, batch: Batch, memory: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """The pass over each sequence's newest token, the `number`-th of its round; nothing is asked of the host.
 

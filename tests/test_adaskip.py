@@ -15,6 +15,7 @@ from skipjack.kernels.ops import select
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights, write_synthetic
 from skipjack.runtime.errors import RequestError
+from skipjack.runtime.graphs import Rounds
 from skipjack.runtime.influence import Change, sublayer_change
 from skipjack.runtime.methods import registry
 from skipjack.runtime.methods.adaskip import AdaSkip
@@ -212,6 +213,30 @@ def test_batches_are_their_members_alone(
     assert len({len(output.token_ids) for output in alone}) > 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_calls_of_several_sublayers_are_these_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, method: str, dtype: torch.dtype
+) -> None:
+    """As a CPU makes them of tokens that leave out the same: of a sequence alone, or of some together."""
+    pytest.importorskip("numba", reason="numba is not installed")
+    # Of a width for which a CPU has them.
+    wide = {"num_hidden_layers": 8, "head_dim": 32, "hidden_size": 96, "intermediate_size": 80}
+    config = ModelConfig.parse(synthetic_config("tiny-llama") | wide, "tiny-llama")
+    weights, params = synthetic_weights(config, 0, dtype, 1.0), SamplingParams(max_tokens=14, ignore_eos=True)
+    prompts = [*PROMPTS, PROMPTS[0]]
+    with Engine(config, weights, max_sequences=5) as joined, Engine(config, weights, max_sequences=5) as apart:
+        assert joined._loaded()[0].joined is not None
+        monkeypatch.setattr(apart._loaded()[0], "joined", None)
+        expected = [apart.generate(prompt, params, method=method) for prompt in prompts]
+        for group in ([prompts], [[prompt] for prompt in prompts], [[PROMPTS[0]] * 2, PROMPTS[1:], [PROMPTS[0]]]):
+            found = [output for some in group for output in joined.generate(some, params, method=method)]
+            by_prompt = {tuple(output.prompt_ids): (output.token_ids, layers(output)) for output in found}
+            assert by_prompt == {tuple(one.prompt_ids): (one.token_ids, layers(one)) for one in expected}
+    if method == METHODS[0]:
+        assert len({layers(output) for output in expected}) > 1
+
+
 def layers(output: Output) -> tuple[float, ...]:
     return output.stats.layers_per_token
 
@@ -284,6 +309,40 @@ def test_rounds_of_the_device_are_those_of_the_host(
         assert (other.stats.rounds > 0, other.stats.graph_rounds) == (True, 0)
 
 
+@pytest.mark.parametrize("graphs", [False, True], ids=["host", "device"])
+def test_who_comes_later_is_measured_too(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the device has a graph at hand that suits the others, and is still to build one that measures."""
+    config = ModelConfig.parse(synthetic_config("tiny-llama"), "tiny-llama")
+    weights = synthetic_weights(config, 0, torch.float32, 1.0)
+    prompts, lengths = [PROMPTS[1], PROMPTS[2], *PROMPTS], [10, 10, 40, 40, 40, 20]
+    served, choose = list[tuple[bool, bool]](), Rounds._at_hand
+
+    def noted(rounds: Rounds, given: Any, running: Any) -> Any:
+        taken = choose(rounds, given, running)
+        served.append((given.steps.learns, taken.steps.learns))
+        return taken
+
+    monkeypatch.setattr(Rounds, "_at_hand", noted)
+    params = [SamplingParams(max_tokens=length, ignore_eos=True) for length in lengths]
+    with Engine(config, weights, graphs=graphs) as engine:
+        streams = [engine.stream(*each, method=METHODS[0]) for each in zip(prompts[:5], params[:5], strict=True)]
+        # Five share a graph for eight, and the three that stay one for four, when none of them is at its beginning.
+        for _ in range(20):
+            for stream in streams:
+                next(stream, None)
+        streams.append(engine.stream(prompts[5], params[5], method=METHODS[0]))
+        while [chunk for stream in streams if (chunk := next(stream, None))]:
+            pass
+        together = [stream.outputs[0] for stream in streams]
+    with Engine(config, weights, graphs=False) as engine:
+        alone = [engine.generate(*each, method=METHODS[0]) for each in zip(prompts, params, strict=True)]
+    assert [output.token_ids for output in together] == [output.token_ids for output in alone]
+    assert [layers(output) for output in together] == [layers(output) for output in alone]
+    # A graph that measures does for those that need it no more, but not the other way round.
+    assert {*served} <= {(True, True), (False, True), (False, False)}
+    assert (len({*served}) > 1) == graphs
+
+
 def test_the_first_tokens_are_measured_and_no_other(
     synthetic: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,7 +409,7 @@ def test_a_token_without_an_embedding_has_no_ratio() -> None:
     ("options", "named"),
     [
         ("n=16", "option n expects 0 to 15, got 16"),
-        ("n=-1", "option n expects 0 to 15, got -1"),
+        ("n=-1", "option n expects 0 to 65536, got -1"),
         ("phase=prefill", "option phase expects both or decode, got 'prefill'"),
         ("online=-1", "option online expects 0 to"),
         ("window=0", "option window expects 1 to 1024, got 0"),

@@ -1,4 +1,4 @@
-"""AdaSkip (arXiv 2501.02336): the sub-layers that turn the stream least are left out, and what they would scale is."""
+"""AdaSkip (arXiv 2501.02336): the sub-layers that turn the stream least are left out, the stream scaled instead."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ...kernels.host import ints
 from ..batch import Batch
 from ..cache import KVCache
 from ..calibration import Calibration, Encode
-from ..errors import RequestError
 from ..influence import Change, sublayer_change
 from ..laid import Pass
 from ..model import Model
@@ -38,7 +37,7 @@ class Options(Checked, method="adaskip"):
     the `n` are left out of the tokens after them too.
     """
 
-    n: int = 0
+    n: Annotated[int, Within(0, 2**16)] = 0
     phase: Annotated[str, OneOf(("both", "decode"))] = "both"
     online: Annotated[int, Within(0, 2**20)] = 20
     calibration: str = ""
@@ -65,6 +64,10 @@ class Compensated(Steps):
 
     def memory(self, model: Model, sequences: int) -> Tensor:
         return torch.zeros(sequences, len(self.skipped) // 2, dtype=torch.float64, device=model.device)
+
+    def serves(self, wanted: Steps) -> bool:
+        """Those that learn suit any token."""
+        return isinstance(wanted, Compensated) and self in (wanted, replace(wanted, learns=True))
 
     def runs(self, token: Tensor, memory: Tensor) -> Tensor:
         """Which sub-layers run for generated token `token` int64 [S], the first being 0: bool [2L, S]."""
@@ -119,9 +122,8 @@ class AdaSkip(Policy):
     def __init__(self, options: Options, num_layers: int) -> None:
         super().__init__(options, num_layers)
         sublayers = 2 * num_layers
+        options.expect("n", Within(0, sublayers - 1))
         self._count = options.n or max(1, sublayers // 8)
-        if not 1 <= self._count < sublayers:
-            raise RequestError(f"method adaskip: option n expects 0 to {sublayers - 1}, got {options.n}")
         self._options, self._skipping, self._device = options, self._full, torch.device("cpu")
         self._calibration = Calibration.read(options.calibration, "method adaskip: option calibration")
         self._findings: list[Mapping[str, Any]] = []
@@ -216,8 +218,7 @@ class AdaSkip(Policy):
         """The residual stream [R, H] after the sub-layers of `plan`, scaled in place of the others."""
         x = model.embed(laid)
         for part, left_out in _parts(plan):
-            if part.sublayers:
-                model.run(laid, cache, part, x)
+            model.run(laid, cache, part, x)
             if left_out is not None:
                 x.mul_(self._learning.scale[left_out])
         return x
