@@ -354,7 +354,7 @@ def test_there_are_four_examples() -> None:
 @pytest.mark.usefixtures("closed")
 def test_the_example_of_a_batch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines, space = run("several = ", folder, capsys)
-    assert lines[-1].startswith("method: unknown method 'swfit', expected one of auto, autoregressive, ")
+    assert lines[-1].startswith("method: unknown method 'swfit', expected one of adaskip, auto, ")
     assert len(space["outputs"]) == 3
     assert isinstance(space["outputs"][0].stats, Stats)
     assert len({tuple(choice.token_ids) for choice in space["several"].choices}) == 3
