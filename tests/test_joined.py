@@ -10,6 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("numba", reason="numba is not installed")
 
+from skipjack import Engine, SamplingParams
 from skipjack.kernels.cpu import joined, openmp
 from skipjack.kernels.cpu.compiled import COMPILED
 from skipjack.kernels.ops import TORCH
@@ -20,6 +21,7 @@ from skipjack.loaders.weights import Weights
 from skipjack.runtime.cache import KVCache
 from skipjack.runtime.model import Model
 from skipjack.runtime.plan import LayerPlan
+from skipjack.runtime.request import Output
 from skipjack.runtime.rows import Rows, one_sequence
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
@@ -184,3 +186,35 @@ def test_a_prompt_is_joined_too() -> None:
     rows = one_sequence(tokens, 0, list(range(1, 6)), COMPILED.prefill_tile, model.device, prompt=300)
     got, expected = run(model, rows, model.full, False), one_by_one(model, rows, model.full, False)
     assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [
+        "skipdecode:most=7,least=2,length=9",
+        "calm:threshold=0.95,least=2",
+        "calm:threshold=0.9,least=1,interval=3",
+        "calm:threshold=0.05,measure=softmax,least=1",
+        "unified:speedup=2",
+        "static:skip=2+5,kv=fill",
+    ],
+)
+def test_lossy_methods_have_the_same_tokens_by_one_call_as_by_many(
+    monkeypatch: pytest.MonkeyPatch, method: str, dtype: torch.dtype
+) -> None:
+    """Their steps take other ways where a pass without a mask is one call: alone, in step with others, and apart."""
+    config = ModelConfig.parse(synthetic_config("tiny-llama") | SMALL | {"num_hidden_layers": 8}, "tiny-llama")
+    weights = synthetic_weights(config, 0, dtype, 0.3)
+    prompts = [[5, 9, 200, 31], [7] * 3, list(range(20, 31)), [400, 3, 3, 17, 250, 8]]
+    params = SamplingParams(max_tokens=14, stop_token_ids=range(0, 512, 13))
+    with Engine(config, weights, max_sequences=3) as whole, Engine(config, weights, max_sequences=3) as apart:
+        assert whole._loaded()[0].joined is not None
+        monkeypatch.setattr(apart._loaded()[0], "joined", None)
+        expected = [told(apart.generate(prompt, params, method=method)) for prompt in prompts]
+        assert [told(whole.generate(prompt, params, method=method)) for prompt in prompts] == expected
+        assert [told(output) for output in whole.generate(prompts, params, method=method)] == expected
+
+
+def told(output: Output) -> tuple[list[int], tuple[float, ...], int]:
+    return output.token_ids, output.stats.layers_per_token, output.stats.executed_skips
