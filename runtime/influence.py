@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..kernels.host import ints
+from .errors import out_of_range
 from .model import Model, Streams
 from .rows import one_sequence
 from .stepwise import Stepwise
@@ -31,6 +32,9 @@ def block_influence(model: Model, texts: list[list[int]], window: int, *, offici
 
     The texts (token ids) are read as by `_streams`, a window a step. `official` is what the authors' code computes: the
     sum over tokens, the last layer's output being taken after the final norm.
+
+    Raises:
+        RequestError: the texts lead to activations beyond the range of the model's dtype.
     """
     total, tokens = torch.zeros(model.config.num_layers, dtype=torch.float64), 0
     for streams in _streams(model, texts, window):
@@ -41,11 +45,15 @@ def block_influence(model: Model, texts: list[list[int]], window: int, *, offici
         total += (1 - cosine).sum(dim=1).cpu()
         tokens += between.shape[1]
         yield
-    return total if official else total / tokens
+    return _finite(total if official else total / tokens, model)
 
 
 def sublayer_change(model: Model, texts: list[list[int]], window: int) -> Stepwise[Change]:
-    """That of every sub-layer over all tokens of the texts (token ids), read as by `_streams`, a window a step."""
+    """That of every sub-layer over all tokens of the texts (token ids), read as by `_streams`, a window a step.
+
+    Raises:
+        RequestError: as `block_influence`.
+    """
     similarity, scale = (torch.zeros(2 * model.config.num_layers, dtype=torch.float64) for _ in range(2))
     tokens = 0
     for streams in _streams(model, texts, window):
@@ -55,7 +63,7 @@ def sublayer_change(model: Model, texts: list[list[int]], window: int) -> Stepwi
         scale += torch.stack(grown).cpu()
         tokens += len(streams[0])
         yield
-    return Change(similarity / tokens, scale / tokens)
+    return Change(_finite(similarity / tokens, model), _finite(scale / tokens, model))
 
 
 def removal_order(influence: Tensor) -> tuple[int, ...]:
@@ -67,6 +75,13 @@ def _change(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over rows [R, H] of cos(a, b) and of ‖b‖ / ‖a‖, which is 1 of a token whose embedding is all zeros."""
     before, after = (x.square().sum(dim=-1).sqrt() for x in (a, b))
     return functional.cosine_similarity(a, b, dim=-1).sum(), torch.where(before > 0, after / before, 1.0).sum()
+
+
+def _finite(measured: Tensor, model: Model) -> Tensor:
+    """What was measured, without NaN, by which no layer can be chosen."""
+    if not bool(measured.isfinite().all()):
+        raise out_of_range("calibration", model.dtype)
+    return measured
 
 
 def _streams(model: Model, texts: list[list[int]], window: int) -> Iterator[Streams]:

@@ -107,6 +107,19 @@ def test_a_request_that_shares_its_rounds_is_not_harmed(weights: Any, method: st
         assert metrics.pages_free == metrics.pages
 
 
+@pytest.mark.parametrize("method", ["shortgpt", "shortgpt:rule=official", "adaskip"])
+def test_no_layer_is_chosen_by_texts_that_leave_the_range(weights: Any, method: str) -> None:
+    """Of NaN any would be as good; the request itself would be served."""
+    config, whole = weights
+    embedding = whole.embedding.clone()
+    embedding[100:] = torch.inf
+    with Engine(config, replace(whole, embedding=embedding)) as engine:
+        for _ in range(2):
+            with pytest.raises(RequestError, match=r"^calibration: the model's activations leave the range of float32"):
+                engine.generate(OTHER, SamplingParams(max_tokens=1), method=method)
+        assert engine.generate(OTHER, SamplingParams(max_tokens=1)).token_ids
+
+
 def test_an_event_loop_and_a_score_are_told_as_well(weights: Any) -> None:
     engine, answer = poisoned(weights, GREEDY, "autoregressive", graphs=False)
 
