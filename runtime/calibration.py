@@ -95,7 +95,7 @@ class Calibration:
         """Token ids of every text. A model without a tokenizer (`encode`) gets ids drawn with seed 0, or those listed.
 
         Raises:
-            RequestError: there is text and the model has no tokenizer, or ids the model does not have.
+            RequestError: there is text and the model has no tokenizer, ids the model does not have, or no token at all.
         """
         if self.texts is None and encode is None:
             generator = torch.Generator().manual_seed(0)
@@ -114,6 +114,8 @@ class Calibration:
             wrong = next((token for token in found[-1] if not 0 <= token < config.vocab_size), None)
             if wrong is not None:
                 raise RequestError(f"{self.source}: token {wrong} is outside the vocabulary of {config.vocab_size}")
+        if not any(found):
+            raise RequestError(f"{self.source}: expected a token, found none")
         return found
 
 

@@ -405,6 +405,15 @@ def test_a_token_without_an_embedding_has_no_ratio() -> None:
     assert change.similarity.isfinite().all()
 
 
+@pytest.mark.parametrize("method", ["adaskip", "shortgpt"])
+def test_texts_without_a_token_teach_nothing(synthetic: Callable[..., Engine], tmp_path: Path, method: str) -> None:
+    (tmp_path / "ids").write_text("[]\n[]\n")
+    with pytest.raises(
+        RequestError, match=rf"^method {method}: option calibration: .*ids: expected a token, found none"
+    ):
+        synthetic("tiny-llama").generate([1], method=f"{method}:calibration={tmp_path / 'ids'}")
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
