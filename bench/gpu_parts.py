@@ -117,6 +117,9 @@ def prompts(setting: Setting) -> Iterator[Finding]:
         beside = _prompts_beside_others_that_differ(engine, setting.prompts)
         detail = f"prompt lengths that differ in a pass of all: {beside or 'none'} of {setting.prompts}"
         yield Finding("prompts", f"{shape} {_name(dtype)}, together", not beside, detail)
+        after = _prompts_after_a_copy_that_differ(engine, setting.prompts)
+        detail = f"lengths copied that the rest differs after: {after or 'none'} of {setting.prompts[:-1]}"
+        yield Finding("prompts", f"{shape} {_name(dtype)}, after a copy", not after, detail)
 
 
 def exactness(setting: Setting) -> Iterator[Finding]:
@@ -338,6 +341,20 @@ def _prompts_beside_others_that_differ(engine: Engine, lengths: tuple[int, ...])
             if not torch.equal(together[end + 1 - length : end + 1], model.forward(alone, cache, model.full)):
                 differ.append(length)
             cache.release(own)
+    return differ
+
+
+def _prompts_after_a_copy_that_differ(engine: Engine, lengths: tuple[int, ...]) -> list[int]:
+    """Beginnings that were copied, as the prefix cache does, and then the rest of the longest prompt is another."""
+    model, cache = engine._loaded()  # pyright: ignore[reportPrivateUsage]
+    text, tile, differ = [(11 * i) % 500 + 3 for i in range(max(lengths))], model.ops.prefill_tile, list[int]()
+    with torch.inference_mode(), cache.lent(len(text)) as source, cache.lent(len(text)) as target:
+        whole = model.forward(one_sequence(text, 0, source, tile, model.device), cache, model.full)
+        for length in sorted(lengths)[:-1]:
+            cache.copy(source, target, length)
+            rest = one_sequence(text[length:], length, target, tile, model.device)
+            if not torch.equal(model.forward(rest, cache, model.full), whole[length:]):
+                differ.append(length)
     return differ
 
 

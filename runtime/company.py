@@ -10,6 +10,7 @@ from .graphs import Graphs, Rounds
 from .methods.base import Method
 from .methods.policy import Policy
 from .model import Model
+from .prefill import remember
 from .request import Piece
 from .sequence import Sequence
 from .speculate import speculate
@@ -65,6 +66,8 @@ class Company:
             if len(begun) == 1:
                 return False
             found = read_together(self._model, self._cache, [one for _, one in begun], self._method)
+            for _, one in begun:
+                remember(self._model, self._cache, one, self._method)
             for run in dict.fromkeys(run for run, _ in begun):
                 run.receive([(one, pieces) for (each, one), pieces in zip(begun, found, strict=True) if each is run])
                 delivered.add(run)

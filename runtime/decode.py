@@ -16,7 +16,7 @@ from .costs import weight_pass
 from .methods.base import Method
 from .methods.policy import Policy
 from .model import Model
-from .prefill import Reading, read, remember, whole_prompts
+from .prefill import Reading, read, whole_prompts
 from .request import Piece
 from .sampling import choose, tell
 from .sequence import Sequence, firsts
@@ -46,7 +46,6 @@ def reading(
                 if sequence.params.n > 1 and not isinstance(method, Policy):
                     sequence.entered = hidden.clone()
                 pieces = _first(model, hidden, [sequence])[0]
-                remember(model, cache, sequence, method)
         sequence.counters.prefill_s += perf_counter() - start
         yield pieces
 
@@ -66,7 +65,6 @@ def read_together(model: Model, cache: KVCache, sequences: list[Sequence], metho
         sequence.counters.prefill_s += spent
         if isinstance(method, Policy):
             sequence.layers_used = [method.prompt.layers_kept]
-        remember(model, cache, sequence, method)
     return found
 
 

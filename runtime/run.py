@@ -19,7 +19,7 @@ from .graphs import Graphs
 from .methods.base import Method
 from .metrics import Ledger
 from .model import Model
-from .prefill import prefill_chunk, recall
+from .prefill import prefill_chunk, recall, remember
 from .request import Chunk, Piece, SamplingParams
 from .roster import Roster
 from .sequence import Sequence
@@ -295,6 +295,7 @@ class Run:
         if pieces is None:
             return []
         self._reading = None
+        remember(shared.model, shared.admission.cache, self._running[-1], self.method)
         chunks = _chunks([(self._running[-1], pieces)])
         self._release_finished(shared)
         return chunks

@@ -193,6 +193,17 @@ def test_requests_at_the_same_time_and_a_cache_that_is_small() -> None:
     assert metrics.cached_tokens <= metrics.prompt_tokens
 
 
+def test_what_a_warm_up_reads_is_nobodys_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, without = engine_of(prefix_caching=True), engine_of()
+    # As with kernels to be compiled.
+    monkeypatch.setattr(engine._watch, "enabled", True)
+    engine.warm_up(["lookup"], sequences=2, context=512)
+    for prompt in ([0] * 40, [0] * 400):
+        outputs = [one.generate(prompt, SamplingParams(max_tokens=6)) for one in (engine, without)]
+        assert outputs[0].token_ids == outputs[1].token_ids
+    assert outputs[0].stats.cached_tokens == 40
+
+
 def test_an_adapter_that_is_gone_is_not_kept(synthetic: Callable[..., Engine]) -> None:
     import weakref
 

@@ -55,7 +55,10 @@ def foreign_kernel(x_ptr):
 
 @dataclass(frozen=True)
 class Trial:
-    """A warm-up for `methods` and then requests of every one of them; `own` is the engine's."""
+    """A warm-up for `methods` and then requests of every one of them; `own` is the engine's.
+
+    With `common` the prompts begin with so many tokens, which the prefix cache has after the first.
+    """
 
     shape: str
     own: str = "autoregressive"
@@ -65,13 +68,13 @@ class Trial:
     fields: dict[str, Any] = field(default_factory=dict[str, Any])
     graphs: bool = True
     context: int = 256
+    common: int = 0
 
     def engine(self, backend: str = "triton", **options: Any) -> Engine:
         config = ModelConfig.parse(synthetic_config(self.shape) | self.fields, self.shape)
         weights = synthetic_weights(config, 0, self.dtype, 0.3)
-        return Engine(
-            config, weights, method=self.own, backend=backend, cache_tokens=16384, graphs=self.graphs, **options
-        )
+        given = {"method": self.own, "backend": backend, "graphs": self.graphs, "prefix_caching": self.common > 0}
+        return Engine(config, weights, cache_tokens=16384, **given | options)
 
 
 # Gates and up of these are asked ahead, as those of 1B are; those of the other trials are too large for it, as in 8B.
@@ -79,6 +82,7 @@ NARROW: dict[str, Any] = {"intermediate_size": 48}
 TRIALS = {
     "plain": Trial("tiny-llama", fields=SMALL | {"num_attention_heads": 8, "num_key_value_heads": 8}, sequences=16),
     "rounds of the host": Trial("tiny-mistral", fields=SMALL, graphs=False, dtype=torch.float16, context=1024),
+    "prefixes": Trial("tiny-llama", fields=SMALL, graphs=False, context=1024, common=600),
     "chains": Trial("tiny-llama", methods=(CHAIN,), fields=SMALL, sequences=8),
     "long chains": Trial("tiny-llama", methods=(f"{LONG}=17",), fields=SMALL, sequences=2, graphs=False),
     "one sequence": Trial("tiny-qwen3", methods=(f"{LONG}=9",), fields=SMALL, sequences=1),
@@ -132,10 +136,12 @@ def requests(trial: Trial) -> Iterator[tuple[list[list[int]], SamplingParams]]:
         {"temperature": 0.8},
         {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1},
     ]
-    lengths = (1, 3, 63, 64, 65, 127, 128, 129, trial.context // 2, trial.context - 3)
+    room = trial.context - trial.common
+    lengths = (1, 3, 63, 64, 65, 127, 128, 129, room // 2, room - 3)
     for i in range(10):
         count = (1, trial.sequences, draw.randint(1, trial.sequences))[i % 3]
-        prompts = [[draw.randint(3, 99) for _ in range(draw.choice(lengths))] for _ in range(count)]
+        owns = [[draw.randint(3, 99) for _ in range(draw.choice(lengths))] for _ in range(count)]
+        prompts = [[7] * trial.common + own for own in owns]
         longest = max(map(len, prompts))
         tokens = min(trial.context - longest, (7, 40 if count == 1 else 9, 1, 9)[i % 4])
         stop = (draw.randint(3, 99),) if i % 4 == 3 else ()
@@ -150,13 +156,15 @@ def attempt(trial: Trial, seen: Any) -> dict[str, Any]:
         warm = engine.warm_up(trial.methods, sequences=trial.sequences, context=trial.context)
         graphs = engine._open().graphs
         before, captured, later = len(seen.compiled), graphs.captured if graphs else 0, [0, 0]
-        error, events = None, 0
+        error, events, cached = None, 0, 0
         try:
             for prompts, params in requests(trial):
                 plain = not params.reshapes_logits and params.logprobs is None
                 for method in trial.methods or (trial.own,):
                     had = graphs.captured if graphs else 0
-                    events += len(engine.generate(prompts, params, method=method)[0].stats.events)
+                    outputs = engine.generate(prompts, params, method=method)
+                    events += len(outputs[0].stats.events)
+                    cached += sum(output.stats.cached_tokens for output in outputs)
                     later[plain] += graphs.captured - had if graphs else 0
         except CompilationError as missed:
             error = str(missed)
@@ -168,6 +176,7 @@ def attempt(trial: Trial, seen: Any) -> dict[str, Any]:
             "counted": engine.compilations,
             "error": error,
             "events": events,
+            "cached": cached,
         }
 
 
@@ -319,6 +328,7 @@ def test_nothing_is_compiled_after_a_warm_up(name: str) -> None:
     assert result["later"] == []
     assert result["counted"] == 0
     assert result["told"] == result["warmed"] > 10
+    assert (result["cached"] > 0) == (TRIALS[name].common > 0)
 
 
 @pytest.mark.parametrize("name", [name for name in TRIALS if "search" not in name])
