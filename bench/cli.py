@@ -14,6 +14,7 @@ from rich.table import Table
 from . import options, profile, routed
 from .baselines_command import baselines
 from .commands import accept, figures, numerics, peers, project, serve, table
+from .conversation import chat
 from .decode_cli import decode
 from .dmtd import dmtd
 from .host import host
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 for command in (decode, peers, accept, serve, numerics, project, host, figures, table):
     app.command()(command)
-for command in (unified, dmtd, baselines, routed.layers, routed.forced):
+for command in (chat, unified, dmtd, baselines, routed.layers, routed.forced):
     app.command()(command)
 app.command("profile")(profile.command)
 

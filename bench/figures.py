@@ -8,7 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import ConfigError, SkipjackError
-from . import accept, gpu_sheets, host, latency, numerics, plots, profile, project, sheets, tables, unified_picture
+from . import (
+    accept,
+    conversation,
+    gpu_sheets,
+    host,
+    latency,
+    numerics,
+    plots,
+    profile,
+    project,
+    sheets,
+    tables,
+    unified_picture,
+)
 from .record import Sheet, markdown, read
 
 
@@ -40,6 +53,7 @@ SHEETS: dict[str, Callable[[dict[str, Any]], Sheet | tuple[Sheet, ...]]] = {
     "peers": sheets.peers,
     "accept": accept.sheet,
     "serve": latency.sheet,
+    "chat": conversation.sheet,
     "numerics": numerics.sheets,
     "project": project.sheet,
     "unified": unified_picture.sheet,
