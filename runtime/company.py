@@ -46,13 +46,13 @@ class Company:
 
         It may first have to read rounds that the device has under way for others.
         """
-        before = self._standing()
-        try:
-            while leader.running and not leader.lead:
+        while leader.running and not leader.lead:
+            before = self._standing()
+            try:
                 self._deliver(self._advance(self._party(leader)))
-        except BaseException as error:
-            self._break(leader, before, error)
-            raise
+            except BaseException as error:
+                self._break(leader, before, error)
+                raise
 
     def read(self, leader: Run, sequence: Sequence, rows: int) -> bool:
         """Read the leader's prompt and those of others who wait for it in one pass over at most so many rows.
@@ -81,21 +81,13 @@ class Company:
             raise
 
     def leave(self, run: Run) -> None:
-        """End a request's part, once more if that was interrupted; what the device has for others is theirs."""
+        """End a request's part, once more if that was interrupted; others read what the device has for them."""
         if run not in self._members:
             return
-        if self._rounds is not None:
-            if all(other is run or other.stopped for other in self._members):
-                self._rounds.close()
-            elif self._rounds.serves(run.running):
-                before = self._standing()
-                for sequence in run.running:
-                    sequence.finish_reason = sequence.finish_reason or "abort"
-                try:
-                    self._deliver(self._rounds.drain(), but=run)
-                except BaseException as error:
-                    self._break(run, before, error)
-                    raise
+        for sequence in run.running:
+            sequence.finish_reason = sequence.finish_reason or "abort"
+        if self._rounds is not None and all(other is run or other.stopped for other in self._members):
+            self._rounds.close()
         self._members.remove(run)
 
     def _gather(self, begun: list[tuple[Run, Sequence]], rows: int) -> None:
@@ -140,8 +132,8 @@ class Company:
                 found = speculate(self._model, self._cache, running, self._method)
         return {id(sequence): new for sequence, new in zip(running, found, strict=True)}
 
-    def _deliver(self, pieces: dict[int, list[Piece]], *, but: Run | None = None) -> None:
-        for run in [run for run in self._members if run is not but]:
+    def _deliver(self, pieces: dict[int, list[Piece]]) -> None:
+        for run in list(self._members):
             own = [(sequence, pieces[id(sequence)]) for sequence in run.running if id(sequence) in pieces]
             if own:
                 run.receive(own)

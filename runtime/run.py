@@ -224,9 +224,9 @@ class Run:
             ticket.cancel()
 
     def close(self) -> None:
-        """End now, after the turn under way; everything is given back."""
+        """End now, with the turn under way and not behind all who wait for theirs; everything is given back."""
+        self.abandon()
         if not self.over:
-            self.stop()
             self._turns.alone(self._end)
 
     def abandon(self) -> None:

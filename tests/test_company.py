@@ -308,6 +308,38 @@ def test_a_graph_that_cannot_be_made_is_one_requests_failure(
         assert [*got, *(token for chunk in streams[1] for token in chunk.token_ids)] == expected
 
 
+def test_who_has_all_of_a_round_is_not_ended_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One who joins has the rounds under way read for the others, who have them, and then no graph can be made."""
+    with engine_of(True) as engine:
+        expected = [engine.generate(prompt, PARAMS).token_ids for prompt in PROMPTS[:2]]
+        streams = [engine.stream(prompt, PARAMS) for prompt in PROMPTS[:3]]
+        got = [[token for _ in range(2) for token in next(stream).token_ids] for stream in streams[:2]]
+        next(streams[2])
+        with monkeypatch.context() as patch:
+            patch.setattr(Graphs, "take", failing)
+            with pytest.raises(ZeroDivisionError):
+                next(streams[2])
+        for tokens, stream in zip(got, streams, strict=False):
+            tokens.extend(token for chunk in stream for token in chunk.token_ids)
+        assert got == expected
+
+
+def test_one_that_leaves_in_the_turn_of_a_stranger_cannot_fail_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the device has for those who shared its rounds is read in a turn of theirs."""
+    with engine_of(True) as engine:
+        streams = [engine.stream(prompt, PARAMS) for prompt in PROMPTS[:2]]
+        for stream in (*streams, *streams):
+            next(stream)
+        with monkeypatch.context() as patch:
+            patch.setattr(RoundGraph, "report", failing)
+            with engine._turn:
+                streams[0].abandon()
+            assert streams[0]._run.over
+            with pytest.raises(ZeroDivisionError):
+                list(streams[1])
+        assert engine._loaded()[1].free_pages == engine._loaded()[1].total_pages
+
+
 @pytest.mark.parametrize("graphs", [False, True], ids=["host", "device"])
 @pytest.mark.parametrize("phase", ["prompt", "absolute"])
 def test_cycles_that_are_as_far_share_every_round(

@@ -386,6 +386,25 @@ def test_a_stream_that_waits_for_pages_may_be_closed_by_another_thread(engine: E
     assert free(engine)
 
 
+def test_a_stream_that_is_closed_ends_with_the_turn_under_way(engine: Engine) -> None:
+    """Not behind all who wait for theirs."""
+    stream, seen = engine.stream([1], SHORT), list[bool]()
+    next(stream)
+    with held(engine):
+        waits = threading.Thread(target=lambda: engine._turn.take(lambda: seen.append(free(engine))))
+        waits.start()
+        while len(engine._turn._line) < 2:
+            pass
+        closes = threading.Thread(target=stream.close)
+        closes.start()
+        while not (engine._turn._late or len(engine._turn._line) > 2):
+            pass
+        assert not free(engine)
+    assert ended(waits)
+    assert ended(closes)
+    assert seen == [True]
+
+
 def test_a_stream_dropped_inside_a_turn_is_ended_after_it(engine: Engine) -> None:
     stream = engine.stream([5, 6], everything(engine))
     next(stream)
