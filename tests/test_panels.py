@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -124,6 +125,23 @@ def test_every_panel_is_somebodys(panel_count: int, threads: int) -> None:
             assert_near(panels.product(x, matrix, None, None, out=out.fill_(math.nan)), x.double() @ weight.double().T)
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_block_goes_with_the_last_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was loaded and closed leaves nothing behind."""
+    size = 4 << 20
+    monkeypatch.setattr(large_pages, "_BLOCK", size)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        kept = [large_pages.empty((part,), torch.uint8) for part in (size, 1000, 1000)]
+        assert tracemalloc.get_traced_memory()[0] - before > size
+        del kept[:2]
+        assert tracemalloc.get_traced_memory()[0] - before > size
+        kept.clear()
+        assert tracemalloc.get_traced_memory()[0] - before < size / 2
+    finally:
+        tracemalloc.stop()
 
 
 def test_tensors_in_large_pages_share_blocks_and_no_byte(monkeypatch: pytest.MonkeyPatch) -> None:
