@@ -308,7 +308,9 @@ def test_a_graph_that_cannot_be_made_is_one_requests_failure(
         assert [*got, *(token for chunk in streams[1] for token in chunk.token_ids)] == expected
 
 
-def test_who_has_all_of_a_round_is_not_ended_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_has_all_of_a_round_is_not_ended_by_the_next(
+    engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One who joins has the rounds under way read for the others, who have them, and then no graph can be made."""
     with engine_of(True) as engine:
         expected = [engine.generate(prompt, PARAMS).token_ids for prompt in PROMPTS[:2]]
@@ -324,7 +326,9 @@ def test_who_has_all_of_a_round_is_not_ended_by_the_next(monkeypatch: pytest.Mon
         assert got == expected
 
 
-def test_one_that_leaves_in_the_turn_of_a_stranger_cannot_fail_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_leaves_in_the_turn_of_a_stranger_cannot_fail_there(
+    engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the device has for those who shared its rounds is read in a turn of theirs."""
     with engine_of(True) as engine:
         streams = [engine.stream(prompt, PARAMS) for prompt in PROMPTS[:2]]
