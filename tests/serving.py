@@ -143,23 +143,37 @@ def crowd(address: str, most: int) -> tuple[Counter[int], float]:
     return statuses, time.monotonic() - start
 
 
+@contextmanager
+def started(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command as a process, and its address."""
+    command = [sys.executable, "-c", ENTRY, "serve", str(folder), "--port", "0", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        told = ""
+        try:
+            while (found := SERVING.search(told)) is None:
+                line = process.stderr.readline()
+                assert line, f"exit code {process.wait()}: {told}"
+                told += line
+            yield process, found[1]
+        finally:
+            process.kill()
+
+
 def drain(folder: Path, rng: random.Random) -> Counter[str]:
     """Stop a server while it answers; what its clients saw."""
-    command = [sys.executable, "-c", ENTRY, "serve", str(folder), "--port", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    told = ""
-    while (found := SERVING.search(told)) is None:
-        line = process.stderr.readline()
-        assert line, f"exit code {process.wait()}: {told}"
-        told += line
+    with started(folder) as (process, address):
+        return _drained(process, address, rng)
+
+
+def _drained(process: subprocess.Popen[str], address: str, rng: random.Random) -> Counter[str]:
     seen: Counter[str] = Counter()
     began = threading.Event()
 
     def ask(number: int) -> None:
         body = {"prompt": [number + 2], "max_tokens": 60, "ignore_eos": True, "stream": number % 2 == 0}
         try:
-            with httpx.stream("POST", f"{found[1]}{COMPLETIONS}", json=body, timeout=60) as response:
+            with httpx.stream("POST", f"{address}{COMPLETIONS}", json=body, timeout=60) as response:
                 text = ""
                 for part in response.iter_text():
                     began.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
@@ -19,10 +20,13 @@ from ..errors import RequestError
 from . import options
 
 if TYPE_CHECKING:
+    from starlette.types import Message, Receive, Scope, Send
+
     from ...loaders.config import ModelConfig
     from ...loaders.tokenizer import Tokenizer
     from ..engine import Engine
     from ..prompts import Check
+    from ..server.app import Service
 
 KEY = "SKIPJACK_API_KEY"
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
@@ -69,7 +73,7 @@ def serve(
     missing = [module for module in NEEDED if find_spec(module) is None]
     if missing:
         raise RequestError(f"serve: {' and '.join(missing)} not installed: pip install 'skipjack[serve]'")
-    methods = method or ["autoregressive"]
+    methods, key = method or ["autoregressive"], _key()
     with (
         _bound(host, port) as listener,
         options.load_engine(
@@ -86,7 +90,10 @@ def serve(
         ) as engine,
     ):
         _ready(engine, methods, warm_up=warm_up)
-        _listen(engine, name or model, methods, listener, chat_tokens, max_requests, drain, access_log=access_log)
+        from ..server.app import Service
+
+        service = Service(engine, name or model, methods, chat_tokens, max_requests, key)
+        _listen(service, listener, drain, access_log=access_log)
 
 
 def _all_fit(methods: Sequence[str]) -> Check:
@@ -106,16 +113,30 @@ def _bound(host: str, port: int) -> socket.socket:
     """A socket that has its address and does not listen yet: a taken port is known before the model is loaded."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise RequestError(f"--host: cannot find {host}: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "expected the name of a host"
+        raise RequestError(f"--host: cannot find {host}: {reason}") from error
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise RequestError(f"--port: cannot listen at {host}, port {port}: {error.strerror}") from error
+        raise _taken(host, port, error) from error
     return listener
+
+
+def _taken(host: str, port: int, error: OSError) -> RequestError:
+    return RequestError(f"--port: cannot listen at {host}, port {port}: {error.strerror}")
+
+
+def _key() -> str | None:
+    """What clients must show, by the environment."""
+    key = os.environ.get(KEY)
+    # Other characters, and spaces at its ends, no header brings through.
+    if key is not None and not (key and all("!" <= character <= "~" for character in key)):
+        raise RequestError(f"{KEY}: expected a key of visible ASCII characters, or that it is unset")
+    return key
 
 
 def _ready(engine: Engine, methods: Sequence[str], *, warm_up: bool) -> None:
@@ -130,40 +151,51 @@ def _ready(engine: Engine, methods: Sequence[str], *, warm_up: bool) -> None:
     notes().print(f"{engine.backend}, methods: {', '.join(methods)}", markup=False)
 
 
-def _ended(number: int, frame: FrameType | None) -> None:
-    """Nothing is left to end."""
-
-
-def _listen(
-    engine: Engine,
-    name: str,
-    methods: Sequence[str],
-    listener: socket.socket,
-    chat_tokens: int,
-    most: int,
-    drain: int,
-    *,
-    access_log: bool,
-) -> None:
+def _listen(service: Service, listener: socket.socket, drain: int, *, access_log: bool) -> None:
     import uvicorn
 
-    from ..server.app import Service
+    from ..server.faults import RETRY_AFTER, fault
     from .terminal import notes
 
     if access_log:
         logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=logging.INFO)
-    service = Service(engine, name, methods, chat_tokens, most, os.environ.get(KEY) or None)
+    app = service.app()
+
+    async def ending(scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await app(scope, receive, noting)
+        except asyncio.CancelledError:
+            # Only the end of the drain does that.
+            if not begun:
+                await fault(503, "this server has ended", headers=RETRY_AFTER)(scope, receive, send)
+
     config = uvicorn.Config(
-        service.app(), log_config=None, access_log=access_log, lifespan="off", timeout_graceful_shutdown=drain
+        ending, log_config=None, access_log=access_log, lifespan="off", timeout_graceful_shutdown=drain
     )
     host, port = listener.getsockname()[:2]
+    try:
+        listener.listen(config.backlog)
+    except OSError as error:  # Another has been faster since it was bound.
+        raise _taken(host, port, error) from error
     shown = f"[{host}]" if ":" in host else host
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            notes().print(f"serving {name} at http://{shown}:{port}/v1", markup=False)
+            notes().print(f"serving {service.name} at http://{shown}:{port}/v1", markup=False)
 
-    # The server ends by itself; then it sends itself the signal once more.
-    signal.signal(signal.SIGTERM, _ended)
-    Server(config).run(sockets=[listener])
+    server = Server(config)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        server.should_exit = True
+
+    # It has a handler of its own while it runs, and sends itself the signal once more when it has ended.
+    signal.signal(signal.SIGTERM, end)
+    server.run(sockets=[listener])
