@@ -7,13 +7,19 @@ import contextlib
 import http.client
 import importlib.util
 import json
+import os
 import random
 import re
 import runpy
+import shutil
+import signal
+import socket
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -23,12 +29,15 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from skipjack import Engine, SamplingParams
 from skipjack.runtime.commands import cli
 from skipjack.runtime.commands import serve as command
 from skipjack.runtime.request import Output
+from skipjack.runtime.server.answers import Answer
 from skipjack.runtime.server.app import CHAT, COMPLETIONS, Service
 from skipjack.runtime.server.bodies import ChatBody, CompletionBody
 
@@ -182,6 +191,29 @@ class TestChats:
         assert whole
         assert [bytes(one.bytes).decode() for one in whole] == [one.token for one in whole]
 
+    def test_what_was_answered_may_be_said_again(self, client: openai.OpenAI) -> None:
+        first = client.chat.completions.create(model="cat", messages=MESSAGES, **GREEDY)
+        for said in (first.choices[0].message, first.choices[0].message.model_dump()):
+            messages = [*MESSAGES, said, {"role": "user", "content": "sat"}]
+            assert client.chat.completions.create(model="cat", messages=messages).choices
+
+    def test_what_asks_for_plain_text_is_no_mistake(self, client: openai.OpenAI) -> None:
+        plain: Any = {
+            "modalities": ["text"],
+            "response_format": {"type": "text"},
+            "tools": [],
+            "tool_choice": "auto",
+            "parallel_tool_calls": True,
+            "prompt_cache_key": "a",
+            "safety_identifier": "b",
+            "metadata": {"a": "b"},
+            "extra_body": {"reasoning_effort": None, "guided_json": None},
+        }
+        asked: Any = {"model": "cat", "messages": MESSAGES} | GREEDY
+        answers = [client.chat.completions.create(**asked, **more).choices[0].message for more in ({}, plain)]
+        assert answers[0] == answers[1]
+        assert client.completions.create(model="cat", prompt="a", best_of=2, n=2, suffix=None).choices
+
     def test_without_a_limit_it_has_the_servers(self, client: openai.OpenAI) -> None:
         extra = {"ignore_eos": True}
         answer = client.chat.completions.create(model="cat", messages=MESSAGES, extra_body=extra)
@@ -194,6 +226,9 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
     (COMPLETIONS, {"prompt": "a", "temperature": True}, "temperature", "valid number"),
     (COMPLETIONS, {"prompt": "a", "tools": []}, "tools", "not known here"),
     (COMPLETIONS, {"prompt": "a", "echo": True}, "echo", "False"),
+    (COMPLETIONS, {"prompt": "a", "best_of": 2}, "best_of", "expected n, 1, got 2"),
+    (COMPLETIONS, {"prompt": "a", "stop": [1]}, "stop[0]", "valid string"),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": "x"}}, "logit_bias[1]", "expected a number"),
     (COMPLETIONS, {}, "prompt", "required"),
     (COMPLETIONS, {"prompt": []}, "prompt", "at least one"),
     (COMPLETIONS, {"prompt": [{"role": "user", "content": "a"}]}, "prompt[0]", "text or token ids"),
@@ -207,7 +242,14 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
     (COMPLETIONS, {"prompt": "a", "method": "swift"}, "method", "expected one of lookup, autoregressive, unified"),
     (CHAT, {"messages": []}, "messages", "at least one"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content", "required"),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "content"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "messages[0].content[0].type",
+        "'text'",
+    ),
+    (CHAT, {"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools", "at most 0"),
+    (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format.type", "'text'"),
     (CHAT, {"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs", "without logprobs"),
     (CHAT, {"messages": MESSAGES, "max_tokens": 2, "max_completion_tokens": 3}, "max_tokens", "to equal"),
 ]
@@ -222,11 +264,12 @@ class TestRefusals:
         error = response.json()["error"]
         assert (response.status_code, error["type"]) == (400, "invalid_request_error")
         assert message in error["message"]
-        assert param in (None, error["param"])
+        assert param == error["param"]
 
     def test_a_model_that_is_not_served(self, client: openai.OpenAI) -> None:
-        with pytest.raises(openai.NotFoundError, match="expected cat, got 'gpt'"):
+        with pytest.raises(openai.NotFoundError, match="expected cat, got 'gpt'") as refused:
             client.completions.create(model="gpt", prompt="a")
+        assert refused.value.code == "model_not_found"
         with pytest.raises(openai.NotFoundError, match="expected cat, got 'gpt/2'"):
             client.models.retrieve("gpt/2")
 
@@ -239,6 +282,49 @@ class TestRefusals:
             response = web.post(COMPLETIONS, content=content)
             assert response.status_code == 400, content[:9]
             assert response.json()["error"]["message"]
+
+    @pytest.mark.parametrize(
+        ("start", "item", "end"),
+        [
+            ('{"prompt": "a", "stop_token_ids": [', '"a"', "]}"),
+            ('{"prompt": "a", "stop": [', "1", "]}"),
+            ('{"prompt": "a", "logit_bias": {', '"%d": "a"', "}}"),
+            ('{"prompt": "a", ', '"k%d": 1', "}"),
+            ('{"messages": [', "{}", "]}"),
+            ('{"messages": [', '{"role": "", "content": ""}', "]}"),
+            ('{"messages": [{"role": "user", "content": [', '{"type": "text"}', "]}]}"),
+        ],
+    )
+    def test_of_a_million_mistakes_one_is_looked_at(self, web: httpx.Client, start: str, item: str, end: str) -> None:
+        count = 2**20 // len(item)
+        items = (item % number if "%" in item else item for number in range(count))
+        tracemalloc.start()
+        response = web.post(CHAT if "messages" in start else COMPLETIONS, content=start + ", ".join(items) + end)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert response.status_code == 400
+        assert len(response.json()["error"]["message"]) <= 1000
+        # A dictionary for each would be hundreds of megabytes.
+        assert peak < 80 * 2**20
+
+    def test_what_the_template_refuses_names_no_folder(self, folder: Path, tmp_path: Path) -> None:
+        shutil.copytree(folder, tmp_path / "other: one")
+        settings = {"bos_token": "<s>", "chat_template": "{{ raise_exception('no such role') }}"}
+        (tmp_path / "other: one" / "tokenizer_config.json").write_text(json.dumps(settings))
+        with (
+            Engine.load(tmp_path / "other: one") as engine,
+            SERVING.running(Service(engine, "cat", METHODS)) as address,
+        ):
+            response = httpx.post(f"{address}{CHAT}", json={"messages": MESSAGES})
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, None)
+        assert error["message"].startswith("tokenizer_config.json: chat template: ")
+        assert "no such role" in error["message"]
+
+    def test_a_message_is_short(self, web: httpx.Client) -> None:
+        response = web.post(COMPLETIONS, json={"prompt": "a", "stop": ["a" * 1000] * 65})
+        assert response.json()["error"]["message"].startswith("stop: expected at most 64 non-empty strings, got ('aaa")
+        assert len(response.json()["error"]["message"]) == 1000
 
     def test_a_body_that_is_too_long(self, address: str) -> None:
         def parts() -> Iterator[bytes]:
@@ -292,6 +378,34 @@ class TestLoad:
         going.set()
         SERVING.settled(engine)
         assert engine.metrics().requests_aborted == before + 1
+
+    def test_a_client_that_leaves_before_its_body_is_there_asks_for_nothing(self, engine: Engine) -> None:
+        with SERVING.running(Service(engine, "cat", METHODS, most=1)) as address:
+            host, port = address.removeprefix("http://").split(":")
+            with socket.create_connection((host, int(port))) as client:
+                client.send(b'POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{"prompt": "a"}')
+            until = time.monotonic() + 20
+            while 'status="499"} 1.0' not in (told := httpx.get(f"{address}/metrics").text):
+                assert time.monotonic() < until, told
+            assert httpx.post(f"{address}{COMPLETIONS}", json={"prompt": "a"}).status_code == 200
+
+    def test_others_are_answered_while_many_logprobs_are_written(
+        self, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        writing, going, whole = threading.Event(), threading.Event(), Answer.whole
+
+        def slow(*given: Any) -> Any:
+            writing.set()
+            assert going.wait(30)
+            return whole(*given)
+
+        monkeypatch.setattr(Answer, "whole", slow)
+        with SERVING.running(Service(engine, "cat", METHODS)) as address, ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(httpx.post, f"{address}{COMPLETIONS}", json={"prompt": "a", "logprobs": 5}, timeout=60)
+            assert writing.wait(30)
+            assert httpx.get(f"{address}/health", timeout=20).status_code == 200
+            going.set()
+            assert asked.result().status_code == 200
 
     def test_an_error_after_the_first_token_is_the_last_event(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -361,6 +475,17 @@ class TestAround:
             assert client.completions.create(model="cat", prompt="a").choices
             assert httpx.get(f"{address}/health").json() == {"status": "ok"}
 
+    def test_mounted_it_asks_for_the_key_and_counts_too(self, engine: Engine) -> None:
+        outer = FastAPI()
+        outer.mount("/llm", Service(engine, "cat", METHODS, key="sesame").app())
+        with SERVING.running(SimpleNamespace(app=lambda: outer)) as address:
+            base = f"{address}/llm/v1"
+            with pytest.raises(openai.AuthenticationError, match="expected Bearer"):
+                openai.OpenAI(base_url=base, api_key="x", max_retries=0).models.list()
+            client = openai.OpenAI(base_url=base, api_key="sesame", max_retries=0)
+            assert client.completions.create(model="cat", prompt="a").choices
+            assert 'path="/v1/completions",status="200"} 1.0' in httpx.get(f"{address}/llm/metrics").text
+
     def test_metrics_are_the_engines_and_the_clients(self, engine: Engine) -> None:
         with SERVING.running(Service(engine, "cat", METHODS)) as address:
             for body in ({"prompt": "a"}, {"prompt": "a", "stream": True}, {"prompt": 3}):
@@ -424,6 +549,7 @@ class TestCommand:
             for line, message in (
                 (("--port", port), f"--port: cannot listen at 127.0.0.1, port {port}"),
                 (("--port", "0", "--host", "no.such.host.invalid"), "--host: cannot find no.such.host.invalid"),
+                (("--port", "0", "--host", "no..such"), "--host: cannot find no..such"),
                 (("--port", "0", "--method", "swfit"), "unknown method 'swfit'"),
                 (("--port", "0", "--method", "lookup", "--method", "dmtd"), "dmtd"),
                 (("--port", "0", "--max-sequences", "65"), "max_sequences"),
@@ -432,6 +558,62 @@ class TestCommand:
                 streams = capsys.readouterr()
                 assert message in streams.err
                 assert (streams.err.count("\n"), streams.out) == (1, "")
+
+    @pytest.mark.parametrize("key", ["", " ", "a b", "se\u00e9same", "\udcff", "sesame\n"])
+    def test_a_key_that_no_client_can_show(
+        self, key: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("SKIPJACK_API_KEY", key)
+        assert cli.run(["serve", "/no/such/model", "--port", "0"]) == 2
+        assert "SKIPJACK_API_KEY: expected a key of visible ASCII characters" in capsys.readouterr().err
+
+    def test_a_port_that_was_taken_while_the_model_was_loaded(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bound, others = command._bound, []
+
+        def bind(host: str, port: int) -> socket.socket:
+            listener = bound(host, port)
+            others.append(bound(*listener.getsockname()))
+            others[0].listen()
+            return listener
+
+        monkeypatch.setattr(command, "_bound", bind)
+        try:
+            assert cli.run(["serve", str(folder), "--port", "0", "--no-warm-up"]) == 2
+            port = others[0].getsockname()[1]
+            assert f"--port: cannot listen at 127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
+        finally:
+            others[0].close()
+
+    def test_a_signal_before_the_server_runs_ends_it(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        run = uvicorn.Server.run
+
+        def late(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            run(server, sockets)
+
+        monkeypatch.setattr(uvicorn.Server, "run", late)
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            assert cli.run(["serve", str(folder), "--port", "0", "--no-warm-up"]) == 0
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def test_those_that_take_too_long_are_told(self, folder: Path) -> None:
+        with SERVING.started(folder, "--drain", "0") as (process, address), ThreadPoolExecutor(2) as pool:
+            body = {"prompt": "a", "max_tokens": 90, "ignore_eos": True, "n": 256}
+            whole = pool.submit(httpx.post, f"{address}{COMPLETIONS}", json=body, timeout=60)
+            with httpx.stream("POST", f"{address}{COMPLETIONS}", json=body | {"stream": True}, timeout=60) as parts:
+                lines = parts.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                with pytest.raises(httpx.RemoteProtocolError):
+                    list(lines)
+            assert (whole.result().status_code, whole.result().headers["retry-after"]) == (503, "1")
+            told = process.communicate(timeout=60)[1]
+        assert process.returncode == 0
+        assert "Traceback" not in told
 
     def test_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         found = importlib.util.find_spec

@@ -32,6 +32,7 @@ class Answer:
     with_ids: bool
     # How far the texts of each choice's tokens reach, of those whose log-probabilities were told.
     _told: dict[int, int] = field(default_factory=dict[int, int])
+    _texts: dict[int, str] = field(default_factory=dict[int, str])
 
     prefix, kind, part_kind = "cmpl", "text_completion", "text_completion"
 
@@ -108,8 +109,11 @@ class Answer:
 
     def _text(self, token: int) -> str:
         """A token's text; its number (vLLM's way to write it) where that is none, or no whole character."""
+        if (known := self._texts.get(token)) is not None:
+            return known
         text = self.tokenizer.token_text(token) if self.tokenizer else ""
-        return text if text and REPLACED not in text else f"{NUMBERED}{token}"
+        self._texts[token] = text if text and REPLACED not in text else f"{NUMBERED}{token}"
+        return self._texts[token]
 
 
 class ChatAnswer(Answer):

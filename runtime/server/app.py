@@ -122,7 +122,7 @@ class Service:
 
     def no_model(self, asked: str) -> Response:
         """What is said of a model that is not served."""
-        return fault(404, f"model: expected {self.name}, got {asked!r}", param="model", code="model_http_fault")
+        return fault(404, f"model: expected {self.name}, got {asked!r}", param="model", code="model_not_found")
 
 
 class _Exchange:
@@ -137,14 +137,14 @@ class _Exchange:
         service, body = self._service, self._body
         if body.model not in (None, service.name):
             return service.no_model(str(body.model))
-        body.check_stream()
         engine = service.engine
         answer = kind(service.name, service.fingerprint, engine.tokenizer, params.n, bool(body.return_token_ids))
         stream = engine.astream(prompts, params, method=service.method(body.method))
         try:
             if not body.stream:
                 await self._unless_gone(self._exhaust(stream))
-                return JSONResponse(answer.whole(stream.outputs))
+                # With log-probabilities it may be megabytes.
+                return await asyncio.to_thread(lambda: JSONResponse(answer.whole(stream.outputs)))
             first = await self._unless_gone(self._first(stream))
         except _Gone:
             return Response(status_code=CLIENT_GONE)

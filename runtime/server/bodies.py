@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validator
 
 from ..errors import RequestError
 from ..prompts import Prompt
@@ -14,17 +14,35 @@ MAX_CHOICES = 256
 # OpenAI's own defaults, where the engine has others.
 TEMPERATURE, COMPLETION_TOKENS = 1.0, 16
 
+_T = TypeVar("_T")
+MAX_ITEMS = 2**14
+# Of a million mistakes the first is told: to collect them all takes gigabytes.
+Several = Annotated[list[_T], Field(fail_fast=True, max_length=MAX_ITEMS)]
+
 
 class Strict(BaseModel):
     """What is not known is refused, and nothing becomes another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, value: object) -> object:
+        """Without what is null, and with one unknown field at most, to be refused."""
+        if not isinstance(value, dict):
+            return value
+        given = {name: field for name, field in cast("dict[Any, object]", value).items() if field is not None}
+        unknown = (name for name in given if name not in cls.model_fields)
+        if (first := next(unknown, None)) is None:
+            return given
+        return {name: field for name, field in given.items() if name in cls.model_fields or name == first}
+
 
 class StreamOptions(Strict):
     """What a stream tells besides its text."""
 
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class Body(Strict):
@@ -40,26 +58,24 @@ class Body(Strict):
     min_p: float | None = None
     n: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Several[str] | None = None
+    stop_token_ids: Several[int] | None = None
     ignore_eos: bool | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    # SamplingParams checks the numbers, up to the first mistake.
+    logit_bias: dict[str, SkipValidation[float]] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     # They change nothing in an answer.
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, SkipValidation[Any]] | None = None
     store: bool | None = None
     service_tier: str | None = None
-
-    def check_stream(self) -> None:
-        """Refuse options of a stream where there is none."""
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options: expected none without stream")
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
 
     @property
     def with_usage(self) -> bool:
@@ -67,6 +83,8 @@ class Body(Strict):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def _params(self, most: int, logprobs: int | None) -> SamplingParams:
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options: expected none without stream")
         values: dict[str, Any] = {"temperature": TEMPERATURE, "max_tokens": most, "logprobs": logprobs}
         values |= {name: value for name in COPIED if (value := getattr(self, name)) is not None}
         if self.seed is not None:
@@ -89,6 +107,7 @@ class CompletionBody(Body):
     prompt: str | list[Any]
     logprobs: int | None = None
     echo: Literal[False] | None = None
+    best_of: int | None = None
 
     def prompts(self) -> list[Prompt]:
         """The prompts, one or several.
@@ -113,6 +132,8 @@ class CompletionBody(Body):
         Raises:
             RequestError: a value is out of range.
         """
+        if self.best_of not in (None, self.n or 1):
+            raise RequestError(f"best_of: expected n, {self.n or 1}, got {self.best_of}")
         return self._params(COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens, self.logprobs)
 
 
@@ -127,7 +148,7 @@ class Message(Strict):
     """What one side of a conversation has said."""
 
     role: str
-    content: str | list[TextPart]
+    content: str | Several[TextPart]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
@@ -136,13 +157,25 @@ class Message(Strict):
         return {"role": self.role, "content": text} | ({} if self.name is None else {"name": self.name})
 
 
+class TextFormat(Strict):
+    """What an answer is."""
+
+    type: Literal["text"]
+
+
 class ChatBody(Body):
     """A conversation to be answered."""
 
-    messages: list[Message]
+    messages: Several[Message]
     logprobs: bool | None = None
     top_logprobs: int | None = None
     max_completion_tokens: int | None = None
+    # What clients send who want nothing but text.
+    modalities: Several[Literal["text"]] | None = None
+    response_format: TextFormat | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
 
     def prompts(self) -> list[Prompt]:
         """The conversation."""

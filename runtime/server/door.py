@@ -7,6 +7,7 @@ from collections.abc import Collection, MutableMapping
 from time import perf_counter
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .exposition import Record
@@ -18,8 +19,8 @@ MAX_BODY_BYTES = 4 * 2**20
 class Door:
     """Refuses what should not reach the application, and counts what does (ASGI middleware).
 
-    `guarded` addresses begin with /v1/ and need the key if there is one; of `served` ones at most `most` are under way,
-    others get 429. A body is read here, for then its size is known wherever it comes from.
+    Addresses below /v1/ need the key if there is one; of requests to `served` ones at most `most` are under way, others
+    get 429. A body is read here, for then its size is known wherever it comes from.
     """
 
     def __init__(self, app: ASGIApp, *, served: Collection[str], most: int, key: str | None, record: Record) -> None:
@@ -32,7 +33,7 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, path = perf_counter(), scope["path"]
+        start, path = perf_counter(), _path(scope)
         status = 499
 
         async def noting(message: Message) -> None:
@@ -51,11 +52,12 @@ class Door:
                 self._record.answered(path, status, perf_counter() - start)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"].startswith("/v1/") and not self._known(scope):
+        path = _path(scope)
+        if path.startswith("/v1/") and not self._known(scope):
             refusal = fault(401, "Authorization: expected Bearer and the key of this server", code="invalid_api_key")
             await refusal(scope, receive, send)
             return
-        if scope["path"] not in self._served:
+        if path not in self._served:
             await self._app(scope, receive, send)
             return
         if self.under_way >= self._most:
@@ -69,6 +71,8 @@ class Door:
                 await fault(413, f"body: expected at most {MAX_BODY_BYTES} bytes")(scope, receive, send)
             else:
                 await self._app(_as_json(scope), _Replay(body, receive), send)
+        except ClientDisconnect:
+            pass
         finally:
             self.under_way -= 1
 
@@ -79,6 +83,11 @@ class Door:
         return secrets.compare_digest(given, b"Bearer " + self._key)
 
 
+def _path(scope: Scope) -> str:
+    """The address as the application knows it, wherever it is mounted."""
+    return scope["path"].removeprefix(scope.get("root_path", ""))
+
+
 def _as_json(scope: Scope) -> Scope:
     """A request whose body is JSON whatever it says: curl calls every one a form."""
     others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
@@ -86,10 +95,16 @@ def _as_json(scope: Scope) -> Scope:
 
 
 async def _body(receive: Receive) -> bytearray | None:
-    """A request's body, as far as it came before the client left; None where it is too long."""
+    """A request's body; None where it is too long.
+
+    Raises:
+        ClientDisconnect: the client has left before its end.
+    """
     body = bytearray()
     while True:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
         body += message.get("body", b"")
         if len(body) > MAX_BODY_BYTES:
             return None

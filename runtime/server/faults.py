@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from starlette.requests import Request
 from ..errors import AbortedError, BusyError, CapacityError, CompilationError, SkipjackError
 
 RETRY_AFTER = {"Retry-After": "1"}
+MAX_MESSAGE = 1000
+# Where the model lies on this machine is not for clients.
+FOLDER = re.compile(r"^.*[/\\](?=\w+\.(?:json|jinja): )")
 
 
 def fault(
@@ -25,7 +29,7 @@ def fault(
 def described(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """OpenAI's error object."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"message": message, "type": kind, "param": param, "code": code}
+    return {"message": FOLDER.sub("", message)[:MAX_MESSAGE], "type": kind, "param": param, "code": code}
 
 
 def status_of(error: SkipjackError) -> int:
@@ -42,15 +46,20 @@ async def skipjack_fault(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, SkipjackError)
     status = status_of(error)
     field, colon, _ = str(error).partition(":")
-    return fault(status, str(error), param=field if colon else None, headers=RETRY_AFTER if status == 503 else {})
+    named = colon and status == 400 and re.fullmatch(r"[\w.\[\]]+", field)
+    return fault(status, str(error), param=field if named else None, headers=RETRY_AFTER if status == 503 else {})
 
 
 async def invalid(request: Request, error: Exception) -> JSONResponse:
     """A body that is not what it should be; of several mistakes the first."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    mistakes = error.errors()
+    first = mistakes[0]
     if first["type"] == "json_invalid":
         return fault(400, f"body: expected JSON: {first['ctx']['error']}, at character {first['loc'][1]}")
+    # Of a field that may be one thing or another, whichever came further.
+    field = _path(first["loc"])
+    first = max((one for one in mistakes if _path(one["loc"])[: len(field)] == field), key=lambda one: len(one["loc"]))
     place = _place(first["loc"])
     said = "is not known here" if first["type"] == "extra_forbidden" else _sentence(first["msg"])
     return fault(400, f"{place}: {said}", param=place)
@@ -69,8 +78,13 @@ async def broken(request: Request, error: Exception) -> JSONResponse:
 
 def _place(location: Sequence[object]) -> str:
     """`messages[0].content` from the path to it, whose first part is "body"."""
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location[1:]]
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in _path(location)]
     return "".join(parts).removeprefix(".") or "body"
+
+
+def _path(location: Sequence[object]) -> list[object]:
+    """Fields and numbers without what kind of value was tried: "str", "list[str]"."""
+    return [part for part in location[1:] if part != "str" and not (isinstance(part, str) and "[" in part)]
 
 
 def _sentence(message: str) -> str:
