@@ -433,6 +433,24 @@ class TestLoad:
             assert (response.status_code, response.headers["retry-after"]) == (503, "1")
             assert web.get("/health").status_code == 503
 
+    def test_a_fault_of_the_program_after_the_first_token_is_the_last_event(
+        self, engine: Engine, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, times = engine._loaded()[0], count()
+        head = model.ops.head
+
+        def failing(*given: Any, **named: Any) -> Any:
+            if next(times):
+                raise ZeroDivisionError("of a round")
+            return head(*given, **named)
+
+        monkeypatch.setattr(model, "ops", replace(model.ops, head=failing))
+        parts = client.completions.create(model="cat", prompt="a", stream=True, extra_body=TOLD)
+        assert next(parts).choices[0].token_ids
+        with pytest.raises(openai.APIError, match="ZeroDivisionError: of a round"):
+            list(parts)
+        SERVING.settled(engine)
+
     def test_a_fault_of_the_program_is_told_as_one(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any, **__: Any) -> None:
             raise MemoryError("there is none")

@@ -26,7 +26,7 @@ from .answers import END, Answer, ChatAnswer, event, told
 from .bodies import Body, ChatBody, CompletionBody
 from .door import Door
 from .exposition import Record
-from .faults import broken, described, fault, http_fault, invalid, skipjack_fault, status_of
+from .faults import broken, described, fault, http_fault, invalid, said_of, skipjack_fault, status_of
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 CLIENT_GONE = 499
@@ -175,8 +175,10 @@ class _Exchange:
                 if self._body.with_usage:
                     yield event(answer.cost(stream.outputs))
                 yield END
-            except SkipjackError as error:
-                yield event({"error": described(status_of(error), str(error))})
+            except Exception as error:
+                yield event({"error": described(status_of(error), said_of(error))})
+                if not isinstance(error, SkipjackError):
+                    raise
 
     async def _unless_gone(self, work: Coroutine[Any, Any, _T]) -> _T:
         """What work gives, unless the client leaves before.

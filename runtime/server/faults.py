@@ -32,18 +32,22 @@ def described(status: int, message: str, param: str | None = None, code: str | N
     return {"message": FOLDER.sub("", message)[:MAX_MESSAGE], "type": kind, "param": param, "code": code}
 
 
-def status_of(error: SkipjackError) -> int:
+def status_of(error: Exception) -> int:
     """Whose fault it is, and whether a later try may succeed."""
     if isinstance(error, (BusyError, AbortedError)):
         return 503
     if isinstance(error, CapacityError):
         return 413
-    return 500 if isinstance(error, CompilationError) else 400
+    return 400 if isinstance(error, SkipjackError) and not isinstance(error, CompilationError) else 500
+
+
+def said_of(error: Exception) -> str:
+    """What went wrong, in words."""
+    return str(error) if isinstance(error, SkipjackError) else f"{type(error).__name__}: {error}"
 
 
 async def skipjack_fault(request: Request, error: Exception) -> JSONResponse:
     """What the engine refuses."""
-    assert isinstance(error, SkipjackError)
     status = status_of(error)
     field, colon, _ = str(error).partition(":")
     named = colon and status == 400 and re.fullmatch(r"[\w.\[\]]+", field)
@@ -73,7 +77,7 @@ async def http_fault(request: Request, error: Exception) -> JSONResponse:
 
 async def broken(request: Request, error: Exception) -> JSONResponse:
     """What is nobody's fault but this program's or its machine's."""
-    return fault(500, f"{type(error).__name__}: {error}")
+    return fault(500, said_of(error))
 
 
 def _place(location: Sequence[object]) -> str:
