@@ -41,7 +41,7 @@ from skipjack.runtime.server.app import CHAT, COMPLETIONS, Service
 
 FILES = runpy.run_path(str(Path(__file__).with_name("fuzz_files.py")))
 CONTEXT = 96
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.name }}: {{ m.content }}\n{% endfor %}assistant: "
 ENTRY = "from skipjack.runtime.commands.entry import main; main()"
 SERVING = re.compile(r"at (http://\S+)/v1")
 

@@ -44,7 +44,7 @@ from skipjack.runtime.server.bodies import ChatBody, CompletionBody
 PAGE = (Path(__file__).parents[1] / "docs" / "server.md").read_text(encoding="utf-8")
 SERVING = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("serving.py"))))
 METHODS = ["lookup", "autoregressive", "unified:speedup=2"]
-MESSAGES: Any = [{"role": "system", "content": "the cat"}, {"role": "user", "content": "sat on the mat"}]
+MESSAGES: Any = [{"role": "system", "content": "the cat"}, {"role": "user", "content": "sat on the mat", "name": "tom"}]
 GREEDY: dict[str, Any] = {"temperature": 0.0, "seed": 3}
 # A part for every token, also where it adds nothing to the text.
 TOLD = GREEDY | {"return_token_ids": True, "ignore_eos": True, "max_tokens": 80}
@@ -120,6 +120,17 @@ class TestCompletions:
             assert told[choice.index] == list(zip(*(getattr(choice.logprobs, n) for n in names), strict=True))
         assert last.skipjack == {**whole.skipjack, "rounds": last.skipjack["rounds"]}
 
+    def test_a_part_has_the_logprobs_of_its_tokens(self, client: openai.OpenAI, engine: Engine) -> None:
+        extra = {"return_token_ids": True, "ignore_eos": True}
+        asked: Any = {"model": "cat", "prompt": "sat on", "max_tokens": 80, "logprobs": 1, "temperature": 0}
+        parts = [part.choices[0] for part in client.completions.create(**asked, extra_body=extra, stream=True)]
+        counts = [len(part.token_ids) for part in parts]
+        assert max(counts) > 1
+        assert counts == [len(part.logprobs.token_logprobs) for part in parts]
+        output = engine.generate("sat on", SamplingParams(max_tokens=80, logprobs=1, ignore_eos=True))
+        told = [value for part in parts for value in part.logprobs.token_logprobs]
+        assert told == [entry.logprob for entry in output.choices[0].logprobs]
+
     def test_default_is_a_draw_of_sixteen_tokens(self, client: openai.OpenAI, engine: Engine) -> None:
         answer = client.completions.create(model="cat", prompt="sat", seed=4, extra_body={"ignore_eos": True})
         expected = engine.generate("sat", SamplingParams(max_tokens=16, temperature=1.0, seed=4, ignore_eos=True))
@@ -153,9 +164,11 @@ class TestChats:
     @pytest.mark.parametrize("parts", [False, True])
     def test_are_the_engines(self, client: openai.OpenAI, engine: Engine, parts: bool) -> None:
         cut = [{"type": "text", "text": "sat on"}, {"type": "text", "text": " the mat"}]
-        messages: Any = [MESSAGES[0], {"role": "user", "content": cut}] if parts else MESSAGES
+        messages: Any = [MESSAGES[0], MESSAGES[1] | {"content": cut}] if parts else MESSAGES
         answer = client.chat.completions.create(model="cat", messages=messages, **GREEDY, n=2)
         output = engine.generate(MESSAGES, SamplingParams(max_tokens=7, seed=3, n=2))
+        nameless = engine.generate([MESSAGES[0], {"role": "user", "content": MESSAGES[1]["content"]}])
+        assert nameless.prompt_ids != output.prompt_ids
         told = [(choice.message.content, choice.finish_reason) for choice in answer.choices]
         assert told == [(choice.text, choice.finish_reason) for choice in output.choices]
         assert {choice.message.role for choice in answer.choices} == {"assistant"}
