@@ -36,6 +36,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from skipjack import Engine, SamplingParams
 from skipjack.runtime.commands import cli
 from skipjack.runtime.commands import serve as command
+from skipjack.runtime.errors import AbortedError, BusyError, CapacityError, CompilationError, RequestError
 from skipjack.runtime.request import Output
 from skipjack.runtime.server.answers import Answer
 from skipjack.runtime.server.app import CHAT, COMPLETIONS, Service
@@ -146,11 +147,13 @@ class TestCompletions:
         assert web.post(COMPLETIONS, content=b'{"prompt": "a"}', headers=headers).status_code == 200
 
     def test_logprobs_are_the_engines(self, client: openai.OpenAI, engine: Engine) -> None:
-        answer = client.completions.create(model="cat", prompt="sat", logprobs=3, max_tokens=9, temperature=0)
-        output = engine.generate("sat", SamplingParams(max_tokens=9, logprobs=3))
+        drawn: Any = {"max_tokens": 9, "logprobs": 3, "temperature": 1.0, "seed": 4}
+        answer = client.completions.create(model="cat", prompt="sat", extra_body={"ignore_eos": True}, **drawn)
+        output = engine.generate("sat", SamplingParams(**drawn, ignore_eos=True))
         told, entries = answer.choices[0].logprobs, output.choices[0].logprobs
         assert told.token_logprobs == [entry.logprob for entry in entries]
         assert [len(top) for top in told.top_logprobs] == [len({**e.top, e.token_id: 0}) for e in entries]
+        assert not all(entry.token_id in entry.top for entry in entries)
         assert [max(top.values()) for top in told.top_logprobs] == [max(e.top.values()) for e in entries]
         assert told.text_offset == [len("".join(told.tokens[:i])) for i in range(9)]
         named = [engine.tokenizer.token_text(token) for token in output.token_ids]
@@ -463,6 +466,45 @@ class TestLoad:
         with pytest.raises(openai.APIError, match="ZeroDivisionError: of a round"):
             list(parts)
         SERVING.settled(engine)
+
+    @pytest.mark.parametrize(
+        ("error", "status"),
+        [
+            (RequestError("field: wrong"), 400),
+            (CapacityError("cache: too small"), 413),
+            (CompilationError("kernel: new"), 500),
+            (BusyError("cache: held"), 503),
+            (AbortedError("engine: it is closed"), 503),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_whose_fault_it_is(
+        self, engine: Engine, web: httpx.Client, error: Exception, status: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(engine, "_asked", fail)
+        for stream in (False, True):
+            response = web.post(COMPLETIONS, json={"prompt": "a", "stream": stream})
+            assert (response.status_code, response.headers.get("retry-after")) == (
+                status,
+                "1" if status == 503 else None,
+            )
+            assert response.json()["error"] == {
+                "message": str(error),
+                "type": "invalid_request_error" if status < 500 else "server_error",
+                "param": "field" if status == 400 else None,
+                "code": None,
+            }
+
+    def test_lost_pages_are_no_good_health(
+        self, engine: Engine, web: httpx.Client, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        leaking = replace(engine.metrics(), pages_leaked=2)
+        monkeypatch.setattr(engine, "metrics", lambda: leaking)
+        response = web.get("/health")
+        assert (response.status_code, response.json()["error"]["message"]) == (500, "2 pages of the KV cache are lost")
 
     def test_a_fault_of_the_program_is_told_as_one(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any, **__: Any) -> None:
