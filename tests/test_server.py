@@ -20,7 +20,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -234,6 +234,34 @@ class TestChats:
         extra = {"ignore_eos": True}
         answer = client.chat.completions.create(model="cat", messages=MESSAGES, extra_body=extra)
         assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (7, "length")
+
+
+EVERY: dict[str, Any] = {
+    "max_tokens": 9,
+    "min_tokens": 2,
+    "temperature": 0.7,
+    "top_p": 0.8,
+    "top_k": 5,
+    "min_p": 0.1,
+    "seed": 3,
+    "stop": ["x"],
+    "stop_token_ids": [4],
+    "ignore_eos": True,
+    "repetition_penalty": 1.3,
+    "presence_penalty": 0.1,
+    "frequency_penalty": 0.2,
+    "logit_bias": {"7": 2.5},
+    "logprobs": 2,
+    "n": 2,
+}
+
+
+def test_every_sampling_parameter_is_the_engines() -> None:
+    assert set(EVERY) == {field.name for field in fields(SamplingParams)}
+    expected = SamplingParams(**EVERY | {"logit_bias": {7: 2.5}})
+    assert CompletionBody.model_validate(EVERY | {"prompt": "a"}).params() == expected
+    likely = {"logprobs": True, "top_logprobs": 2}
+    assert ChatBody.model_validate(EVERY | likely | {"messages": MESSAGES}).params(5) == expected
 
 
 REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
