@@ -132,6 +132,16 @@ class TestCompletions:
         told = [value for part in parts for value in part.logprobs.token_logprobs]
         assert told == [entry.logprob for entry in output.choices[0].logprobs]
 
+    def test_an_end_without_text_is_a_part_too(self, client: openai.OpenAI, engine: Engine) -> None:
+        silent = min(engine.tokenizer.special_ids)
+        asked: Any = {"model": "cat", "logit_bias": {str(silent): 100}, "temperature": 0, "stream": True}
+        asked |= {"extra_body": {"stop_token_ids": [silent]}}
+        (part,) = client.completions.create(**asked, prompt="a")
+        assert (part.choices[0].text, part.choices[0].finish_reason) == ("", "stop")
+        assert part.skipjack["lossless"]
+        first, last = client.chat.completions.create(**asked, messages=MESSAGES)
+        assert (first.choices[0].delta.role, last.choices[0].finish_reason) == ("assistant", "stop")
+
     def test_default_is_a_draw_of_sixteen_tokens(self, client: openai.OpenAI, engine: Engine) -> None:
         answer = client.completions.create(model="cat", prompt="sat", seed=4, extra_body={"ignore_eos": True})
         expected = engine.generate("sat", SamplingParams(max_tokens=16, temperature=1.0, seed=4, ignore_eos=True))
