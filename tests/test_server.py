@@ -434,6 +434,10 @@ class TestLoad:
         assert engine.metrics().requests_aborted == before + 1
 
     def test_a_client_that_leaves_before_its_body_is_there_asks_for_nothing(self, engine: Engine) -> None:
+        def asked() -> int:
+            metrics = engine.metrics()
+            return metrics.requests_finished + metrics.requests_aborted
+
         with SERVING.running(Service(engine, "cat", METHODS, most=1)) as address:
             host, port = address.removeprefix("http://").split(":")
             with socket.create_connection((host, int(port))) as client:
@@ -441,8 +445,11 @@ class TestLoad:
                 until = time.monotonic() + 20
                 while httpx.post(f"{address}{COMPLETIONS}", json={"prompt": "a"}).status_code != 429:
                     assert time.monotonic() < until, "two are under way where one may be"
+                SERVING.settled(engine)
+                before = asked()
             while 'status="499"} 1.0' not in (told := httpx.get(f"{address}/metrics").text):
                 assert time.monotonic() < until, told
+            assert asked() == before
             assert httpx.post(f"{address}{COMPLETIONS}", json={"prompt": "a"}).status_code == 200
 
     def test_others_are_answered_while_many_logprobs_are_written(
