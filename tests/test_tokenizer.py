@@ -526,3 +526,27 @@ def test_threads_share_a_tokenizer(folder):
     expected = [chat_ids(tokenizer, chat) for chat in CHATS]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(partial(chat_ids, tokenizer), CHATS * 20)) == expected * 20
+
+
+def test_the_text_of_one_token_is_what_it_adds(folder):
+    tokenizer = load(folder)
+    for text in ("the cat", "  two  spaces\n\n\ttabs ", "<s>inside</s>"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert "".join(map(tokenizer.token_text, ids)) == text
+    assert {tokenizer.token_text(token) for token in tokenizer.encode("\U0001fae0", add_special_tokens=False)} == {
+        "\ufffd"
+    }
+
+
+def test_the_text_of_one_token_has_the_space_that_a_text_of_its_own_would_lose(tmp_path):
+    # As Llama 2's and Mistral's: a word's token begins with its space, which the beginning of a text drops.
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁the": 3, "▁": 4, "cat": 5, "<0xE4>": 6}
+    made = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    made.add_special_tokens(["<s>", "</s>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load(tmp_path)
+    assert tokenizer.decode([3, 3]) == "the the"
+    assert [tokenizer.token_text(token) for token in (3, 4, 5, 1)] == [" the", " ", "cat", "<s>"]
+    assert "\ufffd" in tokenizer.token_text(6)
