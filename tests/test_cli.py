@@ -239,7 +239,8 @@ class TestGenerate:
         assert made.asked == [("hello", SamplingParams(5, 0, 0.5, 0.9, 40, 0.1, 3, ("a", "b"), ignore_eos=True))]
         made.options.pop("progress")
         expected = {"method": "swift:skip_ratio=0.4", "device": "cpu", "dtype": "bfloat16", "backend": "torch"}
-        assert made.options == expected | {"numerics": "fast", "cache_tokens": 600}
+        expected |= {"numerics": "fast", "cache_tokens": 600, "max_sequences": 16, "prefix_caching": False}
+        assert made.options == expected
 
     def test_a_cache_smaller_than_the_context_is_told_beside_the_answer(self, engine, folder, capsys) -> None:
         engine.cache_note = "the KV cache holds 2048 tokens"
@@ -252,7 +253,8 @@ class TestGenerate:
     def test_the_cache_has_an_option(self, engine, folder, monkeypatch, command) -> None:
         feed(monkeypatch, b"")
         assert cli.run([command, folder, "--cache-tokens", "77", *(["x"] if command == "generate" else [])]) == 0
-        assert engine.made[0].options["cache_tokens"] == 77
+        options = engine.made[0].options
+        assert (options["cache_tokens"], options["prefix_caching"]) == (77, command == "chat")
 
     def test_reads_the_prompt_from_a_pipe_or_a_file(self, engine, folder, tmp_path, monkeypatch) -> None:
         feed(monkeypatch, "käse\n\n".encode())
