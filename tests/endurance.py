@@ -134,17 +134,18 @@ class Shape:
     compiled: bool
     max_sequences: int
     cache_tokens: int
+    prefix_caching: bool = False
 
 
 SHAPES = (
     Shape(False, True, 16, 256),
     Shape(True, True, 16, 256),
-    Shape(False, False, 4, 2048),
+    Shape(False, False, 4, 2048, True),
     Shape(True, False, 3, 256),
-    Shape(False, True, 64, 8192),
-    Shape(True, True, 64, 8192),
+    Shape(False, True, 64, 8192, True),
+    Shape(True, True, 64, 8192, True),
     Shape(False, True, 1, 256),
-    Shape(True, True, 2, 2048),
+    Shape(True, True, 2, 2048, True),
 )
 
 
@@ -205,6 +206,7 @@ class Models:
                 graphs=shape.graphs,
                 max_sequences=shape.max_sequences,
                 cache_tokens=shape.cache_tokens,
+                prefix_caching=shape.prefix_caching,
             )
 
     def alone(self, ask: Ask, index: int, choice: int, *, compiled: bool) -> Answer:
@@ -682,7 +684,7 @@ class Episode:
         engine, probe = self.engine, self.probe
         shared, cache = engine._open(), engine._loaded()[1]
         now = engine.metrics()
-        assert sorted(cache._free) == list(range(1, cache.total_pages + 1)), "pages are lost"
+        assert sorted([*cache._free, *cache._kept]) == list(range(1, cache.total_pages + 1)), "pages are lost"
         under_way = now.requests_running, now.requests_waiting, now.sequences_running, now.sequences_waiting
         assert under_way == (0, 0, 0, 0), under_way
         assert (now.pages_leaked, now.pages_held) == (0, 0), (now.pages_leaked, now.pages_held)
