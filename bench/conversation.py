@@ -61,19 +61,21 @@ def measure(
         for talks in met.values()
         for talk in talks
     )
-    rows = [
-        Row(
-            turn + 1,
-            with_it[-1].output.stats.prompt_tokens,
-            with_it[-1].output.stats.cached_tokens,
-            Spread.of([one.first_s for one in without]),
-            Spread.of([one.first_s for one in with_it]),
-            Spread.of([a.first_s / b.first_s for a, b in zip(with_it, without, strict=True)]),
-        )
-        for turn in range(len(questions))
-        for without, with_it in [tuple([talk[turn] for talk in met[caching][1:]] for caching in (False, True))]
-    ]
-    return rows, same
+    return [_row(turn, met[False][1:], met[True][1:]) for turn in range(len(questions))], same
+
+
+def _row(turn: int, without: list[list[Turn]], cached: list[list[Turn]]) -> Row:
+    """What a turn came to in the conversations without the cache and in those with it."""
+    plain, copied = ([talk[turn] for talk in talks] for talks in (without, cached))
+    stats = copied[-1].output.stats
+    return Row(
+        turn + 1,
+        stats.prompt_tokens,
+        stats.cached_tokens,
+        Spread.of([one.first_s for one in plain]),
+        Spread.of([one.first_s for one in copied]),
+        Spread.of([a.first_s / b.first_s for a, b in zip(copied, plain, strict=True)]),
+    )
 
 
 def chat(

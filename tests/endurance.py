@@ -260,7 +260,7 @@ class Probe:
             self.runs.append(made._run)
             return made
 
-        engine._stream = noted  # type: ignore[method-assign]
+        engine._stream = noted
 
     def forget(self) -> None:
         """Nothing of the episode before."""
@@ -293,7 +293,7 @@ class Probe:
         changed = {run for run, sequence, tokens in self.standing if len(sequence.tokens) != tokens}
         rounds = None if self.company is None else self.company._rounds
         if rounds is not None:
-            changed |= {run for run in self.company._members if rounds.serves(run.sequences)}  # type: ignore[union-attr]
+            changed |= {run for run in self.company._members if rounds.serves(run.sequences)}
         return changed
 
     def stand(self, company: Company | None) -> None:
@@ -979,7 +979,7 @@ class Faults(Episode):
             finally:
                 sys.settrace(None)
 
-        request.read = traced  # type: ignore[method-assign]
+        request.read = traced
 
 
 def episodes(kind: type[Episode], wanted: int, seed: int = 0, only: int | None = None) -> Counter[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import logging
 import os
@@ -20,8 +19,6 @@ from ..errors import RequestError
 from . import options
 
 if TYPE_CHECKING:
-    from starlette.types import Message, Receive, Scope, Send
-
     from ...loaders.config import ModelConfig
     from ...loaders.tokenizer import Tokenizer
     from ..engine import Engine
@@ -154,30 +151,14 @@ def _ready(engine: Engine, methods: Sequence[str], *, warm_up: bool) -> None:
 def _listen(service: Service, listener: socket.socket, drain: int, *, access_log: bool) -> None:
     import uvicorn
 
-    from ..server.faults import RETRY_AFTER, fault
+    from ..server.ending import Ending
     from .terminal import notes
 
     if access_log:
         logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=logging.INFO)
-    app = service.app()
-
-    async def ending(scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
-
-        async def noting(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
-        try:
-            await app(scope, receive, noting)
-        except asyncio.CancelledError:
-            # Only the end of the drain does that.
-            if not begun:
-                await fault(503, "this server has ended", headers=RETRY_AFTER)(scope, receive, send)
-
+    app = Ending(service.app())
     config = uvicorn.Config(
-        ending, log_config=None, access_log=access_log, lifespan="off", timeout_graceful_shutdown=drain
+        app, log_config=None, access_log=access_log, lifespan="off", timeout_graceful_shutdown=drain
     )
     host, port = listener.getsockname()[:2]
     try:
