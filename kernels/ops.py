@@ -85,6 +85,7 @@ class Ops:
     rounds_alike: Callable[[list[Matrix], Heads, torch.dtype, int], bool]
     take_rows: Callable[[Matrix, Tensor], Matrix]
     prepare_split: Callable[[Tensor, int], Matrix | Split]
+    quantise: Callable[[Matrix], Matrix]
     join: Callable[..., Joined | None]
     index: Callable[..., Index]
     enter: Callable[..., Entry]
@@ -148,6 +149,7 @@ TORCH = Ops(
     rounds_alike=tiles.rounds_alike,
     take_rows=packed.take_rows,
     prepare_split=dense.prepare_split,
+    quantise=packed.quantise,
     join=lambda *_: None,
     index=AttentionIndex,
     enter=reference_rounds.enter,

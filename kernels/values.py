@@ -17,7 +17,8 @@ from torch import Tensor
 class Matrix:
     """A weight [rows, columns] in the layout the products of its op table read.
 
-    `gated`: in panels, those of the first half of its rows, gates, in turn with those of the second.
+    `gated`: in panels, those of the first half of its rows, gates, in turn with those of the second. With `scale`
+    float32 [rows] it is scale·data, of eight bits an element (`Ops.quantise`).
     """
 
     data: Tensor
@@ -25,6 +26,7 @@ class Matrix:
     columns: int
     packed: bool
     gated: bool = False
+    scale: Tensor | None = None
 
     @property
     def in_panels(self) -> bool:

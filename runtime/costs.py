@@ -27,7 +27,7 @@ class Costs:
     `tiles` what a pass in one tile of so many rows takes beyond that, ascending, `per_row` what each further row of a
     tile adds, `per_tile` what each further tile of the largest size adds, or so much of it as there is, where passes
     are `unpadded`, `fixed` the part that no skipped sub-layer saves. `pace` is how much slower than calibrated passes
-    have been lately.
+    have been lately. `drafter`: the same of the model that drafts, where that is another.
     """
 
     sublayers: int
@@ -38,6 +38,7 @@ class Costs:
     per_row: float = 0.0
     pace: float = 1.0
     unpadded: bool = False
+    drafter: Costs | None = None
 
     def verify(self, rows: int) -> float:
         """A full pass over `rows` rows; plain decoding is one over a row a sequence."""
@@ -48,6 +49,8 @@ class Costs:
 
     def draft(self, plan: LayerPlan, rows: int) -> float:
         """A draft pass of `plan` over `rows` rows."""
+        if self.drafter:
+            return self.pace * self.drafter.draft(plan, rows)
         share = len(plan.sublayers) / self.sublayers
         return self.verify(rows) * (self.fixed + share * (self.full - self.fixed)) / self.full
 

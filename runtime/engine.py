@@ -37,6 +37,7 @@ from .metrics import Ledger, Metrics
 from .model import Model
 from .prefixes import Prefixes
 from .prompts import Check, Prompt, Prompts, TokenIds, check_params, is_many, to_ids
+from .quantised import quantised
 from .ranges import marks
 from .request import SEQUENCES, Output, SamplingParams
 from .roster import Roster
@@ -104,6 +105,8 @@ class Engine:
         self._strict, self._watch = strict, Watch(enabled=table.name == "triton")
         model = Model(config, weights, table, marks(ranges))
         self.backend = model.backend
+        if own.quantised:  # Before the cache takes what is left.
+            quantised(model)
         self.cache_tokens, self.cache_note = cache_size(model, self.max_sequences, cache_tokens)
         cache = model.new_cache(pages_of(self.cache_tokens, table.page_size))
         cache.prefixes = Prefixes(cache.page_size) if prefix_caching else None

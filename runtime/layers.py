@@ -96,6 +96,14 @@ def prepare_layer(weights: Weights, qkv: Matrix | Split, i: int, config: ModelCo
     )
 
 
+def quantise_layer(layer: Layer, ops: Ops) -> Layer:
+    """The layer with its matrices in eight bits; it must have no split one."""
+    qkv = layer.qkv
+    assert isinstance(qkv, Matrix)
+    output, up, down = map(ops.quantise, (layer.output, layer.up, layer.down))
+    return layer._replace(qkv=ops.quantise(qkv), output=output, up=up, down=down)
+
+
 def matrices(layers: list[Layer], routed: dict[int, Routed]) -> list[Matrix]:
     """Every matrix that rows are multiplied with."""
     found: list[Matrix] = []

@@ -31,7 +31,7 @@ def loading(
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
-        if not _exhausted(error):
+        if not exhausted(error):
             raise
         size = sum(map(math.prod, field_shapes(config).values())) * dtype.itemsize
         name = str(dtype).removeprefix("torch.")
@@ -70,7 +70,7 @@ def free_bytes(device: torch.device) -> int | None:
     return None
 
 
-def _exhausted(error: Exception) -> bool:
+def exhausted(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return getattr(error, "errno", None) == errno.ENOMEM or any(said in str(error) for said in _EXHAUSTED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -11,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..kernels.attention_index import Index
-from ..kernels.ops import Ops
-from ..kernels.values import Heads, Matrix, Norm, Prediction, Rope, Route, Slots, Stack
+from ..kernels.ops import Joined, Ops
+from ..kernels.values import Heads, Layer, Matrix, Norm, Prediction, Rope, Route, Slots, Stack
 from ..loaders.config import ModelConfig
 from ..loaders.weights import Weights
 from .cache import KVCache
@@ -58,7 +59,8 @@ class Model:
         self._fill = prepare_fill(weights, config, qkv) if isinstance(qkv, Stack) else None
         self.attention_routers = prepare_attention_routers(weights, config)
         self.norm = Norm(weights.norm, weights.norm_bias, config.norm_eps)
-        self._head = ops.prepare(weights.head)
+        self.head = ops.prepare(weights.head)
+        self._matrices = [*matrices(self.layers, self.routed), self.head]
         self._unknown = no_matrix(weights.embedding)
         self._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
         self._rotary = RotaryTable(config, self.device) if any(config.rope_layers) else None
@@ -67,21 +69,23 @@ class Model:
         self._tiles: dict[int, tuple[int, ...]] = {}
         self._activation = "silu_gate" if config.gated else "gelu_tanh"
         self._windows = [config.window if windowed else None for windowed in config.window_layers]
-        made_of = (self.layers, self._heads, self._activation, config.rope_layers, self._windows, self._slopes)
-        # The sub-layers of a pass without masks in one call, where the table has that.
-        self.joined = None if self.routed else ops.join(*made_of)
+        self.joined = self._join(self.layers)
+
+    def replaced(self, layers: list[Layer], head: Matrix) -> Model:
+        """The same model with other matrices; it shares the rest."""
+        other = copy(self)
+        other.layers, other.head, other._vocabularies, other.joined = layers, head, {}, self._join(layers)
+        return other
+
+    def _join(self, layers: list[Layer]) -> Joined | None:
+        """The sub-layers of a pass without masks in one call, where the table has that."""
+        rest = self._heads, self._activation, self.config.rope_layers, self._windows, self._slopes
+        return None if self.routed else self.ops.join(layers, *rest)
 
     def new_cache(self, pages: int) -> KVCache:
         """An empty cache of `pages` pages for this model."""
-        return KVCache(
-            self.config.num_layers,
-            self.config.num_kv_heads,
-            self.config.head_dim,
-            pages=pages,
-            page_size=self.ops.page_size,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        shape = self.config.num_layers, self.config.num_kv_heads, self.config.head_dim
+        return KVCache(*shape, pages=pages, page_size=self.ops.page_size, dtype=self.dtype, device=self.device)
 
     def tile(self, rows: int) -> int | None:
         """The tile of a decode pass of `rows` rows: the smallest that holds them, or the largest there is."""
@@ -92,8 +96,7 @@ class Model:
         """The tiles of a decode pass here, ascending: those that leave every row its bits; one if none is padded."""
         ops, threads = self.ops, torch.get_num_threads()
         if threads not in self._tiles:
-            weights = [*matrices(self.layers, self.routed), self._head]
-            alike = partial(ops.rounds_alike, weights, self._heads, self.dtype)
+            alike = partial(ops.rounds_alike, self._matrices, self._heads, self.dtype)
             others = [tile for tile in ops.other_tiles if ops.pads(self.dtype) and alike(tile)]
             self._tiles[threads] = tuple(tile for tile in ops.tiles if tile == ops.decode_tile or tile in others)
         return self._tiles[threads]
@@ -115,13 +118,12 @@ class Model:
     ) -> Tensor:
         """The residual stream [R, H] of `rows` after the sub-layers of `plan`.
 
-        It enters the plan's span as `hidden` [R, H], or as the rows' embeddings without one.
-        Keys and values of every attention block that runs, or that the plan fills, are written to the rows' slots; a
-        row attends to the slots of its own sequence at or before its position, which must have been written in that
-        layer. `streams` receives the residual stream [R, H] before every sub-layer that runs and after the last,
-        `routes` what every routed layer decided for each row. With `kept` int64 [routed layers, S], the keys each
-        sequence has in each routed layer so far, tokens that skip a layer leave none there; it is advanced by those
-        that run.
+        It enters the plan's span as `hidden` [R, H], or as the rows' embeddings without one. Keys and values of every
+        attention block that runs, or that the plan fills, are written to the rows' slots; a row attends to the slots of
+        its own sequence at or before its position, which must have been written in that layer. `streams` receives the
+        residual stream [R, H] before every sub-layer that runs and after the last, `routes` what every routed layer
+        decided for each row. With `kept` int64 [routed layers, S], the keys each sequence has in each routed layer so
+        far, tokens that skip a layer leave none there; it is advanced by those that run.
         """
         laid = self.lay(rows, cache, kept)
         x = self.embed(laid) if hidden is None else functional.pad(hidden, (0, 0, 0, len(laid.rows) - len(rows)))
@@ -250,8 +252,7 @@ class Model:
     def rotations(self, rows: Rows, cache: KVCache) -> Rope | None:
         """The rotation of each row; None for a model without rotary embedding."""
         position = rows.position if rows.angle is None else rows.angle
-        longest = rows.longest(cache.page_size)
-        return self._rotary.rows(position, longest, rows.prompt) if self._rotary else None
+        return self._rotary.rows(position, rows.longest(cache.page_size), rows.prompt) if self._rotary else None
 
     def stretched(self, prompt: int) -> bool:
         """Whether a prompt of that length has rotations of its own, which a pass has for one prompt only."""
@@ -268,7 +269,7 @@ class Model:
         """
         tile, norm = self.tile(len(x)), norm or self.norm
         if not self.reduces(vocabulary):
-            return self.ops.logits(x, norm, self._head, tile=tile, active=active)
+            return self.ops.logits(x, norm, self.head, tile=tile, active=active)
         head, ids = self.vocabulary(vocabulary)
         scores = x.new_full((x.shape[0], self.config.vocab_size), -torch.inf)
         return scores.index_copy_(1, ids, self.ops.logits(x, norm, head, tile=tile, active=active))
@@ -278,13 +279,12 @@ class Model:
         return 0 < vocabulary < self.config.vocab_size
 
     def vocabulary(self, size: int) -> Vocabulary:
-        """The `size` tokens of the lowest ids and those that end a text.
-
-        Byte-pair tokenizers number frequent tokens first; FR-Spec (arXiv 2502.14856) drafts from the frequent ones.
+        """The `size` tokens of the lowest ids, the frequent ones of most tokenizers (FR-Spec, arXiv 2502.14856), and
+        those that end a text.
         """
         if size not in self._vocabularies:
             tokens = {*range(size), *self.config.eos_token_ids}
-            self._vocabularies.setdefault(size, prepare_vocabulary(self.ops, self._head, tokens))
+            self._vocabularies.setdefault(size, prepare_vocabulary(self.ops, self.head, tokens))
         return self._vocabularies[size]
 
     def predict(
@@ -301,7 +301,7 @@ class Model:
         `tile` is that of decoding without one; another may round differently, which is for scoring only. Rows that are
         not `active` bool [R] get anything. `vocabulary` and `norm` as in `logits`.
         """
-        head, ids = self.vocabulary(vocabulary) if self.reduces(vocabulary) else (self._head, None)
+        head, ids = self.vocabulary(vocabulary) if self.reduces(vocabulary) else (self.head, None)
         tile = tile or self.tile(len(x))
         return self.ops.head(x, norm or self.norm, head, tile=tile, top_k=top_k, ids=ids, active=active)
 

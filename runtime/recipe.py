@@ -68,9 +68,9 @@ class Recipe:
     with the first token less probable than `State.threshold`. `reuse`: verification goes on from the streams of the
     draft, whose plan is an early exit; with an `adapter` tokens are drafted after it. `rejection`: drafts are sampled,
     with noise of their own, and accepted by rejection sampling. Drafts come from the first `vocabulary` tokens, 0 being
-    all. With `max_nodes` they are trees of up to so many tokens, a depth a step; 0 are chains.
-    With `ngrams` the draft comes from the text so far and no pass is run for it; with `steps` nothing is drafted: they
-    are a lossy policy's.
+    all, and with matrices in eight bits where it is `quantised`. With `max_nodes` they are trees of up to so many
+    tokens, a depth a step; 0 are chains. With `ngrams` the draft comes from the text so far and no pass is run for it;
+    with `steps` nothing is drafted: they are a lossy policy's.
 
     `reshaped`: penalties, a bias or a minimum length change the logits. `logprobs`: the report tells the probability of
     every token and of so many most likely ones. With either, greedy tokens are `sampled` at a temperature of 0.
@@ -90,6 +90,7 @@ class Recipe:
     ngrams: Ngrams | None = None
     steps: Steps | None = None
     adapter: Adapter | None = None
+    quantised: bool = False
     reshaped: bool = False
     logprobs: int | None = None
 

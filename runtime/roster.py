@@ -14,6 +14,7 @@ from .methods.base import Method
 from .methods.policy import Policy
 from .methods.registry import MethodSpec
 from .model import Model
+from .quantised import quantise
 from .recent import Recent
 from .stepwise import Stepwise, at_once
 
@@ -43,7 +44,7 @@ class Roster:
     def add(self, spec: MethodSpec, method: Method) -> None:
         """Make a method ready that there is already."""
         with self._watch, torch.inference_mode():
-            at_once(method.prepare(self._model, self._encode))
+            at_once(self._preparation(method))
         self.ready[spec] = method
 
     def entering(self, spec: MethodSpec) -> Stepwise[Method]:
@@ -68,7 +69,7 @@ class Roster:
         if isinstance(own, Policy):
             return own
         fresh = spec.build(self._model.config)
-        at_once(fresh.prepare(self._model, self._encode))
+        at_once(self._preparation(fresh))
         return fresh
 
     def forget(self, spec: MethodSpec) -> None:
@@ -80,8 +81,13 @@ class Roster:
         if found is None:
             self._expect_alike(spec)
             made = spec.build(self._model.config)
-            found = Preparation(made, made.prepare(self._model, self._encode))
+            found = Preparation(made, self._preparation(made))
         return found
+
+    def _preparation(self, method: Method) -> Stepwise[None]:
+        if method.quantised:
+            yield from quantise(self._model)
+        yield from method.prepare(self._model, self._encode)
 
     def _is_under_way(self, spec: MethodSpec, preparation: Preparation) -> bool:
         """Take a step; one that fails is begun anew by whoever asks next."""

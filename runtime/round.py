@@ -17,6 +17,7 @@ from .cache import KVCache
 from .methods.drafting import FIRST_DRAFT_STREAM, WIDTHS, siblings
 from .model import Model
 from .ngrams import GAP
+from .quantised import drafter
 from .recipe import Ngrams, Recipe, Steps
 from .reshaping import neutral
 from .rows import Lineage
@@ -246,17 +247,18 @@ def _step(
     rows = batch.drafted(
         tokens[-1], step, going, gated=recipe.confident or tree, mask=state.mask if recipe.masked else None
     )
-    stream, hidden, norm = draft_pass(model, cache, rows, recipe.plan, recipe.adapter)
+    part = drafter(model, recipe.quantised)
+    stream, hidden, norm = draft_pass(part, cache, rows, recipe.plan, recipe.adapter)
     rule, position = (state.sampling, batch.length + step + 1) if recipe.sampled else (None, None)
     drawn = draw(
-        model,
+        part,
         hidden,
         rule,
         position,
         going,
         recipe.vocabulary,
         FIRST_DRAFT_STREAM + step if recipe.rejection else 0,
-        count=siblings(model, recipe.vocabulary) if tree else None,
+        count=siblings(part, recipe.vocabulary) if tree else None,
         reshape=_reshape(model, state, batch, torch.stack(tokens, dim=1), newest=True) if recipe.reshaped else None,
         confidence=recipe.confident or tree,
         norm=norm,

@@ -86,6 +86,11 @@ def prepare_split(weight: Tensor, rows: int) -> Matrix | Split:
     return Split(prepare(weight[:rows]), prepare(weight[rows:]))
 
 
+def quantise(weight: Matrix) -> Matrix:
+    """As `packed.quantise`, in panels where the weight lies in such."""
+    return panels.quantise(weight) if weight.in_panels else packed.quantise(weight)
+
+
 def qkv_rope_append(
     x: Tensor,
     norm: Norm,
@@ -339,6 +344,7 @@ COMPILED: Ops = replace(
     prepare_gated=prepare_gated,
     prepare_stack=prepare_stack,
     prepare_split=prepare_split,
+    quantise=quantise,
     rounds_alike=rounds_alike,
     normalise=normalise,
     linear=linear,

@@ -24,7 +24,7 @@ from .small_ops import rope_append
 from .team import assembled, dealt, dismissed, help_out, joined_first, worker
 
 # Of a layer: the addresses of its parameters, 0 for what it lacks, whether it rotates, and whether it has the window.
-_FIELDS, _SIZES = 16, 8
+_FIELDS, _SIZES = 20, 8
 # What a pass is told, at the end eps and scale, the address of `go`, its crew, and whether it came to its end.
 _ARGUMENTS, _THREADS, _NUMBERS, _GO, _CREW, _WHOLE = 33, 25, 28, 30, 31, 32
 # A pass of more rows is two sub-layers a call: Python between them costs it nothing, and an interrupt waits no longer.
@@ -58,14 +58,14 @@ def _pass(arguments, team):
         if copies:
             copy(x, copies + i * rows * hidden * size, rows * hidden * size)
         (
-            norm, shift, qkv_weight, qkv_bias, q_norm, k_norm, output, output_bias,
-            mlp_norm, mlp_shift, up, up_bias, down, down_bias, rotates, windowed,
+            norm, shift, qkv_weight, qkv_scale, qkv_bias, q_norm, k_norm, output, output_scale, output_bias,
+            mlp_norm, mlp_shift, up, up_scale, up_bias, down, down_scale, down_bias, rotates, windowed,
         ) = listed(_FIELDS, layers + 8 * _FIELDS * (number // 2))  # fmt: skip
         if number % 2 == 0:
             own = room * (number // 2)
             product(
-                x, norm, shift, eps, qkv_weight, False, qkv_bias, NONE, 0, qkv, rows, (heads + 2 * kv_heads) * width,
-                hidden, half, unit, threads, team, share,
+                x, norm, shift, eps, qkv_weight, qkv_scale, False, qkv_bias, NONE, 0, qkv, rows,
+                (heads + 2 * kv_heads) * width, hidden, half, unit, threads, team, share,
             )  # fmt: skip
             rope_append(
                 qkv, q_norm, k_norm, eps, cos if rotates else 0, sin if rotates else 0, page, offset,
@@ -76,16 +76,16 @@ def _pass(arguments, team):
                 rows, heads, kv_heads, width, slots, length != 0, scale, half, threads, team, some,
             )  # fmt: skip
             product(
-                mixed, 0, 0, eps, output, False, output_bias, NONE, x, x, rows, hidden,
+                mixed, 0, 0, eps, output, output_scale, False, output_bias, NONE, x, x, rows, hidden,
                 heads * width, half, unit, threads, team, share,
             )  # fmt: skip
         else:
             product(
-                x, mlp_norm, mlp_shift, eps, up, up_rows != inner, up_bias, activation, 0, gated, rows, up_rows,
-                hidden, half, unit, threads, team, share,
+                x, mlp_norm, mlp_shift, eps, up, up_scale, up_rows != inner, up_bias, activation, 0, gated, rows,
+                up_rows, hidden, half, unit, threads, team, share,
             )  # fmt: skip
             product(
-                gated, 0, 0, eps, down, False, down_bias, NONE, x, x, rows, hidden,
+                gated, 0, 0, eps, down, down_scale, False, down_bias, NONE, x, x, rows, hidden,
                 inner, half, unit, threads, team, share,
             )  # fmt: skip
     if copies:
@@ -234,8 +234,8 @@ def _compiled(layer: Layer, heads: Heads, activation: str) -> bool:
     weights = [layer.qkv, layer.output, layer.up, layer.down]
     if not all(isinstance(weight, Matrix) and weight.in_panels for weight in weights):
         return False
-    dtype, hidden = layer.down.data.dtype, layer.down.rows
-    alike = all(norm.weight.dtype == dtype for norm in (layer.attention_norm, layer.mlp_norm))
+    dtype, hidden = layer.attention_norm.weight.dtype, layer.down.rows
+    alike = all(matrix.data.dtype in (dtype, torch.int8) for matrix in weights) and layer.mlp_norm.weight.dtype == dtype
     fused = layer.up.gated == (activation == "silu_gate") and hidden % WIDTH == 0
     return alike and fused and heads.dim % WIDTH == 0 and heads.dim >= 2 * WIDTH
 
@@ -244,17 +244,20 @@ def _addresses(layer: Layer) -> list[int]:
     def of(norm: Norm) -> list[int]:
         return [_address(norm.weight), _address(norm.bias)]
 
+    def weight(matrix: Matrix) -> list[int]:
+        return [matrix.data.data_ptr(), _address(matrix.scale)]
+
     assert isinstance(layer.qkv, Matrix)
     return [
         *of(layer.attention_norm),
-        layer.qkv.data.data_ptr(),
+        *weight(layer.qkv),
         *map(_address, (layer.qkv_bias, layer.q_norm, layer.k_norm)),
-        layer.output.data.data_ptr(),
+        *weight(layer.output),
         _address(layer.output_bias),
         *of(layer.mlp_norm),
-        layer.up.data.data_ptr(),
+        *weight(layer.up),
         _address(layer.up_bias),
-        layer.down.data.data_ptr(),
+        *weight(layer.down),
         _address(layer.down_bias),
     ]
 

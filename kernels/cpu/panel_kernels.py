@@ -4,7 +4,8 @@ An element is one chain of sums over the columns from the first to the last; whi
 thread and how many there are does not enter it. Nine rows share one reading of the weight.
 
 A chain adds products of float32, or pairs of products of bfloat16 by the processor's instruction for them where it has
-one, or thirty-two by its matrix unit: its bits are those of the processor's kind.
+one, or thirty-two by its matrix unit: its bits are those of the processor's kind. Weights of eight bits are widened to
+float32 as they are read, and a row's sum is multiplied by that row's `scale`, whose address says that they are such.
 """
 
 import numpy as np
@@ -13,7 +14,23 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from . import matrix_unit
-from .instructions import FLOATS, INTS, LINE, LONG, MANY_REGISTERS, WIDTH, ask, fused, load, paired, splatted
+from .instructions import (
+    BYTES,
+    FLOAT,
+    FLOATS,
+    INT,
+    INTS,
+    LINE,
+    LONG,
+    MANY_REGISTERS,
+    SHORT,
+    WIDTH,
+    ask,
+    fused,
+    load,
+    paired,
+    splatted,
+)
 from .lanes import LANES, kernel, part, read, write
 from .matrix_unit import ROWS
 from .small_ops import gelu_tanh, layer_norm, rms_norm, silu_row
@@ -21,7 +38,9 @@ from .team import dealt, taken, worker
 
 VECTORS = 3
 PANEL = VECTORS * WIDTH
+# Of a step of the loop over columns: one of float32, a pair of bfloat16, or four of eight bits.
 _BYTES = 4 * PANEL
+LIGHT = 4
 # Sums of that many rows fit into the registers beside a column of a panel and one number; of bfloat16, where a pair is
 # two numbers, those of so many beside a vector of a column.
 MOST, MOST_OF_A_VECTOR = (9, 0) if MANY_REGISTERS else (2, 4)
@@ -85,6 +104,46 @@ def _step(kind, added, asking, vectors=VECTORS):
 
 _with_column, _with_pair = _step(FLOATS, fused, _ASKING), _step(INTS, paired, _ASKING)
 _column_and_more, _pair_and_more = _step(FLOATS, fused, 1), _step(INTS, paired, 1)
+
+
+def _light_step(asking):
+    """As `_step` with `LIGHT` columns of eight bits each, one after the other; `half`: x is of bfloat16."""
+
+    @intrinsic(prefer_literal=True)
+    def step(context, sums, panel, x, stride, ahead, half):
+        narrow = half.literal_value
+
+        def number(builder, at):
+            if not narrow:
+                return load(builder, at, 0, FLOAT)
+            bits = builder.zext(builder.load(builder.inttoptr(at, SHORT.as_pointer()), align=2), INT)
+            return builder.bitcast(builder.shl(bits, ir.Constant(INT, 16)), FLOAT)
+
+        def build(context, builder, signature, given):
+            sums, panel, x, stride, ahead, _ = given
+            found, rows = sums, signature.args[0].count // VECTORS
+            for start in range(0, _BYTES if rows >= asking else 0, LINE):
+                ask(builder, builder.add(ahead, ir.Constant(LONG, start)), nearness=2)
+            for column in range(LIGHT):
+                starts = (PANEL * column + WIDTH * i for i in range(VECTORS))
+                weights = [builder.sitofp(builder.sext(load(builder, panel, at, BYTES), INTS), FLOATS) for at in starts]
+                for row in range(rows):
+                    at = builder.add(x, builder.mul(stride, ir.Constant(LONG, row)))
+                    value = number(builder, builder.add(at, ir.Constant(LONG, column * (2 if narrow else 4))))
+                    for i, weight in enumerate(weights):
+                        place = VECTORS * row + i
+                        total = fused(
+                            builder, weight, splatted(builder, value, FLOATS), builder.extract_value(found, place)
+                        )
+                        found = builder.insert_value(found, total, place)
+            return found
+
+        return sums(sums, types.int64, types.int64, types.int64, types.int64, half), build
+
+    return step
+
+
+_with_light, _light_and_more = _light_step(_ASKING), _light_step(1)
 # The first vector of a column asks for all of them, the others for nothing.
 _vector_and_more, _with_vector = _step(INTS, paired, 1, 1), _step(INTS, paired, MOST_OF_A_VECTOR + 1, 1)
 
@@ -123,13 +182,17 @@ def _take_vectors(context, sums, address):
 
 
 @part
-def _rows(sums, rows, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace):
-    """out = x·panelᵀ + bias + residual of `rows` rows and `many` columns; sums: `_none` of them.
+def _rows(sums, rows, x, panel, scale, bias, residual, out, many, width, columns, half, scratch, ahead, pace):
+    """out = scale·x·panelᵀ + bias + residual of `rows` rows and `many` columns; sums: `_none` of them.
 
     Memory is asked for from `ahead` on, `pace` bytes a column or pair of them; with `pace` 0 `_AHEAD` bytes after what
     is read, by `_ASKING` rows or more: a distance that instructions hold is faster than another address.
     """
-    if pace == 0:
+    if scale and half:
+        sums = _light_rows(sums, x, panel, columns, True, ahead, pace)
+    elif scale:
+        sums = _light_rows(sums, x, panel, columns, False, ahead, pace)
+    elif pace == 0:
         if half:
             for k in range(columns // 2):
                 sums = _with_pair(sums, panel + _BYTES * k, x + 4 * k, columns * 2, panel + _BYTES * k + _AHEAD)
@@ -143,11 +206,26 @@ def _rows(sums, rows, x, panel, bias, residual, out, many, width, columns, half,
         for k in range(columns):
             sums = _column_and_more(sums, panel + _BYTES * k, x + 4 * k, columns * 4, ahead + pace * k)
     _put(sums, scratch)
-    _finish(rows, bias, residual, out, many, width, half, scratch)
+    _finish(rows, scale, bias, residual, out, many, width, half, scratch)
 
 
 @part
-def _by_vector(sums, rows, x, panel, bias, residual, out, many, width, columns, scratch, ahead, pace):
+def _light_rows(sums, x, panel, columns, half, ahead, pace):
+    """The sums of `_rows` with a panel of eight bits."""
+    size = 2 if half else 4
+    if pace == 0:
+        for k in range(columns // LIGHT):
+            at = panel + _BYTES * k
+            sums = _with_light(sums, at, x + LIGHT * size * k, columns * size, at + _AHEAD, half)
+    else:
+        for k in range(columns // LIGHT):
+            at = panel + _BYTES * k
+            sums = _light_and_more(sums, at, x + LIGHT * size * k, columns * size, ahead + pace * k, half)
+    return sums
+
+
+@part
+def _by_vector(sums, rows, x, panel, scale, bias, residual, out, many, width, columns, scratch, ahead, pace):
     """`_rows` of bfloat16 where registers are few: a stretch of columns vector by vector; sums: `_none_of_a_vector`."""
     if pace == 0:
         ahead, pace = panel + _AHEAD, _BYTES
@@ -163,16 +241,18 @@ def _by_vector(sums, rows, x, panel, bias, residual, out, many, width, columns, 
                 for k in range(first, last):
                     so_far = _with_vector(so_far, panel + _BYTES * k + start, x + 4 * k, columns * 2, 0)
             _put_vectors(so_far, scratch + start)
-    _finish(rows, bias, residual, out, many, width, True, scratch)
+    _finish(rows, scale, bias, residual, out, many, width, True, scratch)
 
 
 @part
-def _finish(rows, bias, residual, out, many, width, half, scratch):
-    """out = the sums of `rows` rows at `scratch` + bias + residual, `many` columns; those of out are `width` apart."""
+def _finish(rows, scale, bias, residual, out, many, width, half, scratch):
+    """out = scale·the sums of `rows` rows at `scratch` + bias + residual, `many` columns, its rows `width` apart."""
     size = 2 if half else 4
     for row in range(rows):
         for i in range(0, many, WIDTH):
             y = read(scratch + 4 * PANEL * row, i, False)
+            if scale:
+                y = y * read(scale, i, False)
             if bias:
                 y = y + read(bias, i, half)
             if residual:
@@ -185,26 +265,29 @@ def _by_count(most):
     if most == 0:
 
         @part
-        def some(count, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace):
+        def some(count, x, panel, scale, bias, residual, out, many, width, columns, half, scratch, ahead, pace):
             pass
 
         return some
     fewer = _by_count(most - 1)
 
     @part
-    def by_column(count, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace):
+    def by_column(count, x, panel, scale, bias, residual, out, many, width, columns, half, scratch, ahead, pace):
         if count == most:
-            _rows(_none(most), most, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace)
+            _rows(
+                _none(most), most, x, panel, scale, bias, residual, out, many, width, columns, half, scratch, ahead,
+                pace,
+            )  # fmt: skip
         else:
-            fewer(count, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace)
+            fewer(count, x, panel, scale, bias, residual, out, many, width, columns, half, scratch, ahead, pace)
 
     @part
-    def by_vector(count, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace):
+    def by_vector(count, x, panel, scale, bias, residual, out, many, width, columns, half, scratch, ahead, pace):
         if count == most:
             sums = _none_of_a_vector(most)
-            _by_vector(sums, most, x, panel, bias, residual, out, many, width, columns, scratch, ahead, pace)
+            _by_vector(sums, most, x, panel, scale, bias, residual, out, many, width, columns, scratch, ahead, pace)
         else:
-            fewer(count, x, panel, bias, residual, out, many, width, columns, half, scratch, ahead, pace)
+            fewer(count, x, panel, scale, bias, residual, out, many, width, columns, half, scratch, ahead, pace)
 
     return by_column if most <= MOST else by_vector
 
@@ -213,15 +296,18 @@ _some = _by_count(max(MOST, MOST_OF_A_VECTOR))
 
 
 @part
-def _by_rows(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape, asked, more):
-    """out = x·panelᵀ + bias + residual, `many` columns, of as many rows at once as registers hold.
+def _by_rows(rows, x, panel, scale, bias, residual, out, many, width, columns, half, scratch, shape, asked, more):
+    """out = scale·x·panelᵀ + bias + residual, `many` columns, of as many rows at once as registers hold.
 
     Where that takes several turns the last of them ask for a share of the next panel each, if there is `more`, so that
     memory is read meanwhile; the first asks for this one, unless it was `asked` for.
     """
-    most = max(MOST, MOST_OF_A_VECTOR) if half else MOST
+    most = max(MOST, MOST_OF_A_VECTOR) if half and not scale else MOST
     size, row, turns = 2 if half else 4, 0, (rows + most - 1) // most
-    length, shares = columns * size * PANEL, min(turns if asked else turns - 1, _SHARES) if more and turns > 1 else 0
+    length, shares = (
+        columns * (1 if scale else size) * PANEL,
+        min(turns if asked else turns - 1, _SHARES) if more and turns > 1 else 0,
+    )
     for turn in range(turns):
         source, target, some = x + row * columns * size, out + row * width * size, (rows - row) // (turns - turn)
         added = residual + row * width * size if residual else 0
@@ -229,7 +315,7 @@ def _by_rows(rows, x, panel, bias, residual, out, many, width, columns, half, sc
         ahead, pace = 0, 0
         if share >= 0:
             ahead, pace = panel + length + length * share // shares, _BYTES // shares
-        _some(some, source, panel, bias, added, target, many, width, columns, half, scratch, ahead, pace)
+        _some(some, source, panel, scale, bias, added, target, many, width, columns, half, scratch, ahead, pace)
         row += some
 
 
@@ -246,7 +332,7 @@ def _tiled(blocks, new, x, panel, columns, scratch):
 
 
 @part
-def _by_tiles(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape, asked, more):
+def _by_tiles(rows, x, panel, scale, bias, residual, out, many, width, columns, half, scratch, shape, asked, more):
     """`_by_rows` of bfloat16, by the matrix unit; shape: 64 zeroed bytes."""
     row = 0
     while row < rows:
@@ -258,7 +344,7 @@ def _by_tiles(rows, x, panel, bias, residual, out, many, width, columns, half, s
         else:
             _tiled(1, row == 0, source, panel, columns, scratch)
         added = residual + 2 * row * width if residual else 0
-        _finish(some, bias, added, out + 2 * row * width, many, width, True, scratch)
+        _finish(some, scale, bias, added, out + 2 * row * width, many, width, True, scratch)
         row += some
     matrix_unit.leave()
 
@@ -268,29 +354,30 @@ _by_tiles = _by_tiles if matrix_unit.EXISTS else _by_rows
 
 
 @part
-def _panel(number, what, x, panels, bias, residual, out, many, width, scratch, shape, asked, more):
+def _panel(number, what, x, panels, scale, bias, residual, out, many, width, scratch, shape, asked, more):
     """A panel's columns of a product; `what`: rows, columns, whether of bfloat16 and by the matrix unit.
 
     `asked`: the panel before it was this thread's too; `more`: the next will be.
     """
     rows, columns, half, tiles = what
-    panel = panels + number * PANEL * columns * (2 if half else 4)
+    panel = panels + number * PANEL * columns * (1 if scale else 2 if half else 4)
     if tiles:
-        _by_tiles(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape, asked, more)
+        _by_tiles(rows, x, panel, scale, bias, residual, out, many, width, columns, half, scratch, shape, asked, more)
     else:
-        _by_rows(rows, x, panel, bias, residual, out, many, width, columns, half, scratch, shape, asked, more)
+        _by_rows(rows, x, panel, scale, bias, residual, out, many, width, columns, half, scratch, shape, asked, more)
 
 
 @part
-def _join(number, what, x, panels, bias, out, side, pair, scratch, shape, asked, more):
+def _join(number, what, x, panels, scale, bias, out, side, pair, scratch, shape, asked, more):
     """silu(gate)·up of a panel of gates and one of what they gate, before they leave the cache: `pair` is for both."""
     rows, _, half, _ = what
     size, column = 2 if half else 4, PANEL * number
     many = min(PANEL, side - column)
     for i in range(2):
         added, target = bias + (i * side + column) * size if bias else 0, pair + i * PANEL * size
+        factor = scale + (i * side + column) * 4 if scale else 0
         _panel(
-            2 * number + i, what, x, panels, added, 0, target, many, 2 * PANEL, scratch, shape,
+            2 * number + i, what, x, panels, factor, added, 0, target, many, 2 * PANEL, scratch, shape,
             asked or i == 1, more or i == 0,
         )  # fmt: skip
     for row in range(rows):
@@ -301,8 +388,8 @@ def _join(number, what, x, panels, bias, out, side, pair, scratch, shape, asked,
 @worker
 def share(block):
     """What one thread does of `product`: a run of panels, in a straight line through memory, then what others left."""
-    x, panels, bias, residual, out, width, threads = (
-        block[1], block[2], block[3], block[4], block[5], block[6], block[7],
+    x, panels, bias, residual, out, width, threads, scale = (
+        block[1], block[2], block[3], block[4], block[5], block[6], block[7], block[15],
     )  # fmt: skip
     rows, half, gated, activation = block[8], block[10] != 0, block[12] != 0, block[13]
     what, size, joined = (rows, block[9], half, block[11] != 0), 2 if half else 4, activation == SILU_GATE
@@ -319,12 +406,15 @@ def share(block):
         while number < end:
             asked, more = number == before + 1, number + 1 < end
             if joined:
-                _join(number, what, x, panels, bias, out, side, pair, scratch, told, asked, more)
+                _join(number, what, x, panels, scale, bias, out, side, pair, scratch, told, asked, more)
             else:
                 column = PANEL * (number // 2 if gated else number)
-                many, start = min(PANEL, side - column), (column + (number % 2 * side if gated else 0)) * size
+                many, place = min(PANEL, side - column), column + (number % 2 * side if gated else 0)
+                start, factor = place * size, scale + place * 4 if scale else 0
                 added, kept = bias + start if bias else 0, residual + start if residual else 0
-                _panel(number, what, x, panels, added, kept, out + start, many, width, scratch, told, asked, more)
+                _panel(
+                    number, what, x, panels, factor, added, kept, out + start, many, width, scratch, told, asked, more
+                )
                 for row in range(rows if activation == GELU else 0):
                     some = out + start + row * width * size
                     gelu_tanh(some, some, many, half)
@@ -334,14 +424,16 @@ def share(block):
 
 
 @kernel(
-    "void(int64, int64, int64, float64, int64, boolean, int64, int64, int64, int64, int64, int64, int64,"
+    "void(int64, int64, int64, float64, int64, int64, boolean, int64, int64, int64, int64, int64, int64, int64,"
     " boolean, boolean, int64, int64, int64)"
 )
 def product(
-    x, norm, shift, eps, panels, gated, bias, activation, residual, out, rows, width, columns, half, unit,
+    x, norm, shift, eps, panels, scale, gated, bias, activation, residual, out, rows, width, columns, half, unit,
     threads, team, share,
 ):  # fmt: skip
     """out = activation(x·Wᵀ + bias + residual): x [rows, columns]; W of `width` rows in panels; bias [width].
+
+    With scale float32 [width], W is scale·the panels, which are of eight bits and a multiple of `LIGHT` columns.
 
     `gated`: panels of the first and the second half of W in turn, as `SILU_GATE` wants them, which has no residual.
     norm [columns]: x is normalised before, by RMSNorm or, with shift [columns], LayerNorm. activation: `NONE`, `GELU`,
@@ -359,11 +451,11 @@ def product(
             rms_norm(x, norm, normed.ctypes.data, rows, columns, eps, half)
         x = normed.ctypes.data
     # A line each for how many threads have come and, of each run of panels, how many were taken.
-    block, counters = np.empty(15, np.int64), np.zeros((threads + 1, LINE // 8), np.int64)
+    block, counters = np.empty(16, np.int64), np.zeros((threads + 1, LINE // 8), np.int64)
     block[1], block[2], block[3], block[4], block[5] = x, panels, bias, residual, out
     block[6], block[7], block[8], block[9], block[10] = width, threads, rows, columns, half
-    block[11], block[12] = half and unit and columns % matrix_unit.COLUMNS == 0, gated
-    block[13], block[14] = activation, counters.ctypes.data
+    block[11], block[12] = half and unit and columns % matrix_unit.COLUMNS == 0 and scale == 0, gated
+    block[13], block[14], block[15] = activation, counters.ctypes.data, scale
     dealt(team, share, block.ctypes.data, threads)
     # Memory whose address alone is in use is let go of.
     block[0] = counters[0, 0] = normed[0] = 0

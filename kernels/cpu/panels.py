@@ -1,18 +1,22 @@
 """Weights in panels, for the products of a CPU.
 
 A panel is 48 rows of a weight, column after column, and of bfloat16 two columns side by side: memory is read in a
-straight line, and a vector holds one column of sixteen weight rows.
+straight line, and a vector holds one column of sixteen weight rows. Of eight bits panels are [N / 48, K, 48, 1] too.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..reference import packed
 from ..values import Matrix, Norm
 from . import large_pages, matrix_unit, openmp, panel_kernels
 from .lanes import WIDTH
 
 PANEL: int = panel_kernels.PANEL
+LIGHT: int = panel_kernels.LIGHT
 ACTIVATIONS = {None: panel_kernels.NONE, "silu_gate": panel_kernels.SILU_GATE, "gelu_tanh": panel_kernels.GELU}
 
 
@@ -46,6 +50,28 @@ def take(weight: Matrix, rows: Tensor) -> Tensor:
     return weight.data[rows // PANEL, :, rows % PANEL].reshape(len(rows), weight.columns)
 
 
+def quantise(weight: Matrix) -> Matrix:
+    """A weight in panels in eight bits, as `packed.quantise` has them."""
+    rows = weight.data.transpose(1, 2).reshape(-1, weight.columns)
+    parts = 2 if weight.gated else 1
+    if parts == 2:
+        rows = rows.view(-1, 2, PANEL, weight.columns).transpose(0, 1)
+    rows = rows.reshape(parts, -1, weight.columns)[:, : weight.rows // parts].reshape(weight.rows, -1)
+    data, scale = packed.rounded(rows)
+    if weight.columns % LIGHT:
+        return Matrix(data, *data.shape, packed=False, scale=scale)
+    return replace(weight, data=_packed(data.view(parts, -1, weight.columns)), scale=scale)
+
+
+def take_light(weight: Matrix, rows: Tensor) -> Matrix:
+    """Rows int64 [N'] of a weight that `quantise` made of one packed by `pack`, as a weight of its own."""
+    assert weight.scale is not None
+    data, scale = take(weight, rows), weight.scale[rows]
+    if len(rows) % WIDTH:
+        return Matrix(data, len(rows), weight.columns, packed=False, scale=scale)
+    return Matrix(_packed(data[None]), len(rows), weight.columns, packed=True, scale=scale)
+
+
 def product(
     x: Tensor,
     weight: Matrix,
@@ -72,6 +98,7 @@ def product(
         0 if norm is None or norm.bias is None else norm.bias.data_ptr(),
         0.0 if norm is None else norm.eps,
         weight.data.data_ptr(),
+        0 if weight.scale is None else weight.scale.data_ptr(),
         weight.gated,
         0 if bias is None else bias.data_ptr(),
         ACTIVATIONS[activation],

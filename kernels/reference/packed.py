@@ -6,6 +6,7 @@ are probed once per dtype; where they are missing the plain product on the same 
 says which of the two is in use. Where numba is installed most weights lie in `panels` instead.
 """
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from ..values import Matrix
 
 PACKED_ROWS = 8
+# The largest magnitude of a quantised weight.
+LARGEST = 127
 
 
 @cache
@@ -48,11 +51,28 @@ def take_rows(weight: Matrix, rows: Tensor) -> Matrix:
     if weight.in_panels:
         from ..cpu import panels
 
+        if weight.scale is not None:
+            return panels.take_light(weight, rows)
         taken = panels.take(weight, rows)
         return panels.pack(taken) if panels.fits(taken) else pack(taken)
     if weight.packed:
         return pack(weight.data.to_dense()[rows])
-    return Matrix(weight.data[rows], len(rows), weight.columns, packed=False)
+    scale = None if weight.scale is None else weight.scale[rows]
+    return Matrix(weight.data[rows], len(rows), weight.columns, packed=False, scale=scale)
+
+
+def quantise(weight: Matrix) -> Matrix:
+    """A weight in eight bits, each row symmetric about 0: the nearest multiples of its greatest magnitude ÷ 127."""
+    data, scale = rounded(weight.data.to_dense() if weight.packed else weight.data)
+    return replace(weight, data=data, packed=False, scale=scale)
+
+
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [N, K] as int8 [N, K] and scale float32 [N], of which they are about the product; 0 of a row of zeros."""
+    wide = weight.float()
+    scale = wide.abs().amax(dim=1) / LARGEST
+    steps = wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    return steps.round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scale
 
 
 def product(x: Tensor, weight: Matrix, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -61,6 +81,12 @@ def product(x: Tensor, weight: Matrix, bias: Tensor | None, residual: Tensor | N
         from ..cpu import panels
 
         return panels.product(x, weight, bias, residual)
+    if weight.scale is not None:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        y = (x.to(wide) @ weight.data.to(wide).T) * weight.scale
+        for added in (bias, residual):
+            y = y if added is None else y + added
+        return y.to(x.dtype)
     if weight.packed and residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight.data, bias, "add")
     if weight.packed:

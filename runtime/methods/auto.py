@@ -18,13 +18,14 @@ from ..graphs import graph_size
 from ..model import Model
 from ..ngrams import MOST, Guess, Memory, likeliest
 from ..plan import LayerPlan
+from ..quantised import drafter
 from ..recipe import Ngrams, Recipe
 from ..sequence import Sequence
 from ..stepwise import Stepwise
 from . import swift
 from .account import Account
 from .base import Method, no_draft, sampled
-from .checked import Acceptance, Checked, DraftTokens, Share, Within
+from .checked import Acceptance, Checked, DraftTokens, DraftWeights, Share, Within
 from .drafting import Drafting, grow, sift
 from .lookup import lay_out, remember, text_of
 from .rates import Choice, Rate
@@ -33,6 +34,8 @@ from .stretches import LONGEST_WAIT, WAIT, Stretches, Way
 PLAIN, LOOKUP, SKIP, CASCADE = "plain", "lookup", "skip set", "cascade"
 # Until the device has told: what verifying a draft costs in rounds of plain decoding, and the tokens a lookup gives.
 VERIFY, LOOKED_UP, RATE = 1.1, 1.6, 0.8
+# And what a pass in eight bits costs in passes of 16.
+LIGHT = 0.6
 # What a stake counts for a round later, as long as nothing is looked for.
 FADING = 0.98
 
@@ -43,14 +46,16 @@ class Options(Checked, method="auto"):
     searched for within `search_budget` of the decoding time.
 
     Lookup drafts what followed most matches of up to `max_ngram` tokens, also in the newest `remember` tokens of
-    earlier answers of this engine. `max_loss` is the share of the decoding time that may be lost against plain decoding
-    beyond what was won.
+    earlier answers of this engine. With `draft_weights` int8 drafts are by matrices in eight bits, of all sub-layers or
+    those of `set`, and none is searched for. `max_loss` is the share of the decoding time that may be lost against
+    plain decoding beyond what was won.
     """
 
     num_draft_tokens: DraftTokens = 7
     max_ngram: Annotated[int, Within(1, 16)] = 4
     remember: Annotated[int, Within(0, 10**6)] = 16384
     set: str = ""
+    draft_weights: DraftWeights = "own"
     threshold: Share = 0.6
     skip_ratio: Share = 0.45
     search_budget: Share = 0.005
@@ -74,8 +79,10 @@ class Auto(Method):
         self.rejection = options.acceptance == "rejection"
         self._ledger = Ledger(options.max_loss)
         # A search that took what may be lost would leave nothing to try a lookup with.
+        self.quantised = options.draft_weights == "int8"
+        ratio, budget = (0.0, 0.0) if self.quantised else (options.skip_ratio, options.search_budget)
         self._swift = swift.Swift(
-            swift.Options(set=options.set, skip_ratio=options.skip_ratio, search_budget=options.search_budget),
+            swift.Options(set=options.set, skip_ratio=ratio, search_budget=budget, draft_weights=options.draft_weights),
             num_layers,
             lambda seconds: self._ledger.affords(seconds + self._stake),
         )
@@ -117,6 +124,9 @@ class Auto(Method):
         """Time the passes of this machine."""
         yield from self._swift.prepare(model, encode)
         self._costs = yield from calibrate(model, self._clock)
+        if self.quantised:
+            light = yield from calibrate(drafter(model, self.quantised), self._clock)
+            self._costs = replace(self._costs, drafter=light)
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """The draft of the fastest choice the ledger covers."""
@@ -133,9 +143,11 @@ class Auto(Method):
         self._choose(self.choices(costs, len(batch), max(s.room for s in batch.sequences)))
         if self._choice.name in (LOOKUP, CASCADE):
             guess = lay_out(batch, [guess.first(self._choice.drafted) for guess in self._guesses])
-            return guess if self._choice.name == LOOKUP else sift(model, cache, batch, self._swift.plan, guess)
+            if self._choice.name == LOOKUP:
+                return guess
+            return sift(model, cache, batch, self._swift.plan, guess, quantised=self.quantised)
         if self._choice.name == SKIP:
-            how = Drafting(self._choice.drafted, self._options.threshold, self.rejection)
+            how = Drafting(self._choice.drafted, self._options.threshold, self.rejection, quantised=self.quantised)
             return grow(model, cache, batch, self._swift.plan, how)[0]
         return no_draft(batch)
 
@@ -161,10 +173,11 @@ class Auto(Method):
     def _ways(self, num_layers: int) -> list[Way]:
         """Those of the device: a lookup, and drafts by the skip set of half its length, each of which costs a pass."""
         longest, share = self._options.num_draft_tokens, len(self._swift.plan.sublayers) / (2 * num_layers)
+        share *= LIGHT if self.quantised else 1.0
         k = max(1, longest // 2)
         skipping = Way(SKIP, k, VERIFY + k * share, expected_tokens(RATE, k))
         ways = [Way(PLAIN), Way(LOOKUP, longest, VERIFY, LOOKED_UP)]
-        return [*ways, skipping] if self._swift.plan.skipped else ways
+        return [*ways, skipping] if self._swift.drafts else ways
 
     def _recipe(self, way: Way, sequences: list[Sequence]) -> Recipe:
         plain = Recipe(self._full, self._full, way.drafted, rejection=self.rejection and sampled(sequences))
@@ -174,7 +187,8 @@ class Auto(Method):
             return replace(plain, ngrams=Ngrams(self._options.max_ngram, MOST, self._options.remember))
         searching = self._swift.phase() == "accumulation"
         plan = self._full if searching else self._swift.plan
-        return replace(plain, plan=plan, masked=searching, confident=self.threshold > 0)
+        confident = self.threshold > 0
+        return replace(plain, plan=plan, masked=searching, confident=confident, quantised=self.quantised)
 
     def count(self, model: Model, cache: KVCache, tally: Tally) -> float:
         """Book a round the device ran alone, learn from it, and let the search for a better set have its share."""
@@ -215,7 +229,7 @@ class Auto(Method):
         plain = costs.verify(sequences)
         found, longest = [Choice(PLAIN, 0, plain, sequences, 0.0)], min(self._options.num_draft_tokens, room)
         rates = tuple(self._lookups[guess.match] for guess in self._guesses if guess.tokens)
-        lookups, cascades, skips = list[Choice](), list[Choice](), self._swift.plan.skipped > 0
+        lookups, cascades, skips = list[Choice](), list[Choice](), self._swift.drafts
         for k in range(1, longest + 1) if rates else ():
             lengths = [min(k, len(guess.tokens)) for guess in self._guesses]
             expected = [expected_tokens(rate.value, n) for rate, n in zip(rates, filter(None, lengths), strict=True)]

@@ -44,6 +44,9 @@ class Method:
     tree: bool = False
     period: int = 1
 
+    # Whether drafts are made with matrices in eight bits, which an engine then has beside its own.
+    quantised: bool = False
+
     # Whether it edits the weights an engine is loaded with, which then serves no other method.
     edits: ClassVar[bool] = False
 

@@ -33,6 +33,7 @@ class OneOf(tuple[str, ...]):
 DraftTokens: TypeAlias = Annotated[int, Within(1, 64)]
 Vocabulary: TypeAlias = Annotated[int, Within(0, 2**31)]
 Share: TypeAlias = Annotated[float, Within(0, 1)]
+DraftWeights: TypeAlias = Annotated[str, OneOf(("own", "int8"))]
 Acceptance: TypeAlias = Annotated[str, OneOf(("coupled", "rejection"))]
 
 

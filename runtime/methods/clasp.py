@@ -17,7 +17,7 @@ from ..programme import Programme, Unit, accepted_tokens, rehearse
 from ..recipe import Recipe
 from ..sequence import Sequence
 from .base import Method, expect_layers, no_draft
-from .checked import Acceptance, Checked, DraftTokens, Share, Within
+from .checked import Acceptance, Checked, DraftTokens, DraftWeights, Share, Within
 from .drafting import Drafting, by_set, grow
 
 
@@ -27,6 +27,7 @@ class Options(Checked, method="clasp"):
 
     A draft ends after `num_draft_tokens` or with the first token whose probability is below `threshold`. The layers are
     chosen in the first round, and again after `interval` rounds once `search_budget` of the decoding time pays for it.
+    With `draft_weights` int8 they draft by matrices in eight bits.
     """
 
     skip: Annotated[int, Within(0, 10**9)] = 0
@@ -34,6 +35,7 @@ class Options(Checked, method="clasp"):
     threshold: Share = 0.7
     interval: Annotated[int, Within(1, 10**9)] = 64
     keep_outer: bool = False
+    draft_weights: DraftWeights = "own"
     acceptance: Acceptance = "coupled"
     search_budget: Share = 0.05
 
@@ -58,7 +60,8 @@ class Clasp(Method):
         self._options = options
         self._skip = options.skip or max(1, num_layers // 4)
         self._clock = clock
-        self._how = Drafting(options.num_draft_tokens, options.threshold, self.rejection)
+        self.quantised = options.draft_weights == "int8"
+        self._how = Drafting(options.num_draft_tokens, options.threshold, self.rejection, quantised=self.quantised)
         self._plan: LayerPlan | None = None
         self._budget = Budget(options.search_budget)
         self._rounds = 0

@@ -20,7 +20,7 @@ from ..recipe import Recipe
 from ..search import initial_plan
 from ..sequence import Sequence
 from .base import Method, expect_layers, no_draft
-from .checked import Acceptance, Checked, DraftTokens, Share, Within
+from .checked import Acceptance, Checked, DraftTokens, DraftWeights, Share, Within
 from .drafting import Drafting, by_set, grow
 
 # Neighbours a layer is held against: two, and up to so many more where confidence bends most, at the last layer.
@@ -42,7 +42,8 @@ class Options(Checked, method="conflayers"):
     once if it has less than the share `skip_ratio` of the layers; always once `search_budget` of the decoding time pays
     for the next one. Of `max_opt_iter` sets the best is kept, or the first that has more than four tokens a round and
     the share `max_score` of the draft accepted. A draft ends after `num_draft_tokens` or with the first token whose
-    probability is below `threshold`; `tree` adds siblings, up to `max_nodes` nodes.
+    probability is below `threshold`; `tree` adds siblings, up to `max_nodes` nodes. With `draft_weights` int8 matrices
+    draft in eight bits.
     """
 
     spread: Annotated[float, Within(0, 100)] = 0.25
@@ -55,6 +56,7 @@ class Options(Checked, method="conflayers"):
     threshold: Share = 0.8
     tree: bool = False
     max_nodes: Annotated[int, Within(1, 64)] = 32
+    draft_weights: DraftWeights = "own"
     acceptance: Acceptance = "coupled"
     search_budget: Share = 0.05
 
@@ -72,8 +74,14 @@ class ConfLayers(Method):
         self._options = options
         self.tree = options.tree
         self.rejection = options.acceptance == "rejection"
+        self.quantised = options.draft_weights == "int8"
         self._how = Drafting(
-            options.num_draft_tokens, options.threshold, self.rejection, options.tree, options.max_nodes
+            options.num_draft_tokens,
+            options.threshold,
+            self.rejection,
+            options.tree,
+            options.max_nodes,
+            quantised=self.quantised,
         )
         self._least = int((num_layers - 2) * options.skip_ratio) + 1
         self._plan = initial_plan(num_layers)
@@ -100,11 +108,11 @@ class ConfLayers(Method):
         return "acceleration" if self._finished else "accumulation"
 
     def notes(self, executed_skips: int) -> list[str]:
-        return [] if self._plan.skipped else [NOTHING_TO_SKIP]
+        return [] if self._how.pays(self._plan) else [NOTHING_TO_SKIP]
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """Confidence-aware drafting, as SWIFT's."""
-        return grow(model, cache, batch, self._plan, self._how)[0] if self._plan.skipped else no_draft(batch)
+        return grow(model, cache, batch, self._plan, self._how)[0] if self._how.pays(self._plan) else no_draft(batch)
 
     def rehearse(self, model: Model, cache: KVCache) -> None:
         window = self._options.window
@@ -112,7 +120,7 @@ class ConfLayers(Method):
             confidence(model, cache, pages, [0] * (window + 1), window)
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
-        if not self._plan.skipped:
+        if not self._how.pays(self._plan):
             return Recipe(self._full, self._full)
         return by_set(self._full, self._how, sequences, self._plan if self._finished else None)
 

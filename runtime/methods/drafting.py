@@ -14,6 +14,7 @@ from ..batch import Batch, Draft
 from ..cache import KVCache
 from ..model import Model
 from ..plan import LayerPlan
+from ..quantised import drafter
 from ..recipe import Recipe
 from ..sampling import choose
 from ..sequence import Sequence
@@ -32,7 +33,7 @@ class Drafting:
 
     Tokens come from the first `vocabulary` ones, 0 being all: a smaller LM head, and tokens outside are never drafted.
     A `rejection` draft has noise of its own and keeps the scores its tokens were drawn with. An `adapter` runs after
-    the draft's layers.
+    the draft's layers. `quantised`: the draft's matrices are in eight bits.
     """
 
     num_draft_tokens: int
@@ -42,6 +43,11 @@ class Drafting:
     max_nodes: int = 32
     vocabulary: int = 0
     adapter: Adapter | None = None
+    quantised: bool = False
+
+    def pays(self, plan: LayerPlan) -> bool:
+        """Whether a draft by `plan` costs less than a pass of the model: it skips something, or reads less of it."""
+        return plan.skipped > 0 or self.quantised
 
 
 def by_set(
@@ -67,6 +73,7 @@ def by_set(
         rejection=how.rejection and sampled(sequences),
         vocabulary=how.vocabulary,
         max_nodes=nodes,
+        quantised=how.quantised,
     )
 
 
@@ -84,23 +91,24 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
     rejection = how.rejection and not batch.sequences[0].params.greedy
     count: Tensor | None = None
     expanded, states, scores = batch.last[:, None], list[Tensor](), list[Tensor]()
+    part = drafter(model, how.quantised)
     for step in range(steps):
         with model.mark("draft", len(batch), len(batch), step):
             rows = batch.rows(expanded[:, -1:], batch.length + step, going.long())
-            state, hidden, norm = draft_pass(model, cache, rows, plan, how.adapter)
+            state, hidden, norm = draft_pass(part, cache, rows, plan, how.adapter)
             states.append(state)
             chosen = choose(
-                model,
+                part,
                 hidden,
                 batch,
                 expanded,
-                count=siblings(model, how.vocabulary) if how.tree else None,
+                count=siblings(part, how.vocabulary) if how.tree else None,
                 stream=FIRST_DRAFT_STREAM + step if rejection else 0,
                 vocabulary=how.vocabulary,
                 confidence=how.tree or threshold is not None,
                 norm=norm,
             )
-            token, value, log_sum_exp, _, warped = (None if part is None else part[:, 0] for part in chosen)
+            token, value, log_sum_exp, _, warped = (None if each is None else each[:, 0] for each in chosen)
             assert token is not None
             if rejection and warped is not None:
                 scores.append(torch.where(going[:, None], warped, 0))
@@ -127,7 +135,7 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
     return draft, torch.stack(states, dim=1)
 
 
-def sift(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, guess: Draft) -> Draft:
+def sift(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, guess: Draft, *, quantised: bool) -> Draft:
     """A chain that came for nothing, as far as `plan` agrees with it, and the token `plan` has instead or after it.
 
     One pass over all rows: what the full model would reject is mostly rejected here, for less (a cascade of drafters,
@@ -135,8 +143,9 @@ def sift(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, guess: Dra
     """
     path = torch.cat([batch.last[:, None], guess.tokens], dim=1)
     with model.mark("draft", len(batch), path.numel(), 0):
-        hidden = model.forward(batch.rows(path, batch.length, guess.length + 1), cache, plan)
-        chosen = choose(model, hidden, batch, path).token
+        part = drafter(model, quantised)
+        hidden = part.forward(batch.rows(path, batch.length, guess.length + 1), cache, plan)
+        chosen = choose(part, hidden, batch, path).token
         kept = model.ops.verify(chosen, guess.tokens, guess.length, batch.length)
     tokens = functional.pad(guess.tokens, (0, 1))
     tokens.scatter_(1, kept.accepted[:, None], kept.token[:, None].clamp(min=0))

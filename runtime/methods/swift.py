@@ -22,7 +22,7 @@ from ..sequence import Sequence
 from ..skip_sets import SkipSet
 from ..stepwise import Stepwise
 from .base import Method, no_draft
-from .checked import Acceptance, Checked, OneOf, Share, Vocabulary, Within
+from .checked import Acceptance, Checked, DraftWeights, OneOf, Share, Vocabulary, Within
 from .drafting import Drafting, by_set, grow
 
 # The adaptive threshold's goal and its step.
@@ -43,11 +43,12 @@ class Options(Checked, method="swift"):
     A draft ends after `num_draft_tokens` (0: as many as the file of `set` says, or 7) or with the first token whose
     probability is below `threshold`, which `adaptive` moves to keep nine of ten drafts accepted (Draft & Verify, arXiv
     2309.08168). `tree` adds siblings, up to `max_nodes` nodes. Drafts are made of the `draft_vocab` tokens of the
-    lowest ids, 0 being the vocabulary. Every `window` generated tokens, candidates are scored on the last `window`
-    tokens, or with `score_on` first on the first ones of the answer, for at most `search_budget` of the decoding time;
-    every `bayes_interval`-th is Bayesian. The set to start from and the first candidate leave out the sub-layers of
-    least confidence (ConfLayers, arXiv 2604.14612) unless `first` is random. A finished search resumes when the
-    acceptance rate falls by the share `restart_drop`; 0 never does.
+    lowest ids, 0 being the vocabulary, and with `draft_weights` int8 by matrices in eight bits. Every `window`
+    generated tokens, candidates are scored on the last `window` tokens, or with `score_on` first on the first ones of
+    the answer, for at most `search_budget` of the decoding time; every `bayes_interval`-th is Bayesian. The set to
+    start from and the first candidate leave out the sub-layers of least confidence (ConfLayers, arXiv 2604.14612)
+    unless `first` is random. A finished search resumes when the acceptance rate falls by the share `restart_drop`; 0
+    never does.
     """
 
     skip_attention: tuple[int, ...] = ()
@@ -59,6 +60,7 @@ class Options(Checked, method="swift"):
     tree: bool = False
     max_nodes: Annotated[int, Within(1, 64)] = 32
     draft_vocab: Vocabulary = 0
+    draft_weights: DraftWeights = "own"
     acceptance: Acceptance = "coupled"
     skip_ratio: Share = 0.45
     window: Annotated[int, Within(1, 1024)] = 32
@@ -108,8 +110,9 @@ class Swift(Method):
         self.events = self._search.events
         fixed = options.skip_attention or options.skip_mlp
         self._fixed = self._full.without(options.skip_attention, options.skip_mlp) if fixed else None
+        self.quantised = options.draft_weights == "int8"
         # Rounds without a draft are those of plain decoding, its draws included.
-        self.rejection = options.acceptance == "rejection" and self.plan.skipped > 0
+        self.rejection = options.acceptance == "rejection" and (self.quantised or self.plan.skipped > 0)
         self._how = Drafting(
             options.num_draft_tokens or (saved and saved.num_draft_tokens) or NUM_DRAFT_TOKENS,
             options.threshold,
@@ -117,6 +120,7 @@ class Swift(Method):
             options.tree,
             options.max_nodes,
             options.draft_vocab,
+            quantised=self.quantised,
         )
         self._accepted_share = TARGET
         self._drift = Drift(options.restart_drop)
@@ -132,6 +136,11 @@ class Swift(Method):
         return self._fixed or self._search.incumbent.plan
 
     @property
+    def drafts(self) -> bool:
+        """Whether a draft by the set costs less than the model."""
+        return self._how.pays(self.plan)
+
+    @property
     def widest(self) -> int:
         return self._options.max_nodes if self.tree else self._how.num_draft_tokens
 
@@ -140,7 +149,7 @@ class Swift(Method):
         return "acceleration" if frozen else "accumulation"
 
     def notes(self, executed_skips: int) -> list[str]:
-        return [] if self.plan.skipped else [NOTHING_TO_SKIP]
+        return [] if self.drafts else [NOTHING_TO_SKIP]
 
     def prepare(self, model: Model, encode: Encode | None) -> Stepwise[None]:
         if self._saved:
@@ -149,7 +158,7 @@ class Swift(Method):
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
         """Confidence-aware drafting (§4.2)."""
-        return grow(model, cache, batch, self.plan, self._how)[0] if self.plan.skipped else no_draft(batch)
+        return grow(model, cache, batch, self.plan, self._how)[0] if self.drafts else no_draft(batch)
 
     def rehearse(self, model: Model, cache: KVCache) -> None:
         window = self._options.window
@@ -158,7 +167,7 @@ class Swift(Method):
             confidence(model, cache, pages, [0] * (window + 1), window)
 
     def recipe(self, sequences: list[Sequence]) -> Recipe | None:
-        if not self.plan.skipped:
+        if not self.drafts:
             return Recipe(self._full, self._full)
         settled = self.plan if self.phase() == "acceleration" else None
         recipe = by_set(self._full, self._how, sequences, settled)
