@@ -14,6 +14,7 @@ from ..runtime.engine import Engine
 from ..runtime.errors import RequestError
 from ..runtime.methods import registry
 from ..runtime.plan import LayerPlan
+from ..runtime.quantised import drafter
 from ..runtime.request import SamplingParams, Stats
 from .clock import Sampler, Spread, denominator, paired, peak, sampler
 from .forced_acceptance import forced_acceptance
@@ -51,7 +52,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass with its head: `kind` "verify" of `rows` rows (1: decode), or "draft" with `layers` layers.
+    """One pass with its head: `kind` "verify" of `rows` rows (1: decode), or with `layers` layers "draft" or, with
+    weights of eight bits, "light draft".
 
     `share` is bytes ÷ time ÷ bandwidth, `bubble` (time − bytes ÷ bandwidth) ÷ layers in seconds. `ratio` is the time ÷
     decode(1) of the same turn; `ideal` the time of a draft ÷ the linear ideal t·(h + f·(1 − h)).
@@ -121,7 +123,8 @@ def measure(
     Raises:
         RequestError: a method does not draft with some of the layers.
     """
-    passes = measure_passes(engine, setting, bandwidth, note)
+    light = any(drafting(engine, method)[2] for method in methods)
+    passes = measure_passes(engine, setting, bandwidth, note, light=light)
     drafts = [one for one in passes if one.kind == "draft"]
     rounds = [measure_rounds(engine, method, rate, setting, note) for method in methods for rate in setting.rates]
     line = fit([(one.layers, one.seconds.median) for one in drafts])
@@ -137,22 +140,26 @@ def fit(points: Sequence[tuple[float, float]]) -> Line:
     return Line(float(fixed), float(slope), 1 - residual / total if total else 1.0)
 
 
-def drafting(engine: Engine, name: str) -> tuple[LayerPlan, int]:
-    """What a draft step of a method runs, and the draft tokens of a round.
+def drafting(engine: Engine, name: str) -> tuple[LayerPlan, int, bool]:
+    """What a draft step of a method runs, the draft tokens of a round, and whether its weights are of eight bits.
 
     Raises:
-        RequestError: it does not draft with some of the layers.
+        RequestError: it drafts neither with some of the layers nor with such weights.
     """
     method = registry.parse(name).build(engine.config)
     plan, recipe = method.plan, method.recipe([]) if method.widest else None
     k = recipe.num_draft_tokens if recipe else 0
-    if not plan.skipped or not k:
-        raise RequestError(f"--method: expected one that drafts with some of the layers, got {name}")
-    return plan, k
+    if not (plan.skipped or method.quantised) or not k:
+        raise RequestError(
+            f"--method: expected one that drafts with some of the layers or with weights of eight bits, got {name}"
+        )
+    return plan, k, method.quantised
 
 
-def measure_passes(engine: Engine, setting: Setting, bandwidth: dict[str, float], note: Note) -> list[Pass]:
-    """verify(K) and draft passes after a context, every one in every turn."""
+def measure_passes(
+    engine: Engine, setting: Setting, bandwidth: dict[str, float], note: Note, *, light: bool = False
+) -> list[Pass]:
+    """verify(K) and draft passes after a context, every one in every turn; `light`: those of eight bits too."""
     model, cache = engine._loaded()  # pyright: ignore[reportPrivateUsage]
     layers, rate = model.config.num_layers, bandwidth[denominator(model.device)]
     kept = sorted({round(share * layers) for share in (0, 0.25, 0.5, 0.75, 1)})
@@ -165,7 +172,10 @@ def measure_passes(engine: Engine, setting: Setting, bandwidth: dict[str, float]
                     model, cache, chain_after(model, pages, setting.context, rows), model.full
                 )
                 for rows in sorted({1, *setting.rows})
-            } | {("draft", 1, count): step(model, cache, one, first_layers(model, count)) for count in kept}
+            }
+            for kind in ("draft", "light draft") if light else ("draft",):
+                part = drafter(model, kind == "light draft")
+                functions |= {(kind, 1, count): step(part, cache, one, first_layers(model, count)) for count in kept}
             samplers: dict[str, Sampler] = {}
             for key, function in functions.items():
                 note(f"{key[0]}, {key[1]} rows, {key[2]} layers")
@@ -179,7 +189,14 @@ def measure_passes(engine: Engine, setting: Setting, bandwidth: dict[str, float]
     for kind, rows, count in functions:
         samples = taken[repr((kind, rows, count))]
         seconds = Spread.of(samples)
-        total = pass_bytes(model.config, model.dtype.itemsize, setting.context, count)
+        total = pass_bytes(
+            model.config,
+            model.dtype.itemsize,
+            setting.context,
+            count,
+            weight_size=1 if kind == "light draft" else None,
+        )
+        share = weight_pass(engine.config, count) / (model.dtype.itemsize if kind == "light draft" else 1)
         found.append(
             Pass(
                 kind,
@@ -190,7 +207,7 @@ def measure_passes(engine: Engine, setting: Setting, bandwidth: dict[str, float]
                 total / seconds.median / rate,
                 (seconds.median - total / rate) / count if count else None,
                 Spread.of(a / b for a, b in zip(samples, single, strict=True)),
-                seconds.median / (t * weight_pass(engine.config, count)) if kind == "draft" else None,
+                None if kind == "verify" else seconds.median / (t * share),
             )
         )
     return found
@@ -199,7 +216,7 @@ def measure_passes(engine: Engine, setting: Setting, bandwidth: dict[str, float]
 def measure_rounds(engine: Engine, name: str, rate: float, setting: Setting, note: Note) -> Round:
     """One method at one rate. A draft step is timed as the pass of the method's plan, at the same context."""
     note(f"{name}, acceptance {rate}")
-    plan, k = drafting(engine, name)
+    plan, k, light = drafting(engine, name)
     prompt = [3 + (7 * i) % (engine.config.vocab_size - 3) for i in range(setting.context)]
     params = SamplingParams(max_tokens=setting.tokens, ignore_eos=True)
     last: dict[str, Stats] = {}
@@ -216,9 +233,11 @@ def measure_rounds(engine: Engine, name: str, rate: float, setting: Setting, not
     # Every run has the same rounds, the table being the same.
     stats = last[name]
     seconds = Spread.of(sample * (stats.completion_tokens - 1) / stats.rounds for sample in taken[name])
-    draft_s, verify_s = _passes_of_a_round(engine, plan, k, setting)
+    draft_s, verify_s = _passes_of_a_round(engine, plan, k, setting, light=light)
     speed = Spread.of(a / b for a, b in zip(taken[PLAIN], taken[name], strict=True))
-    possible = stats.mean_acceptance_length / (k * weight_pass(engine.config, plan.layers_kept) + 1)
+    itemsize = engine._loaded()[0].dtype.itemsize  # pyright: ignore[reportPrivateUsage]
+    share = weight_pass(engine.config, plan.layers_kept) / (itemsize if light else 1)
+    possible = stats.mean_acceptance_length / (k * share + 1)
     glue = 1 - (k * draft_s + verify_s) / seconds.median
     return Round(
         name,
@@ -269,13 +288,15 @@ def measure_operators(engine: Engine, setting: Setting) -> list[Share]:
             cache.release(pages)
 
 
-def _passes_of_a_round(engine: Engine, plan: LayerPlan, k: int, setting: Setting) -> tuple[float, float]:
+def _passes_of_a_round(
+    engine: Engine, plan: LayerPlan, k: int, setting: Setting, *, light: bool
+) -> tuple[float, float]:
     """Seconds of a draft step and of the verification of k draft tokens, alone."""
     model, cache = engine._loaded()  # pyright: ignore[reportPrivateUsage]
     with torch.inference_mode():
         pages = fill(cache, setting.context + k + 1)
         try:
-            draft = step(model, cache, chain_after(model, pages, setting.context, 1), plan)
+            draft = step(drafter(model, light), cache, chain_after(model, pages, setting.context, 1), plan)
             verify = step(model, cache, chain_after(model, pages, setting.context, k + 1), model.full)
             device = model.device
             taken = paired({"draft": sampler(draft, device), "verify": sampler(verify, device)}, setting.pairs)

@@ -23,8 +23,8 @@ PEERS = {"T12": "transformers static cache", "T13": "torch.compile loop"}
 DMTD_BOUND = 2.11
 # Rounds have targets on one shape; of the other some are made so that something is seen of it.
 ROUNDS = {"1b": ("--tokens", "256", "--repeats", "4"), "8b": ("--tokens", "64", "--repeats", "1")}
-# On real weights: what drafts from the text, what picks, and what learns which layers to skip.
-REAL = ("lookup", "lookup:choose=likeliest,tree=true,num_draft_tokens=12", "auto", "swift")
+# On real weights: what drafts from the text, what picks, what learns which layers to skip, and what reads fewer bytes.
+REAL = ("lookup", "lookup:choose=likeliest,tree=true,num_draft_tokens=12", "auto", "swift", "quantized")
 Result = Mapping[str, Any]
 
 

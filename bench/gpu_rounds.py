@@ -94,6 +94,8 @@ def _kinds(layers: int) -> dict[str, tuple[str, float]]:
         f"{kept}, a threshold": (f"{fixed},{drafts},{NEVER}", 0.0),
         f"{DRAFTED} drafts, masks": (f"{masked},{drafts},{NEVER}", 0.0),
         f"{DRAFTED} drafts, masks, all end after one token": (f"{masked},{drafts},{ALWAYS}", 0.0),
+        f"{kept}, in eight bits": (f"{fixed},{drafts},threshold=0,draft_weights=int8", 0.0),
+        f"{DRAFTED} drafts by all layers in eight bits": (f"quantized:{drafts}", 0.0),
         "plain, sampled": (PLAIN, SAMPLED),
         f"{kept}, a threshold, sampled": (f"{fixed},{drafts},{NEVER}", SAMPLED),
         f"{kept}, all end after one token, sampled": (f"{fixed},{drafts},{ALWAYS}", SAMPLED),

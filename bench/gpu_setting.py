@@ -43,6 +43,8 @@ CAPTURED = {
         "conflayers:interval=6,search_budget=1,window=8,max_opt_iter=2,threshold=0.1,tree=true",
         "knapspec:interval=9,search_budget=1,window_rounds=2,threshold=0.1",
         "del",
+        "quantized",
+        "swift:draft_weights=int8,skip_attention=2+3,threshold=0.1,tree=true,draft_vocab=128",
     ),
     "tiny-dmtd": ("dmtd", "dmtd:phase=absolute", "dmtd:history=shadow"),
     "tiny-mindskip": ("mindskip",),

@@ -56,14 +56,18 @@ def layer_bytes(config: ModelConfig, itemsize: int) -> int:
     return config.hidden_size * (heads + (3 if config.gated else 2) * config.intermediate_size) * itemsize
 
 
-def pass_bytes(config: ModelConfig, itemsize: int, context: int, layers: int | None = None) -> int:
+def pass_bytes(
+    config: ModelConfig, itemsize: int, context: int, layers: int | None = None, weight_size: int | None = None
+) -> int:
     """What a pass over `layers` layers (all of them without) reads: matrices, head, and cached keys and values.
 
-    Of an embedding that is not the head it reads a few rows, which are left out.
+    `weight_size`: the bytes of a weight where they are not `itemsize`. Of an embedding that is not the head it reads a
+    few rows, which are left out.
     """
     layers = config.num_layers if layers is None else layers
     cached = 2 * config.num_kv_heads * config.head_dim * context * itemsize
-    return layers * (layer_bytes(config, itemsize) + cached) + head_bytes(config, itemsize)
+    size = weight_size or itemsize
+    return layers * (layer_bytes(config, size) + cached) + head_bytes(config, size)
 
 
 def prompt_flops(config: ModelConfig, tokens: int) -> int:

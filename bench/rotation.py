@@ -15,10 +15,11 @@ from ..runtime.methods import registry
 BATCHES = ("1", "4", "16")
 _COMMON = {"num_draft_tokens": tuple(map(str, range(1, 9))), "batch": BATCHES}
 _THRESHOLD = {"threshold": ("0.0", "0.5", "0.8")}
+_WEIGHTS = {"draft_weights": ("own", "int8")}
 # A method's options and the values they take beside the common ones, by which alone a method rotates that is not here.
 # `skip` and `exit` are drawn or scaled to the model's depth.
 _FACTORS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "swift": _THRESHOLD | {"skip": ("1/4", "1/6", "1/10"), "tree": ("false", "true")},
+    "swift": _THRESHOLD | _WEIGHTS | {"skip": ("1/4", "1/6", "1/10"), "tree": ("false", "true")},
     "swift search": _THRESHOLD
     | {"tree": ("false", "true"), "adaptive": ("false", "true"), "bayes_interval": ("0", "3")},
     "lookup": {
@@ -28,10 +29,11 @@ _FACTORS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "layerskip": _THRESHOLD | {"exit": ("1/4", "1/2", "1/1"), "reuse": ("true", "false")},
     "kangaroo": {"threshold": ("0.0", "0.2", "0.6"), "exit": ("1/4", "1/2", "1/1")},
     "del": {"reuse": ("true", "false"), "search_budget": ("0.1", "1.0")},
-    "clasp": _THRESHOLD | {"keep_outer": ("false", "true")},
-    "conflayers": _THRESHOLD | {"tree": ("false", "true"), "spread": ("0.25", "1.0")},
+    "clasp": _THRESHOLD | _WEIGHTS | {"keep_outer": ("false", "true")},
+    "conflayers": _THRESHOLD | _WEIGHTS | {"tree": ("false", "true"), "spread": ("0.25", "1.0")},
     "knapspec": _THRESHOLD | {"window_rounds": ("2", "5")},
-    "auto": {"max_ngram": ("1", "4"), "remember": ("0", "1000"), "max_loss": ("0.015", "0.5")},
+    "quantized": {"threshold": ("0.0", "0.3"), "skip": ("1/6", "1/10")},
+    "auto": _WEIGHTS | {"max_ngram": ("1", "4"), "remember": ("0", "1000"), "max_loss": ("0.015", "0.5")},
 }
 _ALWAYS = {
     "swift search": "search_budget=0.2,skip_ratio=0.15",

@@ -28,6 +28,7 @@ def decode(result: dict[str, Any]) -> tuple[Sheet, ...]:
             tuple(_draft(one) for one in result["passes"] if one["kind"] == "draft"),
             (_line(result["line"]),),
         ),
+        *_light(result, place),
         Sheet(
             f"Rounds with forced acceptance: {place}",
             (
@@ -77,6 +78,12 @@ def micro(result: dict[str, Any]) -> Sheet:
     columns = ("op", "shape", "rows", "context", "µs", "MB", f"% of {result['of']}", "plain PyTorch ÷ op")
     notes = (f"{result['backend']}. Bandwidth measured beside it: {_rates(result)}. {_measured(result)}",)
     return Sheet(f"Ops alone: {title(result)}", columns, rows, notes)
+
+
+def _light(result: dict[str, Any], place: str) -> tuple[Sheet, ...]:
+    rows = tuple(_draft(one) for one in result["passes"] if one["kind"] == "light draft")
+    columns = ("layers kept", "ms", f"% of {result['of']}", "÷ decode(1)", "÷ linear ideal by its bytes")
+    return (Sheet(f"A draft step in eight bits: {place}", columns, rows, ()),) if rows else ()
 
 
 def _verify(one: dict[str, Any]) -> tuple[str, ...]:

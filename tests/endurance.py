@@ -69,7 +69,9 @@ LOSSLESS = (
     "conflayers:interval=6,search_budget=1,window=8",
     "knapspec:interval=6,search_budget=1",
     "del",
+    "quantized:num_draft_tokens=4",
     "auto:search_budget=0.5,max_loss=1",
+    "auto:draft_weights=int8,max_loss=1",
 )
 LOSSY = (
     "unified:speedup=2",

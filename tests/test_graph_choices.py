@@ -31,6 +31,7 @@ LOSSLESS = [
     f"{FIXED},threshold=0.1",
     f"{FIXED},threshold=0,draft_vocab=48",
     f"{FIXED},threshold=0.1,tree=true,max_nodes=9",
+    "quantized:threshold=0.1,skip_mlp=3",
     "layerskip:exit_layer=5",
     "layerskip:exit_layer=5,threshold=0.05",
     "layerskip:exit_layer=5,reuse=false",

@@ -31,6 +31,7 @@ METHODS = [
     f"{TREE},threshold=0,max_nodes=64,num_draft_tokens=17",
     f"{TREE},threshold=0.1,draft_vocab=128",
     f"{TREE},threshold=0,draft_vocab=3",
+    f"{TREE},threshold=0.1,draft_weights=int8",
     f"{TREE},threshold=0.1,acceptance=rejection",
     f"{TREE},threshold=0,acceptance=rejection,max_nodes=7",
     f"{TREE},threshold=0,acceptance=rejection,draft_vocab=128",

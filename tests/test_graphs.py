@@ -50,6 +50,8 @@ METHODS = [
     "kangaroo:adapter=untrained,exit_layer=5",
     "kangaroo:adapter=untrained,exit_layer=5,threshold=0.1",
     "kangaroo:adapter=untrained,exit_layer=5,threshold=0,acceptance=rejection,draft_vocab=128",
+    "quantized",
+    "quantized:threshold=0.1,acceptance=rejection,draft_vocab=128",
     "layerskip:exit_layer=3,verify=false",
     "unified:speedup=2",
     "skipdecode:length=6",

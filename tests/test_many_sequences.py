@@ -21,6 +21,7 @@ METHODS = [
     "lookup:choose=likeliest",
     "layerskip:exit_layer=5",
     "conflayers",
+    "quantized",
     "auto:search_budget=0",
     "unified:speedup=2",
     "skipdecode:length=9",

@@ -229,9 +229,9 @@ def test_a_prompt_rounds_as_decoding_does(dtype: torch.dtype) -> None:
 
 OTHER = """
 import torch
-from skipjack.kernels.cpu import attention_sums, compiled, instructions, matrix_unit, panel_kernels, panels
+from skipjack.kernels.cpu import attention_sums, compiled, instructions, matrix_unit, panel_steps, panels
 from skipjack.kernels.attention_index import AttentionIndex
-assert not instructions.PAIRED and not matrix_unit.EXISTS and panel_kernels.MOST == attention_sums.FEW == 2
+assert not instructions.PAIRED and not matrix_unit.EXISTS and panel_steps.MOST == attention_sums.FEW == 2
 for dtype, most in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
     x, weight = torch.randn(8, 400).to(dtype), torch.randn(64, 400).to(dtype)
     matrix = panels.pack(weight)

@@ -9,184 +9,50 @@ float32 as they are read, and a row's sum is multiplied by that row's `scale`, w
 """
 
 import numpy as np
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
 from . import matrix_unit
-from .instructions import (
-    BYTES,
-    FLOAT,
-    FLOATS,
-    INT,
-    INTS,
-    LINE,
-    LONG,
-    MANY_REGISTERS,
-    SHORT,
-    WIDTH,
-    ask,
-    fused,
-    load,
-    paired,
-    splatted,
-)
-from .lanes import LANES, kernel, part, read, write
+from .instructions import LINE, WIDTH
+from .lanes import kernel, part, read, write
 from .matrix_unit import ROWS
+from .panel_steps import (
+    LIGHT,
+    MOST,
+    MOST_OF_A_VECTOR,
+    PANEL,
+    STEP_BYTES,
+    column_and_more,
+    light_and_more,
+    none,
+    none_of_a_vector,
+    pair_and_more,
+    put,
+    put_vectors,
+    take_vectors,
+    vector_and_more,
+    with_column,
+    with_light,
+    with_pair,
+    with_vector,
+)
 from .small_ops import gelu_tanh, layer_norm, rms_norm, silu_row
 from .team import dealt, taken, worker
 
-VECTORS = 3
-PANEL = VECTORS * WIDTH
-# Of a step of the loop over columns: one of float32, a pair of bfloat16, or four of eight bits.
-_BYTES = 4 * PANEL
-LIGHT = 4
-# Sums of that many rows fit into the registers beside a column of a panel and one number; of bfloat16, where a pair is
-# two numbers, those of so many beside a vector of a column.
-MOST, MOST_OF_A_VECTOR = (9, 0) if MANY_REGISTERS else (2, 4)
 # What is done with the sums of a row.
 NONE, SILU_GATE, GELU = range(3)
-# How far ahead memory is asked for, in bytes: more than the processor does, which stops where a page of 4 KiB ends. The
-# fewest rows that ask: the arithmetic of fewer leaves the processor's own prefetching time enough, and asking takes it.
-_AHEAD, _ASKING = 6144, 7 if MANY_REGISTERS else 2
+# How far ahead memory is asked for, in bytes: more than the processor does, which stops where a page of 4 KiB ends.
+_AHEAD = 6144
 # Pairs of columns of a panel that stay in the cache while its vectors are gone through one by one.
 _STRETCH = 64
 # How many turns over a panel ask for the next one, at most: more of them take longer for it than they gain.
 _SHARES = 8
 
 
-def _sums(vectors):
-    """An intrinsic for the sums before the first column, of so many vectors a row."""
-
-    @intrinsic(prefer_literal=True)
-    def none(context, rows):
-        kind = types.UniTuple(LANES, vectors * rows.literal_value)
-
-        def build(context, builder, signature, given):
-            return ir.Constant(context.get_value_type(kind), None)
-
-        return kind(rows), build
-
-    return none
-
-
-_none, _none_of_a_vector = _sums(VECTORS), _sums(1)
-
-
-def _step(kind, added, asking, vectors=VECTORS):
-    """An intrinsic that goes on with sums by the column, or pair of them, at the addresses of a panel and of x.
-
-    It takes so many vectors of the column. As many bytes as all have are asked for at `ahead`, from `asking` rows on.
-    """
-
-    @intrinsic
-    def step(context, sums, panel, x, stride, ahead):
-        def build(context, builder, signature, given):
-            sums, panel, x, stride, ahead = given
-            found = sums
-            rows = signature.args[0].count // vectors
-            weights = [load(builder, panel, 4 * WIDTH * i, kind) for i in range(vectors)]
-            for start in range(0, _BYTES if rows >= asking else 0, LINE):
-                ask(builder, builder.add(ahead, ir.Constant(LONG, start)), nearness=2)
-            for row in range(rows):
-                at = builder.add(x, builder.mul(stride, ir.Constant(LONG, row)))
-                value = splatted(builder, load(builder, at, 0, kind.element), kind)
-                for i, weight in enumerate(weights):
-                    place = vectors * row + i
-                    total = added(builder, weight, value, builder.extract_value(sums, place))
-                    found = builder.insert_value(found, total, place)
-            return found
-
-        return sums(sums, types.int64, types.int64, types.int64, types.int64), build
-
-    return step
-
-
-_with_column, _with_pair = _step(FLOATS, fused, _ASKING), _step(INTS, paired, _ASKING)
-_column_and_more, _pair_and_more = _step(FLOATS, fused, 1), _step(INTS, paired, 1)
-
-
-def _light_step(asking):
-    """As `_step` with `LIGHT` columns of eight bits each, one after the other; `half`: x is of bfloat16."""
-
-    @intrinsic(prefer_literal=True)
-    def step(context, sums, panel, x, stride, ahead, half):
-        narrow = half.literal_value
-
-        def number(builder, at):
-            if not narrow:
-                return load(builder, at, 0, FLOAT)
-            bits = builder.zext(builder.load(builder.inttoptr(at, SHORT.as_pointer()), align=2), INT)
-            return builder.bitcast(builder.shl(bits, ir.Constant(INT, 16)), FLOAT)
-
-        def build(context, builder, signature, given):
-            sums, panel, x, stride, ahead, _ = given
-            found, rows = sums, signature.args[0].count // VECTORS
-            for start in range(0, _BYTES if rows >= asking else 0, LINE):
-                ask(builder, builder.add(ahead, ir.Constant(LONG, start)), nearness=2)
-            for column in range(LIGHT):
-                starts = (PANEL * column + WIDTH * i for i in range(VECTORS))
-                weights = [builder.sitofp(builder.sext(load(builder, panel, at, BYTES), INTS), FLOATS) for at in starts]
-                for row in range(rows):
-                    at = builder.add(x, builder.mul(stride, ir.Constant(LONG, row)))
-                    value = number(builder, builder.add(at, ir.Constant(LONG, column * (2 if narrow else 4))))
-                    for i, weight in enumerate(weights):
-                        place = VECTORS * row + i
-                        total = fused(
-                            builder, weight, splatted(builder, value, FLOATS), builder.extract_value(found, place)
-                        )
-                        found = builder.insert_value(found, total, place)
-            return found
-
-        return sums(sums, types.int64, types.int64, types.int64, types.int64, half), build
-
-    return step
-
-
-_with_light, _light_and_more = _light_step(_ASKING), _light_step(1)
-# The first vector of a column asks for all of them, the others for nothing.
-_vector_and_more, _with_vector = _step(INTS, paired, 1, 1), _step(INTS, paired, MOST_OF_A_VECTOR + 1, 1)
-
-
-def _store(apart):
-    """An intrinsic that puts sums to memory, vectors so many bytes apart."""
-
-    @intrinsic
-    def put(context, sums, address):
-        def build(context, builder, signature, given):
-            sums, address = given
-            for i in range(signature.args[0].count):
-                at = builder.add(address, ir.Constant(LONG, apart * i))
-                builder.store(builder.extract_value(sums, i), builder.inttoptr(at, FLOATS.as_pointer()), align=4)
-            return context.get_dummy_value()
-
-        return types.void(sums, types.int64), build
-
-    return put
-
-
-_put, _put_vectors = _store(4 * WIDTH), _store(_BYTES)
-
-
-@intrinsic
-def _take_vectors(context, sums, address):
-    """What `_put_vectors` put there, as many as `sums`."""
-
-    def build(context, builder, signature, given):
-        sums, address = given
-        for i in range(signature.args[0].count):
-            sums = builder.insert_value(sums, load(builder, address, _BYTES * i, FLOATS), i)
-        return sums
-
-    return sums(sums, types.int64), build
-
-
 @part
 def _rows(sums, rows, x, panel, scale, bias, residual, out, many, width, columns, half, scratch, ahead, pace):
-    """out = scale·x·panelᵀ + bias + residual of `rows` rows and `many` columns; sums: `_none` of them.
+    """out = scale·x·panelᵀ + bias + residual of `rows` rows and `many` columns; sums: `none` of them.
 
     Memory is asked for from `ahead` on, `pace` bytes a column or pair of them; with `pace` 0 `_AHEAD` bytes after what
-    is read, by `_ASKING` rows or more: a distance that instructions hold is faster than another address.
+    is read, by rows that are many enough: a distance that instructions hold is faster than another address.
     """
     if scale and half:
         sums = _light_rows(sums, x, panel, columns, True, ahead, pace)
@@ -195,17 +61,19 @@ def _rows(sums, rows, x, panel, scale, bias, residual, out, many, width, columns
     elif pace == 0:
         if half:
             for k in range(columns // 2):
-                sums = _with_pair(sums, panel + _BYTES * k, x + 4 * k, columns * 2, panel + _BYTES * k + _AHEAD)
+                sums = with_pair(sums, panel + STEP_BYTES * k, x + 4 * k, columns * 2, panel + STEP_BYTES * k + _AHEAD)
         else:
             for k in range(columns):
-                sums = _with_column(sums, panel + _BYTES * k, x + 4 * k, columns * 4, panel + _BYTES * k + _AHEAD)
+                sums = with_column(
+                    sums, panel + STEP_BYTES * k, x + 4 * k, columns * 4, panel + STEP_BYTES * k + _AHEAD
+                )
     elif half:
         for k in range(columns // 2):
-            sums = _pair_and_more(sums, panel + _BYTES * k, x + 4 * k, columns * 2, ahead + pace * k)
+            sums = pair_and_more(sums, panel + STEP_BYTES * k, x + 4 * k, columns * 2, ahead + pace * k)
     else:
         for k in range(columns):
-            sums = _column_and_more(sums, panel + _BYTES * k, x + 4 * k, columns * 4, ahead + pace * k)
-    _put(sums, scratch)
+            sums = column_and_more(sums, panel + STEP_BYTES * k, x + 4 * k, columns * 4, ahead + pace * k)
+    put(sums, scratch)
     _finish(rows, scale, bias, residual, out, many, width, half, scratch)
 
 
@@ -215,32 +83,32 @@ def _light_rows(sums, x, panel, columns, half, ahead, pace):
     size = 2 if half else 4
     if pace == 0:
         for k in range(columns // LIGHT):
-            at = panel + _BYTES * k
-            sums = _with_light(sums, at, x + LIGHT * size * k, columns * size, at + _AHEAD, half)
+            at = panel + STEP_BYTES * k
+            sums = with_light(sums, at, x + LIGHT * size * k, columns * size, at + _AHEAD, half)
     else:
         for k in range(columns // LIGHT):
-            at = panel + _BYTES * k
-            sums = _light_and_more(sums, at, x + LIGHT * size * k, columns * size, ahead + pace * k, half)
+            at = panel + STEP_BYTES * k
+            sums = light_and_more(sums, at, x + LIGHT * size * k, columns * size, ahead + pace * k, half)
     return sums
 
 
 @part
 def _by_vector(sums, rows, x, panel, scale, bias, residual, out, many, width, columns, scratch, ahead, pace):
-    """`_rows` of bfloat16 where registers are few: a stretch of columns vector by vector; sums: `_none_of_a_vector`."""
+    """`_rows` of bfloat16 where registers are few: a stretch of columns vector by vector; sums: `none_of_a_vector`."""
     if pace == 0:
-        ahead, pace = panel + _AHEAD, _BYTES
+        ahead, pace = panel + _AHEAD, STEP_BYTES
     pairs = columns // 2
     for first in range(0, pairs, _STRETCH):
         last = min(first + _STRETCH, pairs)
-        for start in range(0, _BYTES, 4 * WIDTH):
-            so_far = _take_vectors(sums, scratch + start) if first else sums
+        for start in range(0, STEP_BYTES, 4 * WIDTH):
+            so_far = take_vectors(sums, scratch + start) if first else sums
             if start == 0:
                 for k in range(first, last):
-                    so_far = _vector_and_more(so_far, panel + _BYTES * k, x + 4 * k, columns * 2, ahead + pace * k)
+                    so_far = vector_and_more(so_far, panel + STEP_BYTES * k, x + 4 * k, columns * 2, ahead + pace * k)
             else:
                 for k in range(first, last):
-                    so_far = _with_vector(so_far, panel + _BYTES * k + start, x + 4 * k, columns * 2, 0)
-            _put_vectors(so_far, scratch + start)
+                    so_far = with_vector(so_far, panel + STEP_BYTES * k + start, x + 4 * k, columns * 2, 0)
+            put_vectors(so_far, scratch + start)
     _finish(rows, scale, bias, residual, out, many, width, True, scratch)
 
 
@@ -275,7 +143,7 @@ def _by_count(most):
     def by_column(count, x, panel, scale, bias, residual, out, many, width, columns, half, scratch, ahead, pace):
         if count == most:
             _rows(
-                _none(most), most, x, panel, scale, bias, residual, out, many, width, columns, half, scratch, ahead,
+                none(most), most, x, panel, scale, bias, residual, out, many, width, columns, half, scratch, ahead,
                 pace,
             )  # fmt: skip
         else:
@@ -284,7 +152,7 @@ def _by_count(most):
     @part
     def by_vector(count, x, panel, scale, bias, residual, out, many, width, columns, half, scratch, ahead, pace):
         if count == most:
-            sums = _none_of_a_vector(most)
+            sums = none_of_a_vector(most)
             _by_vector(sums, most, x, panel, scale, bias, residual, out, many, width, columns, scratch, ahead, pace)
         else:
             fewer(count, x, panel, scale, bias, residual, out, many, width, columns, half, scratch, ahead, pace)
@@ -314,7 +182,7 @@ def _by_rows(rows, x, panel, scale, bias, residual, out, many, width, columns, h
         share = turn - turns + shares
         ahead, pace = 0, 0
         if share >= 0:
-            ahead, pace = panel + length + length * share // shares, _BYTES // shares
+            ahead, pace = panel + length + length * share // shares, STEP_BYTES // shares
         _some(some, source, panel, scale, bias, added, target, many, width, columns, half, scratch, ahead, pace)
         row += some
 
@@ -325,10 +193,10 @@ def _tiled(blocks, new, x, panel, columns, scratch):
     matrix_unit.clear(blocks)
     for k in range(0, columns, matrix_unit.COLUMNS):
         if new:
-            matrix_unit.add(blocks, x + 2 * k, 2 * columns, panel + _BYTES // 2 * k, _BYTES, _AHEAD)
+            matrix_unit.add(blocks, x + 2 * k, 2 * columns, panel + STEP_BYTES // 2 * k, STEP_BYTES, _AHEAD)
         else:
-            matrix_unit.add(blocks, x + 2 * k, 2 * columns, panel + _BYTES // 2 * k, _BYTES, 0)
-    matrix_unit.put(blocks, scratch, _BYTES)
+            matrix_unit.add(blocks, x + 2 * k, 2 * columns, panel + STEP_BYTES // 2 * k, STEP_BYTES, 0)
+    matrix_unit.put(blocks, scratch, STEP_BYTES)
 
 
 @part

@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from ..reference import packed
 from ..values import Matrix, Norm
-from . import large_pages, matrix_unit, openmp, panel_kernels
+from . import large_pages, matrix_unit, openmp, panel_kernels, panel_steps
 from .lanes import WIDTH
 
-PANEL: int = panel_kernels.PANEL
-LIGHT: int = panel_kernels.LIGHT
+PANEL: int = panel_steps.PANEL
+LIGHT: int = panel_steps.LIGHT
 ACTIVATIONS = {None: panel_kernels.NONE, "silu_gate": panel_kernels.SILU_GATE, "gelu_tanh": panel_kernels.GELU}
 
 
