@@ -74,7 +74,7 @@ def test_a_weight_is_rounded_to_the_nearest_of_255_steps(dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("table", tables(), ids=lambda table: table.enter.__module__)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
-@pytest.mark.parametrize(("width", "columns"), [(16, 4), (96, 64), (144, 66), (112, 576), (40, 33)])
+@pytest.mark.parametrize(("width", "columns"), [(16, 4), (96, 64), (144, 66), (112, 576), (48, 16), (40, 33)])
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 10, 25])
 def test_a_product_is_that_with_the_weight_by_hand(
     table: Ops, dtype: torch.dtype, width: int, columns: int, rows: int

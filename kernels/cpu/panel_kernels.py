@@ -21,7 +21,6 @@ from .panel_steps import (
     PANEL,
     STEP_BYTES,
     column_and_more,
-    light_and_more,
     none,
     none_of_a_vector,
     pair_and_more,
@@ -54,10 +53,11 @@ def _rows(sums, rows, x, panel, scale, bias, residual, out, many, width, columns
     Memory is asked for from `ahead` on, `pace` bytes a column or pair of them; with `pace` 0 `_AHEAD` bytes after what
     is read, by rows that are many enough: a distance that instructions hold is faster than another address.
     """
-    if scale and half:
-        sums = _light_rows(sums, x, panel, columns, True, ahead, pace)
-    elif scale:
-        sums = _light_rows(sums, x, panel, columns, False, ahead, pace)
+    if scale:
+        if pace == 0:
+            ahead, pace = panel + _AHEAD, STEP_BYTES
+        for k in range(columns // LIGHT):
+            sums = with_light(sums, panel + STEP_BYTES * k, x + 4 * LIGHT * k, columns * 4, ahead + pace * k)
     elif pace == 0:
         if half:
             for k in range(columns // 2):
@@ -75,21 +75,6 @@ def _rows(sums, rows, x, panel, scale, bias, residual, out, many, width, columns
             sums = column_and_more(sums, panel + STEP_BYTES * k, x + 4 * k, columns * 4, ahead + pace * k)
     put(sums, scratch)
     _finish(rows, scale, bias, residual, out, many, width, half, scratch)
-
-
-@part
-def _light_rows(sums, x, panel, columns, half, ahead, pace):
-    """The sums of `_rows` with a panel of eight bits."""
-    size = 2 if half else 4
-    if pace == 0:
-        for k in range(columns // LIGHT):
-            at = panel + STEP_BYTES * k
-            sums = with_light(sums, at, x + LIGHT * size * k, columns * size, at + _AHEAD, half)
-    else:
-        for k in range(columns // LIGHT):
-            at = panel + STEP_BYTES * k
-            sums = light_and_more(sums, at, x + LIGHT * size * k, columns * size, ahead + pace * k, half)
-    return sums
 
 
 @part
@@ -177,7 +162,8 @@ def _by_rows(rows, x, panel, scale, bias, residual, out, many, width, columns, h
         min(turns if asked else turns - 1, _SHARES) if more and turns > 1 else 0,
     )
     for turn in range(turns):
-        source, target, some = x + row * columns * size, out + row * width * size, (rows - row) // (turns - turn)
+        source, some = x + row * columns * (4 if scale else size), (rows - row) // (turns - turn)
+        target = out + row * width * size
         added = residual + row * width * size if residual else 0
         share = turn - turns + shares
         ahead, pace = 0, 0
@@ -291,6 +277,13 @@ def share(block):
     memory[0] = shape[0] = both[0] = 0
 
 
+@part
+def widened(x, out, count):
+    """Numbers of bfloat16 as float32."""
+    for i in range(0, count, WIDTH):
+        write(out, i, read(x, i, True), False)
+
+
 @kernel(
     "void(int64, int64, int64, float64, int64, int64, boolean, int64, int64, int64, int64, int64, int64, int64,"
     " boolean, boolean, int64, int64, int64)"
@@ -301,7 +294,7 @@ def product(
 ):  # fmt: skip
     """out = activation(x·Wᵀ + bias + residual): x [rows, columns]; W of `width` rows in panels; bias [width].
 
-    With scale float32 [width], W is scale·the panels, which are of eight bits and a multiple of `LIGHT` columns.
+    With scale float32 [width], W is scale·the panels, which are of eight bits, and the columns a multiple of the lanes.
 
     `gated`: panels of the first and the second half of W in turn, as `SILU_GATE` wants them, which has no residual.
     norm [columns]: x is normalised before, by RMSNorm or, with shift [columns], LayerNorm. activation: `NONE`, `GELU`,
@@ -318,6 +311,10 @@ def product(
         else:
             rms_norm(x, norm, normed.ctypes.data, rows, columns, eps, half)
         x = normed.ctypes.data
+    wide = np.empty(1 + (rows * columns if scale and half else 0), np.float32)
+    if scale and half:
+        widened(x, wide.ctypes.data, rows * columns)
+        x = wide.ctypes.data
     # A line each for how many threads have come and, of each run of panels, how many were taken.
     block, counters = np.empty(16, np.int64), np.zeros((threads + 1, LINE // 8), np.int64)
     block[1], block[2], block[3], block[4], block[5] = x, panels, bias, residual, out
@@ -326,4 +323,4 @@ def product(
     block[13], block[14], block[15] = activation, counters.ctypes.data, scale
     dealt(team, share, block.ctypes.data, threads)
     # Memory whose address alone is in use is let go of.
-    block[0] = counters[0, 0] = normed[0] = 0
+    block[0] = counters[0, 0] = normed[0] = wide[0] = 0

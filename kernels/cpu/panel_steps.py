@@ -8,12 +8,10 @@ from .instructions import (
     BYTES,
     FLOAT,
     FLOATS,
-    INT,
     INTS,
     LINE,
     LONG,
     MANY_REGISTERS,
-    SHORT,
     WIDTH,
     ask,
     fused,
@@ -87,44 +85,29 @@ with_column, with_pair = _step(FLOATS, fused, _ASKING), _step(INTS, paired, _ASK
 column_and_more, pair_and_more = _step(FLOATS, fused, 1), _step(INTS, paired, 1)
 
 
-def _light_step(asking):
-    """As `_step` with `LIGHT` columns of eight bits each, one after the other; `half`: x is of bfloat16."""
+@intrinsic
+def with_light(context, sums, panel, x, stride, ahead):
+    """As `_step`, with `LIGHT` columns of eight bits each, one after the other, and x of float32; asks ahead."""
 
-    @intrinsic(prefer_literal=True)
-    def step(context, sums, panel, x, stride, ahead, half):
-        narrow = half.literal_value
+    def build(context, builder, signature, given):
+        sums, panel, x, stride, ahead = given
+        rows = signature.args[0].count // VECTORS
+        for start in range(0, STEP_BYTES, LINE):
+            ask(builder, builder.add(ahead, ir.Constant(LONG, start)), nearness=2)
+        for column in range(LIGHT):
+            starts = (PANEL * column + WIDTH * i for i in range(VECTORS))
+            weights = [builder.sitofp(builder.sext(load(builder, panel, at, BYTES), INTS), FLOATS) for at in starts]
+            for row in range(rows):
+                at = builder.add(x, builder.mul(stride, ir.Constant(LONG, row)))
+                value = splatted(builder, load(builder, at, 4 * column, FLOAT), FLOATS)
+                for place, weight in enumerate(weights, VECTORS * row):
+                    total = fused(builder, weight, value, builder.extract_value(sums, place))
+                    sums = builder.insert_value(sums, total, place)
+        return sums
 
-        def number(builder, at):
-            if not narrow:
-                return load(builder, at, 0, FLOAT)
-            bits = builder.zext(builder.load(builder.inttoptr(at, SHORT.as_pointer()), align=2), INT)
-            return builder.bitcast(builder.shl(bits, ir.Constant(INT, 16)), FLOAT)
-
-        def build(context, builder, signature, given):
-            sums, panel, x, stride, ahead, _ = given
-            found, rows = sums, signature.args[0].count // VECTORS
-            for start in range(0, STEP_BYTES if rows >= asking else 0, LINE):
-                ask(builder, builder.add(ahead, ir.Constant(LONG, start)), nearness=2)
-            for column in range(LIGHT):
-                starts = (PANEL * column + WIDTH * i for i in range(VECTORS))
-                weights = [builder.sitofp(builder.sext(load(builder, panel, at, BYTES), INTS), FLOATS) for at in starts]
-                for row in range(rows):
-                    at = builder.add(x, builder.mul(stride, ir.Constant(LONG, row)))
-                    value = number(builder, builder.add(at, ir.Constant(LONG, column * (2 if narrow else 4))))
-                    for i, weight in enumerate(weights):
-                        place = VECTORS * row + i
-                        total = fused(
-                            builder, weight, splatted(builder, value, FLOATS), builder.extract_value(found, place)
-                        )
-                        found = builder.insert_value(found, total, place)
-            return found
-
-        return sums(sums, types.int64, types.int64, types.int64, types.int64, half), build
-
-    return step
+    return sums(sums, types.int64, types.int64, types.int64, types.int64), build
 
 
-with_light, light_and_more = _light_step(_ASKING), _light_step(1)
 # The first vector of a column asks for all of them, the others for nothing.
 vector_and_more, with_vector = _step(INTS, paired, 1, 1), _step(INTS, paired, MOST_OF_A_VECTOR + 1, 1)
 

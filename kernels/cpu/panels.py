@@ -16,7 +16,6 @@ from . import large_pages, matrix_unit, openmp, panel_kernels, panel_steps
 from .lanes import WIDTH
 
 PANEL: int = panel_steps.PANEL
-LIGHT: int = panel_steps.LIGHT
 ACTIVATIONS = {None: panel_kernels.NONE, "silu_gate": panel_kernels.SILU_GATE, "gelu_tanh": panel_kernels.GELU}
 
 
@@ -58,7 +57,7 @@ def quantise(weight: Matrix) -> Matrix:
         rows = rows.view(-1, 2, PANEL, weight.columns).transpose(0, 1)
     rows = rows.reshape(parts, -1, weight.columns)[:, : weight.rows // parts].reshape(weight.rows, -1)
     data, scale = packed.rounded(rows)
-    if weight.columns % LIGHT:
+    if weight.columns % WIDTH:
         return Matrix(data, *data.shape, packed=False, scale=scale)
     return replace(weight, data=_packed(data.view(parts, -1, weight.columns)), scale=scale)
 
