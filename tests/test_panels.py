@@ -229,16 +229,26 @@ def test_a_prompt_rounds_as_decoding_does(dtype: torch.dtype) -> None:
 
 OTHER = """
 import torch
+from skipjack.kernels.reference import packed
 from skipjack.kernels.cpu import attention_sums, compiled, instructions, matrix_unit, panel_steps, panels
 from skipjack.kernels.attention_index import AttentionIndex
+
+def by_hand(weight):
+    data, scale = packed.rounded(weight)
+    return data.double() * scale.double()[:, None]
+
 assert not instructions.PAIRED and not matrix_unit.EXISTS and panel_steps.MOST == attention_sums.FEW == 2
 for dtype, most in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
     x, weight = torch.randn(8, 400).to(dtype), torch.randn(64, 400).to(dtype)
     matrix = panels.pack(weight)
     got, expected = panels.product(x, matrix, None, None), x.double() @ weight.double().T
     assert (got.double() - expected).norm() / expected.norm() < most
+    light = panels.quantise(matrix)
+    few, wanted = panels.product(x, light, None, None), x.double() @ by_hand(weight).T
+    assert light.in_panels and (few.double() - wanted).norm() / wanted.norm() < most
     for rows in (1, 2, 3, 5, 7):
         assert torch.equal(panels.product(x[8 - rows :], matrix, None, None), got[8 - rows :])
+        assert torch.equal(panels.product(x[8 - rows :], light, None, None), few[8 - rows :])
     keys, values = torch.randn(2, 1, 2, 128, 80).to(dtype)
     q, at = torch.randn(8, 6, 80).to(dtype), torch.arange(90, 98)
     rows = [AttentionIndex(at[r] * 0, at[r], at[:1, None] * 0, page_size=128, tile=8) for r in (slice(8), slice(3, 4))]
