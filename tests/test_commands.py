@@ -204,7 +204,7 @@ def test_the_demo_proves_identical_text(capsys) -> None:
     assert cli.run(["demo", "--prompt", "Name a fish.", "--max-tokens", "12"]) == 0
     out = capsys.readouterr().out
     assert "gave the same text" in out
-    assert "which needs larger models" in out
+    assert "on larger models only" in out
 
 
 def test_methods_lists_every_method_and_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -316,6 +316,24 @@ def test_auto_drafts_in_eight_bits_by_all_layers_and_searches_nothing(
         assert not [event for event in output.stats.events if event["kind"] not in ("decision",)]
 
 
+def test_auto_drafts_in_eight_bits_from_the_start_and_leaves_what_is_never_accepted() -> None:
+    """The cost model says that they pay: 19 of 20 tokens are expected to be right, and then none of them is."""
+    method = auto.Auto(registry.parse("auto:draft_weights=int8,max_loss=0").options, 4)
+    light = Costs(8, full=0.5, tiles=((8, 0.0),), per_tile=1.0, fixed=0.1)
+    costs = Costs(8, full=1.0, tiles=((8, 0.1),), per_tile=1.0, fixed=0.2, drafter=light)
+    method._choose(method.choices(costs, 1, 100))
+    assert (method._choice.name, method._why) == ("skip set", "predicted fastest")
+    assert method._choice.drafted > 3
+    assert method._choice.loss < 0
+    own = auto.Auto(registry.parse("auto:max_loss=0").options, 4)
+    own._choose(own.choices(replace(costs, drafter=None), 1, 100))
+    assert own._choice.name == "plain", "of layers left out nobody knows before"
+    for _ in range(20):
+        method._skips.observe(7, 0)
+    method._choose(method.choices(costs, 1, 100))
+    assert method._choice.name == "plain"
+
+
 def test_another_number_of_bits_is_refused() -> None:
     with pytest.raises(RequestError, match="option draft_weights expects own or int8, got 'int4'"):
         registry.parse("swift:draft_weights=int4")

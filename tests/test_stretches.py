@@ -26,15 +26,18 @@ LIMIT, CHANGE = 0.015, 0.3
 PLAIN, LOOKUP, SKIP = Way("plain"), Way("lookup", 7, 1.15, 1.6), Way("skip set", 3, 2.8, 2.95)
 
 
+LIGHT = Way("light", 7, 5.0, 6.5, trusted=True)
+
+
 class Device:
     """Rounds under way, reports that come late, and a moment without work at every change, as the decider sees them.
 
     `costs` are the seconds of a round by the name of its way.
     """
 
-    def __init__(self, costs: dict[str, float], limit: float = LIMIT) -> None:
+    def __init__(self, costs: dict[str, float], limit: float = LIMIT, more: tuple[Way, ...] = ()) -> None:
         self.costs, self.ledger = costs, Ledger(limit)
-        self.decider = Stretches([PLAIN, LOOKUP, SKIP], self.ledger)
+        self.decider = Stretches([PLAIN, LOOKUP, SKIP, *more], self.ledger)
         self.decoding = self.lost = 0.0
         self.names: list[str] = []
         self._way: Way | None = None
@@ -98,6 +101,20 @@ def test_a_losing_way_is_left_and_tried_again_with_growing_waits() -> None:
     assert last["lookup"] <= first["lookup"]
     device.rounds(3000, constant(lookup=2.0))
     assert device.names[-1] == "lookup", "the text has changed"
+
+
+def test_a_trusted_way_is_gone_as_soon_as_plain_rounds_are_timed_and_left_where_it_fails() -> None:
+    device = Device({"plain": 1.0, "lookup": 1.1, "skip set": 2.5, "light": 5.0}, more=(LIGHT,))
+    device.rounds(200, lambda name: {"light": 6.5}.get(name, 1.0))
+    assert set(device.names[: TIMED + 1]) == {"plain"}
+    assert device.names[TIMED + AHEAD + 1] == "light"
+    assert device.names.count("light") > 0.65 * 200, "but for tries of the others, which are covered now"
+    wrong = Device({"plain": 1.0, "lookup": 1.1, "skip set": 2.5, "light": 5.0}, more=(LIGHT,))
+    wrong.rounds(2000, constant())
+    runs = [len(list(run)) for name, run in itertools.groupby(wrong.names) if name == "light"]
+    assert runs, "it was expected to pay"
+    assert runs[0] <= TRIAL + AHEAD + 1, "it was left as soon as a way may be"
+    assert len(runs) < 8
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -34,8 +34,10 @@ from .stretches import LONGEST_WAIT, WAIT, Stretches, Way
 PLAIN, LOOKUP, SKIP, CASCADE = "plain", "lookup", "skip set", "cascade"
 # Until the device has told: what verifying a draft costs in rounds of plain decoding, and the tokens a lookup gives.
 VERIFY, LOOKED_UP, RATE = 1.1, 1.6, 0.8
-# And what a pass in eight bits costs in passes of 16.
-LIGHT = 0.6
+# And of drafts in eight bits: what a pass costs, in passes of 16, and how often a token is accepted.
+LIGHT, LIGHT_RATE = 0.6, 0.95
+# The probability below which a draft ends, of the model's own weights and of eight bits.
+THRESHOLD, LIGHT_THRESHOLD = 0.6, 0.0
 # What a stake counts for a round later, as long as nothing is looked for.
 FADING = 0.98
 
@@ -47,8 +49,9 @@ class Options(Checked, method="auto"):
 
     Lookup drafts what followed most matches of up to `max_ngram` tokens, also in the newest `remember` tokens of
     earlier answers of this engine. With `draft_weights` int8 drafts are by matrices in eight bits, of all sub-layers or
-    those of `set`, and none is searched for. `max_loss` is the share of the decoding time that may be lost against
-    plain decoding beyond what was won.
+    those of `set`; none is searched for, and the worst that may come of them is taken to be what is expected. A draft
+    ends with the first token less probable than `threshold`: without one, 0.6, or 0 in eight bits. `max_loss` is the
+    share of the decoding time that may be lost against plain decoding beyond what was won.
     """
 
     num_draft_tokens: DraftTokens = 7
@@ -56,7 +59,7 @@ class Options(Checked, method="auto"):
     remember: Annotated[int, Within(0, 10**6)] = 16384
     set: str = ""
     draft_weights: DraftWeights = "own"
-    threshold: Share = 0.6
+    threshold: Share | None = None
     skip_ratio: Share = 0.45
     search_budget: Share = 0.005
     max_loss: Share = 0.015
@@ -90,7 +93,10 @@ class Auto(Method):
         # The way of the rounds the device runs alone; None while the host steers.
         self._way: Way | None = None
         self._lookups = {n: Rate(0.2 + 0.6 * n / options.max_ngram) for n in range(1, options.max_ngram + 1)}
-        self._skips, self._sifted = Rate(RATE), Rate(RATE)
+        self._threshold = LIGHT_THRESHOLD if self.quantised else THRESHOLD
+        if options.threshold is not None:
+            self._threshold = options.threshold
+        self._skips, self._sifted = Rate(self._rate), Rate(self._rate)
         # Draft tokens that sifting leaves of a guess.
         self._left = 2.0
         # How much longer than calibrated the passes of each way take, besides what slows plain decoding too.
@@ -147,7 +153,7 @@ class Auto(Method):
                 return guess
             return sift(model, cache, batch, self._swift.plan, guess, quantised=self.quantised)
         if self._choice.name == SKIP:
-            how = Drafting(self._choice.drafted, self._options.threshold, self.rejection, quantised=self.quantised)
+            how = Drafting(self._choice.drafted, self._threshold, self.rejection, quantised=self.quantised)
             return grow(model, cache, batch, self._swift.plan, how)[0]
         return no_draft(batch)
 
@@ -168,14 +174,20 @@ class Auto(Method):
 
     @property
     def threshold(self) -> float:
-        return self._options.threshold
+        return self._threshold
+
+    @property
+    def _rate(self) -> float:
+        """How often a token of the skip set is taken to be accepted until it is known."""
+        return LIGHT_RATE if self.quantised else RATE
 
     def _ways(self, num_layers: int) -> list[Way]:
         """Those of the device: a lookup, and drafts by the skip set of half its length, each of which costs a pass."""
         longest, share = self._options.num_draft_tokens, len(self._swift.plan.sublayers) / (2 * num_layers)
         share *= LIGHT if self.quantised else 1.0
-        k = max(1, longest // 2)
-        skipping = Way(SKIP, k, VERIFY + k * share, expected_tokens(RATE, k))
+        k = longest if self.quantised else max(1, longest // 2)
+        tokens = expected_tokens(self._rate, k)
+        skipping = Way(SKIP, k, VERIFY + k * share, tokens, trusted=self.quantised)
         ways = [Way(PLAIN), Way(LOOKUP, longest, VERIFY, LOOKED_UP)]
         return [*ways, skipping] if self._swift.drafts else ways
 
@@ -249,7 +261,8 @@ class Auto(Method):
         if longest > 0 and skips:
             k, passes = self._skipping(costs, sequences, longest)
             seconds, tokens = self._slowness[SKIP] * passes, sequences * expected_tokens(self._skips.value, k)
-            found.append(Choice(SKIP, k, seconds, tokens, seconds - plain, (self._skips,)))
+            loss = seconds - plain * (tokens / sequences if self.quantised else 1.0)
+            found.append(Choice(SKIP, k, seconds, tokens, loss, (self._skips,)))
         if cascades:
             found.append(max(cascades, key=lambda choice: choice.tokens_per_s))
         return found
@@ -305,7 +318,7 @@ class Auto(Method):
         undrafted = done._replace(draft=no_draft(done.batch), depth=[0] * sequences)
         own = done if choice.name in (SKIP, CASCADE) else undrafted
         if self._search(lambda: self._swift.observe(model, cache, own)):
-            self._skips, self._sifted = Rate(RATE), Rate(RATE)
+            self._skips, self._sifted = Rate(self._rate), Rate(self._rate)
         return self._clock() - start
 
     def _cost(self, costs: Costs, done: Round, drafted: list[int]) -> tuple[float, float]:

@@ -135,7 +135,9 @@ def grow(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, how: Draft
     return draft, torch.stack(states, dim=1)
 
 
-def sift(model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, guess: Draft, *, quantised: bool) -> Draft:
+def sift(
+    model: Model, cache: KVCache, batch: Batch, plan: LayerPlan, guess: Draft, *, quantised: bool = False
+) -> Draft:
     """A chain that came for nothing, as far as `plan` agrees with it, and the token `plan` has instead or after it.
 
     One pass over all rows: what the full model would reject is mostly rejected here, for less (a cascade of drafters,

@@ -25,13 +25,15 @@ LEAST = 1e-6
 class Way:
     """A kind of round, drafting `drafted` tokens, and what is believed of it before it has run.
 
-    `seconds` of a round of plain decoding, `tokens` a round and sequence.
+    `seconds` of a round of plain decoding, `tokens` a round and sequence. The worst that may come of a `trusted` one is
+    what is expected of it.
     """
 
     name: str
     drafted: int = 0
     seconds: float = 1.0
     tokens: float = 1.0
+    trusted: bool = False
 
 
 @dataclass
@@ -81,7 +83,8 @@ class Stretches:
     A change of ways leaves the device without work for a moment, which the first report after it shows; the last ones
     before it come as fast as they are read. So a way that was entered stays for `TRIAL` rounds, and another has to
     promise more than the change costs. Nothing is entered, or gone on with, whose worst outcome the ledger does not
-    cover: one token a sequence in all those rounds and in those under way before their reports can be read.
+    cover: one token a sequence, if the way is not trusted, in all those rounds and in those under way before their
+    reports can be read.
     """
 
     def __init__(self, ways: Sequence[Way], ledger: Ledger) -> None:
@@ -175,7 +178,8 @@ class Stretches:
         if way is self._plain:
             return 0.0
         rounds, changes = (1, 0) if way is self.way else (TRIAL, 2)
-        more = self.seconds(way, size) - self.seconds(self._plain, size)
+        least = self.tokens(way) if way.trusted else 1.0
+        more = self.seconds(way, size) - least * self.seconds(self._plain, size)
         return (rounds + AHEAD) * more + changes * self._change.value
 
     def _promise(self, way: Way, size: int) -> float:
