@@ -100,6 +100,7 @@ def _fill_kv_kernel(
         offs_w,
         mask_w,
         weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K, PARTS, BLOCK_K),
+        None,
         norm_ptr,
         norm_bias_ptr,
         None,

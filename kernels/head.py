@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import launch, product_rules
 from .primitives import ordered_sum, wait_for_producers
-from .products import row_product, statistics_first, weighed, weight_tile
+from .products import row_product, statistics_first, weighed, weight_scale, weight_tile
 from .ranking import LAST_ID, LOWEST, NONE, candidate_of_key, key_of, token_of, value_of, value_of_key
 from .values import Matrix, Norm, Prediction
 from .warping import known
@@ -26,6 +26,7 @@ def _head_kernel(
     norm_bias_ptr,
     inverse_rms_ptr,
     w_ptr,
+    w_scale_ptr,
     active_ptr,
     candidate_ptr,
     log_sum_exp_ptr,
@@ -63,6 +64,7 @@ def _head_kernel(
         if tl.max(active.to(tl.int32), axis=0) == 0:
             return
         first = weight_tile(w_ptr, offs_w * K_PADDED, mask_w, K_PADDED, BLOCK_K, PARTS, CHUNK)
+    w_scale = weight_scale(w_scale_ptr, offs_w, mask_w)
     inverse_rms = None
     if inverse_rms_ptr is not None:
         inverse_rms = tl.load(inverse_rms_ptr + offs_r, mask=mask_r, other=0.0)
@@ -74,6 +76,7 @@ def _head_kernel(
         offs_w * K_PADDED,
         mask_w,
         first,
+        w_scale,
         norm_ptr,
         norm_bias_ptr,
         inverse_rms,
@@ -187,6 +190,8 @@ def head(
     rule = product_rules.product_rule(
         vocabulary, weight.columns, rows, tile, x.element_size(), arch, short=short, summed=True
     )
+    if weight.scale is not None:
+        rule = rule.light(weight.columns, x.element_size())
     blocks = triton.cdiv(vocabulary, rule.block_n)
     taken = 1 if top_k is None else min(top_k, vocabulary)
     kept = min(taken, rule.block_n)
@@ -202,6 +207,7 @@ def head(
         None if inside is None else inside.bias,
         inverse_rms,
         weight.data,
+        weight.scale,
         active,
         candidate,
         partial,

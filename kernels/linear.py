@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from . import launch, product_rules
 from .primitives import flags, gelu_tanh, prefetch_first, silu, wait_for_producers
-from .products import halves, row_product, statistics_first, weighed, weight_tile
+from .products import halves, row_product, statistics_first, weighed, weight_scale, weight_tile
 from .values import Matrix, Norm, Split, Stack
 
 # Sums of a program beside whose product registers hold what they are completed with.
@@ -86,6 +86,7 @@ def _linear_kernel(
     norm_bias_ptr,
     inverse_rms_ptr,
     w_ptr,
+    w_scale_ptr,
     bias_ptr,
     scale_ptr,
     active_ptr,
@@ -148,6 +149,7 @@ def _linear_kernel(
         bias, scale, residual = _terms(
             bias_ptr, offs_w, mask_w, scale_ptr, offs_r, mask_r, residual_ptr, offs_out, mask
         )
+    w_scale = weight_scale(w_scale_ptr, offs_w, mask_w)
     inverse_rms = None
     if inverse_rms_ptr is not None:
         inverse_rms = tl.load(inverse_rms_ptr + offs_r, mask=mask_r, other=0.0)
@@ -159,6 +161,7 @@ def _linear_kernel(
         offs_w * K_PADDED,
         mask_w,
         first,
+        w_scale,
         norm_ptr,
         norm_bias_ptr,
         inverse_rms,
@@ -222,6 +225,8 @@ def linear(
     rule = product_rules.product_rule(
         weight.rows, weight.columns, rows, tile, x.element_size(), arch, normed=norm is not None, short=short
     )
+    if weight.scale is not None:
+        rule = rule.light(weight.columns, x.element_size())
     block = rule.block_n // 2 if activation == "silu_gate" else rule.block_n
     eps = 0.0 if norm is None else norm.eps
     settled = settled and active is not None and active.is_contiguous() and launch.dependent(arch)
@@ -233,6 +238,7 @@ def linear(
         None if norm is None else norm.bias,
         inverse_rms,
         weight.data,
+        weight.scale,
         bias,
         None if scale is None else scale.contiguous(),
         None if active is None else active.contiguous(),

@@ -15,11 +15,10 @@ _UPCAST: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a·b in float32; float32 operands are not rounded to TF32."""
+    """acc + a·b in float32, a widened to the dtype of b; float32 operands are not rounded to TF32."""
     if _UPCAST:
-        a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
 
 
 @triton.jit

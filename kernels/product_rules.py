@@ -20,6 +20,8 @@ TWO_PROGRAM_ROWS = 32
 RUN = 64
 LONG_WEIGHT = 8
 FLIGHT_BYTES = 72 * 1024
+# Columns of a part of eight bits that threads hold as two operands of an instruction; fewer go through registers.
+LIGHT_RUN = 32
 # Of a thread's registers, beside which it holds a chunk of weights and one of activations.
 SUMS = 64
 # What a program may take of shared memory: on some chips more than on others, which end at SHARED_BYTES.
@@ -55,6 +57,33 @@ class ProductRule(NamedTuple):
     def chunk(self) -> int:
         """Columns of a step that are loaded at once."""
         return self.block_k if self.run is None else min(self.block_k, self.parts * self.run)
+
+    @property
+    def sums(self) -> int:
+        """Of a thread: an element of the result is summed in each part."""
+        return self.block_n * self.rows * self.parts // (32 * self.warps)
+
+    def light(self, columns: int, itemsize: int) -> "ProductRule":
+        """This rule for a weight of eight bits against activations of `itemsize` bytes.
+
+        A step keeps its columns, since it takes as many registers once it is widened, unless a part has too few of them
+        (LIGHT_RUN). Instead more chunks are on their way, as many bytes of weights, where SHARED_BYTES have room for
+        them, or what this rule takes anyway. Beside SUMS of a thread there is no room to widen as much: half the rows
+        are taken; nor for anything in half its registers: it may take all.
+        """
+        ahead = self.stages - 1
+        room = max(SHARED_BYTES, ahead * (self.block_n + self.rows) * self.chunk * itemsize)
+        rule = self
+        if self.parts > 1:
+            run = None if self.run is None else max(self.run, LIGHT_RUN)
+            rule = self._replace(block_k=max(self.block_k, self.parts * LIGHT_RUN), most_parts=self.parts, run=run)
+        if min(rule.sums, rule.block_n * rule.chunk // (2 * 32 * rule.warps)) >= SUMS:
+            rule = rule._replace(rows=rule.rows // 2)
+        if rule.sums >= SUMS:
+            rule = rule._replace(registers=PRODUCT_REGISTERS)
+        fit = room // ((rule.block_n + rule.rows * itemsize) * rule.chunk)
+        more = min(2 * ahead * self.chunk // rule.chunk, fit, -(-padded(columns) // rule.chunk) - 1)
+        return rule._replace(stages=1 + max(1, more))
 
 
 def product_rule(

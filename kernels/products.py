@@ -9,7 +9,7 @@ the sums is that of the step.
 Where a product feeds a sum, it is said that the two are fused or, by adding 0, that they are not: left to the compiler,
 the choice could follow the number of rows. No offset or mask given here may come from a load of 8-bit values such as a
 bool, unless by `flags`: the compiler takes the narrowest load behind an operand as its width, and sums the columns in
-another order.
+another order. A weight of eight bits is such a load: its sums have an order of their own, one for any number of rows.
 """
 
 import torch
@@ -117,6 +117,15 @@ def weight_tile(
 
 
 @triton.jit
+def weight_scale(w_scale_ptr, offs_n, mask_w):
+    """The scales float32 [BLOCK_N] of weight rows of eight bits, None of others: to ask for before the product."""
+    scale = None
+    if w_scale_ptr is not None:
+        scale = tl.load(w_scale_ptr + offs_n, mask=mask_w, other=0.0)
+    return scale
+
+
+@triton.jit
 def _weight(
     w_ptrs,
     offs_k,
@@ -155,6 +164,7 @@ def row_product(
     offs_w,
     mask_w,
     first,
+    w_scale,
     norm_ptr,
     norm_bias_ptr,
     inverse_rms,
@@ -171,11 +181,12 @@ def row_product(
     """W·norm(x)ᵀ → float32 [BLOCK_N, ROWS]; the norm is left out where norm_ptr is None.
 
     x [rows, K] at offs_x int64 [ROWS]; W [·, K_PADDED], zero past K, at offs_w int64 [BLOCK_N]; BLOCK_K a power of two,
-    whose last step reads nothing past K_PADDED; first = weight_tile(…). RMSNorm's 1/√(mean x² + eps) scales the sums at
-    the end, so x is read once; in float16, where w·x might overflow before it, and for LayerNorm (norm_bias_ptr given),
-    statistics come first (`statistics_first`). inverse_rms float32 [ROWS]: that scale where x is w·x already, or None
-    (`weighed`). REDUCED: the caller reduces over the weight rows, so that each warp had better hold all of them; else
-    they are dealt to the warps.
+    whose last step reads nothing past K_PADDED; first = weight_tile(…); w_scale = weight_scale(…), which the sums of a
+    weight of eight bits are multiplied by. RMSNorm's 1/√(mean x² + eps) scales the sums at the end, so x is read once;
+    in float16, where w·x might overflow before it, and for LayerNorm (norm_bias_ptr given), statistics come first
+    (`statistics_first`). inverse_rms float32 [ROWS]: that scale where x is w·x already, or None (`weighed`). REDUCED:
+    the caller reduces over the weight rows, so that each warp had better hold all of them; else they are dealt to the
+    warps.
     """
     offs_k = _columns(BLOCK_K, PARTS, CHUNK)
     rows, columns = _right(offs_x, offs_k)
@@ -208,6 +219,8 @@ def row_product(
             acc = tl.reshape(ordered_sum(tl.reshape(acc, (PARTS, BLOCK_N * ROWS))), (BLOCK_N, ROWS))
         else:
             acc = gathered_sum(acc)
+    if w_scale is not None:
+        acc = tl.fma(acc, tl.broadcast_to(w_scale[:, None], acc.shape), 0.0)
     if norm_ptr is not None and not STATISTICS_FIRST:
         inverse_rms = tl.rsqrt(_sum_of_columns(squares) / K + eps)
     if inverse_rms is not None:

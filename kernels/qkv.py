@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import launch, product_rules
 from .primitives import finite, flags, ordered_sum, wait_for_producers
-from .products import halves, row_product, statistics_first, weighed, weight_tile
+from .products import halves, row_product, statistics_first, weighed, weight_scale, weight_tile
 from .values import Matrix, Norm, Rope, Slots, Split
 
 
@@ -105,6 +105,7 @@ def _qkv_rope_append_kernel(  # noqa: PLR0915
     norm_bias_ptr,
     inverse_rms_ptr,
     w_ptr,
+    w_scale_ptr,
     bias_ptr,
     q_norm_ptr,
     k_norm_ptr,
@@ -174,6 +175,7 @@ def _qkv_rope_append_kernel(  # noqa: PLR0915
     if GATED and not SETTLED:
         first = weight_tile(w_ptr, offs_w, mask_w, K_PADDED, BLOCK_K, PARTS, CHUNK)
     rotated = is_query | is_key
+    w_scale = weight_scale(w_scale_ptr, head * D + offs_d, mask_w)
     bias = None
     norm = None
     cos = None
@@ -199,6 +201,7 @@ def _qkv_rope_append_kernel(  # noqa: PLR0915
         offs_w,
         mask_w,
         first,
+        w_scale,
         norm_ptr,
         norm_bias_ptr,
         inverse_rms,
@@ -261,6 +264,8 @@ def qkv_rope_append(
     rule = product_rules.projection_rule(
         head_dim, normed, weight.rows, columns, rows, tile, x.element_size(), arch, short=short
     )
+    if weight.scale is not None:
+        rule = rule.light(weight.columns, x.element_size())
     pairs = rule.block_n // 2
     q = torch.empty(rows, heads, head_dim, dtype=x.dtype, device=x.device)
     blocks = triton.cdiv(head_dim // 2, pairs)
@@ -272,6 +277,7 @@ def qkv_rope_append(
         None if inside is None else inside.bias,
         inverse_rms,
         weight.data,
+        weight.scale,
         bias,
         q_norm if normed else None,
         k_norm if normed else None,

@@ -112,6 +112,7 @@ def _route_kernel(
         offs_w,
         mask_n,
         first,
+        None,
         norm_ptr,
         norm_bias_ptr,
         None,

@@ -20,7 +20,7 @@ from .lookup import lookup
 from .norm import normalise
 from .ops import Ops
 from .qkv import qkv_rope_append
-from .reference.packed import take_rows
+from .reference.packed import quantise, take_rows
 from .rounds import commit, extend
 from .route import route, row_map
 from .sample import sample
@@ -55,6 +55,7 @@ TRITON = Ops(
     rounds_alike=rounds_alike,
     take_rows=take_rows,
     prepare_split=prepare_split,
+    quantise=quantise,
     join=lambda *_: None,
     index=TritonIndex,
     enter=enter,

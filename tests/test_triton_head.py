@@ -1,6 +1,7 @@
 """The LM head against float64 and, bit for bit, against the logits the product writes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytest.importorskip("triton")
 from skipjack.kernels import launch
 from skipjack.kernels.head import head
 from skipjack.kernels.linear import logits, prepare
+from skipjack.kernels.triton_ops import TRITON
 from skipjack.kernels.values import Matrix, Norm, Prediction
 
 TILE = 8
@@ -66,18 +68,25 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_head_is_the_order_of_the_logits(case: tuple[int, int, int, int | None, bool, torch.dtype]) -> None:
+def test_head_is_the_order_of_the_logits(
+    case: tuple[int, int, int, int | None, bool, torch.dtype], eight_bits: bool
+) -> None:
     rows, columns, vocabulary, top_k, has_ids, dtype = case
     x, weight = randn(rows, columns, dtype=dtype), randn(vocabulary, columns, seed=1).div(columns**0.5).to(dtype)
     norm = Norm((1 + randn(columns, seed=2) / 4).to(dtype), None, 1e-5)
     ids = torch.arange(vocabulary, device=DEVICE) * 3 + 2 if has_ids else None
-    matrix = prepare(weight)
+    matrix, values = prepare(weight), weight.double()
+    if eight_bits:
+        matrix = TRITON.quantise(matrix)
+        assert matrix.scale is not None
+        values = matrix.data[:, :columns].double() * matrix.scale.double()[:, None]
     prediction = head(x, norm, matrix, tile=TILE, top_k=top_k, ids=ids)
     assert_is_the_order_of(prediction, logits(x, norm, matrix, tile=TILE), top_k, ids)
 
     wide = x.double()
-    exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double() @ weight.double().T
+    exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double() @ values.T
     tolerance = 1e-5 if dtype == torch.float32 else 4e-2
     best = exact.max(-1).values if top_k is None else exact.topk(min(top_k, vocabulary)).values
     torch.testing.assert_close(prediction.value.double(), best, rtol=tolerance, atol=tolerance)
@@ -134,8 +143,18 @@ def test_infinite_logits() -> None:
     assert (none.token.item(), none.log_sum_exp.item()) == (-1, -math.inf)
 
 
-def test_rows_do_not_depend_on_their_number_or_place() -> None:
+def test_a_reduced_vocabulary_in_eight_bits_is_its_rows_of_the_whole() -> None:
+    x, norm, matrix = randn(3, 40), unit(40), TRITON.quantise(prepare(randn(200, 40, seed=1)))
+    ids = torch.arange(5, 200, 3, device=DEVICE)
+    reduced = head(x, norm, TRITON.take_rows(matrix, ids), tile=TILE, top_k=4, ids=ids)
+    whole = logits(x, norm, matrix, tile=TILE)[:, ids]
+    assert_is_the_order_of(reduced, whole, 4, ids)
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_rows_do_not_depend_on_their_number_or_place(eight_bits: bool) -> None:
     x, norm, matrix = randn(16, 40), unit(40), prepare(randn(200, 40, seed=1))
+    matrix = TRITON.quantise(matrix) if eight_bits else matrix
     rows = (0, 6, 8, 15)
     alone = {i: head(x[i : i + 1], norm, matrix, tile=TILE, top_k=3) for i in rows}
     for start, count in ((0, 7), (6, 4), (8, 8), (0, 9), (0, 16)):
@@ -145,13 +164,15 @@ def test_rows_do_not_depend_on_their_number_or_place() -> None:
                 assert torch.equal(part[i - start], expected[0])
 
 
-def test_inactive_rows_read_no_weight_and_change_no_other() -> None:
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_inactive_rows_read_no_weight_and_change_no_other(eight_bits: bool) -> None:
     x, norm, matrix = randn(16, 40), unit(40), prepare(randn(200, 40, seed=1))
+    matrix = TRITON.quantise(matrix) if eight_bits else matrix
     active = torch.tensor([True, False, False, True, *[False] * 12], device=DEVICE)
     every, some = head(x, norm, matrix, tile=TILE), head(x, norm, matrix, tile=TILE, active=active)
     for part, expected in zip(some, every, strict=True):
         assert torch.equal(part[active], expected[active])
-    gone = Matrix(matrix.data[:0], matrix.rows, matrix.columns, packed=False)
+    gone = replace(matrix, data=matrix.data[:0], scale=None if matrix.scale is None else matrix.scale[:0])
     head(x, norm, gone, tile=TILE, active=torch.zeros_like(active))
 
 

@@ -11,7 +11,16 @@ pytest.importorskip("triton")
 from skipjack.kernels import launch, product_rules
 from skipjack.kernels.linear import linear, logits, prepare, prepare_stack
 from skipjack.kernels.norm import normalise
-from skipjack.kernels.product_rules import ENOUGH_PROGRAMS, ROOM, SHARED_BYTES, ProductRule, product_rule
+from skipjack.kernels.product_rules import (
+    ENOUGH_PROGRAMS,
+    LIGHT_RUN,
+    ROOM,
+    SHARED_BYTES,
+    ProductRule,
+    product_rule,
+    projection_rule,
+)
+from skipjack.kernels.triton_ops import TRITON
 from skipjack.kernels.values import Matrix, Norm
 
 TILE = 8
@@ -95,6 +104,38 @@ def test_prepare_pads_columns_with_zeros_and_copies_only_then() -> None:
     assert prepare(randn(32, 6).T).data.is_contiguous()
 
 
+def light(weight: Tensor) -> tuple[Matrix, Tensor]:
+    """A weight in eight bits, and what that is: float64 [N, K]."""
+    matrix = TRITON.quantise(prepare(weight))
+    assert matrix.scale is not None
+    return matrix, matrix.data[:, : weight.shape[1]].double() * matrix.scale.double()[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_eight_bits_are_the_nearest_multiples_of_a_rows_greatest_magnitude(dtype: torch.dtype) -> None:
+    weight = randn(9, 40, dtype=dtype)
+    weight[3] = 0
+    matrix, values = light(weight)
+    assert (matrix.data.dtype, matrix.data.shape, matrix.columns) == (torch.int8, (9, 48), 40)
+    assert matrix.scale is not None
+    assert matrix.scale.dtype == torch.float32
+    assert not matrix.data[:, 40:].any()
+    greatest = weight.double().abs().amax(1)
+    torch.testing.assert_close(matrix.scale.double(), greatest / 127, rtol=1e-6, atol=0)
+    assert ((weight.double() - values).abs() <= greatest[:, None] / 127 * 0.5001).all()
+    assert torch.equal(matrix.data.abs().amax(1), torch.where(greatest > 0, 127, 0))
+
+
+def test_rows_of_a_weight_in_eight_bits_are_the_weight_of_these_rows() -> None:
+    weight, rows = randn(9, 40), torch.tensor([1, 4, 8], device=DEVICE)
+    taken, expected = TRITON.take_rows(light(weight)[0], rows), light(weight[rows])[0]
+    assert (taken.rows, taken.columns, taken.packed) == (3, 40, False)
+    assert taken.scale is not None
+    assert expected.scale is not None
+    assert torch.equal(taken.data, expected.data)
+    assert torch.equal(taken.scale, expected.scale)
+
+
 @pytest.mark.parametrize("columns", [32, 33])
 def test_a_stack_is_one_tensor_and_its_layers(columns: int) -> None:
     weight = randn(3, 5, columns)
@@ -126,9 +167,10 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_linear_is_the_formula(
-    case: tuple[int, int, int, str | None, str | None, bool, bool, bool, torch.dtype],
+    case: tuple[int, int, int, str | None, str | None, bool, bool, bool, torch.dtype], eight_bits: bool
 ) -> None:
     rows, columns, weight_rows, activation, kind, has_bias, has_residual, has_scale, dtype = case
     width = weight_rows // 2 if activation == "silu_gate" else weight_rows
@@ -137,13 +179,14 @@ def test_linear_is_the_formula(
     bias = randn(weight_rows, dtype=dtype, seed=2) if has_bias else None
     residual = randn(rows, width, dtype=dtype, seed=3) if has_residual else None
     scale = randn(rows, seed=4) if has_scale else None
-    expected = normed(x, norm) @ weight.double().T + (0 if bias is None else bias.double())
+    matrix, values = light(weight) if eight_bits else (prepare(weight), weight.double())
+    expected = normed(x, norm) @ values.T + (0 if bias is None else bias.double())
     expected = activated(expected, activation)
     expected *= 1 if scale is None else scale.double()[:, None]
     expected += 0 if residual is None else residual.double()
     got = linear(
         x,
-        prepare(weight),
+        matrix,
         tile=TILE,
         norm=norm,
         bias=bias,
@@ -183,9 +226,18 @@ def test_large_activations_do_not_overflow_before_the_norm() -> None:
     assert_near(linear(x, prepare(weight), tile=TILE, norm=norm), normed(x, norm) @ weight.double().T)
 
 
+@pytest.mark.parametrize("rows", [3, 70])
+def test_a_prompt_of_weights_in_eight_bits_is_the_formula(rows: int) -> None:
+    x, (matrix, values) = randn(rows, 80, dtype=torch.bfloat16), light(randn(70, 80, dtype=torch.bfloat16, seed=1))
+    norm = a_norm(80, "rms", torch.bfloat16)
+    assert_near(linear(x, matrix, tile=64, norm=norm), normed(x, norm) @ values.T)
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize("has_scale", [False, True])
-def test_inactive_rows_keep_their_residual_and_disturb_no_other(has_scale: bool) -> None:
+def test_inactive_rows_keep_their_residual_and_disturb_no_other(has_scale: bool, eight_bits: bool) -> None:
     x, weight, residual = randn(19, 40), prepare(randn(70, 40, seed=1)), randn(19, 70, seed=2)
+    weight = TRITON.quantise(weight) if eight_bits else weight
     norm, scale = Norm(randn(40, seed=3), None, 1e-5), randn(19, seed=4) if has_scale else None
     active = torch.zeros(38, dtype=torch.bool, device=DEVICE)[::2]
     active[[0, 3, 18]] = True
@@ -196,8 +248,10 @@ def test_inactive_rows_keep_their_residual_and_disturb_no_other(has_scale: bool)
     assert torch.equal(got[~active], residual[~active])
 
 
-def test_nothing_active_reads_no_weight() -> None:
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_nothing_active_reads_no_weight(eight_bits: bool) -> None:
     weight = prepare(torch.full((16, 40), math.nan, device=DEVICE))
+    weight = TRITON.quantise(weight) if eight_bits else weight
     residual = randn(9, 16)
     before = residual.clone()
     linear(randn(9, 40), weight, tile=TILE, residual=residual, active=torch.zeros(9, dtype=torch.bool, device=DEVICE))
@@ -211,6 +265,7 @@ def test_everything_active_changes_no_bit() -> None:
     assert torch.equal(linear(x, weight, tile=TILE, residual=residual.clone(), active=active), expected)
 
 
+@pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize(
     ("columns", "weight_rows", "activation", "counts"),
     [
@@ -221,12 +276,13 @@ def test_everything_active_changes_no_bit() -> None:
     ],
 )
 def test_linear_rows_do_not_depend_on_their_number_or_place(
-    columns: int, weight_rows: int, activation: str | None, counts: list[int]
+    columns: int, weight_rows: int, activation: str | None, counts: list[int], eight_bits: bool
 ) -> None:
     last = max(counts)
     width = weight_rows if activation is None else weight_rows // 2
     x, residual = randn(last, columns), randn(last, width, seed=1)
     matrix, norm = prepare(randn(weight_rows, columns, seed=2) / 8), a_norm(columns, "rms", torch.float32)
+    matrix = TRITON.quantise(matrix) if eight_bits else matrix
 
     def run(part: slice) -> Tensor:
         return linear(x[part], matrix, tile=TILE, norm=norm, activation=activation, residual=residual[part].clone())
@@ -279,6 +335,64 @@ def test_product_rules_fit_every_matrix_and_round_alike(model: str, arch: int, i
             room = ROOM.get(arch, SHARED_BYTES)
             assert buffers * (rule.block_n + rule.rows) * rule.chunk * itemsize <= room or arch == 0
             assert rule.stages >= (2 if arch else 1)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("arch", [80, 86, 90, 100])
+@pytest.mark.parametrize("model", MODELS)
+def test_rules_of_eight_bits_round_alike_and_have_as_much_on_its_way(model: str, arch: int, itemsize: int) -> None:
+    _, _, heads, kv_heads, head_dim, _ = MODELS[model]
+    every = [*range(1, 19), 32, 33, 64, 144]
+
+    def rules(weight_rows: int, columns: int) -> list[list[ProductRule]]:
+        given = (weight_rows, columns)
+        return [
+            *(
+                [product_rule(*given, rows, 8, itemsize, arch, short=short, summed=summed) for rows in every]
+                for short in (False, True)
+                for summed in (False, True)
+            ),
+            *(
+                [projection_rule(head_dim, whole, *given, rows, 8, itemsize, arch) for rows in every]
+                for whole in (False, True)
+            ),
+        ]
+
+    shapes = [*matrices(model), (33, 7), (5, 40), ((heads + 2 * kv_heads) * head_dim, 576)]
+    for (_, columns), group in ((shape, group) for shape in shapes for group in rules(*shape)):
+        mine = [rule.light(columns, itemsize) for rule in group]
+        assert len({(rule.block_k, rule.parts) for rule in mine}) == 1
+        for rule, other in zip(mine, group, strict=True):
+            assert (rule.block_n, rule.warps, rule.parts) == (other.block_n, other.warps, other.parts)
+            assert rule.rows in (other.rows, other.rows // 2)
+            assert rule.rows >= 8
+            assert rule.parts == 1 or rule.chunk // rule.parts >= LIGHT_RUN
+            assert rule.block_k % rule.chunk == 0
+            buffers, before = rule.stages - 1, other.stages - 1
+            taken = buffers * (rule.block_n + rule.rows * itemsize) * rule.chunk
+            anyway = before * (other.block_n + other.rows) * other.chunk * itemsize
+            assert buffers == 1 or taken <= max(SHARED_BYTES, anyway)
+            assert buffers * rule.chunk <= 2 * before * other.chunk or buffers == 1
+
+
+def test_a_weight_in_eight_bits_has_more_of_its_steps_on_their_way() -> None:
+    for shape, stages in (((28672, 4096), 3), ((4096, 14336), 4), ((128256, 2048), 5)):
+        plain = product_rule(*shape, 1, 8, 2, 90, normed=shape[1] == 4096)
+        rule = plain.light(shape[1], 2)
+        assert (rule.block_k, rule.stages) == (plain.block_k, stages)
+        assert rule.stages > plain.stages
+    short = product_rule(49152, 576, 1, 8, 2, 90, summed=True)
+    assert (short.block_k, short.light(576, 2).block_k) == (64, 128), "sixteen columns of a part are too few"
+
+
+def test_beside_many_sums_less_is_widened_or_in_more_registers() -> None:
+    rule = product_rule(128256, 2048, 32, 8, 2, 90, summed=True)
+    mine = rule.light(2048, 2)
+    assert (rule.registers, mine.registers, mine.rows) == (128, launch.PRODUCT_REGISTERS, rule.rows)
+    few = product_rule(16384, 2048, 32, 8, 2, 90)
+    assert few.light(2048, 2).registers == few.registers == 128
+    whole = [projection_rule(128, True, 6144, 2560, rows, 8, 2, 90) for rows in (8, 16)]
+    assert [(rule.rows, rule.light(2560, 2).rows) for rule in whole] == [(8, 8), (16, 8)]
 
 
 def test_a_small_weight_is_one_step_where_a_program_has_the_shared_memory_for_it() -> None:

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from skipjack.kernels import qkv
 from skipjack.kernels.linear import prepare
 from skipjack.kernels.product_rules import projection_rule
+from skipjack.kernels.triton_ops import TRITON
 from skipjack.kernels.values import Norm, Rope, Slots
 
 TILE = 8
@@ -48,11 +49,17 @@ class Case:
         head_norm: bool = False,
         norm_bias: bool = False,
         rotated: bool = True,
+        eight_bits: bool = False,
     ) -> None:
         self.heads, self.kv_heads, self.head_dim, self.rows, self.dtype = heads, kv_heads, head_dim, rows, dtype
         total = (heads + 2 * kv_heads) * head_dim
         self.x = randn(rows, hidden, dtype=dtype)
-        self.weight = (randn(total, hidden, seed=1) / hidden**0.5).to(dtype)
+        weight = (randn(total, hidden, seed=1) / hidden**0.5).to(dtype)
+        self.matrix, self.values = prepare(weight), weight.double()
+        if eight_bits:
+            self.matrix = TRITON.quantise(self.matrix)
+            assert self.matrix.scale is not None
+            self.values = self.matrix.data[:, :hidden].double() * self.matrix.scale.double()[:, None]
         self.norm = Norm(
             1 + randn(hidden, dtype=dtype, seed=2) / 4, randn(hidden, dtype=dtype, seed=3) if norm_bias else None, 1e-5
         )
@@ -78,7 +85,7 @@ class Case:
         rows = torch.arange(self.rows) if rows is None else rows
         rope = None if self.rope is None else Rope(self.rope.cos[rows], self.rope.sin[rows])
         slots = Slots(self.slots.page[rows], self.slots.offset[rows])
-        inputs = (self.x[rows], self.norm, prepare(self.weight), self.bias, self.q_norm, self.k_norm, rope)
+        inputs = (self.x[rows], self.norm, self.matrix, self.bias, self.q_norm, self.k_norm, rope)
         return qkv.qkv_rope_append(*inputs, keys, values, slots, heads=self.heads, tile=tile, **masks)
 
     def expected(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +96,7 @@ class Case:
         else:
             z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
             z = z * self.norm.weight.double() + self.norm.bias.double()
-        y = z @ self.weight.double().T
+        y = z @ self.values.T
         if self.bias is not None:
             y = y + self.bias.double()
         q, k, v = y.view(self.rows, -1, self.head_dim).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
@@ -136,6 +143,11 @@ CASES = {
     "two-tiles": Case(64, 4, 1, 32, 13),
     "bfloat16": Case(64, 4, 2, 32, 8, dtype=torch.bfloat16, bias=True, head_norm=True),
     "float16": Case(80, 4, 2, 20, 9, dtype=torch.float16, bias=True),
+    "eight bits": Case(576, 3, 1, 64, 9, eight_bits=True),
+    "eight bits, odd": Case(33, 4, 2, 12, 3, head_norm=True, bias=True, eight_bits=True),
+    "eight bits, alibi": Case(40, 2, 2, 16, 6, rotated=False, norm_bias=True, bias=True, eight_bits=True),
+    "eight bits, bfloat16": Case(64, 4, 2, 32, 17, dtype=torch.bfloat16, bias=True, head_norm=True, eight_bits=True),
+    "eight bits, float16": Case(80, 4, 2, 20, 9, dtype=torch.float16, bias=True, eight_bits=True),
 }
 
 
@@ -181,9 +193,10 @@ def test_masks_choose_queries_and_writes_apart(active: str | None, write: str | 
         assert_near(kept[1], v[stored])
 
 
+@pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize("head_norm", [False, True])
-def test_rows_do_not_depend_on_their_number_or_place(head_norm: bool) -> None:
-    case = Case(96, 3, 1, 24, 32, head_norm=head_norm, bias=True)
+def test_rows_do_not_depend_on_their_number_or_place(head_norm: bool, eight_bits: bool) -> None:
+    case = Case(96, 3, 1, 24, 32, head_norm=head_norm, bias=True, eight_bits=eight_bits)
     keys, values = case.caches()
     q = case.run(keys, values)
     assert not q.isnan().any()
@@ -194,8 +207,9 @@ def test_rows_do_not_depend_on_their_number_or_place(head_norm: bool) -> None:
         assert torch.equal(written(own_values, case.slots, rows), written(values, case.slots, torch.arange(32))[rows])
 
 
-def test_a_mask_changes_no_bit_of_the_rows_it_keeps() -> None:
-    case = Case(576, 3, 1, 64, 11)
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_a_mask_changes_no_bit_of_the_rows_it_keeps(eight_bits: bool) -> None:
+    case = Case(576, 3, 1, 64, 11, eight_bits=eight_bits)
     keys, values = case.caches()
     q = case.run(keys, values)
     active = torch.tensor([1, 0, 1, 1, 0, 0, 0, 0, 0, 0, 1], dtype=torch.bool)
