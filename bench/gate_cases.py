@@ -1,11 +1,9 @@
-"""What the compile gate compiles: what each kernel is meant to be, and the launches of passes of real models.
-
-Tensors are on the device "meta": they have shapes and strides and no memory.
-"""
+"""What the compile gate compiles: the launches of passes of real models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -14,23 +12,9 @@ from torch import Tensor
 
 from ..kernels import launch
 from ..kernels.triton_ops import TRITON
-from ..kernels.values import Grown, Matrix, Norm, Progress, Reshaping, Rope, Router, RowMap, Slots, Tree
+from ..kernels.values import Matrix, Progress, Rope, Router, RowMap, Tree
 from .gate_checks import Case
-
-
-class Shape(NamedTuple):
-    """The sizes of a model that kernels see."""
-
-    name: str
-    hidden: int
-    inner: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    qk_norm: bool = False
-    layer_norm: bool = False
-
+from .gate_inputs import CONTEXT, DRAFTED, LONG_CONTEXT, NODES, Inputs, Shape, size
 
 SHAPES = (
     Shape("SmolLM2-135M", 576, 1536, 9, 3, 64, 49152),
@@ -51,13 +35,9 @@ FAST_PASSES = ((16, None), (64, None), (512, None))
 DTYPES = {torch.bfloat16: len(SHAPES), torch.float16: 2, torch.float32: 1}
 
 LAYER = ("qkv", "attention", "output", "gate and up", "down")
-CONTEXT, LONG_CONTEXT = 512, 32768
-DRAFTED = 7
 LAYERS = 4
-NODES = 32
 # As many siblings as SWIFT has by the probability of the first one.
 SIBLINGS, WIDTHS = 10, ((0.95, 1), (0.8, 3), (0.5, 5))
-EPS = 1e-5
 
 
 class Step(NamedTuple):
@@ -78,20 +58,26 @@ def cases() -> list[Case]:
         for dtype, count in DTYPES.items()
         for shape in SHAPES[:count]
         for rows, tile in (*PASSES, *(FAST_PASSES if dtype != torch.float32 else ()))
-        for case in Pass(shape, rows, tile, dtype).cases()
+        for case in Pass(shape, rows, dtype, tile).cases()
     ]
 
 
-class Pass:
+@dataclass(frozen=True)
+class Pass(Inputs):
     """A pass of `rows` rows in tiles of `tile`: one sequence, or sequences of eight rows each.
 
     Without a tile it is one of fast numerics, whose rules differ for unmasked products and attention.
     """
 
-    def __init__(self, shape: Shape, rows: int, tile: int | None, dtype: torch.dtype) -> None:
-        self.shape, self.rows, self.tile, self.dtype = shape, rows, tile, dtype
-        self.prefill = launch.tile_of(rows, tile) == TRITON.prefill_tile
-        self.sequences = 1 if self.prefill else max(1, rows // 8)
+    tile: int | None
+
+    @property
+    def prefill(self) -> bool:
+        return launch.tile_of(self.rows, self.tile) == TRITON.prefill_tile
+
+    @property
+    def sequences(self) -> int:
+        return 1 if self.prefill else max(1, self.rows // 8)
 
     def cases(self) -> Iterator[Case]:
         kind = f"{self.shape.name} {str(self.dtype).removeprefix('torch.')}{' prefill' if self.prefill else ''}"
@@ -99,6 +85,8 @@ class Pass:
             # Rows of other numbers may round otherwise: each is a group of its own.
             kind += f" fast {self.rows}"
         steps = [*self._layer(), *self._masked(), *self._head()]
+        if not self.prefill and self.tile is not None:
+            steps += self._light()
         if not self.prefill and self.tile is not None and self.rows <= FEW_ROWS:
             steps += [*self._routing(), *self._choosing()]
         for place, step in enumerate(steps):
@@ -170,6 +158,29 @@ class Pass:
             "head", "head of 8", size(reduced), lambda: TRITON.head(x, norm, reduced, tile=tile, top_k=8, ids=ids)
         )
 
+    def _light(self) -> Iterator[Step]:
+        """What drafts run with weights of eight bits."""
+        s, tile = self.shape, self.tile
+        x, gated, norm = self.tensor(self.rows, s.hidden), self.tensor(self.rows, s.inner), self.norm()
+        active = self.tensor(self.rows, dtype=torch.bool)
+        gate_up, down = self.light(2 * s.inner, s.hidden), self.light(s.hidden, s.inner)
+        known = {"active": active, "settled": True}
+        yield self._qkv("qkv in eight bits", True)
+        masked = self._qkv("qkv in eight bits, masked and settled", True, write=active, **known)
+        yield masked._replace(alike="qkv in eight bits")
+        yield self._linear("gate and up in eight bits", x, gate_up, norm=norm, activation="silu_gate")
+        label = "down in eight bits"
+        yield self._linear(label, gated, down, residual=x, ahead=gate_up)
+        for more, options in ((", masked", {"active": active}), (", masked and settled", {"ahead": gate_up, **known})):
+            yield self._linear(label + more, gated, down, residual=x, **options)._replace(alike=label)
+        head, reduced, ids = self.light(s.vocab, s.hidden), self.light(s.vocab // 4, s.hidden), self.ids(s.vocab // 4)
+        label, of_head = "head in eight bits", partial(TRITON.head, x, norm, head, tile=tile)
+        yield Step("logits", "logits in eight bits", size(head), partial(TRITON.logits, x, norm, head, tile=tile))
+        yield Step("head", label, size(head), of_head)
+        yield Step("head", f"{label}, masked", size(head), partial(of_head, active=active), masked=True, alike=label)
+        few = partial(TRITON.head, x, norm, reduced, tile=tile, top_k=8, ids=ids)
+        yield Step("head", "head of 8 in eight bits", size(reduced), few)
+
     def _routing(self) -> Iterator[Step]:
         s, tile = self.shape, self.tile
         x, norm = self.tensor(self.rows, s.hidden), self.norm()
@@ -206,7 +217,7 @@ class Pass:
         yield Step("sample", "sample of 4", size(scores), lambda: TRITON.sample(*drawn, stream=DRAFTED, count=4))
         token, active = self.ids(self.rows), self.tensor(self.rows, dtype=torch.bool)
         yield Step("logprobs", "logprobs", size(scores), lambda: TRITON.logprobs(scores, token, active, top=8))
-        how, lengths = self._reshaping(count), self.ids(count)
+        how, lengths = self.reshaping(count), self.ids(count)
         before = self.ids(count, self.rows // count, DRAFTED)
         dense = count * s.vocab * sum(t.itemsize for t in how if t.dim() == 2)
         yield Step(
@@ -282,7 +293,7 @@ class Pass:
             0,
             lambda: TRITON.commit(*ids[:3], grown.token, progress, report, self.ids(count, NODES + 1), grown.depth),
         )
-        times = self._reshaping(count).times
+        times = self.reshaping(count).times
         yield Step(
             "commit", "commit, counted", 0, lambda: TRITON.commit(*ids[:3], draft, progress, report, times=times)
         )
@@ -306,10 +317,10 @@ class Pass:
             masked="active" in options and "settled" not in options,
         )
 
-    def _qkv(self, label: str, **options: object) -> Step:
+    def _qkv(self, label: str, light: bool = False, /, **options: object) -> Step:
         s = self.shape
         x, norm = self.tensor(self.rows, s.hidden), self.norm()
-        weight = self.matrix((s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden)
+        weight = (self.light if light else self.matrix)((s.heads + 2 * s.kv_heads) * s.head_dim, s.hidden)
         head_norm = self.tensor(s.head_dim) if s.qk_norm else None
         inputs = (x, norm, weight, None, head_norm, head_norm, self.rope(), *self.cache_pair(), self.slots())
         return Step(
@@ -347,49 +358,5 @@ class Pass:
         options = {"scale": s.head_dim**-0.5, "active": active, "ahead": ahead}
         return Step("attend", label, read, lambda: TRITON.attend(q, keys, values, index, **options))
 
-    def tensor(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(sizes, dtype=dtype or self.dtype, device="meta")
-
-    def _reshaping(self, count: int) -> Reshaping:
-        dense, kinds = (count, self.shape.vocab), (torch.float32, torch.bool, torch.bool, torch.int32)
-        bias, forbidden, prompt, times = (self.tensor(*dense, dtype=kind) for kind in kinds)
-        repetition, presence, frequency = (self.tensor(count, dtype=torch.float32) for _ in range(3))
-        return Reshaping(repetition, presence, frequency, bias, forbidden, self.ids(count), prompt, times)
-
-    def norm(self, *layers: int) -> Norm:
-        sizes = *layers, self.shape.hidden
-        return Norm(self.tensor(*sizes), self.tensor(*sizes) if self.shape.layer_norm else None, EPS)
-
-    def ids(self, *sizes: int) -> Tensor:
-        return self.tensor(*sizes, dtype=torch.int64)
-
-    def matrix(self, rows: int, columns: int) -> Matrix:
-        return TRITON.prepare(self.tensor(rows, columns))
-
-    def cache(self, *layers: int) -> Tensor:
-        s = self.shape
-        return self.tensor(*layers, 64, s.kv_heads, TRITON.page_size, s.head_dim)
-
-    def cache_pair(self) -> tuple[Tensor, Tensor]:
-        return self.cache(), self.cache()
-
-    def grown(self, count: int) -> Grown:
-        nodes, rows = self.ids(count, NODES), self.ids(count, NODES + 1)
-        path, going = self.ids(count, NODES + 1, DRAFTED + 1), self.tensor(count, dtype=torch.bool)
-        return Grown(nodes, nodes, rows, path, self.ids(count), self.ids(count), going)
-
-    def slots(self) -> Slots:
-        return Slots(self.ids(self.rows), self.ids(self.rows))
-
-    def rope(self) -> Rope:
-        shape = self.rows, 1, self.shape.head_dim
-        return Rope(self.tensor(*shape, dtype=torch.float32), self.tensor(*shape, dtype=torch.float32))
-
 
 _WARPING = (torch.float32, torch.int64, torch.float32, torch.float32)
-
-
-def size(stored: Matrix | Tensor) -> int:
-    """Bytes of a weight or of scores."""
-    tensor = stored.data if isinstance(stored, Matrix) else stored
-    return tensor.numel() * tensor.itemsize

@@ -224,7 +224,9 @@ def beside_next(findings: Sequence[Finding], arch: int) -> dict[int, bool]:
 
 def _a_thread(elements: int, launch: Launch) -> int:
     """Bytes of so many elements that a thread loads, 128 bits at a time."""
-    return 16 * math.ceil(elements * launch.itemsize / (16 * 32 * launch.warps))
+    weight = launch.constexprs.get("w_ptr")
+    itemsize = launch.itemsize if weight is None else weight.itemsize
+    return 16 * math.ceil(elements * itemsize / (16 * 32 * launch.warps))
 
 
 def _product(factors: Sequence[str | int], launch: Launch) -> int:

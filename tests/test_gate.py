@@ -85,16 +85,17 @@ def product(
     stride: int = 1,
     columns: int = COLUMNS,
     ahead: bool = False,
+    eight_bits: bool = False,
     **options: int,
 ) -> None:
-    def tensor(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    def tensor(*shape: int, kind: str = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=getattr(torch, kind), device="meta")
 
     changed = {"not launched so": {"launch_pdl": False}, "no chain": {"PDL": False}}.get(fault, {})
     common = launch.options(4) | changed | options
     _product_kernel[(2,)](
         tensor(rows, columns),
-        tensor(OUT, columns * stride),
+        tensor(OUT, columns * stride, kind="int8" if eight_bits else dtype),
         tensor(OUT, columns) if ahead else None,
         tensor(rows, OUT),
         N=OUT,
@@ -146,6 +147,17 @@ VARIANTS: dict[str, tuple[dict[str, object], Meaning, str | None]] = {
     "late start": ({"fault": "late start"}, MEANT, "the dependents are started late"),
     "ahead": ({"ahead": True}, MEANT, None),
     "nothing ahead": ({"ahead": True, "fault": "nothing ahead"}, MEANT, "asked for nothing before the wait"),
+    "eight bits": ({"eight_bits": True}, MEANT, None),
+    "more of eight bits meant": (
+        {"eight_bits": True},
+        replace(MEANT, prefetch=(2, "BLOCK_N", "K")),
+        "loads before the wait",
+    ),
+    "narrow loads of eight bits": (
+        {"eight_bits": True, "columns": 32},
+        replace(MEANT, prefetch=()),
+        "narrower than 128 bits",
+    ),
     "no chain": ({"fault": "no chain"}, MEANT, "no PREEXIT"),
     "not launched so": ({"fault": "not launched so"}, MEANT, "without launch_pdl"),
     "no product": ({"fault": "no product"}, MEANT, "no matrix instruction"),
