@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.nn import functional
 
 from ..kernels.reference import routes as reference_routes
 from ..kernels.reference import verify as reference_verify
+from ..kernels.reference.packed import rounded
 from ..kernels.values import Norm, Rope, Router
 from .micro_rounds import DRAFT, ROUND_OPS
 from .point import Launch, Outputs, Point, size
@@ -39,10 +41,14 @@ def down(p: Point) -> Launch:
     return _residual(p, p.config.intermediate_size)
 
 
-def up(p: Point) -> Launch:
+def up(p: Point, light: bool = False) -> Launch:
+    """`light`: the weight in eight bits, whose values plain PyTorch multiplies in p's dtype."""
     x, norm = p.randn(p.rows, p.config.hidden_size), p.norm(p.config.hidden_size)
     weight = p.weight(2 * p.config.intermediate_size, p.config.hidden_size)
-    matrix = p.ops.prepare_gated(weight)
+    matrix, read = p.ops.prepare_gated(weight), size(weight)
+    if light:
+        data, scale = rounded(weight)
+        matrix, read, weight = p.ops.quantise(matrix), size(data, scale), (data * scale[:, None]).to(p.dtype)
 
     def plain() -> Outputs:
         gate, linear = functional.linear(_rms(x, norm), weight).chunk(2, dim=-1)
@@ -51,7 +57,7 @@ def up(p: Point) -> Launch:
     return Launch(
         lambda: (p.ops.linear(x, matrix, tile=p.tile, norm=norm, activation="silu_gate"),),
         plain,
-        size(weight),
+        read,
         _flops(p, weight),
     )
 
@@ -229,6 +235,7 @@ OPS: dict[str, Callable[[Point], Launch]] = {
     "normalise": normalise,
     "linear (output)": output,
     "linear (up, silu_gate)": up,
+    "linear (up, eight bits)": partial(up, light=True),
     "linear (down)": down,
     "logits": logits,
     "head": head,

@@ -81,7 +81,11 @@ def mlp(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outputs
     weight = side.put(torch.rand(rows, generator=torch.Generator().manual_seed(9)))
     active = side.put(torch.arange(rows) % 3 != 1)
     masked = side.ops.linear(wide, down, tile=tile, residual=x.clone(), scale=weight, active=active)
-    return {"silu_gate": gated, "gelu": bloom, "residual": added, "masked": masked}
+    up, down = side.ops.quantise(up), side.ops.quantise(down)
+    light = side.ops.linear(x, up, tile=tile, norm=side.norm(hidden, 4), activation="silu_gate")
+    mixed = side.ops.linear(wide, down, tile=tile, residual=x.clone(), scale=weight, active=active)
+    whole = {"silu_gate": gated, "gelu": bloom, "residual": added, "masked": masked}
+    return whole | {"eight bits silu_gate": light, "eight bits masked": mixed}
 
 
 def qkv(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outputs:
@@ -91,12 +95,13 @@ def qkv(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Outputs
     pages = 2 + rows // PAGE
     slot = torch.randperm(pages * PAGE, generator=torch.Generator().manual_seed(3))[:rows]
     results: dict[str, Tensor] = {}
-    for label, q_norm in (("plain", None), ("qk_norm", side.randn(head_dim, seed=4))):
+    light, scale = side.ops.quantise(weight), side.randn(head_dim, seed=4)
+    for label, stored, q_norm in (("plain", weight, None), ("qk_norm", weight, scale), ("eight bits", light, scale)):
         keys, values = (torch.zeros(pages, kv_heads, PAGE, head_dim, dtype=side.held, device=side.device) for _ in "kv")
         q = side.ops.qkv_rope_append(
             side.randn(rows, hidden, seed=1),
             side.norm(hidden, 5),
-            weight,
+            stored,
             side.randn(out, seed=6),
             q_norm,
             q_norm,
@@ -148,7 +153,10 @@ def head(side: Side, config: ModelConfig, rows: int, tile: int | None) -> Output
     prediction = side.ops.head(x, scale, weight, tile=tile)
     top = side.ops.head(x, scale, weight, tile=tile, top_k=5)
     written = side.ops.logits(x, scale, weight, tile=tile)
+    light = side.ops.head(x, scale, side.ops.quantise(weight), tile=tile)
     return {
+        "eight bits values": light.value,
+        "eight bits log_sum_exp": light.log_sum_exp,
         "logits": written,
         "value": prediction.value,
         "log_sum_exp": prediction.log_sum_exp,

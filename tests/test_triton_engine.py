@@ -48,6 +48,43 @@ def test_greedy_speculation_in_a_batch_gives_the_ids_of_plain_decoding_and_of_to
     assert together == ids("tiny-llama", "torch", PROMPTS, params, SWIFT)
 
 
+LIGHT = [
+    "quantized:num_draft_tokens=2",
+    "quantized:num_draft_tokens=2,skip_attention=1,draft_vocab=64,acceptance=rejection",
+    f"{SWIFT},tree=true,max_nodes=5,draft_weights=int8",
+]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("graphs", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize(
+    ("shape", "method"), [*zip(("tiny-llama", "tiny-qwen3", "tiny-bloom"), LIGHT, strict=True)], ids=LIGHT
+)
+def test_drafts_in_eight_bits_give_the_ids_of_plain_decoding(shape: str, method: str, graphs: bool) -> None:
+    """And where all of the model drafts, most of what it drafts is accepted."""
+    params, source = SamplingParams(max_tokens=7, ignore_eos=True), engine(shape, "triton")
+    weights = synthetic_weights(source.config, 3, torch.float32, 0.3)
+    with Engine(source.config, weights, backend="triton", graphs=graphs, cache_tokens=2048) as drafting:
+        outputs = drafting.generate(PROMPTS, params, method=method)
+    assert [output.token_ids for output in outputs] == ids(shape, "triton", PROMPTS, params)
+    counts = [(o.stats.rounds, o.stats.graph_rounds, o.stats.drafted, o.stats.accepted) for o in outputs]
+    rounds, of_device, drafted, accepted = map(sum, zip(*counts, strict=True))
+    assert of_device == (rounds if graphs else 0)
+    assert drafted > 0
+    assert "skip" in method or accepted >= 0.7 * drafted
+
+
+def test_sampled_drafts_in_eight_bits_are_those_of_torch() -> None:
+    params = SamplingParams(max_tokens=5, temperature=0.8, seed=5, ignore_eos=True)
+    mine, theirs = (
+        engine("tiny-qwen3", name).generate(PROMPTS, params, method=LIGHT[1]) for name in ("triton", "torch")
+    )
+    assert [output.token_ids for output in mine] == [output.token_ids for output in theirs]
+    counts = [(output.stats.drafted, output.stats.accepted) for output in mine]
+    assert counts == [(output.stats.drafted, output.stats.accepted) for output in theirs]
+    assert sum(drafted for drafted, _ in counts) > 0
+
+
 @pytest.mark.parametrize("method", ["autoregressive", SWIFT])
 def test_fast_numerics_on_the_kernels_give_the_ids_of_torch(method: str) -> None:
     config = ModelConfig.parse(
