@@ -88,6 +88,9 @@ TRIALS = {
     "one sequence": Trial("tiny-qwen3", methods=(f"{LONG}=9",), fields=SMALL, sequences=1),
     "drafts that end early": Trial("tiny-llama", methods=(EARLY, f"{EARLY},tree=true"), fields=SMALL),
     "reduced vocabulary": Trial("tiny-llama", methods=(f"{CHAIN},draft_vocab=64,adaptive=true",), fields=SMALL),
+    "eight bits": Trial(
+        "tiny-llama", own="quantized", methods=(f"{CHAIN},draft_weights=int8,tree=true,draft_vocab=64",), fields=SMALL
+    ),
     "trees": Trial("tiny-mistral", methods=(f"{CHAIN},tree=true",), fields=SMALL),
     "rejection": Trial("tiny-llama", methods=(f"{CHAIN},acceptance=rejection",), fields=SMALL),
     "rejection of trees": Trial("tiny-llama", methods=(f"{CHAIN},tree=true,acceptance=rejection",), fields=SMALL),
