@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ..kernels.values import Layer
 from .errors import CapacityError
 from .layers import quantise_layer
 from .memory import exhausted
@@ -38,7 +39,7 @@ def quantise(model: Model) -> Stepwise[None]:
     if model in _MADE:
         return
     try:
-        layers = []
+        layers = list[Layer]()
         for layer in model.layers:
             layers.append(quantise_layer(layer, model.ops))
             yield

@@ -23,6 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from skipjack import Engine, SamplingParams
 from skipjack.bench.gpu_setting import CAPTURED
 from skipjack.kernels.ops import TORCH, Ops
+from skipjack.kernels.values import Matrix
 from skipjack.loaders.config import ModelConfig
 from skipjack.loaders.synthetic import synthetic_config, synthetic_weights
 from skipjack.runtime import choices
@@ -126,7 +127,7 @@ class Calls(TorchFunctionMode):
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    """Those in tuples, lists and dictionaries; PyTorch's own walk takes longer than the operators."""
+    """Those in tuples, lists, dictionaries and weights; PyTorch's own walk takes longer than the operators."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (tuple, list)):
@@ -134,6 +135,8 @@ def tensors(tree: Any) -> Iterator[Tensor]:
             yield from tensors(one)
     elif isinstance(tree, dict):
         yield from tensors([*tree.values()])
+    elif isinstance(tree, Matrix):
+        yield from tensors([tree.data, tree.scale])
 
 
 def on_the_device(places: Places) -> Ops:

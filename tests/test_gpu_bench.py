@@ -289,7 +289,7 @@ def test_rounds_run_dry_and_each_kind_drafts_what_it_says(monkeypatch: pytest.Mo
     assert (code, result["broken"]) == (0, None)
     rounds = {one["name"]: one["note"] for one in result["figures"] if one["name"].startswith("round, ")}
     drafted = {name: float(note.split()[4]) / float(note.split()[0]) for name, note in rounds.items()}
-    assert len(rounds) == 11
+    assert len(rounds) == 13
     for name, mean in drafted.items():
         if "plain" in name:
             assert mean == 0

@@ -245,26 +245,26 @@ METHODS = [
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("graphs", [False, True])
 def test_tokens_are_those_of_plain_decoding(method: str, graphs: bool, engine_of: Callable[..., Engine]) -> None:
-    with engine_of(graphs) as engine:
-        for params in (GREEDY, SHARP):
-            if "rejection" in method and params is SHARP:
-                continue
-            plain = [engine.generate(prompt, params) for prompt in PROMPTS]
-            for outputs in (
-                engine.generate(PROMPTS, params, method=method),
-                [engine.generate(PROMPTS[0], params, method=method)],
-            ):
-                for expected, output in zip(plain, outputs, strict=False):
-                    assert output.token_ids == expected.token_ids
-                    assert output.stats.lossless
-                    assert output.stats.drafted, "something was drafted"
+    engine = engine_of(graphs)
+    for params in (GREEDY, SHARP):
+        if "rejection" in method and params is SHARP:
+            continue
+        plain = [engine.generate(prompt, params) for prompt in PROMPTS]
+        for outputs in (
+            engine.generate(PROMPTS, params, method=method),
+            [engine.generate(PROMPTS[0], params, method=method)],
+        ):
+            for expected, output in zip(plain, outputs, strict=False):
+                assert output.token_ids == expected.token_ids
+                assert output.stats.lossless
+                assert output.stats.drafted, "something was drafted"
 
 
 def test_drafts_in_eight_bits_are_mostly_accepted(synthetic: Callable[..., Engine]) -> None:
-    with synthetic("tiny-llama") as engine:
-        stats = engine.generate(PROMPTS[2], GREEDY, method="quantized").stats
-        assert stats.accepted / stats.drafted > 0.5
-        assert stats.layers_kept == stats.layers
+    engine = synthetic("tiny-llama")
+    stats = engine.generate(PROMPTS[2], GREEDY, method="quantized").stats
+    assert stats.accepted / stats.drafted > 0.5
+    assert stats.layers_kept == stats.layers
 
 
 def test_the_copy_is_made_before_the_cache_takes_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,11 +309,9 @@ def test_auto_drafts_in_eight_bits_by_all_layers_and_searches_nothing(
     assert not method._swift.plan.skipped
     assert method._swift.phase() == "acceleration"
     assert [way.name for way in method._stretches.ways] == ["plain", "lookup", "skip set"]
-    with engine_of(graphs) as engine:
-        output = engine.generate(
-            PROMPTS[2], replace(GREEDY, max_tokens=100), method="auto:draft_weights=int8,max_loss=1"
-        )
-        assert not [event for event in output.stats.events if event["kind"] not in ("decision",)]
+    engine = engine_of(graphs)
+    output = engine.generate(PROMPTS[2], replace(GREEDY, max_tokens=100), method="auto:draft_weights=int8,max_loss=1")
+    assert not [event for event in output.stats.events if event["kind"] not in ("decision",)]
 
 
 def test_auto_drafts_in_eight_bits_from_the_start_and_leaves_what_is_never_accepted() -> None:

@@ -69,9 +69,10 @@ def quantise(weight: Matrix) -> Matrix:
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [N, K] as int8 [N, K] and scale float32 [N], of which they are about the product; 0 of a row of zeros."""
-    wide = weight.float()
-    scale = wide.abs().amax(dim=1) / LARGEST
-    steps = wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    steps = weight.to(torch.float32, copy=True)
+    low, high = torch.aminmax(steps, dim=1)
+    scale = torch.maximum(-low, high) / LARGEST
+    steps /= scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     return steps.round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scale
 
 
