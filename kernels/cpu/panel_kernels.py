@@ -12,7 +12,7 @@ import numpy as np
 
 from . import matrix_unit
 from .instructions import LINE, WIDTH
-from .lanes import kernel, part, read, write
+from .lanes import kernel, part, read, splat, write
 from .matrix_unit import ROWS
 from .panel_steps import (
     LIGHT,
@@ -21,6 +21,7 @@ from .panel_steps import (
     PANEL,
     STEP_BYTES,
     column_and_more,
+    next_digits,
     none,
     none_of_a_vector,
     pair_and_more,
@@ -278,10 +279,11 @@ def share(block):
 
 
 @part
-def widened(x, out, count):
-    """Numbers of bfloat16 as float32."""
+def spread(x, out, count, half):
+    """x as `with_light` wants it, float32: (x - the next column's ÷ 256) ÷ 2²⁴."""
     for i in range(0, count, WIDTH):
-        write(out, i, read(x, i, True), False)
+        lanes = read(x, i, half)
+        write(out, i, (lanes - next_digits(lanes) * splat(2.0**-8)) * splat(2.0**-24), False)
 
 
 @kernel(
@@ -311,9 +313,9 @@ def product(
         else:
             rms_norm(x, norm, normed.ctypes.data, rows, columns, eps, half)
         x = normed.ctypes.data
-    wide = np.empty(1 + (rows * columns if scale and half else 0), np.float32)
-    if scale and half:
-        widened(x, wide.ctypes.data, rows * columns)
+    wide = np.empty(1 + (rows * columns if scale else 0), np.float32)
+    if scale:
+        spread(x, wide.ctypes.data, rows * columns, half)
         x = wide.ctypes.data
     # A line each for how many threads have come and, of each run of panels, how many were taken.
     block, counters = np.empty(16, np.int64), np.zeros((threads + 1, LINE // 8), np.int64)

@@ -5,7 +5,6 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .instructions import (
-    BYTES,
     FLOAT,
     FLOATS,
     INTS,
@@ -14,6 +13,7 @@ from .instructions import (
     MANY_REGISTERS,
     WIDTH,
     ask,
+    constant,
     fused,
     load,
     paired,
@@ -86,20 +86,38 @@ column_and_more, pair_and_more = _step(FLOATS, fused, 1), _step(INTS, paired, 1)
 
 
 @intrinsic
+def next_digits(context, x):
+    """The lane after each, of every `LIGHT` lanes by themselves; 0 after the last."""
+
+    def build(context, builder, signature, given):
+        after = [i + 1 if (i + 1) % LIGHT else WIDTH for i in range(WIDTH)]
+        none = ir.Constant(FLOATS, [0.0] * WIDTH)
+        return builder.shuffle_vector(given[0], none, ir.Constant(INTS, after))
+
+    return LANES(LANES), build
+
+
+@intrinsic
 def with_light(context, sums, panel, x, stride, ahead):
-    """As `_step`, with `LIGHT` columns of eight bits each, one after the other, and x of float32; asks ahead."""
+    """As `_step`, with `LIGHT` columns of eight bits, digits of a whole number in base 256; asks ahead.
+
+    Shifted left by 24, 16, 8 and 0 bits and made float32, the number is 2²⁴ times the first digit, the second and 1/256
+    of the first, and so on: `panel_kernels.spread` has taken from x what is too much. Only the last is rounded, by less
+    than 2⁻¹⁷ of a digit.
+    """
 
     def build(context, builder, signature, given):
         sums, panel, x, stride, ahead = given
         rows = signature.args[0].count // VECTORS
         for start in range(0, STEP_BYTES, LINE):
             ask(builder, builder.add(ahead, ir.Constant(LONG, start)), nearness=2)
-        for column in range(LIGHT):
-            starts = (PANEL * column + WIDTH * i for i in range(VECTORS))
-            weights = [builder.sitofp(builder.sext(load(builder, panel, at, BYTES), INTS), FLOATS) for at in starts]
+        joined = [load(builder, panel, 4 * WIDTH * i, INTS) for i in range(VECTORS)]
+        for digit in range(LIGHT):
+            shift = constant(8 * (LIGHT - 1 - digit))
+            weights = [builder.sitofp(builder.shl(number, shift), FLOATS) for number in joined]
             for row in range(rows):
                 at = builder.add(x, builder.mul(stride, ir.Constant(LONG, row)))
-                value = splatted(builder, load(builder, at, 4 * column, FLOAT), FLOATS)
+                value = splatted(builder, load(builder, at, 4 * digit, FLOAT), FLOATS)
                 for place, weight in enumerate(weights, VECTORS * row):
                     total = fused(builder, weight, value, builder.extract_value(sums, place))
                     sums = builder.insert_value(sums, total, place)

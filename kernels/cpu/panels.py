@@ -1,7 +1,8 @@
 """Weights in panels, for the products of a CPU.
 
 A panel is 48 rows of a weight, column after column, and of bfloat16 two columns side by side: memory is read in a
-straight line, and a vector holds one column of sixteen weight rows. Of eight bits panels are [N / 48, K, 48, 1] too.
+straight line, and a vector holds one column of sixteen weight rows. Of eight bits
+panels are int32 [N / 48, K / 4, 48, 1], four columns a number.
 """
 
 from dataclasses import replace
@@ -16,6 +17,7 @@ from . import large_pages, matrix_unit, openmp, panel_kernels, panel_steps
 from .lanes import WIDTH
 
 PANEL: int = panel_steps.PANEL
+LIGHT: int = panel_steps.LIGHT
 ACTIVATIONS = {None: panel_kernels.NONE, "silu_gate": panel_kernels.SILU_GATE, "gelu_tanh": panel_kernels.GELU}
 
 
@@ -59,15 +61,32 @@ def quantise(weight: Matrix) -> Matrix:
     data, scale = packed.rounded(rows)
     if weight.columns % WIDTH:
         return Matrix(data, *data.shape, packed=False, scale=scale)
-    return replace(weight, data=_packed(data.view(parts, -1, weight.columns)), scale=scale)
+    return replace(weight, data=_packed(_joined(data).view(parts, -1, weight.columns // LIGHT)), scale=scale)
+
+
+def _joined(digits: Tensor) -> Tensor:
+    """Rows int8 [N, K] as whole numbers int32 [N, K / 4] in base 256: the first of four columns counts least."""
+    joined = digits.new_zeros((len(digits), digits.shape[1] // LIGHT), dtype=torch.int32)
+    for i in reversed(range(LIGHT)):
+        joined = (joined << 8) + digits[:, i::LIGHT]
+    return joined
+
+
+def _digits(joined: Tensor) -> Tensor:
+    """The columns int8 [N, K] of such rows."""
+    found: list[Tensor] = []
+    for _ in range(LIGHT):
+        found.append(joined.to(torch.int8))
+        joined = (joined - found[-1]) >> 8
+    return torch.stack(found, dim=-1).flatten(1)
 
 
 def take_light(weight: Matrix, rows: Tensor) -> Matrix:
     """Rows int64 [N'] of a weight that `quantise` made of one packed by `pack`, as a weight of its own."""
     assert weight.scale is not None
-    data, scale = take(weight, rows), weight.scale[rows]
+    data, scale = weight.data[rows // PANEL, :, rows % PANEL, 0], weight.scale[rows]
     if len(rows) % WIDTH:
-        return Matrix(data, len(rows), weight.columns, packed=False, scale=scale)
+        return Matrix(_digits(data), len(rows), weight.columns, packed=False, scale=scale)
     return Matrix(_packed(data[None]), len(rows), weight.columns, packed=True, scale=scale)
 
 
