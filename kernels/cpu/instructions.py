@@ -5,8 +5,8 @@ from numba.core import cgutils, config
 
 WIDTH = 16
 LINE = 64
-FLOAT, BYTE, SHORT, INT, LONG = ir.FloatType(), *(ir.IntType(size) for size in (8, 16, 32, 64))
-FLOATS, BYTES, SHORTS, INTS = (ir.VectorType(element, WIDTH) for element in (FLOAT, BYTE, SHORT, INT))
+FLOAT, SHORT, INT, LONG = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+FLOATS, SHORTS, INTS = (ir.VectorType(element, WIDTH) for element in (FLOAT, SHORT, INT))
 # What this processor has, if it is the one numba compiles for: of another nothing is known.
 FEATURES = {} if config.CPU_NAME or config.CPU_FEATURES else binding.get_host_cpu_features()
 # Thirty-two registers of as many lanes; an instruction for pairs of products.
