@@ -209,24 +209,34 @@ def test_want_of_memory_is_told_and_leaves_nothing(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-def test_the_first_draft_is_what_the_model_by_hand_would_say(
-    graphs: bool, monkeypatch: pytest.MonkeyPatch, whole_drafts: None
-) -> None:
+@pytest.mark.parametrize("tree", [False, True])
+def test_the_first_draft_is_what_the_copy_says_and_nothing_else(graphs: bool, tree: bool, whole_drafts: None) -> None:
+    """A copy whose head says the token after the one it means: its drafts are seen to be its own, and all are wrong."""
     config, weights = made()
-    said = Engine(config, dequantised(weights)).generate(PROMPTS[0], replace(GREEDY, max_tokens=9)).token_ids
+    by_hand_too = dequantised(weights)
+    said = Engine(config, replace(by_hand_too, head=by_hand_too.head.roll(1, 0)))
     drafts: list[list[int]] = []
-    with Engine(config, weights, method="quantized:num_draft_tokens=8", graphs=graphs) as engine:
-        model = engine._loaded()[0]
-        verify = model.ops.verify
+    engine = Engine(config, weights, graphs=graphs)
+    model = engine._loaded()[0]
+    own, verify = model.ops, model.ops.verify
 
-        def kept(chosen: Tensor, tokens: Tensor, length: Tensor, *rest: Any, **named: Any) -> Any:
-            drafts.append(tokens[0, : int(length[0])].tolist())
-            return verify(chosen, tokens, length, *rest, **named)
+    def kept(chosen: Tensor, tokens: Tensor, length: Tensor, *rest: Any, **named: Any) -> Any:
+        drafts.append(tokens[0, : int(length[0])].tolist())
+        return verify(chosen, tokens, length, *rest, **named)
 
-        model.ops = replace(model.ops, verify=kept)
-        own = engine.generate(PROMPTS[0], GREEDY).token_ids
-    assert own[0] == said[0], "the prompt's own token is alike, or this compares nothing"
-    assert drafts[0][:8] == said[1:9]
+    def wrong(matrix: Matrix) -> Matrix:
+        return own.quantise(own.prepare(weights.head.roll(1, 0)) if matrix is model.head else matrix)
+
+    model.ops = replace(own, verify=kept, quantise=wrong)
+    plain = engine.generate(PROMPTS[0], GREEDY)
+    drafts.clear()
+    how = "skip_ratio=0,threshold=0,tree=true,max_nodes=5" if tree else "skip_ratio=0,threshold=0,num_draft_tokens=5"
+    output = engine.generate(PROMPTS[0], GREEDY, method=f"swift:{how},draft_weights=int8")
+    assert output.token_ids == plain.token_ids
+    first = [*PROMPTS[0], plain.token_ids[0]]
+    expected = said.generate(first, replace(GREEDY, max_tokens=5)).token_ids
+    assert drafts[0][:1] == expected[:1] if tree else drafts[0] == expected
+    assert expected[0] == (plain.token_ids[1] + 1) % config.vocab_size, "or this tells the two from nothing"
 
 
 METHODS = [
