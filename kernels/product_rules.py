@@ -77,7 +77,7 @@ class ProductRule(NamedTuple):
         if self.parts > 1:
             run = None if self.run is None else max(self.run, LIGHT_RUN)
             rule = self._replace(block_k=max(self.block_k, self.parts * LIGHT_RUN), most_parts=self.parts, run=run)
-        if min(rule.sums, rule.block_n * rule.chunk // (2 * 32 * rule.warps)) >= SUMS:
+        if min(rule.sums, rule.block_n * rule.chunk // (32 * rule.warps)) >= SUMS:
             rule = rule._replace(rows=rule.rows // 2)
         if rule.sums >= SUMS:
             rule = rule._replace(registers=PRODUCT_REGISTERS)
