@@ -68,8 +68,8 @@ class ProductRule(NamedTuple):
 
         A step keeps its columns, since it takes as many registers once it is widened, unless a part has too few of them
         (LIGHT_RUN). Instead more chunks are on their way, as many bytes of weights, where SHARED_BYTES have room for
-        them, or what this rule takes anyway. Beside SUMS of a thread there is no room to widen as much: half the rows
-        are taken; nor for anything in half its registers: it may take all.
+        them, or what this rule takes anyway. Beside SUMS of a thread there is no room to widen as much, or half of it
+        against MANY_ROWS: half the rows are taken; nor for anything in half its registers: it may take all.
         """
         ahead = self.stages - 1
         room = max(SHARED_BYTES, ahead * (self.block_n + self.rows) * self.chunk * itemsize)
@@ -77,7 +77,8 @@ class ProductRule(NamedTuple):
         if self.parts > 1:
             run = None if self.run is None else max(self.run, LIGHT_RUN)
             rule = self._replace(block_k=max(self.block_k, self.parts * LIGHT_RUN), most_parts=self.parts, run=run)
-        if min(rule.sums, rule.block_n * rule.chunk // (32 * rule.warps)) >= SUMS:
+        widened = rule.block_n * rule.chunk // (32 * rule.warps)
+        if rule.sums >= SUMS and widened >= (SUMS if rule.rows >= MANY_ROWS else 2 * SUMS):
             rule = rule._replace(rows=rule.rows // 2)
         if rule.sums >= SUMS:
             rule = rule._replace(registers=PRODUCT_REGISTERS)

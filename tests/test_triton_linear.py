@@ -389,6 +389,8 @@ def test_beside_many_sums_less_is_widened_or_in_more_registers() -> None:
     rule = product_rule(128256, 2048, 32, 8, 2, 90, summed=True)
     mine = rule.light(2048, 2)
     assert (rule.registers, mine.registers, mine.rows) == (128, launch.PRODUCT_REGISTERS, rule.rows)
+    many = product_rule(28672, 4096, 64, 8, 2, 90)
+    assert (many.rows, many.light(4096, 2).rows) == (64, 32), "18 registers are spilled otherwise"
     few = product_rule(16384, 2048, 32, 8, 2, 90)
     assert few.light(2048, 2).registers == few.registers == 128
     whole = [projection_rule(128, True, 6144, 2560, rows, 8, 2, 90) for rows in (8, 16)]
