@@ -13,6 +13,7 @@ from ..runtime.costs import weight_pass
 from ..runtime.engine import Engine
 from ..runtime.errors import RequestError
 from ..runtime.methods import registry
+from ..runtime.model import Model
 from ..runtime.plan import LayerPlan
 from ..runtime.quantised import drafter
 from ..runtime.request import SamplingParams, Stats
@@ -121,7 +122,7 @@ def measure(
     """Passes alone, then rounds of every method at every rate, then prompts.
 
     Raises:
-        RequestError: a method does not draft with some of the layers.
+        RequestError: a method drafts neither with some of the layers nor with weights of eight bits.
     """
     light = any(drafting(engine, method)[2] for method in methods)
     passes = measure_passes(engine, setting, bandwidth, note, light=light)
@@ -196,7 +197,7 @@ def measure_passes(
             count,
             weight_size=1 if kind == "light draft" else None,
         )
-        share = weight_pass(engine.config, count) / (model.dtype.itemsize if kind == "light draft" else 1)
+        share = _share(model, count, light=kind == "light draft")
         found.append(
             Pass(
                 kind,
@@ -235,8 +236,7 @@ def measure_rounds(engine: Engine, name: str, rate: float, setting: Setting, not
     seconds = Spread.of(sample * (stats.completion_tokens - 1) / stats.rounds for sample in taken[name])
     draft_s, verify_s = _passes_of_a_round(engine, plan, k, setting, light=light)
     speed = Spread.of(a / b for a, b in zip(taken[PLAIN], taken[name], strict=True))
-    itemsize = engine._loaded()[0].dtype.itemsize  # pyright: ignore[reportPrivateUsage]
-    share = weight_pass(engine.config, plan.layers_kept) / (itemsize if light else 1)
+    share = _share(engine._loaded()[0], plan.layers_kept, light=light)  # pyright: ignore[reportPrivateUsage]
     possible = stats.mean_acceptance_length / (k * share + 1)
     glue = 1 - (k * draft_s + verify_s) / seconds.median
     return Round(
@@ -286,6 +286,11 @@ def measure_operators(engine: Engine, setting: Setting) -> list[Share]:
             return shares(step(model, cache, chain_after(model, pages, setting.context, 1), model.full))
         finally:
             cache.release(pages)
+
+
+def _share(model: Model, layers: float, *, light: bool) -> float:
+    """What a draft step of so many layers reads, ÷ what a pass of the model does."""
+    return weight_pass(model.config, layers) / (model.dtype.itemsize if light else 1)
 
 
 def _passes_of_a_round(

@@ -25,8 +25,6 @@ CAPTURED = {
         "swift:skip_attention=2+3,threshold=0.1,tree=true",
         "swift:skip_attention=2+3,tree=true,acceptance=rejection",
         "swift:window=8,search_budget=1,max_opt_iter=2,restart_drop=0,num_draft_tokens=3,threshold=0",
-        "quantized:threshold=0.1",
-        "swift:skip_attention=2+3,threshold=0.1,draft_weights=int8",
         "layerskip:exit_layer=5",
         "kangaroo:adapter=untrained,exit_layer=5,threshold=0.1",
         "kangaroo:adapter=untrained,exit_layer=5,acceptance=rejection",

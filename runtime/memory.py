@@ -71,6 +71,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def exhausted(error: Exception) -> bool:
+    """Whether an error says that memory ran out, of the host or of a device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return getattr(error, "errno", None) == errno.ENOMEM or any(said in str(error) for said in _EXHAUSTED)

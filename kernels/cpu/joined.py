@@ -235,9 +235,8 @@ def _compiled(layer: Layer, heads: Heads, activation: str) -> bool:
     if not all(isinstance(weight, Matrix) and weight.in_panels for weight in weights):
         return False
     dtype, hidden = layer.attention_norm.weight.dtype, layer.down.rows
-    alike = (
-        all(matrix.data.dtype in (dtype, torch.int32) for matrix in weights) and layer.mlp_norm.weight.dtype == dtype
-    )
+    alike = layer.mlp_norm.weight.dtype == dtype
+    alike = alike and all(weight.scale is not None or weight.data.dtype == dtype for weight in weights)
     fused = layer.up.gated == (activation == "silu_gate") and hidden % WIDTH == 0
     return alike and fused and heads.dim % WIDTH == 0 and heads.dim >= 2 * WIDTH
 

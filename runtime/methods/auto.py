@@ -18,7 +18,7 @@ from ..graphs import graph_size
 from ..model import Model
 from ..ngrams import MOST, Guess, Memory, likeliest
 from ..plan import LayerPlan
-from ..quantised import drafter
+from ..quantised import quantised
 from ..recipe import Ngrams, Recipe
 from ..sequence import Sequence
 from ..stepwise import Stepwise
@@ -131,7 +131,7 @@ class Auto(Method):
         yield from self._swift.prepare(model, encode)
         self._costs = yield from calibrate(model, self._clock)
         if self.quantised:
-            light = yield from calibrate(drafter(model, self.quantised), self._clock)
+            light = yield from calibrate(quantised(model), self._clock)
             self._costs = replace(self._costs, drafter=light)
 
     def propose(self, model: Model, cache: KVCache, batch: Batch) -> Draft:
